@@ -1,0 +1,219 @@
+"""Data parallelism: every rank holds the whole model and trains on rows of its own; gradients meet.
+
+      rank 0:  rows 0..3  ->  forward  ->  backward  ->  g0 --+            +--> optimizer --> same
+                                                             (+) all-reduce                  weights
+      rank 1:  rows 4..7  ->  forward  ->  backward  ->  g1 --+            +--> optimizer --> same
+
+Each rank's loss is (sum over its tokens) / (tokens of the whole batch), so gradients are *summed*:
+no 1/d anywhere, and ranks with fewer valid tokens weigh less, as they should. Under gradient
+accumulation they meet once a step, when the last accumulation is in, whoever makes it.
+
+Two rungs. (1) `all_reduce_gradients`: after backward, one all-reduce a parameter. The whole idea.
+(2) `DDP`: gradients live in a few flat buckets, laid out in the order in which backward
+fills them; a full bucket leaves at once, while backward goes on with the layers below.
+
+    per rank and step        bytes held (fp32, AdamW)   payload     calls        hidden by backward
+    naive                    16 Psi (4+4+4+4)           Psi         parameters   no
+    bucketed                 16 Psi (the same)          Psi         buckets      all but the last
+
+Memory is what it does not save: parameters, gradients and two moments on every rank. zero.py is
+this file with that mended; read the two side by side.
+
+    torchrun --standalone --nproc-per-node 2 ddp.py
+
+Li et al. 2020, PyTorch Distributed (arXiv 2006.15704), section 3.2; Goyal et al. 2017
+(arXiv 1706.02677), section 2, on summing and averaging.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# --- collectives ----------------------------------------------------------------------------------
+# all-reduce only. Payload: the gradient of every parameter, once.
+
+
+def all_reduce_bucket(flat: Tensor, group: dist.ProcessGroup):
+    """The default `reduce`: starts the sum of `flat` over the group, returns what can be waited
+    for. Another one (fp16 on the wire, say) has the same signature: see tests/test_forks.py."""
+    return dist.all_reduce(flat, group=group, async_op=True)  # payload: the bucket
+
+
+# --- strategy -------------------------------------------------------------------------------------
+# Rung 1: the idea.
+
+
+def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Call after the last backward of a step. Every rank must pass the same parameters in the same
+    order; one that got no gradient counts as 0 (it may have one on another rank)."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad, group=group)  # payload: p.numel()
+
+
+# Rung 2: the same sums in few calls, and most of them hidden behind the rest of backward.
+
+
+class DDP:
+    """Attaches to the parameters; the model stays as it is.
+
+    parameters: (name, parameter) in forward order, the same on every rank of `group`.
+    accumulations: how often each gradient is accumulated to in a step: once per microbatch and
+        use. Counting them, rather than asking which microbatch is the last, holds under every
+        schedule.
+    bucket_bytes: a bucket is closed when it holds at least this many.
+    reduce: (flat bucket, group) -> a handle with wait(); the seam for compression.
+
+    A step: start(); backwards; finish(); the optimizer reads `.grad`; after_step()."""
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        group: dist.ProcessGroup,
+        accumulations: int,
+        bucket_bytes: int = 25 * 2**20,
+        reduce: Callable = all_reduce_bucket,
+    ):
+        self.parameters = list(parameters)
+        self.group, self.accumulations, self.reduce = group, accumulations, reduce
+        self.buckets: list[Tensor] = []  # flat gradients
+        self.bucket_of: dict[nn.Parameter, int] = {}
+        for members in self._split(bucket_bytes):
+            flat = members[0].new_zeros(sum(p.numel() for p in members))
+            offset = 0
+            for p in members:
+                # The gradient is a view: backward accumulates into the bucket, nothing is copied.
+                p.grad = flat[offset : offset + p.numel()].view_as(p)
+                self.bucket_of[p] = len(self.buckets)
+                p.register_post_accumulate_grad_hook(self._accumulated)
+                offset += p.numel()
+            self.buckets.append(flat)
+        self.start()
+
+    def _split(self, bucket_bytes: int) -> list[list[nn.Parameter]]:
+        """Backward order, approximately: the last layer's gradients are ready first."""
+        buckets, size = [[]], 0
+        for _, p in reversed(self.parameters):
+            if size >= bucket_bytes:
+                buckets.append([])
+                size = 0
+            buckets[-1].append(p)
+            size += p.numel() * p.element_size()
+        return buckets
+
+    def start(self) -> None:
+        """Before the first backward of a step: gradients to zero, counters to the full."""
+        for flat in self.buckets:
+            flat.zero_()
+        self.missing = [0] * len(self.buckets)  # accumulations that a bucket still waits for
+        for bucket in self.bucket_of.values():
+            self.missing[bucket] += self.accumulations
+        self.launched: list = []  # handles, by bucket
+
+    def _accumulated(self, p: nn.Parameter) -> None:
+        """Autograd calls this each time it has added to p.grad."""
+        bucket = self.bucket_of[p]
+        self.missing[bucket] -= 1
+        assert self.missing[bucket] >= 0, f"more than {self.accumulations} accumulations in a step"
+        # In bucket order and no other, though a later bucket may fill first on some rank:
+        # collectives are matched by order, and the ranks must agree on it.
+        while len(self.launched) < len(self.buckets) and self.missing[len(self.launched)] == 0:
+            self._launch()
+
+    def _launch(self) -> None:
+        self.launched.append(self.reduce(self.buckets[len(self.launched)], self.group))
+
+    def finish(self) -> None:
+        """After the last backward: every `.grad` is the sum over the group when this returns. A
+        bucket that still waits for a parameter unused in this step goes as it is."""
+        while len(self.launched) < len(self.buckets):
+            self._launch()
+        for handle in self.launched:
+            handle.wait()
+
+    def pieces(self) -> list[tuple[str, nn.Parameter, nn.Parameter, int]]:
+        """What this rank's optimizer updates: (name, tensor, parameter it is of, offset in it).
+        Here whole parameters; in zero.py less."""
+        return [(name, p, p, 0) for name, p in self.parameters]
+
+    def after_step(self) -> None:
+        """After the optimizer: nothing, every rank has updated everything."""
+
+
+# --- cost -----------------------------------------------------------------------------------------
+
+
+def predicted_payload(numel: int) -> int:
+    """Elements all-reduced per rank and step, Psi = numel, under any number of microbatches."""
+    return numel
+
+
+def predicted_wire_bytes(numel: int, d: int, itemsize: int) -> float:
+    """Bytes that a ring sends per rank and step: 2 (d-1)/d of the payload."""
+    return 2 * (d - 1) / d * numel * itemsize
+
+
+def predicted_bytes(numel: int, itemsize: int) -> dict[str, int]:
+    """Bytes held per rank after the last backward, with AdamW: 4 x Psi, whatever d is."""
+    one = numel * itemsize
+    return {"parameters": one, "gradients": one, "optimizer": 2 * one}
+
+
+# --- demo -----------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    import data
+    import gpt
+    import measure
+
+    config, m, steps = gpt.GPTConfig(2, 2, 32, 256, 32), 2, 3
+    with measure.Proof("ddp.py") as proof:
+        group, batch = proof.group, 4 * proof.group.size()
+        tokens, _ = data.load(__file__, config.seq_len)
+
+        def train(rows: range, rung: str):
+            """Train on `rows` of each batch, in m microbatches. One process has all of them."""
+            model = gpt.build(config, seed=0, dtype=torch.float64)
+            named = dict(gpt.named_parameters(model))
+            sync = DDP(named.items(), group, m, bucket_bytes=2**16) if rung == "bucketed" else None
+            optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
+            for step in range(steps):
+                sync.start() if sync else optimizer.zero_grad()
+                x, y = data.batch(tokens, step, rows, config.seq_len, seed=0)
+                losses.append(torch.zeros((), dtype=torch.float64))
+                for xs, ys in zip(x.chunk(m), y.chunk(m), strict=True):
+                    # Divided by the tokens of the whole batch, whoever has them: gradients add up.
+                    loss = gpt.cross_entropy(model(xs), ys) / (batch * config.seq_len)
+                    loss.backward()
+                    losses[-1] += loss.detach()
+                if rung == "bucketed":
+                    sync.finish()
+                elif rung == "naive":
+                    all_reduce_gradients(model.parameters(), group)
+                optimizer.step()
+            return losses, {n: p.grad for n, p in named.items()}, named, sync
+
+        losses, gradients, parameters, _ = train(range(batch), "one process")
+        psi = sum(p.numel() for p in parameters.values())
+        for rung in ("naive", "bucketed"):
+            with measure.Collectives({"dp": group}) as seen:
+                mine, g, p, sync = train(range(4 * group.rank(), 4 * group.rank() + 4), rung)
+            for loss in mine:
+                dist.all_reduce(loss)  # its share of the batch's mean, from each rank
+            proof.losses(rung, mine, losses)
+            proof.close(f"{rung} max |d gradient|", g, gradients)
+            proof.close(f"{rung} max |d parameter|", p, parameters)
+            calls = len(p) if rung == "naive" else len(sync.buckets)
+            predicted = (steps * calls, steps * predicted_payload(psi))
+            proof.equal(f"{rung} all-reduces, elements", predicted, tuple(seen.total("dp")))
+            for kind, tensors in {"parameters": p, "gradients": g}.items():
+                held = measure.bytes_held(tensors.values())
+                proof.equal(f"{rung} bytes of {kind}", predicted_bytes(psi, 8)[kind], held)
+
+
+if __name__ == "__main__":
+    main()

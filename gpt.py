@@ -1,0 +1,213 @@
+"""GPT-2 (Radford et al. 2019) as published, on one process; no word about parallelism.
+
+    wte -> wpe -> h.0 -> h.1 -> ... -> ln_f -> lm_head        tokens [b, s] -> logits [b, s, v]
+
+The model is a chain of layers, each of which maps [b, s, h] to [b, s, h]. `forward` runs down the
+chain, so a layer may be replaced (by a shard of itself, or by nn.Identity where another process
+holds it) and the model does not notice. Parameter names are GPT-2's.
+
+    python gpt.py          trains a small one for 30 steps, alone
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass
+class GPTConfig:
+    """Sizes of a GPT. `vocab_size` 256 means bytes; `attention` is "sdpa" (torch's fused kernel) or
+    "explicit" (matmul, mask, softmax, dropout, matmul: the one that theory papers count)."""
+
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    vocab_size: int = 256
+    seq_len: int = 128
+    attention: str = "sdpa"
+    tied: bool = True
+    dropout: float = 0.0
+
+
+# nano trains on bytes in minutes on a laptop; the others are GPT-2's four (its table 2).
+MODELS = {
+    "nano": GPTConfig(),
+    "gpt2": GPTConfig(12, 12, 768, 50257, 1024),
+    "gpt2-medium": GPTConfig(24, 16, 1024, 50257, 1024),
+    "gpt2-large": GPTConfig(36, 20, 1280, 50257, 1024),
+    "gpt2-xl": GPTConfig(48, 25, 1600, 50257, 1024),
+}
+
+
+class Attention(nn.Module):
+    """Causal self-attention. The number of heads is read off the width that c_attn returns, never
+    off the configuration: a process that holds some of the heads runs the same lines."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.head_size = config.n_embd // config.n_head
+        self.kind, self.dropout = config.attention, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v, fused
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, _ = x.shape
+        q, k, v = (
+            part.view(b, s, -1, self.head_size).transpose(1, 2)  # [b, a, s, h/a]
+            for part in self.c_attn(x).chunk(3, dim=-1)
+        )
+        dropout = self.dropout if self.training else 0.0
+        if self.kind == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # [b, a, s, s]
+            future = torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1)
+            weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+            y = F.dropout(weights, dropout) @ v
+        return self.c_proj(y.transpose(1, 2).reshape(b, s, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
+        x = x + self.drop(self.attn(self.ln_1(x)))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class PositionEmbedding(nn.Embedding):
+    """Adds row i to position i: a layer of the chain like any other."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
+        return x + self.weight[: x.size(1)]
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(
+                f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}: "
+                "change --n-embd or --n-head"
+            )
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = PositionEmbedding(config.seq_len, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        # A dict and not a list: a part of the model keeps its blocks under their own numbers.
+        self.h = nn.ModuleDict({str(i): Block(config) for i in range(config.n_layer)})
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.wte.weight
+            self.wte.weight.tied_name = "wte.weight"  # its name, also where only lm_head is held
+
+    def forward(self, x: Tensor) -> Tensor:  # tokens [b, s] -> logits [b, s, v]
+        x = self.drop(self.wpe(self.wte(x)))
+        for block in self.h.values():
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum (not mean) of -log p(target) over valid tokens: targets of -1 are ignored.
+    logits [b, s, v], targets [b, s] -> scalar. Divide by the count of valid tokens of the whole
+    batch, and the parts of a batch add up to its mean, however unevenly the valid ones lie."""
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
+    )
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Like model.named_parameters(), but a tied matrix has one name wherever it is held."""
+    for name, parameter in model.named_parameters():
+        yield getattr(parameter, "tied_name", name), parameter
+
+
+def gpt2_draw(name: str, shape: torch.Size, generator: torch.Generator, n_layer: int) -> Tensor:
+    """GPT-2's initialisation of the whole tensor `name`, in float64 on the CPU: N(0, 0.02), with
+    1/sqrt(2 l) on the two matrices that write to the residual stream; biases 0, norm weights 1."""
+    if len(shape) == 1:
+        fill = 1.0 if name.endswith("weight") else 0.0
+        return torch.full(shape, fill, dtype=torch.float64)
+    std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * std
+
+
+def init_weights(
+    model: nn.Module, seed: int, dtype: torch.dtype, device: torch.device | str, draw: Callable
+) -> None:
+    """Fill a model that was built on the meta device. `draw(name, whole_shape, generator)` gives a
+    whole tensor; the generator depends on (seed, name) and on nothing else, so a part of a model
+    starts from the same numbers as the same part of the whole. A parameter that holds a part of
+    its tensor says so by an attribute `cut`, with `cut.shape` (whole) and `cut(whole)` (its part).
+    One whole tensor is alive at a time."""
+    new: dict[int, nn.Parameter] = {}  # a tied matrix is drawn once and stays tied
+    for module_name, module in model.named_modules():
+        for key, old in module.named_parameters(recurse=False):
+            if id(old) not in new:
+                name = getattr(old, "tied_name", f"{module_name}.{key}".lstrip("."))
+                cut = getattr(old, "cut", None)
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+                whole = draw(name, cut.shape if cut else old.shape, generator)
+                part = (cut(whole) if cut else whole).to(device, dtype, copy=True)
+                new[id(old)] = nn.Parameter(part.contiguous(), requires_grad=old.requires_grad)
+                new[id(old)].__dict__.update(old.__dict__)
+            setattr(module, key, new[id(old)])
+
+
+def build(config: GPTConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
+    """The whole model on the CPU, initialised."""
+    with torch.device("meta"):
+        model = GPT(config)
+    init_weights(model, seed, dtype, "cpu", lambda *a: gpt2_draw(*a, n_layer=config.n_layer))
+    return model
+
+
+def optimizer_groups(
+    named: list[tuple[str, Tensor]], matrices: set[str], weight_decay: float
+) -> list[dict]:
+    """AdamW's groups: weight decay on matrices (embeddings too), none on biases and norms."""
+    return [
+        {"params": [p for n, p in named if n in matrices], "weight_decay": weight_decay},
+        {"params": [p for n, p in named if n not in matrices], "weight_decay": 0.0},
+    ]
+
+
+def main() -> None:
+    import data
+
+    config = MODELS["nano"]
+    model, tokens = build(config), data.load(None)[0]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(30):
+        x, y = data.batch(tokens, step, range(8), config.seq_len, seed=0)
+        loss = cross_entropy(model(x), y) / (y >= 0).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 10 == 9:
+            print(f"step {step + 1:3d}  loss {loss.item():.3f} nats per byte")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""What really happened, seen from outside: collectives, bytes held, activations saved.
+
+Nothing here changes a number, and no strategy file knows that it is watched. Every strategy file
+predicts its costs by formulas; these instruments are the other side of each `predicted | measured`.
+
+    with Collectives({"tp": tp_group}) as seen:     every call of torch.distributed, in forward,
+        step()                                       backward and hooks, and its payload
+    seen.total("tp", "all_reduce")
+
+    with SavedActivations(model) as saved: loss = model(x)         bytes kept for backward
+    held = bytes_held(p for p in model.parameters())                bytes of distinct storages
+"""
+
+import collections
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# torch's internal name -> (ours, which argument is the full, unsharded tensor)
+_OPERATIONS = {
+    "allreduce_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "broadcast_": ("broadcast", 0),
+    "alltoall_base_": ("all_to_all", 1),
+    "send": ("send", 0),
+    "recv_": ("recv", 0),
+}
+
+
+class Call(NamedTuple):
+    """One collective. `payload` counts the elements of its full, unsharded tensor."""
+
+    operation: str
+    group: str
+    payload: int
+    dtype: torch.dtype
+    phase: str  # "forward" (or no autograd at all) | "backward" (backward itself and its hooks)
+
+
+class Total(NamedTuple):
+    calls: int
+    payload: int  # elements
+
+
+class Collectives(TorchDispatchMode):
+    """Records every collective of this process. `groups` names the groups that matter; a call on
+    any other group is recorded under torch's own name for it. What runs in a recomputed forward
+    counts as backward, since that is when it runs."""
+
+    def __init__(self, groups: dict[str, dist.ProcessGroup] | None = None):
+        super().__init__()
+        self.names = {group.group_name: name for name, group in (groups or {}).items()}
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        operation = func.name().split("::")[1].split(".")[0]
+        if func.namespace == "c10d" and operation in _OPERATIONS:
+            name, position = _OPERATIONS[operation]
+            tensors = args[position] if isinstance(args[position], list) else [args[position]]
+            payload = sum(t.numel() for t in tensors)
+            self.calls.append(
+                Call(name, self._group(args), payload, tensors[0].dtype, self._phase())
+            )
+        return func(*args, **(kwargs or {}))
+
+    def _group(self, args) -> str:
+        for arg in args:
+            if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+                name = dist.ProcessGroup.unbox(arg).group_name
+                return self.names.get(name, name)
+        raise AssertionError("a collective without a group")
+
+    @staticmethod
+    def _phase() -> str:
+        # Only a backward pass has a current autograd node.
+        return "forward" if torch._C._current_autograd_node() is None else "backward"
+
+    def select(self, group=None, operation=None, phase=None) -> list[Call]:
+        wanted = {"group": group, "operation": operation, "phase": phase}
+        return [
+            call
+            for call in self.calls
+            if all(v is None or getattr(call, k) == v for k, v in wanted.items())
+        ]
+
+    def total(self, group=None, operation=None, phase=None) -> Total:
+        calls = self.select(group, operation, phase)
+        return Total(len(calls), sum(call.payload for call in calls))
+
+
+def bytes_held(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind these tensors: two views of one buffer count once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for backward, each storage once, without the model's
+    own parameters and without `ignore` (inputs that the caller holds anyway). Views of one tensor
+    share its storage, and a storage counts whole. The tensors are held, not copied: use it for one
+    forward pass at a time."""
+
+    def __init__(self, model: nn.Module, ignore: Iterable[Tensor] = ()):
+        self._not_ours = {
+            t.untyped_storage().data_ptr() for t in [*model.parameters(), *ignore]
+        }
+        self._seen: dict[int, Tensor] = {}
+        super().__init__(self._pack, lambda t: t)
+
+    def __enter__(self) -> "SavedActivations":
+        super().__enter__()
+        return self
+
+    def _pack(self, t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in self._not_ours:
+            self._seen.setdefault(t.untyped_storage().data_ptr(), t.detach())
+        return t
+
+    @property
+    def bytes(self) -> int:
+        return bytes_held(self._seen.values())
+
+    def by_shape(self) -> dict[tuple, int]:
+        """How many storages of which (shape, dtype): to find where a formula and a count differ."""
+        return dict(collections.Counter((tuple(t.shape), t.dtype) for t in self._seen.values()))
+
+
+TOLERANCE = 1e-12  # of float64; rounding of sums in another order stays below, bugs do not
+
+
+def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """max|a - b| / max|b| for each name in `actual`. max|b| has a floor of 1e-6 of the largest
+    entry of all: some gradients are truly 0 (a key's bias moves all scores of a row alike)."""
+    floor = 1e-6 * max((t.abs().max().item() for t in expected.values() if t.numel()), default=1.0)
+    return {
+        name: (a - expected[name]).abs().max().item()
+        / max(expected[name].abs().max().item(), floor, 1e-300)
+        for name, a in actual.items()
+        if a.numel()
+    }  # fmt: skip
+
+
+class Proof:
+    """The frame of a strategy file's demo: joins torchrun's ranks (gloo, one thread each), collects
+    what was compared, prints it from rank 0, and leaves with exit code 1 if any rank saw a
+    mismatch."""
+
+    def __init__(self, title: str):
+        self.title, self.rows, self.failed = title, [], False
+
+    def __enter__(self) -> "Proof":
+        if not dist.is_torchelastic_launched():
+            raise SystemExit(
+                f"{self.title}: start me with  torchrun --standalone --nproc-per-node 2 {self.title}"
+            )
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        self.group = dist.group.WORLD
+        return self
+
+    def close(self, what: str, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+        """Tensors that must be equal to TOLERANCE."""
+        worst = max(relative_errors(actual, expected).values())
+        self._row(what, f"{worst:.1e} relative", f"<= {TOLERANCE:.0e}", worst <= TOLERANCE)
+
+    def losses(self, what: str, actual: list[Tensor], expected: list[Tensor]) -> None:
+        """The losses of a few steps, printed from both sides, and equal to TOLERANCE."""
+        a, b = torch.stack(actual), torch.stack(expected)
+        for step, (x, y) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
+            self.rows.append(f"  {what + f' loss, step {step}':40s} {x:.15f} | one process {y:.15f}")
+        self.close(f"{what} losses", {"loss": a}, {"loss": b})
+
+    def equal(self, what: str, predicted: object, measured: object) -> None:
+        """A cost, which must be what the formula says, to the last byte or call."""
+        self._row(what, f"predicted {predicted}", f"measured {measured}", predicted == measured)
+
+    def _row(self, what: str, left: str, right: str, ok: bool) -> None:
+        self.rows.append(f"  {what:40s} {left:>27s} | {right:25s} {'ok' if ok else 'MISMATCH'}")
+        self.failed |= not ok
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not None:
+            return  # the traceback says it; torchrun stops the others
+        failed = torch.tensor(float(self.failed))
+        dist.all_reduce(failed)
+        if dist.get_rank() == 0 or self.failed:
+            print(f"{self.title} on {dist.get_world_size()} ranks (rank {dist.get_rank()}), float64")
+            print("\n".join(self.rows), flush=True)
+        dist.barrier()
+        dist.destroy_process_group()
+        if failed > 0:
+            raise SystemExit(1)
