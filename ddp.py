@@ -32,7 +32,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # --- collectives ----------------------------------------------------------------------------------
-# all-reduce only. Payload: the gradient of every parameter, once.
+# all-reduce only. Payload: the gradient of every parameter once, and one number.
+
+
+def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Valid targets (not -1) of the whole batch, known before the first backward: every loss is
+    divided by it. The mean of each rank's mean would weigh ranks and not tokens."""
+    count = (targets >= 0).sum()
+    dist.all_reduce(count, group=group)  # payload: 1
+    return count
 
 
 def all_reduce_bucket(flat: Tensor, group: dist.ProcessGroup):

@@ -183,16 +183,6 @@ def build(config: GPTConfig, seed: int = 0, dtype: torch.dtype = torch.float32) 
     return model
 
 
-def optimizer_groups(
-    named: list[tuple[str, Tensor]], matrices: set[str], weight_decay: float
-) -> list[dict]:
-    """AdamW's groups: weight decay on matrices (embeddings too), none on biases and norms."""
-    return [
-        {"params": [p for n, p in named if n in matrices], "weight_decay": weight_decay},
-        {"params": [p for n, p in named if n not in matrices], "weight_decay": 0.0},
-    ]
-
-
 def main() -> None:
     import data
 

@@ -155,9 +155,8 @@ class Proof:
 
     def __enter__(self) -> "Proof":
         if not dist.is_torchelastic_launched():
-            raise SystemExit(
-                f"{self.title}: start me with  torchrun --standalone --nproc-per-node 2 {self.title}"
-            )
+            launch = f"torchrun --standalone --nproc-per-node 2 {self.title}"
+            raise SystemExit(f"{self.title}: start me with  {launch}")
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
         self.group = dist.group.WORLD
@@ -172,7 +171,8 @@ class Proof:
         """The losses of a few steps, printed from both sides, and equal to TOLERANCE."""
         a, b = torch.stack(actual), torch.stack(expected)
         for step, (x, y) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
-            self.rows.append(f"  {what + f' loss, step {step}':40s} {x:.15f} | one process {y:.15f}")
+            name = f"{what} loss, step {step}"
+            self.rows.append(f"  {name:40s} {x:>27.15f} | one process {y:.15f}")
         self.close(f"{what} losses", {"loss": a}, {"loss": b})
 
     def equal(self, what: str, predicted: object, measured: object) -> None:
@@ -189,7 +189,8 @@ class Proof:
         failed = torch.tensor(float(self.failed))
         dist.all_reduce(failed)
         if dist.get_rank() == 0 or self.failed:
-            print(f"{self.title} on {dist.get_world_size()} ranks (rank {dist.get_rank()}), float64")
+            ranks = dist.get_world_size()
+            print(f"{self.title} on {ranks} ranks, float64; rank {dist.get_rank()} says:")
             print("\n".join(self.rows), flush=True)
         dist.barrier()
         dist.destroy_process_group()

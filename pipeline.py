@@ -3,9 +3,9 @@
 1F1B on 3 ranks, 4 microbatches (F forward, B backward, which takes twice as long):
 
     >>> print(draw(one_f_one_b(3, 4)))
-    rank 0 |F0 F1 F2 .  .  .  B0--- F3 B1--- .  B2--- .  B3---
-    rank 1 |.  F0 F1 .  B0--- F2 B1--- F3 B2--- .  B3--- .  .
-    rank 2 |.  .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- .  .  .
+    rank 0 |F0 F1 F2 .  .  .  .  B0--- F3 B1--- .  B2--- .  B3---
+    rank 1 |.  F0 F1 .  .  B0--- F2 B1--- F3 B2--- .  B3--- .  .
+    rank 2 |.  .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- .  .  .  .
 
 A schedule is data: for each rank a list of actions, from a pure function of (p, m). The picture
 above, the bubble, the check and the execution all read that list; to try a schedule, write a
@@ -24,7 +24,7 @@ Huang et al. 2018, GPipe (arXiv 1811.06965); Narayanan et al. 2021, PipeDream-fl
 (arXiv 2104.04473), section 2.2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -311,33 +311,37 @@ def take_stage(
 
 
 class Pipeline:
-    """Runs programs. chunks: this rank's pieces of the model, by chunk. shape: of what crosses a
-    boundary, (b, s, h). The group's first call must not be a transfer that some ranks skip (NCCL
+    """Runs programs. chunks: this rank's pieces of the model, by chunk. dtype, device: of what
+    crosses a boundary. The group's first call must not be a transfer that some ranks skip (NCCL
     would wait for all of them), hence the all-reduce here."""
 
     def __init__(
         self,
         chunks: list[nn.Module],
         group: dist.ProcessGroup,
-        shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device | str,
         stages: list[list[int]] | None = None,
     ):
         self.chunks, self.group = chunks, group
-        self.shape, self.dtype, self.device = shape, dtype, device
+        self.dtype, self.device = dtype, device
         stages = stages or looped_stages(group.size())
         self.stages = stages[group.rank()]
         self.last = max(max(row) for row in stages)
         dist.all_reduce(torch.zeros(1, device=device), group=group)  # payload: 1, once
 
     def run(
-        self, program: Program, inputs: list[Tensor], loss_of: Callable[[Tensor, int], Tensor]
+        self,
+        program: Program,
+        inputs: Sequence[Tensor],
+        loss_of: Callable[[Tensor, int], Tensor],
+        shape: tuple[int, ...],
     ) -> Tensor:
         """One step of this rank's program. inputs: what the first stage reads, by microbatch.
-        loss_of(output of the last stage, microbatch) -> scalar. Returns the sum of the losses,
-        which is 0 where the last stage is not. Gradients are left in `.grad`, accumulated."""
-        self.inputs, self.loss_of = inputs, loss_of
+        loss_of(output of the last stage, microbatch) -> scalar. shape: of what crosses a boundary,
+        (b, s, h). Returns the sum of the losses, which is 0 where the last stage is not. Gradients
+        are left in `.grad`, accumulated."""
+        self.inputs, self.loss_of, self.shape = inputs, loss_of, shape
         self.loss = torch.zeros((), dtype=self.dtype, device=self.device)
         self.inbox: dict = {}  # (kind, microbatch, stage) -> (tensor, handle or None)
         self.outbox: dict = {}  # (kind, microbatch, stage that made it) -> tensor
@@ -422,13 +426,22 @@ class Pipeline:
 # --- cost -----------------------------------------------------------------------------------------
 
 
+def peak_in_flight(actions: list[Action]) -> int:
+    """The most microbatches forwarded and not yet backwarded, of one rank's list."""
+    flying = peak = 0
+    for action in actions:
+        flying += 1 if action.kind == "F" else -1
+        peak = max(peak, flying)
+    return peak
+
+
 def predicted_bubble(p: int, m: int) -> float:
     """Idle over ideal time of a step, for GPipe and 1F1B (2104.04473, section 2.2)."""
     return (p - 1) / m
 
 
 def predicted_in_flight(schedule: str, p: int, m: int, rank: int) -> int:
-    """The most microbatches that `rank` has forwarded and not yet backwarded."""
+    """peak_in_flight in closed form (2104.04473, section 2.2)."""
     return m if schedule == "gpipe" else min(m, p - rank)
 
 
@@ -450,7 +463,7 @@ def main() -> None:
     with measure.Proof("pipeline.py") as proof:
         group, p, rank = proof.group, proof.group.size(), proof.group.rank()
         config = gpt.GPTConfig(p + 1, 2, 32, 251, 32)  # one block more than stages: an uneven cut
-        tied_group = dist.new_group([0, p - 1])
+        tied_group = dist.new_group(sorted({0, p - 1}))
         tokens, _ = data.load(__file__, config.seq_len)
 
         def train(schedule: Callable | None):
@@ -458,19 +471,20 @@ def main() -> None:
             model = gpt.build(config, seed=0, dtype=torch.float64)
             if schedule:
                 take_stage(model, rank, p)
-                shape = (b, config.seq_len, config.n_embd)
-                pipe = Pipeline([model], group, shape, torch.float64, "cpu")
+                pipe = Pipeline([model], group, torch.float64, "cpu")
                 program = derive_programs(schedule(p, m))[rank]
             optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
             for step in range(steps):
                 optimizer.zero_grad()
                 x, y = data.batch(tokens, step, range(m * b), config.seq_len, seed=0)
                 if schedule:
-                    ys = y.chunk(m)
-                    losses.append(pipe.run(  # each microbatch's loss over the count of the batch
-                        program, x.chunk(m), lambda out, i, ys=ys, n=y.numel():
-                        gpt.cross_entropy(out, ys[i]) / n))  # fmt: skip
-                    if p > 1:
+
+                    def loss_of(output: Tensor, microbatch: int, y=y) -> Tensor:
+                        return gpt.cross_entropy(output, y.chunk(m)[microbatch]) / y.numel()
+
+                    shape = (b, config.seq_len, config.n_embd)
+                    losses.append(pipe.run(program, x.chunk(m), loss_of, shape))
+                    if rank in (0, p - 1):
                         held = [q.grad for q in model.parameters() if hasattr(q, "tied_name")]
                         all_reduce_tied(held, tied_group)
                 else:
@@ -493,6 +507,9 @@ def main() -> None:
             calls, elements = predicted_sends(p, m, rank, b, config.seq_len, config.n_embd)
             sent = tuple(seen.total("pp", "send"))
             proof.equal(f"{name} sends, elements", (steps * calls, steps * elements), sent)
+            in_flight = peak_in_flight(schedule(p, m)[rank])
+            predicted = predicted_in_flight(name, p, m, rank)
+            proof.equal(f"{name} microbatches in flight", predicted, in_flight)
             ends = max(span.end for span in simulate(schedule(p, m)))
             bubble = round(ends / (m * sum(UNIT.values())) - 1, 9)
             proof.equal(f"{name} bubble, simulated", round(predicted_bubble(p, m), 9), bubble)

@@ -47,7 +47,8 @@ class CopyToGroup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # others may hold it: never in place
+        # A copy: autograd may hand this very tensor to others too (the residual, say).
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)  # payload: b s h
         return grad, None
 
@@ -82,7 +83,7 @@ class Cut:
     size: int
 
     def __call__(self, whole: Tensor) -> Tensor:
-        """This rank's part. Chunks as of torch.chunk: all as long as the first, but for the last."""
+        """This rank's part. Chunks as torch.chunk's: as long as the first, but for the last."""
         pieces = []
         for part in whole.split(self.parts, self.dim):
             start, stop = self.range(part.size(self.dim))
@@ -185,7 +186,8 @@ def parallelize(model: nn.Module, plan: dict, group: dist.ProcessGroup) -> nn.Mo
             if style not in STYLES:
                 raise ValueError(f"{pattern}: style {style!r} is none of {', '.join(STYLES)}")
             new = STYLES[style](module, parts, group)
-            _check(name, new.weight)
+            for n in new.weight.cut.parts:
+                check_width(name, n, group.size())
             new.weight = tied.setdefault(id(module.weight), new.weight)
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
@@ -193,14 +195,13 @@ def parallelize(model: nn.Module, plan: dict, group: dist.ProcessGroup) -> nn.Mo
     return model
 
 
-def _check(name: str, weight: nn.Parameter) -> None:
-    cut = weight.cut
-    for n in cut.parts:
-        if -(-n // cut.size) * (cut.size - 1) >= n:
-            raise ValueError(
-                f"{name}: {n} rows or columns leave one of {cut.size} ranks with none: "
-                "lower --tp or widen the model"
-            )
+def check_width(name: str, n: int, t: int) -> None:
+    """Raises ValueError if n rows or columns, cut into chunks, leave one of t ranks with none."""
+    if -(-n // t) * (t - 1) >= n:
+        raise ValueError(
+            f"{name}: {n} rows or columns in chunks of {-(-n // t)} leave one of t = {t} ranks "
+            "with none: lower --tp or widen the model"
+        )
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):

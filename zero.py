@@ -1,4 +1,4 @@
-"""ZeRO: data parallelism in which each rank owns, updates and remembers only its share of the state.
+"""ZeRO: data parallelism in which each rank updates and remembers only its share of the state.
 
               flat gradients of a bucket            flat parameters of the same bucket
       rank 0  [ g0 | .. | .. | .. ] --reduce-scatter--> sum in shard 0 -> optimizer -> [ w0 |    ]

@@ -1,0 +1,452 @@
+"""TP x PP x DP training of a GPT: the five strategies on one model, and the loop around them.
+
+                       tp: the ranks of a pair split every matrix      (innermost: one machine)
+                 .-----------.    .-----------.
+       dp 0      | r0     r1 | -> | r4     r5 |     pp: stage 0 -> stage 1, activations flow
+                 '-----------'    '-----------'         (outermost: the least traffic)
+                       |                |
+       dp 1      | r2     r3 | -> | r6     r7 |     dp: the same stage on other rows; gradients meet
+                 '-----------'    '-----------'
+
+The model is plain; the strategies transform it in one order, each seeing what the one before left:
+
+    GPT on meta -> take_stage -> parallelize -> weights drawn -> checkpoint_blocks -> DDP | ZeRO-1
+                   pipeline      tensor_parallel                 activation_ckpt     ddp | zero
+
+global_batch_size = d * m * micro_batch_size; m microbatches per step is derived, and is both the
+gradient accumulation and what fills the pipeline. What crosses axes stands here and nowhere else:
+the gradient norm, the tied embedding, where the loss is, who samples.
+
+    python train_3d.py                                          one process, nothing installed
+    torchrun --standalone --nproc-per-node 8 train_3d.py --tp 2 --pp 2 --zero 1     d = 8 / (2 2)
+
+Narayanan et al. 2021, Megatron-LM on GPU clusters (arXiv 2104.04473), sections 2 and 3.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import activation_ckpt
+import data
+import ddp
+import gpt
+import pipeline
+import tensor_parallel
+import zero
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """One line, from rank 0 only, and exit code 2 on every rank."""
+
+    def error(self, message: str):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train_3d.py: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def parser() -> Parser:
+    p = Parser("train_3d.py", description="Train a GPT over TP x PP x DP.", allow_abbrev=False)
+    add = p.add_argument
+    add("--model", default="nano", choices=gpt.MODELS, help="named sizes, which these override:")
+    for size in ("n-layer", "n-head", "n-embd", "vocab-size", "seq-len"):
+        add(f"--{size}", type=int, metavar="N")
+    add("--untied", action="store_true", help="a head of its own, not the embedding's matrix")
+    add("--attention", choices=("sdpa", "explicit"), default="sdpa")
+    add("--data", metavar="PATH", help="text file or folder, or .npy/.bin token ids "
+        "(default: the source of Python's standard library)")  # fmt: skip
+    add("--global-batch-size", type=int, default=32, help="rows a step, over all ranks")
+    add("--micro-batch-size", type=int, default=4, help="rows at a time on one rank")
+    add("--steps", type=int, default=300)
+    add("--lr", type=float, default=2e-3, help="peak learning rate; cosine down to a tenth")
+    add("--warmup-steps", type=int, metavar="N", help="default: max(1, steps // 10)")
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    add("--weight-decay", type=float, default=0.1, help="on matrices only")
+    add("--clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
+    add("--seed", type=int, default=0)
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="auto: cuda if every local rank has a GPU of its own, else cpu")  # fmt: skip
+    add("--tp", type=int, default=1, help="t: ranks that split every matrix")
+    add("--pp", type=int, default=1, help="p: stages; data parallelism is world size / (t p)")
+    add("--zero", type=int, choices=(0, 1), default=0, help="0: DDP, 1: optimizer states sharded")
+    add("--schedule", choices=pipeline.SCHEDULES, default="1f1b")
+    add("--recompute", choices=activation_ckpt.POLICIES, default="none")
+    add("--recompute-every", type=int, default=1, metavar="K", help="checkpoint 1 block of K")
+    add("--val-every", type=int, default=100, metavar="N", help="steps; 0: never")
+    add("--val-batches", type=int, default=4, help="global batches in a validation")
+    add("--print-every", type=int, default=10, metavar="N", help="steps")
+    add("--sample", type=int, default=0, metavar="N", help="tokens to generate at the end")
+    add("--log", metavar="FILE", help="one JSON object a line: a step, or a validation")
+    return p
+
+
+def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
+    """The model's configuration. Raises ValueError, from the configuration and the world size
+    alone, for everything that would otherwise fail later on some ranks and hang the others."""
+    sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len")
+    given = {k: getattr(args, k) for k in sizes if getattr(args, k) is not None}
+    config = dataclasses.replace(
+        gpt.MODELS[args.model], tied=not args.untied, attention=args.attention, **given
+    )
+    positive = ("tp", "pp", "global_batch_size", "micro_batch_size", "steps", "recompute_every",
+                "val_batches", "print_every")  # fmt: skip
+    values = {**dataclasses.asdict(config), **{k: getattr(args, k) for k in positive}}
+    for key in (*sizes, *positive):
+        if values[key] < 1:
+            raise ValueError(f"--{key.replace('_', '-')} is {values[key]}: give at least 1")
+    for key in ("lr", "weight_decay", "clip", "val_every", "sample", "warmup_steps", "seed"):
+        value = getattr(args, key)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{key.replace('_', '-')} is {value}: give 0 or more")
+    t, p, rows = args.tp, args.pp, args.micro_batch_size
+    if world_size % (t * p):
+        raise ValueError(
+            f"world size {world_size} is not --tp {t} x --pp {p} x d for any whole d: start a "
+            f"multiple of {t * p} ranks (torchrun --nproc-per-node), or change --tp or --pp"
+        )
+    d = world_size // (t * p)
+    if config.n_embd % config.n_head:
+        raise ValueError(
+            f"--n-embd {config.n_embd} is not divisible by --n-head {config.n_head}: change one"
+        )
+    if config.n_head % t:
+        raise ValueError(
+            f"--n-head {config.n_head} is not divisible by --tp {t}: heads are cut whole; "
+            "change one of them"
+        )
+    if args.global_batch_size % (d * rows):
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is not divisible by d {d} x "
+            f"--micro-batch-size {rows}: make it a multiple of {d * rows}"
+        )
+    if args.recompute_every > config.n_layer:
+        raise ValueError(
+            f"--recompute-every {args.recompute_every} is more than the {config.n_layer} blocks: "
+            "lower it"
+        )
+    pipeline.split_layers(config.n_layer, p)
+    tensor_parallel.check_width("--vocab-size", config.vocab_size, t)
+    return config
+
+
+def pick_device(name: str) -> tuple[torch.device, str]:
+    """(device of this rank, the line that says so). Raises ValueError where a GPU is missing."""
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    enough = gpus >= ranks
+    if name == "cuda" and not enough:
+        raise ValueError(
+            f"--device cuda: {ranks} local ranks and {gpus} GPUs; every rank needs one of its own: "
+            "start fewer ranks or use --device cpu"
+        )
+    if name == "cpu" or not enough:
+        return torch.device("cpu"), f"device cpu ({gpus} GPUs for {ranks} local ranks)"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device, f"device cuda ({gpus} GPUs for {ranks} local ranks)"
+
+
+# --- trainer --------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """One rank's part of the run. Needs an initialised default process group.
+
+    read(step, rows) -> (x, y): the rows of a step's global batch, each [len(rows), s].
+    The other arguments are seams for a fork: the initialisation, the model (built on meta), the
+    plan by which it is cut, the schedule, and how gradients meet."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        config: gpt.GPTConfig,
+        read: Callable,
+        device: torch.device,
+        draw: Callable | None = None,
+        model: Callable[[], nn.Module] | None = None,
+        plan: dict = tensor_parallel.GPT_PLAN,
+        schedule: Callable | None = None,
+        sync: Callable | None = None,
+    ):
+        self.args, self.config, self.read, self.device = args, config, read, device
+        self.dtype = DTYPES[args.dtype]
+        t, p = args.tp, args.pp
+        d = dist.get_world_size() // (t * p)
+        self.m = args.global_batch_size // (d * args.micro_batch_size)
+        self._make_groups(p, d, t)
+        self.stage, self.is_last = self.pp_group.rank(), self.pp_group.rank() == p - 1
+
+        with torch.device("meta"):  # a whole model that takes no memory
+            stage = model() if model else gpt.GPT(config)
+        pipeline.take_stage(stage, self.stage, p)
+        tensor_parallel.parallelize(stage, plan, self.tp_group)
+        draw = draw or functools.partial(gpt.gpt2_draw, n_layer=config.n_layer)
+        gpt.init_weights(stage, args.seed, self.dtype, device, draw)
+        activation_ckpt.checkpoint_blocks(stage.h, args.recompute, args.recompute_every)
+        self.model = stage
+
+        self.pipe = pipeline.Pipeline([stage], self.pp_group, self.dtype, device)
+        actions = (schedule or pipeline.SCHEDULES[args.schedule])(p, self.m)
+        self.program = pipeline.derive_programs(actions)[self.stage]
+        backwards = sum(action.kind == "B" for action in actions[self.stage])
+        sync = sync or (zero.Zero1 if args.zero else ddp.DDP)
+        self.sync = sync(gpt.named_parameters(stage), self.dp_group, backwards)
+        self.optimizer = self._make_optimizer()
+
+    def _make_groups(self, p: int, d: int, t: int) -> None:
+        mesh = dist.init_device_mesh(
+            self.device.type, (p, d, t), mesh_dim_names=("pp", "dp", "tp")
+        )
+        self.pp_group, self.dp_group, self.tp_group = (
+            mesh[name].get_group() for name in ("pp", "dp", "tp")
+        )
+        self.tied_group = None  # first and last stage of one pipeline: the holders of a tied wte
+        for ranks in mesh.mesh[[0, -1]].flatten(1).T.tolist():
+            group = dist.new_group(sorted(set(ranks)))  # every rank must make every group
+            if dist.get_rank() in ranks:
+                self.tied_group = group
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """Over the pieces that this rank updates; weight decay on matrices, embeddings included,
+        and not on biases and norms."""
+        groups = [{"params": [], "weight_decay": self.args.weight_decay},
+                  {"params": [], "weight_decay": 0.0}]  # fmt: skip
+        for _, piece, parameter, _ in self.sync.pieces():
+            groups[parameter.ndim < 2]["params"].append(piece)
+        groups = [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}]
+        if self.args.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=0.0, foreach=True)
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=True)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warmup, never 0, then cosine down to a tenth."""
+        args = self.args
+        warmup = args.warmup_steps if args.warmup_steps is not None else max(1, args.steps // 10)
+        if step < warmup:
+            return args.lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, args.steps - warmup)
+        return args.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+
+    def step(self, step: int) -> Tensor:
+        """One optimizer step on the global batch `step`. Returns [loss, gradient norm]: the mean
+        over the batch's valid tokens, before the update, and the norm before clipping; the same
+        numbers on every rank."""
+        self.sync.start()
+        loss = self._run(self.program, *self._my_rows(self.read, step))
+        self.sync.finish()  # gradients have met over dp, then the two uses of a tied wte
+        pieces = self.sync.pieces()
+        tied = [piece.grad for _, piece, p, _ in pieces if hasattr(p, "tied_name")]
+        pipeline.all_reduce_tied(tied, self.tied_group)
+        stats = self._global_stats(loss, pieces)
+        if self.args.clip > 0:
+            factor = (self.args.clip / (stats[1] + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([piece.grad for _, piece, _, _ in pieces], factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.optimizer.step()
+        self.sync.after_step()
+        return stats
+
+    def _my_rows(self, read: Callable, step: int) -> tuple[Tensor, Tensor]:
+        share = self.args.global_batch_size // self.dp_group.size()
+        rows = range(self.dp_group.rank() * share, (self.dp_group.rank() + 1) * share)
+        x, y = read(step, rows)
+        return x.to(self.device), y.to(self.device)
+
+    def _run(self, program: pipeline.Program, x: Tensor, y: Tensor) -> Tensor:
+        """This rank's share of the mean loss over the global batch."""
+        count = ddp.global_count(y, self.dp_group)
+        b = self.args.micro_batch_size
+        targets = y.split(b)
+
+        def loss_of(logits: Tensor, microbatch: int) -> Tensor:  # [b, s, v/t]
+            total = tensor_parallel.vocab_parallel_cross_entropy(
+                logits, targets[microbatch], self.model.lm_head, self.tp_group
+            )
+            return total / count
+
+        shape = (b, self.config.seq_len, self.config.n_embd)
+        return self.pipe.run(program, x.split(b), loss_of, shape)
+
+    def _global_stats(self, loss: Tensor, pieces: list) -> Tensor:
+        """Each rank adds what it alone answers for, and the world's sum is the whole: a gradient
+        that t or d ranks hold alike counts on the first of them, a shard where it is, and a tied
+        matrix on the first stage. The loss is alike on the tp ranks of the last stage."""
+        first_tp, first_dp = self.tp_group.rank() == 0, self.dp_group.rank() == 0
+        mine = [
+            piece.grad
+            for _, piece, p, _ in pieces
+            if (hasattr(p, "cut") or first_tp)
+            and (piece is not p or first_dp)  # a piece that is not the parameter is a shard
+            and not (hasattr(p, "tied_name") and self.stage > 0)
+        ]
+        norms = torch._foreach_norm(mine) if mine else [loss.new_zeros(())]
+        stats = torch.stack([loss * first_tp, torch.stack(norms).square().sum()])
+        dist.all_reduce(stats)  # payload: 2, over the world
+        stats[1].sqrt_()
+        return stats
+
+    @contextlib.contextmanager
+    def _evaluating(self):
+        self.model.eval()
+        with torch.no_grad():
+            yield
+        self.model.train()
+
+    def validate(self, read: Callable) -> Tensor:
+        """Mean loss over `val_batches` global batches read(index, rows) of held-out text."""
+        program = pipeline.derive_programs(pipeline.forward_only(self.args.pp, self.m))[self.stage]
+        loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        with self._evaluating():
+            for index in range(self.args.val_batches):
+                loss += self._run(program, *self._my_rows(read, index))
+        loss *= self.tp_group.rank() == 0
+        dist.all_reduce(loss)  # payload: 1, over the world
+        return loss / self.args.val_batches
+
+    def sample(self, prompt: Tensor, n: int, temperature: float = 0.8) -> Tensor:
+        """`prompt` [k] and n tokens more, one forward of the pipeline each; same on all ranks."""
+        program = pipeline.derive_programs(pipeline.forward_only(self.args.pp, 1))[self.stage]
+        generator, tokens = torch.Generator().manual_seed(self.args.seed), prompt.to(self.device)
+        for _ in range(n):
+            x = tokens[None, -self.config.seq_len :]
+            logits = torch.zeros(self.config.vocab_size, dtype=self.dtype, device=self.device)
+
+            def place(output: Tensor, _: int, logits: Tensor = logits) -> Tensor:
+                # Its own rows of the vocabulary, from each tp rank of one pipeline's last stage.
+                start, stop = self.model.lm_head.weight.cut.range(len(logits))
+                logits[start:stop] = output[0, -1] * (self.dp_group.rank() == 0)
+                return output.new_zeros(())
+
+            with self._evaluating():
+                self.pipe.run(program, [x], place, (*x.shape, self.config.n_embd))
+            dist.all_reduce(logits)  # payload: v, over the world
+            p = torch.softmax(logits.double().cpu() / temperature, dim=0)
+            token = torch.multinomial(p, 1, generator=generator)
+            tokens = torch.cat([tokens, token.to(self.device)])
+        return tokens
+
+
+# --- loop -----------------------------------------------------------------------------------------
+
+
+class Logger:
+    """Rank 0's progress lines and JSON rows. It reads numbers off the device every `print_every`
+    steps, and is the only one who does: a step never waits for its own loss."""
+
+    def __init__(self, args: argparse.Namespace, tokens_per_step: int):
+        self.args, self.tokens_per_step = args, tokens_per_step
+        self.is_main = int(os.environ.get("RANK", 0)) == 0
+        self.file = None
+        if args.log and self.is_main:
+            try:
+                self.file = open(args.log, "w", buffering=1)
+            except OSError as error:
+                raise ValueError(f"--log {args.log} cannot be written: {error.strerror}") from None
+        self.pending: list[tuple[int, Tensor, float]] = []
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    def step(self, step: int, stats: Tensor, lr: float) -> None:
+        self.pending.append((step, stats, lr))
+        if len(self.pending) < self.args.print_every and step + 1 < self.args.steps:
+            return
+        rows = torch.stack([stats for _, stats, _ in self.pending]).tolist()
+        seconds = (time.perf_counter() - self.since) / len(rows)
+        speed = self.tokens_per_step / seconds
+        for (number, _, rate), (loss, norm) in zip(self.pending, rows, strict=True):
+            self._write(step=number, loss=loss, grad_norm=norm, lr=rate, tokens_per_s=speed)
+        left = seconds * (self.args.steps - step - 1)
+        self.say(f"step {step + 1:5d}/{self.args.steps}  loss {loss:.4f}  norm {norm:.3f}  "
+                 f"lr {lr:.1e}  {speed:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
+        self.pending = []
+        self.start()
+
+    def validation(self, step: int, loss: Tensor) -> None:
+        self._write(step=step, val_loss=loss.item())
+        self.say(f"step {step + 1:5d}/{self.args.steps}  val loss {loss.item():.4f}")
+        self.start()  # validation is not training time
+
+    def say(self, line: str) -> None:
+        if self.is_main:
+            print(line, flush=True)
+
+    def _write(self, **row) -> None:
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+
+
+def join_ranks(device: torch.device) -> None:
+    """The process group of torchrun's ranks, or of this one process alone."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    try:
+        config = check(args, int(os.environ.get("WORLD_SIZE", 1)))
+        device, device_line = pick_device(args.device)
+        train, held_out = data.load(args.data, config.seq_len, config.vocab_size)
+        logger = Logger(args, args.global_batch_size * config.seq_len)
+    except ValueError as error:
+        parser().error(str(error))
+    join_ranks(device)
+    trainer = Trainer(
+        args, config, lambda s, rows: data.batch(train, s, rows, config.seq_len, args.seed), device
+    )
+    with torch.device("meta"):
+        size = sum(p.numel() for p in gpt.GPT(config).parameters())
+    logger.say(
+        f"{device_line}; {size / 1e6:.2f} M parameters in {args.dtype}; t={args.tp} p={args.pp} "
+        f"d={trainer.dp_group.size()}; {trainer.m} microbatches of {args.micro_batch_size} x "
+        f"{config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, recompute {args.recompute}"
+    )
+
+    def read_held_out(index: int, rows: range) -> tuple[Tensor, Tensor]:
+        start = index * args.global_batch_size
+        shifted = range(start + rows.start, start + rows.stop)
+        return data.validation_batch(held_out, shifted, config.seq_len)
+
+    val_loss = None
+    logger.start()
+    for step in range(args.steps):
+        logger.step(step, trainer.step(step), trainer.learning_rate(step))
+        if args.val_every and ((step + 1) % args.val_every == 0 or step + 1 == args.steps):
+            val_loss = trainer.validate(read_held_out)
+            logger.validation(step, val_loss)
+    if args.sample:
+        prompt = torch.from_numpy(held_out[:16].astype("int64"))
+        tokens = trainer.sample(prompt, args.sample).tolist()
+        is_text = not (args.data or "").endswith((".npy", ".bin"))
+        text = bytes(t for t in tokens if t < 256).decode("utf-8", "replace") if is_text else tokens
+        logger.say(f"--- sample ---\n{text}\n--------------")
+    if val_loss is not None:
+        logger.say(f"val loss {val_loss.item():.2f}")
+    dist.barrier()  # one that leaves early would break the others' connections
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
