@@ -1,0 +1,102 @@
+"""Layouts drawn at random through the oracle. A failure prints the line that replays it.
+
+    python -m tools.fuzz --n 20 --seed 0
+    python -m tools.fuzz --case '{"t": 2, "d": 2, "zero": 1}'
+
+One in eight or so of the configurations drawn is invalid; it must be refused with a ValueError.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+
+import measure
+import train_3d
+from tools.oracle import Case, judge
+
+
+def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
+    """Uniform over shapes rather than over layouts: odd sizes are as likely as even ones."""
+    sizes = (1, 1, 2, 2, 3, 4)
+    while True:
+        t, p, d = (rng.choice(sizes) for _ in range(3))
+        if t * p * d <= largest_world:
+            break
+    n_head = rng.choice((1, 2, 3, 4)) if rng.random() < 0.15 else t * rng.randint(1, 3)
+    n_layer = rng.randint(1, 6) if rng.random() < 0.15 else p + rng.randint(0, 3)
+    return Case(
+        t=t, p=p, d=d,
+        m=rng.randint(1, 6),
+        b=rng.randint(1, 3),
+        zero=rng.randint(0, 1),
+        schedule=rng.choice(("gpipe", "1f1b")),
+        recompute=rng.choice(("none", "full")),
+        every=rng.randint(1, 2 if n_layer > 1 else 1),
+        tied=rng.random() < 0.5,
+        optimizer=rng.choice(("adamw", "sgd")),
+        clip=rng.choice((0.0, 0.1, 1e9)),  # off, active, there but larger than the norm
+        masked=rng.random() < 0.7,
+        attention=rng.choice(("sdpa", "explicit")),
+        n_layer=n_layer,
+        n_head=n_head,
+        # At least 4: over 2 entries LayerNorm gives +-1 whatever they are, so the true gradient
+        # behind it is 0, and what is left to compare is rounding.
+        n_embd=n_head * rng.randint(-(-4 // n_head), 6),
+        vocab_size=rng.randint(5, 60),
+        seq_len=rng.randint(1, 12),
+        seed=rng.randint(0, 10**6),
+    )  # fmt: skip
+
+
+def refusal(case: Case) -> str | None:
+    """Why train_3d.py refuses this configuration, or None."""
+    try:
+        train_3d.check(train_3d.parser().parse_args(case.arguments()), case.world_size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def verdict(case: Case) -> tuple[bool, str]:
+    """(whether it is as it should be, one line)."""
+    reason = refusal(case)
+    if reason is not None:
+        return "\n" not in reason, f"refused: {reason}"
+    try:
+        errors = judge(case)
+    except (RuntimeError, AssertionError) as error:
+        return False, str(error).strip().splitlines()[-1]
+    line = "  ".join(f"{kind} {getattr(errors, kind):.0e}" for kind in errors._fields[:4])
+    return errors.worst <= measure.TOLERANCE, f"{line}  largest: {errors.where}"
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--n", type=int, default=20, help="layouts")
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--case", metavar="JSON", help="replay this one")
+    args = arguments.parse_args()
+    if args.case:
+        drawn = [Case(**json.loads(args.case))]
+    else:
+        rng = random.Random(args.seed)
+        drawn = [draw_case(rng) for _ in range(args.n)]
+    failed = refused = 0
+    since = time.monotonic()
+    for i, case in enumerate(drawn):
+        ok, line = verdict(case)
+        failed += not ok
+        refused += line.startswith("refused")
+        state = "ok  " if ok else "FAIL"
+        print(f"{i + 1:4d}/{len(drawn)} {state} t{case.t} p{case.p} d{case.d}  {line}", flush=True)
+        if not ok:
+            print(f"     replay: python -m tools.fuzz --case '{case}'", flush=True)
+    print(f"{len(drawn) - failed - refused} equal to one process, {refused} refused, "
+          f"{failed} failed; {time.monotonic() - since:.0f} s")  # fmt: skip
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""The judge: any layout of train_3d.Trainer against one process that knows no strategy.
+
+    case = Case(t=2, p=2, d=2)
+    judge(case)              Errors(loss=1e-16, norm=..., gradient=..., parameter=..., where=...)
+
+The one process is gpt.GPT, torch's cross entropy, clip_grad_norm_ and optimizer, on the whole batch
+at once. Ranks are forked (a few milliseconds each) and meet through a file; every rank compares
+everything it holds with its part of the one process's, cut by the code that cut the weights.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch._dynamo  # optimizers import it at their first step: once here, not in every rank
+import torch.distributed as dist
+from torch import Tensor
+
+import gpt
+import measure
+import train_3d
+
+STEPS = 3
+# AdamW divides a gradient by its own size + EPS. Where the true gradient is 0 (a key's bias) the
+# update is (rounding, about 1e-17) x lr / EPS: torch's default of 1e-8 would show it as 1e-12.
+EPS = 1e-5
+
+
+class Errors(NamedTuple):
+    """The largest relative error of each kind, over all ranks and tensors."""
+
+    loss: float
+    norm: float
+    gradient: float
+    parameter: float
+    where: str  # the tensor with the largest of them
+
+    @property
+    def worst(self) -> float:
+        """Infinite where one is not a number."""
+        return max(e if e == e else float("inf") for e in self[:4])
+
+
+@dataclasses.dataclass
+class Case:
+    """A layout and a model. m microbatches of b rows on each of d replicas."""
+
+    t: int = 1
+    p: int = 1
+    d: int = 1
+    m: int = 2
+    b: int = 2
+    zero: int = 0
+    schedule: str = "1f1b"
+    recompute: str = "none"
+    every: int = 1
+    tied: bool = True
+    optimizer: str = "adamw"
+    clip: float = 0.1  # far below the norm: active in every step
+    masked: bool = True
+    attention: str = "sdpa"
+    n_layer: int = 5
+    n_head: int = 12
+    n_embd: int = 24
+    vocab_size: int = 41
+    seq_len: int = 7
+    dtype: str = "float64"
+    seed: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.t * self.p * self.d
+
+    def arguments(self) -> list[str]:
+        """The command line of train_3d.py."""
+        pairs = {
+            "tp": self.t, "pp": self.p, "micro-batch-size": self.b,
+            "global-batch-size": self.d * self.m * self.b, "zero": self.zero,
+            "schedule": self.schedule, "recompute": self.recompute, "recompute-every": self.every,
+            "optimizer": self.optimizer, "clip": self.clip, "attention": self.attention,
+            "n-layer": self.n_layer, "n-head": self.n_head, "n-embd": self.n_embd,
+            "vocab-size": self.vocab_size, "seq-len": self.seq_len, "dtype": self.dtype,
+            "seed": self.seed, "steps": STEPS, "lr": 1e-3, "device": "cpu",
+        }  # fmt: skip
+        flags = [f"--{name}={value}" for name, value in pairs.items()]
+        return flags + ([] if self.tied else ["--untied"])
+
+    def __str__(self) -> str:
+        """Only what is not the default, as JSON."""
+        default = dataclasses.asdict(Case())
+        mine = dataclasses.asdict(self)
+        return json.dumps({k: v for k, v in mine.items() if v != default[k]})
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def launch(world_size: int, function: Callable, *args, timeout: float = 120.0) -> list:
+    """function(*args) on `world_size` forked ranks of a gloo group; its results, by rank. Raises
+    RuntimeError with the traceback of the first rank that failed, and leaves no process behind."""
+    context = multiprocessing.get_context("fork")
+    results, ends, processes = [None] * world_size, {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_child, args=(theirs, rank, world_size, f"{folder}/store", function, args)
+            )
+            process.start()
+            theirs.close()
+            ends[ours] = rank
+            processes.append(process)
+        deadline = time.monotonic() + timeout
+        try:
+            while ends:
+                left = deadline - time.monotonic()
+                ready = multiprocessing.connection.wait(list(ends), max(0.0, left))
+                if not ready:
+                    raise RuntimeError(f"ranks {sorted(ends.values())} hang: {timeout} s are over")
+                for end in ready:
+                    rank = ends.pop(end)
+                    try:
+                        ok, value = pickle.loads(end.recv_bytes())
+                    except EOFError:
+                        processes[rank].join()
+                        code = processes[rank].exitcode
+                        raise RuntimeError(f"rank {rank} died with exit code {code}") from None
+                    if not ok:
+                        raise RuntimeError(f"rank {rank} failed:\n{value}")
+                    results[rank] = value
+        finally:
+            for process in processes:
+                if ends:  # something went wrong: the others may wait for ever
+                    os.kill(process.pid, signal.SIGKILL)
+                process.join()
+    return results
+
+
+def _child(end, rank: int, world_size: int, store: str, function: Callable, args: tuple) -> None:
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size,
+            timeout=timedelta(seconds=60),
+        )  # fmt: skip
+        value = function(*args)
+        dist.barrier()
+        dist.destroy_process_group()
+        end.send_bytes(pickle.dumps((True, value)))
+    except BaseException:
+        end.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        os._exit(1)
+    # Not through Python's own exit: what pytest would do there is the parent's business.
+    os._exit(0)
+
+
+# --- both sides -----------------------------------------------------------------------------------
+
+
+def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Weights with nothing special in them: a bias of 0 or a norm of 1 would hide mistakes."""
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.1
+    return noise + 1.0 if len(shape) == 1 and name.endswith("weight") else noise
+
+
+def reader(case: Case) -> Callable:
+    """Random tokens; with `masked`, row r ignores its first targets, each row another number, so
+    that ranks hold different counts, and one row has none at all."""
+
+    def read(step: int, rows: range) -> tuple[Tensor, Tensor]:
+        xs, ys = [], []
+        for r in rows:
+            generator = torch.Generator().manual_seed(1000 * step + r)
+            row = torch.randint(case.vocab_size, (case.seq_len + 1,), generator=generator)
+            x, y = row[:-1].clone(), row[1:].clone()
+            if case.masked:
+                y[: (5 * r + 2) % (case.seq_len + 1)] = -1
+            xs.append(x)
+            ys.append(y)
+        return torch.stack(xs), torch.stack(ys)
+
+    return read
+
+
+def reference(case: Case, model: Callable | None = None) -> dict:
+    """One process, no strategies: losses, norms, last gradients (clipped), parameters."""
+    args = train_3d.parser().parse_args(case.arguments())
+    config = train_3d.check(args, case.world_size)
+    with torch.device("meta"):
+        whole = model() if model else gpt.GPT(config)
+    dtype = train_3d.DTYPES[case.dtype]
+    gpt.init_weights(whole, case.seed, dtype, "cpu", draw)
+    named = dict(gpt.named_parameters(whole))
+    groups = [
+        {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    sgd = case.optimizer == "sgd"
+    optimizer = (
+        torch.optim.SGD(groups, lr=0.0)
+        if sgd
+        else torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=EPS)
+    )
+    losses, norms = [], []
+    for step in range(STEPS):
+        x, y = reader(case)(step, range(args.global_batch_size))
+        optimizer.zero_grad()
+        loss = gpt.cross_entropy(whole(x), y) / (y >= 0).sum()
+        loss.backward()
+        clip = args.clip or float("inf")
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), clip))
+        losses.append(loss.detach())
+        for group in optimizer.param_groups:
+            group["lr"] = train_3d.Trainer.learning_rate(_Schedule(args), step)
+        optimizer.step()
+    return {
+        "loss": torch.stack(losses),
+        "norm": torch.stack(norms),
+        "gradient": {n: p.grad for n, p in named.items()},
+        "parameter": {n: p.detach() for n, p in named.items()},
+    }
+
+
+@dataclasses.dataclass
+class _Schedule:
+    args: object  # all that Trainer.learning_rate reads
+
+
+def layout(case: Case, expected: dict, seams: dict) -> dict:
+    """On each rank: train, and compare all that this rank holds."""
+    args = train_3d.parser().parse_args(case.arguments())
+    config = train_3d.check(args, case.world_size)
+    trainer = train_3d.Trainer(
+        args, config, reader(case), torch.device("cpu"), **({"draw": draw} | seams)
+    )
+    for group in trainer.optimizer.param_groups:
+        group["eps"] = EPS
+    stats = torch.stack([trainer.step(step) for step in range(STEPS)])
+    pieces = trainer.sync.pieces()
+    parts = dict(gpt.named_parameters(trainer.model))
+    part_of = {
+        kind: {
+            name: p.cut(expected[kind][name]) if hasattr(p, "cut") else expected[kind][name]
+            for name, p in parts.items()
+        }
+        for kind in ("gradient", "parameter")
+    }
+    gradients = {n: piece.grad.flatten() for n, piece, _, _ in pieces}
+    same = {n: part_of["gradient"][n].flatten()[at : at + t.numel()] for n, t, _, at in pieces}
+    return {
+        "loss": measure.relative_errors({"": stats[:, 0]}, {"": expected["loss"]}),
+        "norm": measure.relative_errors({"": stats[:, 1]}, {"": expected["norm"]}),
+        "gradient": measure.relative_errors(gradients, same),
+        "parameter": measure.relative_errors(parts, part_of["parameter"]),
+    }
+
+
+def judge(case: Case, seams: dict | None = None) -> Errors:
+    """One process, then the layout. `seams`: arguments of train_3d.Trainer. Raises AssertionError
+    where some gradient was compared by nobody, RuntimeError where a rank failed."""
+    seams = seams or {}
+    expected = launch(1, reference, case, seams.get("model"))[0]
+    ranks = launch(case.world_size, layout, case, expected, seams)
+    missing = set(expected["gradient"]).difference(*(r["gradient"] for r in ranks))
+    assert not missing, f"no rank has the gradients of {sorted(missing)}"
+    worst = {
+        kind: max((error, f"{kind} {name}") for r in ranks for name, error in r[kind].items())
+        for kind in ("loss", "norm", "gradient", "parameter")
+    }
+    return Errors(*(error for error, _ in worst.values()), where=max(worst.values())[1])

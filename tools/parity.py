@@ -1,0 +1,64 @@
+"""Every valid (t, p, d, ZeRO, schedule) on NPROC ranks beside one process: one table.
+
+Left, in float64: the layout's largest relative error. It is a few roundings; a bug is not. Right,
+the same layout in float32 beside one process in float32: what rounding alone does, sums being in
+another order. So: is the difference that you see a bug? If it goes from 1e-6 to 1e-15 when you
+change the dtype, it was rounding.
+
+    python -m tools.parity --nproc 8
+"""
+
+import argparse
+import sys
+import time
+
+import measure
+from tools.oracle import Case, judge
+
+KINDS = ("loss", "norm", "gradient", "parameter")
+
+
+def cases(nproc: int, n_head: int, n_layer: int) -> list[Case]:
+    """Every way to write nproc = t p d with whole heads and no empty stage; every option that means
+    something there."""
+    sizes = [
+        (t, p, nproc // (t * p))
+        for t in range(1, nproc + 1)
+        for p in range(1, nproc + 1)
+        if nproc % (t * p) == 0 and n_head % t == 0 and p <= n_layer
+    ]
+    return [
+        Case(t=t, p=p, d=d, m=max(2, p - 1), zero=z, schedule=schedule, n_head=n_head,
+             n_embd=2 * n_head, n_layer=n_layer)
+        for t, p, d in sizes
+        for z in ((0, 1) if d > 1 else (0,))
+        for schedule in (("gpipe", "1f1b") if p > 1 else ("1f1b",))
+    ]  # fmt: skip
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--nproc", type=int, default=8, metavar="N", help="ranks")
+    nproc = arguments.parse_args().nproc
+    heading = "".join(f"{kind:>11s}" for kind in KINDS)
+    print(" t  p  d  zero schedule | float64" + heading + " | float32" + heading)
+    failed, since = 0, time.monotonic()
+    for case in cases(nproc, n_head=24, n_layer=9):
+        errors = judge(case)
+        case.dtype = "float32"
+        rounding = judge(case)
+        ok = errors.worst <= measure.TOLERANCE
+        failed += not ok
+        numbers = ["".join(f"{error:11.1e}" for error in e[:4]) for e in (errors, rounding)]
+        print(
+            f"{case.t:2d} {case.p:2d} {case.d:2d}  {case.zero:4d} {case.schedule:8s} |        "
+            f"{numbers[0]} |        {numbers[1]}  {'ok' if ok else 'MISMATCH'}",
+            flush=True,
+        )
+    print(f"{failed} mismatches (float64 beyond {measure.TOLERANCE:.0e}); "
+          f"{time.monotonic() - since:.0f} s")  # fmt: skip
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
