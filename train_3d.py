@@ -17,8 +17,9 @@ global_batch_size = d * m * micro_batch_size; m microbatches per step is derived
 gradient accumulation and what fills the pipeline. What crosses axes stands here and nowhere else:
 the gradient norm, the tied embedding, where the loss is, who samples.
 
-    python train_3d.py                                          one process, nothing installed
-    torchrun --standalone --nproc-per-node 8 train_3d.py --tp 2 --pp 2 --zero 1     d = 8 / (2 2)
+    python train_3d.py                                       one process
+    torchrun --standalone --nproc-per-node 8 -- train_3d.py --tp 2 --pp 2 --zero 1       d = 8/4
+    (the lone -- keeps torchrun from taking our --log for a short form of its own --log-dir)
 
 Narayanan et al. 2021, Megatron-LM on GPU clusters (arXiv 2104.04473), sections 2 and 3.
 """

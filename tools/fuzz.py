@@ -46,6 +46,7 @@ def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
         n_embd=n_head * rng.randint(-(-4 // n_head), 6),
         vocab_size=rng.randint(5, 60),
         seq_len=rng.randint(1, 12),
+        bucket_bytes=rng.choice((1, 500, 3000, 10**9)),
         seed=rng.randint(0, 10**6),
     )  # fmt: skip
 

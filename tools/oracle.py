@@ -9,6 +9,7 @@ everything it holds with its part of the one process's, cut by the code that cut
 """
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -27,9 +28,11 @@ import torch._dynamo  # optimizers import it at their first step: once here, not
 import torch.distributed as dist
 from torch import Tensor
 
+import ddp
 import gpt
 import measure
 import train_3d
+import zero
 
 STEPS = 3
 # AdamW divides a gradient by its own size + EPS. Where the true gradient is 0 (a key's bias) the
@@ -75,6 +78,7 @@ class Case:
     n_embd: int = 24
     vocab_size: int = 41
     seq_len: int = 7
+    bucket_bytes: int = 3000  # a few buckets at these sizes; the default would always be one
     dtype: str = "float64"
     seed: int = 0
 
@@ -241,9 +245,9 @@ def layout(case: Case, expected: dict, seams: dict) -> dict:
     """On each rank: train, and compare all that this rank holds."""
     args = train_3d.parser().parse_args(case.arguments())
     config = train_3d.check(args, case.world_size)
-    trainer = train_3d.Trainer(
-        args, config, reader(case), torch.device("cpu"), **({"draw": draw} | seams)
-    )
+    sync = functools.partial(zero.Zero1 if case.zero else ddp.DDP, bucket_bytes=case.bucket_bytes)
+    seams = {"draw": draw, "sync": sync} | seams
+    trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"), **seams)
     for group in trainer.optimizer.param_groups:
         group["eps"] = EPS
     stats = torch.stack([trainer.step(step) for step in range(STEPS)])

@@ -1,0 +1,93 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+import ddp
+import measure
+from tools.oracle import launch
+
+
+def model() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)]
+    return torch.nn.Sequential(*layers).double()
+
+
+def rows(rank: int, microbatch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(10 * rank + microbatch)
+    return torch.randn(4, 5, dtype=torch.float64, generator=generator)
+
+
+def naive_and_bucketed():
+    group, m = dist.group.WORLD, 3
+    naive, bucketed = model(), model()
+    sync = ddp.DDP(bucketed.named_parameters(), group, m, bucket_bytes=100)
+    seen = measure.Collectives({"dp": group})
+    for step in range(2):  # twice: counters and buckets must start afresh
+        naive.zero_grad()
+        sync.start()
+        for i in range(m):
+            x = rows(group.rank(), 10 * step + i)
+            naive(x).sum().backward()
+            with seen:
+                bucketed(x).sum().backward()
+                if i < m - 1:
+                    assert len(seen.calls) == step * len(sync.buckets), "met too early"
+        launched_in_backward = len(sync.launched)
+        sync.finish()
+        ddp.all_reduce_gradients(naive.parameters(), group)
+    for a, b in zip(naive.parameters(), bucketed.parameters(), strict=True):
+        if group.size() == 2:  # two numbers have one sum
+            assert torch.equal(a.grad, b.grad)
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-13, atol=0)
+    assert launched_in_backward == len(sync.buckets), "a bucket waited for the end of backward"
+    return seen.total("dp", "all_reduce", "backward"), len(sync.buckets)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_bucketed_equals_naive_and_leaves_during_the_last_backward(d):
+    for total, buckets in launch(d, naive_and_bucketed):
+        psi = sum(p.numel() for p in model().parameters())
+        assert buckets == 2
+        assert total == (2 * buckets, 2 * ddp.predicted_payload(psi))
+
+
+def unused():
+    group = dist.group.WORLD
+    for bucketed in (True, False):
+        net = model()
+        net.spare = torch.nn.Linear(2, 2).double()
+        sync = ddp.DDP(net.named_parameters(), group, 1, bucket_bytes=1) if bucketed else None
+        y = net[0](rows(0, 0)).sum()
+        # Rank 1 uses the spare layer, rank 0 does not; nobody uses the last one.
+        (y + net.spare(torch.ones(2, dtype=torch.float64)).sum() * group.rank()).backward()
+        sync.finish() if sync else ddp.all_reduce_gradients(net.parameters(), group)
+        assert torch.equal(net.spare.bias.grad, torch.ones(2, dtype=torch.float64))
+        assert torch.equal(net[2].weight.grad, torch.zeros_like(net[2].weight))
+
+
+def test_a_parameter_unused_on_some_ranks():
+    launch(2, unused)
+
+
+def too_many():
+    net = model()
+    sync = ddp.DDP(net.named_parameters(), dist.group.WORLD, 1)
+    sync.start()
+    net(rows(0, 0)).sum().backward()
+    net(rows(0, 0)).sum().backward()
+
+
+def test_an_accumulation_too_many_is_an_error():
+    with pytest.raises(RuntimeError, match="more than 1 accumulations in a step"):
+        launch(1, too_many)
+
+
+def count():
+    rank = dist.get_rank()
+    targets = torch.tensor([[3, -1, -1], [-1, -1, -1]]) if rank else torch.zeros(2, 3).long()
+    return ddp.global_count(targets, dist.group.WORLD).item()
+
+
+def test_the_count_is_of_tokens_and_not_a_mean_of_ranks():
+    assert launch(2, count) == [7, 7]

@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+
+import gpt
+
+
+def small(**changes) -> gpt.GPTConfig:
+    sizes = dict(n_layer=3, n_head=2, n_embd=16, vocab_size=23, seq_len=8)
+    return gpt.GPTConfig(**(sizes | changes))
+
+
+def test_parameter_names_are_gpt2s():
+    names = [name for name, _ in gpt.named_parameters(gpt.build(small()))]
+    block = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"]
+    expected = ["wte.weight", "wpe.weight"]
+    for i in range(3):
+        expected += [f"h.{i}.{layer}.{kind}" for layer in block for kind in ("weight", "bias")]
+    assert names == expected + ["ln_f.weight", "ln_f.bias"]
+    untied = [name for name, _ in gpt.named_parameters(gpt.build(small(tied=False)))]
+    assert untied == names + ["lm_head.weight"]
+
+
+def test_named_sizes_have_the_published_numbers_of_parameters():
+    published = {"gpt2": 124.44e6, "gpt2-medium": 354.82e6, "gpt2-large": 774.03e6,
+                 "gpt2-xl": 1557.61e6}  # fmt: skip
+    for name, numel in published.items():
+        with torch.device("meta"):
+            model = gpt.GPT(gpt.MODELS[name])
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(numel, rel=1e-4)
+
+
+def test_explicit_attention_equals_sdpa():
+    x = torch.randint(23, (2, 8), generator=torch.Generator().manual_seed(0))
+    grads = {}
+    for kind in ("explicit", "sdpa"):
+        model = gpt.build(small(attention=kind), dtype=torch.float64)
+        gpt.cross_entropy(model(x), x).backward()
+        grads[kind] = [p.grad for p in model.parameters()]
+    for a, b in zip(*grads.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
+
+
+def test_no_token_sees_the_future():
+    model = gpt.build(small(), dtype=torch.float64)
+    x = torch.randint(23, (1, 8), generator=torch.Generator().manual_seed(0))
+    changed = x.clone()
+    changed[0, 5] = (x[0, 5] + 1) % 23
+    a, b = model(x), model(changed)
+    assert torch.equal(a[:, :5], b[:, :5])
+    assert not torch.equal(a[:, 5:], b[:, 5:])
+
+
+def test_initialisation_is_a_function_of_seed_and_name():
+    whole = dict(gpt.named_parameters(gpt.build(small(), seed=3)))
+    deeper = dict(gpt.named_parameters(gpt.build(small(n_layer=5), seed=3)))
+    assert torch.equal(whole["h.1.attn.c_attn.weight"], deeper["h.1.attn.c_attn.weight"])
+    other = dict(gpt.named_parameters(gpt.build(small(), seed=4)))
+    for name, p in whole.items():
+        if p.ndim == 2:  # biases are 0 and norms 1 under any seed
+            assert not torch.equal(p, other[name]), name
+    blocks = [whole[f"h.{i}.mlp.c_fc.weight"] for i in range(3)]
+    assert not torch.equal(blocks[0], blocks[1]) and not torch.equal(blocks[1], blocks[2])
+
+
+def test_initialisation_has_gpt2s_scales():
+    model = gpt.build(small(n_layer=2, n_embd=128))
+    scale = {"c_attn": 0.02, "c_fc": 0.02, "c_proj": 0.02 / math.sqrt(4), "wte": 0.02, "wpe": 0.02}
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            expected = next(v for k, v in scale.items() if k in name)
+            assert p.std().item() == pytest.approx(expected, rel=0.1), name
+        else:
+            assert torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
+
+
+def test_the_loss_is_a_sum_over_valid_tokens():
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = torch.tensor([[1, -1, 4], [-1, -1, 0]])
+    expected = -sum(
+        logits[i, j].log_softmax(0)[targets[i, j]] for i, j in ((0, 0), (0, 2), (1, 2))
+    )
+    torch.testing.assert_close(gpt.cross_entropy(logits, targets), expected, rtol=0, atol=1e-14)
+    assert gpt.cross_entropy(logits, torch.full((2, 3), -1)) == 0.0
+
+
+def test_odd_sizes_are_refused():
+    with pytest.raises(ValueError, match="15 is not divisible by n_head 2"):
+        gpt.GPT(small(n_embd=15))

@@ -1,0 +1,64 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+import measure
+import zero
+from tools.oracle import launch
+
+
+def every_operation():
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    a, b = mesh["a"].get_group(), mesh["b"].get_group()
+    x, two = torch.ones(6), torch.ones(12)
+    p = torch.ones(5, requires_grad=True)
+    p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad, group=b))
+    with measure.Collectives({"a": a, "b": b}) as seen:
+        dist.all_reduce(x, group=a)
+        zero.all_gather(two, x, group=a)
+        zero.reduce_scatter(x, two, group=a)
+        dist.broadcast(x, group=b, group_src=0)
+        call = dist.isend if b.rank() == 0 else dist.irecv
+        for work in dist.batch_isend_irecv([dist.P2POp(call, x, group=b, group_peer=1 - b.rank())]):
+            work.wait()
+        (p * 2).sum().backward()
+    dist.all_reduce(x, group=a)  # not watched any more
+    return [tuple(call) for call in seen.calls], b.rank()
+
+
+def test_every_collective_is_seen_with_group_payload_and_phase():
+    f = torch.float32
+    for calls, rank in launch(4, every_operation):
+        assert calls == [
+            ("all_reduce", "a", 6, f, "forward"),
+            ("all_gather", "a", 12, f, "forward"),
+            ("reduce_scatter", "a", 12, f, "forward"),
+            ("broadcast", "b", 6, f, "forward"),
+            ("recv" if rank else "send", "b", 6, f, "forward"),
+            ("all_reduce", "b", 5, f, "backward"),
+        ]
+
+
+def test_bytes_held_counts_storages_once():
+    flat = torch.zeros(10)
+    assert measure.bytes_held([flat[:3], flat[3:], flat, torch.zeros(2, dtype=torch.int64)]) == 56
+
+
+def test_saved_activations_count_storages_and_not_weights():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    with measure.SavedActivations(net) as saved:
+        net(x)
+    assert saved.bytes == 4 * (5 * 3 + 5 * 4)  # the first input; ReLU's output, for two layers
+    with measure.SavedActivations(net, ignore=[x]) as saved:
+        net(x)
+    assert saved.bytes == 4 * 5 * 4
+
+
+def test_relative_errors():
+    expected = {"a": torch.tensor([4.0, -8.0]), "zero": torch.zeros(2), "b": torch.tensor([1e-3])}
+    actual = {"a": torch.tensor([4.0, -6.0]), "zero": torch.tensor([0.0, 8e-12])}
+    errors = measure.relative_errors(actual, expected)
+    assert errors == pytest.approx({"a": 0.25, "zero": 1e-6})
+    nan = measure.relative_errors({"a": torch.tensor([float("nan"), 0.0])}, expected)
+    assert nan["a"] != nan["a"]

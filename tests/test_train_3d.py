@@ -1,0 +1,223 @@
+"""The command line: what it refuses, what it logs, and that a launched run is the one process."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_3d
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--n-layer 2 --n-head 2 --n-embd 16 --seq-len 16 --global-batch-size 8 --micro-batch-size 2 "
+    "--steps 4 --dtype float64 --val-batches 1 --device cpu"
+).split()
+
+
+@pytest.fixture
+def text(tmp_path) -> str:
+    path = tmp_path / "text"
+    path.write_bytes(b"to be or not to be, that is the question. " * 60)
+    return str(path)
+
+
+def run(*arguments, ranks: int = 0, threads: int = 1, **options) -> subprocess.CompletedProcess:
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node".split()
+    command = [sys.executable, *((*launcher, str(ranks), "--") if ranks else ()), "train_3d.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True,
+        text=True, timeout=120, **options,
+    )  # fmt: skip
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, world_size, message",
+    [
+        ("--tp 2 --pp 2", 6, "world size 6 is not --tp 2 x --pp 2 x d .* multiple of 4 ranks"),
+        ("--tp 3", 3, "--n-head 4 is not divisible by --tp 3"),
+        ("--n-embd 30", 1, "--n-embd 30 is not divisible by --n-head 4"),
+        ("--pp 5", 5, "5 stages for 4 blocks: lower --pp or raise --n-layer"),
+        ("--global-batch-size 30", 4, "30 is not divisible by d 4 x --micro-batch-size 4: .* 16"),
+        ("--tp 4 --vocab-size 5", 4, "--vocab-size: 5 rows .* t = 4 ranks with none"),
+        ("--data /no/such/file", 1, "--data /no/such/file does not exist"),
+        ("--data {empty}", 1, r"is empty \(0 bytes\)"),
+        ("--data {text} --seq-len 4000", 1, "holds 2520 tokens and needs 8002"),
+        ("--data {text} --vocab-size 100", 1, "holds token id 117, outside the vocabulary 0..99"),
+        ("--dtype float8", 1, "--dtype: invalid choice: 'float8'.*float32.*float64"),
+        ("--schedule zb-v", 1, "--schedule: invalid choice: 'zb-v'.*gpipe.*1f1b"),
+        ("--model gpt-5", 1, "--model: invalid choice: 'gpt-5'.*gpt2-xl"),
+        ("--zero 2", 1, "--zero: invalid choice: 2"),
+        ("--recompute selective", 1, "--recompute: invalid choice: 'selective'"),
+        ("--recompute-every 5", 1, "--recompute-every 5 is more than the 4 blocks"),
+        ("--sequence-parallel", 1, "unrecognized arguments: --sequence-parallel"),
+        ("--step 3", 1, "unrecognized arguments: --step 3"),  # no guessing at abbreviations
+        ("--steps 0", 1, "--steps is 0: give at least 1"),
+        ("--tp -2", 1, "--tp is -2: give at least 1"),
+        ("--lr -1", 1, "--lr is -1.0: give 0 or more"),
+        ("--clip nan", 1, "--clip is nan: give 0 or more"),
+        ("--device cuda", 1, "--device cuda: 1 local ranks and 0 GPUs"),
+        ("--log /no/such/folder/log", 1, "--log /no/such/folder/log cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_collective(
+    arguments, world_size, message, text, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "empty").touch()
+    arguments = arguments.format(text=text, empty=tmp_path / "empty").split()
+    monkeypatch.setattr(sys, "argv", ["train_3d.py", *arguments])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(train_3d, "join_ranks", lambda device: pytest.fail("it went on"))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    if "--data" not in arguments:  # quicker than the standard library
+        monkeypatch.setattr("data.read", lambda path: np.zeros(1000, dtype=np.uint8))
+    for rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        if rank and "--log" in arguments:
+            continue  # only rank 0 has a log
+        with pytest.raises(SystemExit) as exit_:
+            train_3d.main()
+        assert exit_.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == lines
+        if lines:
+            assert re.match(f"train_3d.py: error: .*{message}", captured.err), captured.err
+
+
+def test_a_gpu_for_every_local_rank_or_none(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for ranks, expected in ((4, "cuda:3"), (5, "cpu")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        device, line = train_3d.pick_device("auto")
+        assert str(device) == expected and f"4 GPUs for {ranks} local ranks" in line
+    with pytest.raises(ValueError, match="5 local ranks and 4 GPUs"):
+        train_3d.pick_device("cuda")
+
+
+def test_refused_under_torchrun_too():
+    start = time.monotonic()
+    result = run("--tp", 3, ranks=2)
+    ours = [line for line in result.stderr.splitlines() if line.startswith("train_3d.py: error:")]
+    assert result.returncode != 0 and len(ours) == 1 and "multiple of 3 ranks" in ours[0]
+    assert "train_3d.py\", line" not in result.stderr, "a traceback of ours"
+    assert time.monotonic() - start < 60
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def read_log(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_launched_runs_are_the_plain_one(text, tmp_path):
+    """The same command, plain with 1 and 2 threads and under torchrun: rows, validation, sample."""
+    logs, samples = {}, {}
+    launches = {
+        "plain": (0, 1, ""),
+        "two threads": (0, 2, ""),
+        "t2 p2": (4, 1, "--tp 2 --pp 2"),
+        "p2 d2 zero": (4, 1, "--pp 2 --zero 1 --schedule gpipe --recompute full"),
+    }
+    for name, (ranks, threads, layout) in launches.items():
+        log = tmp_path / name
+        result = run(*TINY, "--data", text, "--sample", 20, "--log", log, "--val-every", 2,
+                     *layout.split(), ranks=ranks, threads=threads)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        logs[name] = read_log(log)
+        samples[name] = result.stdout.split("--- sample ---")[1].split("val loss")[0]
+        val_loss = logs[name][-1]["val_loss"]
+        assert result.stdout.splitlines()[-1] == f"val loss {val_loss:.2f}"
+    for name, rows in logs.items():
+        assert [set(row) for row in rows] == [
+            {"step", "val_loss"} if i in (2, 5) else
+            {"step", "loss", "grad_norm", "lr", "tokens_per_s"} for i in range(6)
+        ]  # fmt: skip
+        assert [row["step"] for row in rows] == [0, 1, 1, 2, 3, 3]
+        assert samples[name] == samples["plain"]
+        for row, plain in zip(rows, logs["plain"], strict=True):
+            for key in ("loss", "grad_norm", "lr", "val_loss"):
+                assert row.get(key) == pytest.approx(plain.get(key), rel=1e-12, abs=0), (name, key)
+
+
+def test_warmup_and_cosine():
+    args = train_3d.parser().parse_args("--steps 40 --lr 1".split())
+    rate = [train_3d.Trainer.learning_rate(type("", (), {"args": args}), s) for s in range(40)]
+    assert rate[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])  # 40 // 10 steps of warmup
+    assert all(a > b for a, b in zip(rate[4:], rate[5:], strict=False))
+    assert 0.1 < rate[-1] < 0.11
+    for steps, warmup in ((1, 1), (5, 1), (100, 10)):
+        args = train_3d.parser().parse_args(["--steps", str(steps), "--lr", "1"])
+        first = train_3d.Trainer.learning_rate(type("", (), {"args": args}), 0)
+        assert first == pytest.approx(1 / warmup)
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(text):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    job = subprocess.Popen(
+        [*command, "2", "--", "train_3d.py", *TINY, "--data", text, "--steps", "1000000", "--pp", "2",
+         "--val-every", "0", "--print-every", "1"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        for line in job.stdout:
+            if line.startswith("step"):
+                break
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        ranks = {
+            re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes()).group(1): pid
+            for pid in children
+        }
+        start = time.monotonic()
+        os.kill(int(ranks[b"1"]), signal.SIGKILL)
+        _, errors = job.communicate(timeout=60)
+        assert job.returncode != 0 and time.monotonic() - start < 60
+        assert re.search(r"rank\s*: 1 ", errors) and "Signal 9 (SIGKILL)" in errors, errors
+    finally:
+        job.kill()
+        job.wait()
+
+
+# --- what it promises about itself ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "file", ["ddp.py", "zero.py", "tensor_parallel.py", "pipeline.py", "activation_ckpt.py"]
+)
+def test_the_proof_of_each_strategy_file(file):
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    result = subprocess.run(
+        [sys.executable, *launcher, file], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "one process" in result.stdout and "predicted" in result.stdout
+    assert "measured" in result.stdout and "MISMATCH" not in result.stdout
+
+
+def test_a_failed_proof_fails(tmp_path):
+    """The frame of the proofs, with a cost that was predicted wrongly on one rank only."""
+    script = tmp_path / "wrong.py"
+    script.write_text(
+        "import measure\n"
+        "with measure.Proof('wrong.py') as proof:\n"
+        "    proof.equal('calls', 3, 3 + proof.group.rank())\n"
+    )
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    result = subprocess.run(
+        [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert result.returncode != 0 and "MISMATCH" in result.stdout
