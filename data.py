@@ -103,6 +103,13 @@ def validation_batch(
     return _windows(tokens, [(row % count) * seq_len for row in rows], seq_len)
 
 
+def decode(tokens: list[int], path: str | None) -> str:
+    """Bytes as text; ids of a `.npy` or `.bin` corpus, whose tokenizer is not here, as ids."""
+    if (path or "").endswith((".npy", ".bin")):
+        return " ".join(map(str, tokens))
+    return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
+
+
 def _windows(tokens: np.ndarray, starts: list[int], seq_len: int) -> tuple[Tensor, Tensor]:
     rows = np.stack([tokens[i : i + seq_len + 1] for i in starts]).astype(np.int64)
     return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())

@@ -25,6 +25,7 @@ Li et al. 2020, PyTorch Distributed (arXiv 2006.15704), section 3.2; Goyal et al
 (arXiv 1706.02677), section 2, on summing and averaging.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 
 import torch
@@ -88,6 +89,7 @@ class DDP:
         self.parameters = list(parameters)
         self.group, self.accumulations, self.reduce = group, accumulations, reduce
         self.buckets: list[Tensor] = []  # flat gradients
+        me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
         self.bucket_of: dict[nn.Parameter, int] = {}
         for members in self._split(bucket_bytes):
             flat = members[0].new_zeros(sum(p.numel() for p in members))
@@ -96,7 +98,7 @@ class DDP:
                 # The gradient is a view: backward accumulates into the bucket, nothing is copied.
                 p.grad = flat[offset : offset + p.numel()].view_as(p)
                 self.bucket_of[p] = len(self.buckets)
-                p.register_post_accumulate_grad_hook(self._accumulated)
+                p.register_post_accumulate_grad_hook(lambda p: me()._accumulated(p))
                 offset += p.numel()
             self.buckets.append(flat)
         self.start()

@@ -12,6 +12,9 @@ predicts its costs by formulas; these instruments are the other side of each `pr
 """
 
 import collections
+import json
+import os
+import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -128,6 +131,53 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
     def by_shape(self) -> dict[tuple, int]:
         """How many storages of which (shape, dtype): to find where a formula and a count differ."""
         return dict(collections.Counter((tuple(t.shape), t.dtype) for t in self._seen.values()))
+
+
+class Logger:
+    """Rank 0's progress lines and JSON rows. It reads numbers off the device every `print_every`
+    steps, and is the only one who does: a step never waits for its own loss."""
+
+    def __init__(self, path: str | None, steps: int, print_every: int, tokens_per_step: int):
+        self.steps, self.print_every, self.tokens_per_step = steps, print_every, tokens_per_step
+        self.is_main = int(os.environ.get("RANK", 0)) == 0
+        self.file = None
+        if path and self.is_main:
+            try:
+                self.file = open(path, "w", buffering=1)
+            except OSError as error:
+                raise ValueError(f"--log {path} cannot be written: {error.strerror}") from None
+        self.pending: list[tuple[int, Tensor, float]] = []
+
+    def start(self) -> None:
+        self.since = time.perf_counter()
+
+    def step(self, step: int, stats: Tensor, lr: float) -> None:
+        self.pending.append((step, stats, lr))
+        if len(self.pending) < self.print_every and step + 1 < self.steps:
+            return
+        rows = torch.stack([stats for _, stats, _ in self.pending]).tolist()
+        seconds = (time.perf_counter() - self.since) / len(rows)
+        speed = self.tokens_per_step / seconds
+        for (number, _, rate), (loss, norm) in zip(self.pending, rows, strict=True):
+            self._write(step=number, loss=loss, grad_norm=norm, lr=rate, tokens_per_s=speed)
+        left = seconds * (self.steps - step - 1)
+        self.say(f"step {step + 1:5d}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  "
+                 f"lr {lr:.1e}  {speed:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
+        self.pending = []
+        self.start()
+
+    def validation(self, step: int, loss: Tensor) -> None:
+        self._write(step=step, val_loss=loss.item())
+        self.say(f"step {step + 1:5d}/{self.steps}  val loss {loss.item():.4f}")
+        self.start()  # validation is not training time
+
+    def say(self, line: str) -> None:
+        if self.is_main:
+            print(line, flush=True)
+
+    def _write(self, **row) -> None:
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
 
 
 TOLERANCE = 1e-12  # of float64; rounding of sums in another order stays below, bugs do not

@@ -25,14 +25,12 @@ Narayanan et al. 2021, Megatron-LM on GPU clusters (arXiv 2104.04473), sections 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
-import json
+import gc
 import math
 import os
 import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -43,6 +41,7 @@ import activation_ckpt
 import data
 import ddp
 import gpt
+import measure
 import pipeline
 import tensor_parallel
 import zero
@@ -106,16 +105,7 @@ def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
     config = dataclasses.replace(
         gpt.MODELS[args.model], tied=not args.untied, attention=args.attention, **given
     )
-    positive = ("tp", "pp", "global_batch_size", "micro_batch_size", "steps", "recompute_every",
-                "val_batches", "print_every")  # fmt: skip
-    values = {**dataclasses.asdict(config), **{k: getattr(args, k) for k in positive}}
-    for key in (*sizes, *positive):
-        if values[key] < 1:
-            raise ValueError(f"--{key.replace('_', '-')} is {values[key]}: give at least 1")
-    for key in ("lr", "weight_decay", "clip", "val_every", "sample", "warmup_steps", "seed"):
-        value = getattr(args, key)
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"--{key.replace('_', '-')} is {value}: give 0 or more")
+    _check_ranges(args, dataclasses.asdict(config), sizes)
     t, p, rows = args.tp, args.pp, args.micro_batch_size
     if world_size % (t * p):
         raise ValueError(
@@ -145,6 +135,19 @@ def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
     pipeline.split_layers(config.n_layer, p)
     tensor_parallel.check_width("--vocab-size", config.vocab_size, t)
     return config
+
+
+def _check_ranges(args: argparse.Namespace, config: dict, sizes: tuple[str, ...]) -> None:
+    positive = ("tp", "pp", "global_batch_size", "micro_batch_size", "steps", "recompute_every",
+                "val_batches", "print_every")  # fmt: skip
+    for key in (*sizes, *positive):
+        value = config[key] if key in sizes else getattr(args, key)
+        if value < 1:
+            raise ValueError(f"--{key.replace('_', '-')} is {value}: give at least 1")
+    for key in ("lr", "weight_decay", "clip", "val_every", "sample", "warmup_steps", "seed"):
+        value = getattr(args, key)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"--{key.replace('_', '-')} is {value}: give 0 or more")
 
 
 def pick_device(name: str) -> tuple[torch.device, str]:
@@ -302,28 +305,25 @@ class Trainer:
         stats[1].sqrt_()
         return stats
 
-    @contextlib.contextmanager
-    def _evaluating(self):
-        self.model.eval()
-        with torch.no_grad():
-            yield
-        self.model.train()
-
+    @torch.no_grad()
     def validate(self, read: Callable) -> Tensor:
         """Mean loss over `val_batches` global batches read(index, rows) of held-out text."""
         program = pipeline.derive_programs(pipeline.forward_only(self.args.pp, self.m))[self.stage]
         loss = torch.zeros((), dtype=self.dtype, device=self.device)
-        with self._evaluating():
-            for index in range(self.args.val_batches):
-                loss += self._run(program, *self._my_rows(read, index))
+        self.model.eval()
+        for index in range(self.args.val_batches):
+            loss += self._run(program, *self._my_rows(read, index))
+        self.model.train()
         loss *= self.tp_group.rank() == 0
         dist.all_reduce(loss)  # payload: 1, over the world
         return loss / self.args.val_batches
 
+    @torch.no_grad()
     def sample(self, prompt: Tensor, n: int, temperature: float = 0.8) -> Tensor:
         """`prompt` [k] and n tokens more, one forward of the pipeline each; same on all ranks."""
         program = pipeline.derive_programs(pipeline.forward_only(self.args.pp, 1))[self.stage]
         generator, tokens = torch.Generator().manual_seed(self.args.seed), prompt.to(self.device)
+        self.model.eval()
         for _ in range(n):
             x = tokens[None, -self.config.seq_len :]
             logits = torch.zeros(self.config.vocab_size, dtype=self.dtype, device=self.device)
@@ -334,63 +334,16 @@ class Trainer:
                 logits[start:stop] = output[0, -1] * (self.dp_group.rank() == 0)
                 return output.new_zeros(())
 
-            with self._evaluating():
-                self.pipe.run(program, [x], place, (*x.shape, self.config.n_embd))
+            self.pipe.run(program, [x], place, (*x.shape, self.config.n_embd))
             dist.all_reduce(logits)  # payload: v, over the world
             p = torch.softmax(logits.double().cpu() / temperature, dim=0)
             token = torch.multinomial(p, 1, generator=generator)
             tokens = torch.cat([tokens, token.to(self.device)])
+        self.model.train()
         return tokens
 
 
 # --- loop -----------------------------------------------------------------------------------------
-
-
-class Logger:
-    """Rank 0's progress lines and JSON rows. It reads numbers off the device every `print_every`
-    steps, and is the only one who does: a step never waits for its own loss."""
-
-    def __init__(self, args: argparse.Namespace, tokens_per_step: int):
-        self.args, self.tokens_per_step = args, tokens_per_step
-        self.is_main = int(os.environ.get("RANK", 0)) == 0
-        self.file = None
-        if args.log and self.is_main:
-            try:
-                self.file = open(args.log, "w", buffering=1)
-            except OSError as error:
-                raise ValueError(f"--log {args.log} cannot be written: {error.strerror}") from None
-        self.pending: list[tuple[int, Tensor, float]] = []
-
-    def start(self) -> None:
-        self.since = time.perf_counter()
-
-    def step(self, step: int, stats: Tensor, lr: float) -> None:
-        self.pending.append((step, stats, lr))
-        if len(self.pending) < self.args.print_every and step + 1 < self.args.steps:
-            return
-        rows = torch.stack([stats for _, stats, _ in self.pending]).tolist()
-        seconds = (time.perf_counter() - self.since) / len(rows)
-        speed = self.tokens_per_step / seconds
-        for (number, _, rate), (loss, norm) in zip(self.pending, rows, strict=True):
-            self._write(step=number, loss=loss, grad_norm=norm, lr=rate, tokens_per_s=speed)
-        left = seconds * (self.args.steps - step - 1)
-        self.say(f"step {step + 1:5d}/{self.args.steps}  loss {loss:.4f}  norm {norm:.3f}  "
-                 f"lr {lr:.1e}  {speed:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
-        self.pending = []
-        self.start()
-
-    def validation(self, step: int, loss: Tensor) -> None:
-        self._write(step=step, val_loss=loss.item())
-        self.say(f"step {step + 1:5d}/{self.args.steps}  val loss {loss.item():.4f}")
-        self.start()  # validation is not training time
-
-    def say(self, line: str) -> None:
-        if self.is_main:
-            print(line, flush=True)
-
-    def _write(self, **row) -> None:
-        if self.file:
-            self.file.write(json.dumps(row) + "\n")
 
 
 def join_ranks(device: torch.device) -> None:
@@ -404,32 +357,29 @@ def join_ranks(device: torch.device) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def main() -> None:
-    args = parser().parse_args()
-    try:
-        config = check(args, int(os.environ.get("WORLD_SIZE", 1)))
-        device, device_line = pick_device(args.device)
-        train, held_out = data.load(args.data, config.seq_len, config.vocab_size)
-        logger = Logger(args, args.global_batch_size * config.seq_len)
-    except ValueError as error:
-        parser().error(str(error))
-    join_ranks(device)
-    trainer = Trainer(
-        args, config, lambda s, rows: data.batch(train, s, rows, config.seq_len, args.seed), device
-    )
-    with torch.device("meta"):
-        size = sum(p.numel() for p in gpt.GPT(config).parameters())
-    logger.say(
-        f"{device_line}; {size / 1e6:.2f} M parameters in {args.dtype}; t={args.tp} p={args.pp} "
-        f"d={trainer.dp_group.size()}; {trainer.m} microbatches of {args.micro_batch_size} x "
-        f"{config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, recompute {args.recompute}"
-    )
+def train(
+    args: argparse.Namespace, config: gpt.GPTConfig, corpus: tuple, device: torch.device,
+    logger: measure.Logger,
+) -> None:  # fmt: skip
+    """The whole run, from the mesh to the sample."""
+    tokens, held_out = corpus
+
+    def read(step: int, rows: range) -> tuple[Tensor, Tensor]:
+        return data.batch(tokens, step, rows, config.seq_len, args.seed)
 
     def read_held_out(index: int, rows: range) -> tuple[Tensor, Tensor]:
         start = index * args.global_batch_size
         shifted = range(start + rows.start, start + rows.stop)
         return data.validation_batch(held_out, shifted, config.seq_len)
 
+    trainer = Trainer(args, config, read, device)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in gpt.GPT(config).parameters())
+    logger.say(
+        f"{size / 1e6:.2f} M parameters in {args.dtype}; t={args.tp} p={args.pp} "
+        f"d={trainer.dp_group.size()}; {trainer.m} microbatches of {args.micro_batch_size} x "
+        f"{config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, recompute {args.recompute}"
+    )
     val_loss = None
     logger.start()
     for step in range(args.steps):
@@ -439,13 +389,27 @@ def main() -> None:
             logger.validation(step, val_loss)
     if args.sample:
         prompt = torch.from_numpy(held_out[:16].astype("int64"))
-        tokens = trainer.sample(prompt, args.sample).tolist()
-        is_text = not (args.data or "").endswith((".npy", ".bin"))
-        text = bytes(t for t in tokens if t < 256).decode("utf-8", "replace") if is_text else tokens
+        text = data.decode(trainer.sample(prompt, args.sample).tolist(), args.data)
         logger.say(f"--- sample ---\n{text}\n--------------")
     if val_loss is not None:
         logger.say(f"val loss {val_loss.item():.2f}")
-    dist.barrier()  # one that leaves early would break the others' connections
+
+
+def main() -> None:
+    args = parser().parse_args()
+    try:
+        config = check(args, int(os.environ.get("WORLD_SIZE", 1)))
+        device, device_line = pick_device(args.device)
+        corpus = data.load(args.data, config.seq_len, config.vocab_size)
+        tokens_per_step = args.global_batch_size * config.seq_len
+        logger = measure.Logger(args.log, args.steps, args.print_every, tokens_per_step)
+    except ValueError as error:
+        parser().error(str(error))
+    logger.say(device_line)
+    join_ranks(device)
+    train(args, config, corpus, device, logger)
+    gc.collect()  # the trainer with its groups: gloo's threads must not outlive the interpreter
+    dist.barrier()  # a rank that leaves early would break the others' connections
     dist.destroy_process_group()
 
 

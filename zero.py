@@ -25,6 +25,7 @@ Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054), section 5.1 and 7; Zhao et al.
 (arXiv 2304.11277), section 3.2, for the flat, padded buffer.
 """
 
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -91,11 +92,12 @@ class Zero1:
         self.parameters = list(parameters)
         self.group, self.accumulations = group, accumulations
         self.buckets: list[Bucket] = []
+        me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
         self.bucket_of: dict[nn.Parameter, int] = {}
         for members in self._split(bucket_bytes):
             for _, p in members:
                 self.bucket_of[p] = len(self.buckets)
-                p.register_post_accumulate_grad_hook(self._accumulated)
+                p.register_post_accumulate_grad_hook(lambda p: me()._accumulated(p))
             self.buckets.append(Bucket(members, group))
         self.start()
 

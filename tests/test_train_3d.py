@@ -28,13 +28,20 @@ def text(tmp_path) -> str:
     return str(path)
 
 
-def run(*arguments, ranks: int = 0, threads: int = 1, **options) -> subprocess.CompletedProcess:
+def command_line(ranks: int, *script) -> list[str]:
+    """0 ranks: plain. The lone -- keeps torchrun from reading our --log as its own --log-dir."""
     launcher = "-m torch.distributed.run --standalone --nproc-per-node".split()
-    command = [sys.executable, *((*launcher, str(ranks), "--") if ranks else ()), "train_3d.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    return [sys.executable, *((*launcher, str(ranks), "--") if ranks else ()), *map(str, script)]
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+
+
+def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True,
-        text=True, timeout=120, **options,
+        command_line(ranks, *script), cwd=ROOT, env=environment(threads), capture_output=True,
+        text=True, timeout=120,
     )  # fmt: skip
 
 
@@ -107,7 +114,7 @@ def test_a_gpu_for_every_local_rank_or_none(monkeypatch):
 
 def test_refused_under_torchrun_too():
     start = time.monotonic()
-    result = run("--tp", 3, ranks=2)
+    result = run(2, "train_3d.py", "--tp", 3)
     ours = [line for line in result.stderr.splitlines() if line.startswith("train_3d.py: error:")]
     assert result.returncode != 0 and len(ours) == 1 and "multiple of 3 ranks" in ours[0]
     assert "train_3d.py\", line" not in result.stderr, "a traceback of ours"
@@ -132,8 +139,8 @@ def test_launched_runs_are_the_plain_one(text, tmp_path):
     }
     for name, (ranks, threads, layout) in launches.items():
         log = tmp_path / name
-        result = run(*TINY, "--data", text, "--sample", 20, "--log", log, "--val-every", 2,
-                     *layout.split(), ranks=ranks, threads=threads)  # fmt: skip
+        flags = ["--data", text, "--sample", 20, "--log", log, "--val-every", 2, *layout.split()]
+        result = run(ranks, "train_3d.py", *TINY, *flags, threads=threads)
         assert result.returncode == 0, result.stderr
         logs[name] = read_log(log)
         samples[name] = result.stdout.split("--- sample ---")[1].split("val loss")[0]
@@ -164,12 +171,10 @@ def test_warmup_and_cosine():
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(text):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    flags = "--steps 1000000 --pp 2 --val-every 0 --print-every 1 --data".split()
     job = subprocess.Popen(
-        [*command, "2", "--", "train_3d.py", *TINY, "--data", text, "--steps", "1000000", "--pp", "2",
-         "--val-every", "0", "--print-every", "1"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        command_line(2, "train_3d.py", *TINY, *flags, text), cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         for line in job.stdout:
@@ -197,11 +202,7 @@ def test_a_killed_rank_ends_the_job_and_is_named(text):
     "file", ["ddp.py", "zero.py", "tensor_parallel.py", "pipeline.py", "activation_ckpt.py"]
 )
 def test_the_proof_of_each_strategy_file(file):
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    result = subprocess.run(
-        [sys.executable, *launcher, file], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    result = run(2, file)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "one process" in result.stdout and "predicted" in result.stdout
     assert "measured" in result.stdout and "MISMATCH" not in result.stdout
@@ -215,9 +216,24 @@ def test_a_failed_proof_fails(tmp_path):
         "with measure.Proof('wrong.py') as proof:\n"
         "    proof.equal('calls', 3, 3 + proof.group.rank())\n"
     )
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    result = subprocess.run(
-        [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=60,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    result = run(2, script)
     assert result.returncode != 0 and "MISMATCH" in result.stdout
+
+
+def test_a_proof_without_torchrun_says_how():
+    result = run(0, "ddp.py")
+    assert result.returncode == 1
+    assert result.stderr == (
+        "ddp.py: start me with  torchrun --standalone --nproc-per-node 2 ddp.py\n"
+    )
+
+
+def test_make_alone_is_help():
+    result = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True)
+    targets = re.findall(r"^  ([a-z]+) +\S", result.stdout, re.MULTILINE)
+    assert result.returncode == 0 and len(targets) <= 20
+    assert set("train test ddp zero tp pp ckpt parity fuzz lint clean".split()) <= set(targets)
+    dry = ["make", "-n", "train", "PYTHON=py", "NPROC=4", "TP=4", "PP=1", "ARGS=--steps 7"]
+    line = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True).stdout
+    assert line.startswith("py -m torch.distributed.run --standalone --nproc-per-node 4 -- train")
+    assert "--tp 4 --pp 1" in line and line.rstrip().endswith("--steps 7")

@@ -15,7 +15,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import signal
 import tempfile
 import time
 import traceback
@@ -146,7 +145,7 @@ def launch(world_size: int, function: Callable, *args, timeout: float = 120.0) -
         finally:
             for process in processes:
                 if ends:  # something went wrong: the others may wait for ever
-                    os.kill(process.pid, signal.SIGKILL)
+                    process.kill()
                 process.join()
     return results
 

@@ -1,0 +1,98 @@
+"""The judge is judged: it must see what is wrong, and end when ranks do not."""
+
+import functools
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+
+import ddp
+from measure import TOLERANCE
+from tools import fuzz, parity
+from tools.oracle import Case, judge, launch
+
+
+class Silent:
+    """An all-reduce that does not happen."""
+
+    def __init__(self, flat, group):
+        pass
+
+    def wait(self):
+        pass
+
+
+def test_a_missing_all_reduce_is_seen():
+    sync = functools.partial(ddp.DDP, reduce=Silent)
+    for optimizer in ("sgd", "adamw"):
+        errors = judge(Case(d=2, optimizer=optimizer), {"sync": sync})
+        assert min(errors.gradient, errors.norm, errors.parameter) > 1e-6, errors
+        assert errors.worst > TOLERANCE
+
+
+def test_a_rank_that_fails_dies_or_hangs_ends_the_launch():
+    def fail():
+        assert dist.get_rank() == 0, "on purpose"
+        dist.barrier()
+
+    def die():
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.barrier()
+
+    def hang():
+        time.sleep(60 * dist.get_rank())
+
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 failed:(.|\n)*on purpose"):
+        launch(2, fail)
+    with pytest.raises(RuntimeError, match="rank 1 died with exit code -9|rank 0 failed"):
+        launch(2, die)
+    with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] hang: 2 s are over"):
+        launch(2, hang, timeout=2)
+    assert time.monotonic() - start < 30
+
+
+def test_a_case_replays_from_its_own_line():
+    rng = random.Random(0)
+    for _ in range(50):
+        case = fuzz.draw_case(rng)
+        assert Case(**json.loads(str(case))) == case
+
+
+def test_fuzz_draws_valid_and_invalid_ones():
+    rng = random.Random(0)
+    reasons = [fuzz.refusal(fuzz.draw_case(rng)) for _ in range(200)]
+    refused = [r for r in reasons if r]
+    assert 5 < len(refused) < 60
+    assert all("\n" not in r for r in refused) and len({r.split()[0] for r in refused}) >= 2
+
+
+def test_fuzz_reports_a_failure_with_its_replay_line(monkeypatch, capsys):
+    monkeypatch.setattr(fuzz, "judge", lambda case: judge(case)._replace(norm=1e-6))
+    monkeypatch.setattr("sys.argv", ["fuzz", "--case", '{"d": 2}'])
+    with pytest.raises(SystemExit) as exit_:
+        fuzz.main()
+    out = capsys.readouterr().out
+    assert exit_.value.code == 1 and "FAIL" in out
+    assert "replay: python -m tools.fuzz --case '{\"d\": 2}'" in out
+
+
+def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
+    cases = parity.cases(8, n_head=24, n_layer=9)
+    sizes = {(c.t, c.p, c.d) for c in cases}
+    assert len(sizes) == 10 and all(t * p * d == 8 for t, p, d in sizes)
+    assert len({str(c) for c in cases}) == len(cases) == 25
+    monkeypatch.setattr("sys.argv", ["parity", "--nproc", "2"])
+    with pytest.raises(SystemExit) as exit_:
+        parity.main()
+    out = capsys.readouterr().out
+    assert exit_.value.code == 0 and out.count(" ok\n") == 5 and "0 mismatches" in out
+    monkeypatch.setattr(parity, "judge", lambda case: judge(case)._replace(loss=float("nan")))
+    with pytest.raises(SystemExit) as exit_:
+        parity.main()
+    assert exit_.value.code == 1 and "MISMATCH" in capsys.readouterr().out
