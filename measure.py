@@ -152,17 +152,22 @@ class Logger:
         self.since = time.perf_counter()
 
     def step(self, step: int, stats: Tensor, lr: float) -> None:
+        """`stats`: [loss, gradient norm], on whatever device they are."""
         self.pending.append((step, stats, lr))
-        if len(self.pending) < self.print_every and step + 1 < self.steps:
+        if len(self.pending) == self.print_every or step + 1 == self.steps:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.pending:
             return
         rows = torch.stack([stats for _, stats, _ in self.pending]).tolist()
         seconds = (time.perf_counter() - self.since) / len(rows)
         speed = self.tokens_per_step / seconds
-        for (number, _, rate), (loss, norm) in zip(self.pending, rows, strict=True):
-            self._write(step=number, loss=loss, grad_norm=norm, lr=rate, tokens_per_s=speed)
+        for (step, _, lr), (loss, norm) in zip(self.pending, rows, strict=True):
+            self._write(step=step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed)
         left = seconds * (self.steps - step - 1)
-        self.say(f"step {step + 1:5d}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  "
-                 f"lr {lr:.1e}  {speed:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
+        self.say(f"step {step + 1:5d}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.1e}  "
+                 f"{speed:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
         self.pending = []
         self.start()
 

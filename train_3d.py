@@ -385,6 +385,7 @@ def train(
     for step in range(args.steps):
         logger.step(step, trainer.step(step), trainer.learning_rate(step))
         if args.val_every and ((step + 1) % args.val_every == 0 or step + 1 == args.steps):
+            logger.flush()
             val_loss = trainer.validate(read_held_out)
             logger.validation(step, val_loss)
     if args.sample:

@@ -154,8 +154,8 @@ def test_launched_runs_are_the_plain_one(text, tmp_path):
         assert [row["step"] for row in rows] == [0, 1, 1, 2, 3, 3]
         assert samples[name] == samples["plain"]
         for row, plain in zip(rows, logs["plain"], strict=True):
-            for key in ("loss", "grad_norm", "lr", "val_loss"):
-                assert row.get(key) == pytest.approx(plain.get(key), rel=1e-12, abs=0), (name, key)
+            for key in row.keys() - {"tokens_per_s"}:
+                assert row[key] == pytest.approx(plain[key], rel=1e-12, abs=0), (name, key)
 
 
 def test_warmup_and_cosine():
