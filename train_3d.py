@@ -107,26 +107,17 @@ def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
     )
     _check_ranges(args, dataclasses.asdict(config), sizes)
     t, p, rows = args.tp, args.pp, args.micro_batch_size
-    if world_size % (t * p):
-        raise ValueError(
-            f"world size {world_size} is not --tp {t} x --pp {p} x d for any whole d: start a "
-            f"multiple of {t * p} ranks (torchrun --nproc-per-node), or change --tp or --pp"
-        )
-    d = world_size // (t * p)
-    if config.n_embd % config.n_head:
-        raise ValueError(
-            f"--n-embd {config.n_embd} is not divisible by --n-head {config.n_head}: change one"
-        )
-    if config.n_head % t:
-        raise ValueError(
-            f"--n-head {config.n_head} is not divisible by --tp {t}: heads are cut whole; "
-            "change one of them"
-        )
-    if args.global_batch_size % (d * rows):
-        raise ValueError(
-            f"--global-batch-size {args.global_batch_size} is not divisible by d {d} x "
-            f"--micro-batch-size {rows}: make it a multiple of {d * rows}"
-        )
+    d = max(1, world_size // (t * p))
+    for name, n, by, k, remedy in (
+        ("world size", world_size, f"--tp {t} x --pp {p}", t * p,
+         f"start a multiple of {t * p} ranks (torchrun --nproc-per-node), or change --tp or --pp"),
+        ("--n-embd", config.n_embd, f"--n-head {config.n_head}", config.n_head, "change one"),
+        ("--n-head", config.n_head, f"--tp {t}", t, "heads are cut whole; change one"),
+        ("--global-batch-size", args.global_batch_size, f"d {d} x --micro-batch-size {rows}",
+         d * rows, f"make it a multiple of {d * rows}"),
+    ):  # fmt: skip
+        if n % k:
+            raise ValueError(f"{name} {n} is not divisible by {by}: {remedy}")
     if args.recompute_every > config.n_layer:
         raise ValueError(
             f"--recompute-every {args.recompute_every} is more than the {config.n_layer} blocks: "

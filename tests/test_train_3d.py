@@ -51,7 +51,7 @@ def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "arguments, world_size, message",
     [
-        ("--tp 2 --pp 2", 6, "world size 6 is not --tp 2 x --pp 2 x d .* multiple of 4 ranks"),
+        ("--tp 2 --pp 2", 6, "world size 6 is not divisible by --tp 2 x --pp 2: .* multiple of 4"),
         ("--tp 3", 3, "--n-head 4 is not divisible by --tp 3"),
         ("--n-embd 30", 1, "--n-embd 30 is not divisible by --n-head 4"),
         ("--pp 5", 5, "5 stages for 4 blocks: lower --pp or raise --n-layer"),
