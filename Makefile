@@ -42,7 +42,7 @@ setup: $(SETUP)  ## .venv with torch, numpy, pytest (unless PYTHON is given)
 
 train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 2 cores)
 	$(TORCHRUN) $(NPROC) -- train_3d.py --tp $(TP) --pp $(PP) --zero 1 --schedule 1f1b \
-	  --steps 250 --sample 160 $(ARGS)
+	  --steps 200 --sample 100 $(ARGS)
 
 test: $(SETUP)  ## the whole suite (2 min)
 	$(PY) -m pytest -q $(ARGS)

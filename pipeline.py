@@ -24,6 +24,7 @@ Huang et al. 2018, GPipe (arXiv 1811.06965); Narayanan et al. 2021, PipeDream-fl
 (arXiv 2104.04473), section 2.2.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -152,12 +153,8 @@ def _check_complete(schedule: Schedule, stages: list[list[int]]) -> None:
     wanted = {a.microbatch for a in schedule[0]}
     backward = {"F", "B"} if any(a.kind == "B" for a in schedule[0]) else {"F"}
     for rank, actions in enumerate(schedule):
-        whole = {
-            Action(kind, i, chunk)
-            for kind in backward
-            for i in wanted
-            for chunk in range(len(stages[rank]))
-        }
+        chunks = range(len(stages[rank]))
+        whole = {Action(*action) for action in itertools.product(backward, wanted, chunks)}
         for action in actions:
             if action not in whole:
                 raise ValueError(f"rank {rank}: {action} is unknown, or there twice")
@@ -278,26 +275,19 @@ def split_layers(n_layer: int, n_stages: int) -> list[range]:
     """Which blocks each stage gets: as even as it goes, earlier stages one more (the last has the
     head to compute as well)."""
     if n_stages > n_layer:
-        raise ValueError(
-            f"{n_stages} stages for {n_layer} blocks: lower --pp or raise --n-layer"
-        )
+        raise ValueError(f"{n_stages} stages for {n_layer} blocks: lower --pp or raise --n-layer")
     sizes = [n_layer // n_stages + (k < n_layer % n_stages) for k in range(n_stages)]
     return [range(sum(sizes[:k]), sum(sizes[: k + 1])) for k in range(n_stages)]
 
 
 def take_stage(
-    model: nn.Module,
-    stage: int,
-    n_stages: int,
-    first: tuple[str, ...] = ("wte", "wpe", "drop"),
-    blocks: str = "h",
-    last: tuple[str, ...] = ("ln_f", "lm_head"),
-) -> nn.Module:
+    model: nn.Module, stage: int, n_stages: int, first: tuple[str, ...] = ("wte", "wpe", "drop"),
+    blocks: str = "h", last: tuple[str, ...] = ("ln_f", "lm_head"),
+) -> nn.Module:  # fmt: skip
     """Cut `model` down, in place, to one stage. The layers `first` stay on stage 0, the layers
     `last` on the last one; `blocks` names an nn.ModuleDict, whose blocks keep their names. What
     another stage holds becomes nn.Identity, so the model's own forward runs the stage."""
-    elsewhere = (first if stage > 0 else ()) + (last if stage < n_stages - 1 else ())
-    for name in elsewhere:
+    for name in (first if stage > 0 else ()) + (last if stage < n_stages - 1 else ()):
         setattr(model, name, nn.Identity())
     all_blocks = model.get_submodule(blocks)
     mine = split_layers(len(all_blocks), n_stages)[stage]
@@ -316,13 +306,9 @@ class Pipeline:
     would wait for all of them), hence the all-reduce here."""
 
     def __init__(
-        self,
-        chunks: list[nn.Module],
-        group: dist.ProcessGroup,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        stages: list[list[int]] | None = None,
-    ):
+        self, chunks: list[nn.Module], group: dist.ProcessGroup, dtype: torch.dtype,
+        device: torch.device | str, stages: list[list[int]] | None = None,
+    ):  # fmt: skip
         self.chunks, self.group = chunks, group
         self.dtype, self.device = dtype, device
         stages = stages or looped_stages(group.size())
@@ -331,11 +317,7 @@ class Pipeline:
         dist.all_reduce(torch.zeros(1, device=device), group=group)  # payload: 1, once
 
     def run(
-        self,
-        program: Program,
-        inputs: Sequence[Tensor],
-        loss_of: Callable[[Tensor, int], Tensor],
-        shape: tuple[int, ...],
+        self, program: Program, inputs: Sequence[Tensor], loss_of: Callable, shape: tuple[int, ...]
     ) -> Tensor:
         """One step of this rank's program. inputs: what the first stage reads, by microbatch.
         loss_of(output of the last stage, microbatch) -> scalar. shape: of what crosses a boundary,

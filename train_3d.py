@@ -381,8 +381,9 @@ def train(
             logger.validation(step, val_loss)
     if args.sample:
         prompt = torch.from_numpy(held_out[:16].astype("int64"))
-        text = data.decode(trainer.sample(prompt, args.sample).tolist(), args.data)
-        logger.say(f"--- sample ---\n{text}\n--------------")
+        tokens = trainer.sample(prompt, args.sample).tolist()
+        prompt, text = data.decode(tokens[:16], args.data), data.decode(tokens[16:], args.data)
+        logger.say(f"--- sample after {prompt!r} ---\n{text}\n--------------")
     if val_loss is not None:
         logger.say(f"val loss {val_loss.item():.2f}")
 

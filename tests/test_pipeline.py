@@ -1,9 +1,14 @@
 import doctest
 
 import pytest
+import torch
+import torch.distributed as dist
 
+import gpt
+import measure
 import pipeline
 from pipeline import Action, derive_programs, rendezvous, simulate
+from tools.oracle import draw, launch
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 8, 16) for m in (1, 2, 3, 5, 8, 16, 33)]
 
@@ -106,3 +111,46 @@ def test_layers_are_split_evenly_and_all():
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
     with pytest.raises(ValueError, match="3 stages for 2 blocks: lower --pp"):
         pipeline.split_layers(2, 3)
+
+
+def two_chunks(stages: list[list[int]], m: int):
+    """Both passes of every chunk in turn: a schedule and placements that no name stands for."""
+    p, rank = len(stages), dist.get_rank()
+    config = gpt.GPTConfig(5, 2, 8, 17, 6)
+    x = torch.randint(17, (m, 2, 6), generator=torch.Generator().manual_seed(0))
+
+    def build(stage: int | None) -> gpt.GPT:
+        with torch.device("meta"):
+            model = gpt.GPT(config)
+        if stage is not None:
+            pipeline.take_stage(model, stage, 2 * p)
+        gpt.init_weights(model, 0, torch.float64, "cpu", draw)
+        return model
+
+    def loss_of(logits, microbatch):
+        return gpt.cross_entropy(logits, x[microbatch])
+
+    whole = build(None)
+    for i in range(m):
+        loss_of(whole(x[i]), i).backward()
+    actions = [Action("F", i, c) for c in (0, 1) for i in range(m)]
+    actions += [Action("B", i, c) for c in (1, 0) for i in range(m)]
+    programs = derive_programs([actions] * p, stages)
+    rendezvous(programs)
+    chunks = [build(stage) for stage in stages[rank]]
+    pipe = pipeline.Pipeline(chunks, dist.group.WORLD, torch.float64, "cpu", stages)
+    pipe.run(programs[rank], x, loss_of, (2, 6, 8))
+    held = [q.grad for chunk in chunks for q in chunk.parameters() if hasattr(q, "tied_name")]
+    tied = sum(held) if held else torch.zeros(17, 8, dtype=torch.float64)
+    dist.all_reduce(tied)  # first and last stage, wherever they are
+    expected = {n: q.grad for n, q in gpt.named_parameters(whole)}
+    mine = {n: q.grad for chunk in chunks for n, q in gpt.named_parameters(chunk)}
+    mine["wte.weight"] = tied
+    return max(measure.relative_errors(mine, expected).values()), sorted(mine)
+
+
+@pytest.mark.parametrize("stages", [[[0, 2], [1, 3]], [[0, 3], [1, 2]]], ids=["looped", "v"])
+def test_several_chunks_on_a_rank(stages):
+    results = launch(2, two_chunks, stages, 3)
+    assert max(error for error, _ in results) <= measure.TOLERANCE
+    assert len({name for _, names in results for name in names}) == 2 + 5 * 12 + 2

@@ -143,7 +143,7 @@ def test_launched_runs_are_the_plain_one(text, tmp_path):
         result = run(ranks, "train_3d.py", *TINY, *flags, threads=threads)
         assert result.returncode == 0, result.stderr
         logs[name] = read_log(log)
-        samples[name] = result.stdout.split("--- sample ---")[1].split("val loss")[0]
+        samples[name] = result.stdout.split("--- sample after")[1].split("val loss")[0]
         val_loss = logs[name][-1]["val_loss"]
         assert result.stdout.splitlines()[-1] == f"val loss {val_loss:.2f}"
     for name, rows in logs.items():
