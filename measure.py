@@ -227,7 +227,7 @@ class Proof:
         a, b = torch.stack(actual), torch.stack(expected)
         for step, (x, y) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
             name = f"{what} loss, step {step}"
-            self.rows.append(f"  {name:40s} {x:>27.15f} | one process {y:.15f}")
+            self.rows.append(f"  {name:34s} {x:>21.15f} | one process {y:.15f}")
         self.close(f"{what} losses", {"loss": a}, {"loss": b})
 
     def equal(self, what: str, predicted: object, measured: object) -> None:
@@ -235,7 +235,7 @@ class Proof:
         self._row(what, f"predicted {predicted}", f"measured {measured}", predicted == measured)
 
     def _row(self, what: str, left: str, right: str, ok: bool) -> None:
-        self.rows.append(f"  {what:40s} {left:>27s} | {right:25s} {'ok' if ok else 'MISMATCH'}")
+        self.rows.append(f"  {what:34s} {left:>21s} | {right:25s} {'ok' if ok else 'MISMATCH'}")
         self.failed |= not ok
 
     def __exit__(self, kind, *_) -> None:

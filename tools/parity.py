@@ -15,8 +15,6 @@ import time
 import measure
 from tools.oracle import Case, judge
 
-KINDS = ("loss", "norm", "gradient", "parameter")
-
 
 def cases(nproc: int, n_head: int, n_layer: int) -> list[Case]:
     """Every way to write nproc = t p d with whole heads and no empty stage; every option that means
@@ -40,8 +38,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--nproc", type=int, default=8, metavar="N", help="ranks")
     nproc = arguments.parse_args().nproc
-    heading = "".join(f"{kind:>11s}" for kind in KINDS)
-    print(" t  p  d  zero schedule | float64" + heading + " | float32" + heading)
+    columns = "     loss     norm  gradient parameter"
+    print(f" t  p  d  zero schedule | float64{columns} | float32{columns}")
     failed, since = 0, time.monotonic()
     for case in cases(nproc, n_head=24, n_layer=9):
         errors = judge(case)
@@ -49,10 +47,13 @@ def main() -> None:
         rounding = judge(case)
         ok = errors.worst <= measure.TOLERANCE
         failed += not ok
-        numbers = ["".join(f"{error:11.1e}" for error in e[:4]) for e in (errors, rounding)]
+        numbers = [
+            f"{e.loss:9.1e}{e.norm:9.1e}{e.gradient:10.1e}{e.parameter:10.1e}"
+            for e in (errors, rounding)
+        ]
         print(
-            f"{case.t:2d} {case.p:2d} {case.d:2d}  {case.zero:4d} {case.schedule:8s} |        "
-            f"{numbers[0]} |        {numbers[1]}  {'ok' if ok else 'MISMATCH'}",
+            f"{case.t:2d} {case.p:2d} {case.d:2d}  {case.zero:4d} {case.schedule:8s} |       "
+            f"{numbers[0]} |       {numbers[1]}  {'ok' if ok else 'MISMATCH'}",
             flush=True,
         )
     print(f"{failed} mismatches (float64 beyond {measure.TOLERANCE:.0e}); "
