@@ -339,13 +339,12 @@ class Trainer:
 
 def join_ranks(device: torch.device) -> None:
     """The process group of torchrun's ranks, or of this one process alone."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, device_id=device if on_gpu else None, **alone)
 
 
 def train(
