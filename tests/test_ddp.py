@@ -4,6 +4,7 @@ import torch.distributed as dist
 
 import ddp
 import measure
+import zero
 from tools.oracle import launch
 
 
@@ -91,3 +92,30 @@ def count():
 
 def test_the_count_is_of_tokens_and_not_a_mean_of_ranks():
     assert launch(2, count) == [7, 7]
+
+
+def ranks_fill_buckets_in_different_orders(kind):
+    group = dist.group.WORLD
+    a, b = model(), model()
+    named = [(f"{x}.{n}", p) for x, net in (("a", a), ("b", b)) for n, p in net.named_parameters()]
+    sync = kind(named, group, 1, bucket_bytes=1)
+    sync.start()
+    first, second = (a, b) if group.rank() == 0 else (b, a)
+    x = rows(0, 0)
+    y = first(x).sum() * (3.0 if first is b else 1.0)  # the younger is backwarded first
+    (y + second(x).sum() * (3.0 if second is b else 1.0)).backward()
+    sync.finish()
+    plain = model()
+    plain(x).sum().backward()
+    expected = dict(plain.named_parameters())
+    for name, piece, _, start in sync.pieces():
+        net, _, rest = name.partition(".")
+        whole = expected[rest].grad.flatten() * group.size() * (3.0 if net == "b" else 1.0)
+        part = whole[start : start + piece.numel()]
+        torch.testing.assert_close(piece.grad.flatten(), part, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1])
+def test_ranks_may_fill_buckets_in_different_orders(kind):
+    """Collectives are matched by order: a bucket that leaves when it is full would meet another."""
+    launch(2, ranks_fill_buckets_in_different_orders, kind)

@@ -154,3 +154,20 @@ def test_several_chunks_on_a_rank(stages):
     results = launch(2, two_chunks, stages, 3)
     assert max(error for error, _ in results) <= measure.TOLERANCE
     assert len({name for _, names in results for name in names}) == 2 + 5 * 12 + 2
+
+
+def sends_held(m: int) -> int:
+    rank = dist.get_rank()
+    whole = gpt.build(gpt.GPTConfig(2, 2, 8, 17, 6), dtype=torch.float64)
+    model = pipeline.take_stage(whole, rank, 2)
+    pipe = pipeline.Pipeline([model], dist.group.WORLD, torch.float64, "cpu")
+    x, held = torch.zeros(m, 1, 6, dtype=torch.int64), []
+    model.register_forward_hook(lambda *_: held.append(len(pipe.sending)))
+    program = derive_programs(pipeline.one_f_one_b(2, m))[rank]
+    pipe.run(program, x, lambda out, i: gpt.cross_entropy(out, x[i]), (1, 6, 8))
+    return max(held)
+
+
+def test_tensors_that_were_sent_are_let_go():
+    """Not more than are in flight, however many microbatches there are."""
+    assert max(launch(2, sends_held, 12)) <= 2

@@ -15,7 +15,9 @@ def conjugates_leave_their_arguments_alone():
     group = dist.group.WORLD
     x = torch.ones(3, dtype=D, requires_grad=True)
     r = torch.ones(3, dtype=D, requires_grad=True)
-    (tp.CopyToGroup.apply(x, group) + r).sum().backward()  # both get the same gradient tensor
+    # Both get the same gradient tensor, and the copy, being the younger, works on it first.
+    other = r * 1.0
+    (tp.CopyToGroup.apply(x, group) + other).backward(torch.ones(3, dtype=D))
     assert torch.equal(r.grad, torch.ones(3, dtype=D)), "r's gradient was all-reduced in place"
     assert torch.equal(x.grad, torch.full((3,), float(group.size()), dtype=D))
     part = torch.ones(3, dtype=D, requires_grad=True)
