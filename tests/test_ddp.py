@@ -59,9 +59,10 @@ def unused():
         net = model()
         net.spare = torch.nn.Linear(2, 2).double()
         sync = ddp.DDP(net.named_parameters(), group, 1, bucket_bytes=1) if bucketed else None
-        y = net[0](rows(0, 0)).sum()
-        # Rank 1 uses the spare layer, rank 0 does not; nobody uses the last one.
-        (y + net.spare(torch.ones(2, dtype=torch.float64)).sum() * group.rank()).backward()
+        y = net[0](rows(0, 0)).sum()  # nobody uses the last layer, and the spare one rank 1 alone
+        if group.rank() == 1:
+            y = y + net.spare(torch.ones(2, dtype=torch.float64)).sum()
+        y.backward()
         sync.finish() if sync else ddp.all_reduce_gradients(net.parameters(), group)
         assert torch.equal(net.spare.bias.grad, torch.ones(2, dtype=torch.float64))
         assert torch.equal(net[2].weight.grad, torch.zeros_like(net[2].weight))

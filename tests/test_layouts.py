@@ -20,6 +20,8 @@ FACTORS = {
     "recompute": [("none", 1), ("full", 1), ("full", 2)],
     "tied": [True, False],
     "optimizer": ["adamw", "sgd"],
+    "clip": [0.1, 0.0, 1e9],  # active in every step, off, larger than any norm
+    "seed": [0, 7],
     "attention": ["sdpa", "explicit"],
     "masked": [True, False],
     "n_layer": [4, 5],

@@ -11,13 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import data
+import gpt
 import train_3d
+from tools.oracle import launch
 
 ROOT = Path(__file__).parent.parent
 TINY = (
     "--n-layer 2 --n-head 2 --n-embd 16 --seq-len 16 --global-batch-size 8 --micro-batch-size 2 "
-    "--steps 4 --dtype float64 --val-batches 1 --device cpu"
+    "--steps 4 --dtype float64 --val-batches 2 --device cpu"
 ).split()
 
 
@@ -156,6 +160,53 @@ def test_launched_runs_are_the_plain_one(text, tmp_path):
         for row, plain in zip(rows, logs["plain"], strict=True):
             for key in row.keys() - {"tokens_per_s"}:
                 assert row[key] == pytest.approx(plain[key], rel=1e-12, abs=0), (name, key)
+
+
+def test_a_plain_run_is_this_loop(text, tmp_path):
+    """Which rows of which step are read, and which of the held-out text: launches cannot tell,
+    since all of them would read the same wrong ones."""
+    log = tmp_path / "log"
+    result = run(0, "train_3d.py", *TINY, "--data", text, "--log", log, "--seed", 5, "--clip", 0.5)
+    assert result.returncode == 0, result.stderr
+    *steps, validation = read_log(log)
+    model = gpt.build(gpt.GPTConfig(2, 2, 16, 256, 16), seed=5, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )  # fmt: skip
+    tokens, held_out = data.load(text, 16)
+    for step, row in enumerate(steps):
+        x, y = data.batch(tokens, step, range(8), 16, seed=5)
+        optimizer.zero_grad()
+        loss = gpt.cross_entropy(model(x), y) / y.numel()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = row["lr"]
+        optimizer.step()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-12)
+        assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-12)
+    x, y = data.validation_batch(held_out, range(16), 16)  # two global batches of 8 rows
+    assert not torch.equal(x[:8], x[8:])
+    with torch.no_grad():
+        loss = gpt.cross_entropy(model(x), y) / y.numel()
+    assert validation["val_loss"] == pytest.approx(loss.item(), rel=1e-11)
+
+
+def groups_of_rank():
+    args = train_3d.parser().parse_args("--tp 2 --pp 2 --n-layer 2 --device cpu".split())
+    config, device = train_3d.check(args, 8), torch.device("cpu")
+    trainer = train_3d.Trainer(args, config, None, device)
+    names = ("tp_group", "dp_group", "pp_group", "tied_group")
+    return [torch.distributed.get_process_group_ranks(getattr(trainer, n)) for n in names]
+
+
+def test_tp_is_innermost_and_pp_outermost():
+    """Neighbours on a machine talk most: ranks 0 and 1 split matrices, 0 and 4 are two stages."""
+    groups = launch(8, groups_of_rank)
+    assert groups[0] == [[0, 1], [0, 2], [0, 4], [0, 4]]
+    assert groups[7] == [[6, 7], [5, 7], [3, 7], [3, 7]]
 
 
 def test_warmup_and_cosine():
