@@ -1,5 +1,6 @@
 """The command line: what it refuses, what it logs, and that a launched run is the one process."""
 
+import gc
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 import data
 import gpt
 import train_3d
-from tools.oracle import launch
+from tools.oracle import Case, launch, reader
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -207,6 +209,24 @@ def test_tp_is_innermost_and_pp_outermost():
     groups = launch(8, groups_of_rank)
     assert groups[0] == [[0, 1], [0, 2], [0, 4], [0, 4]]
     assert groups[7] == [[6, 7], [5, 7], [3, 7], [3, 7]]
+
+
+def what_outlives_the_trainer(zero_stage: int):
+    case = Case(d=2, recompute="full", zero=zero_stage)
+    args = train_3d.parser().parse_args(case.arguments())
+    config, device = train_3d.check(args, 2), torch.device("cpu")
+    trainer = train_3d.Trainer(args, config, reader(case), device)
+    trainer.step(0)
+    alive = {n: weakref.ref(getattr(trainer, n)) for n in ("model", "sync", "pipe", "optimizer")}
+    del trainer
+    gc.collect()
+    return [name for name, ref in alive.items() if ref() is not None]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_nothing_outlives_the_trainer(zero_stage):
+    """What does keeps its group, whose threads may abort the process while Python shuts down."""
+    assert launch(2, what_outlives_the_trainer, zero_stage) == [[], []]
 
 
 def test_warmup_and_cosine():
