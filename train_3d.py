@@ -119,10 +119,8 @@ def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
         if n % k:
             raise ValueError(f"{name} {n} is not divisible by {by}: {remedy}")
     if args.recompute_every > config.n_layer:
-        raise ValueError(
-            f"--recompute-every {args.recompute_every} is more than the {config.n_layer} blocks: "
-            "lower it"
-        )
+        k, n = args.recompute_every, config.n_layer
+        raise ValueError(f"--recompute-every {k} is more than the {n} blocks: lower it")
     pipeline.split_layers(config.n_layer, p)
     tensor_parallel.check_width("--vocab-size", config.vocab_size, t)
     return config
@@ -167,24 +165,18 @@ class Trainer:
     plan by which it is cut, the schedule, and how gradients meet."""
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        config: gpt.GPTConfig,
-        read: Callable,
-        device: torch.device,
-        draw: Callable | None = None,
-        model: Callable[[], nn.Module] | None = None,
-        plan: dict = tensor_parallel.GPT_PLAN,
-        schedule: Callable | None = None,
+        self, args: argparse.Namespace, config: gpt.GPTConfig, read: Callable, device: torch.device,
+        draw: Callable | None = None, model: Callable[[], nn.Module] | None = None,
+        plan: dict = tensor_parallel.GPT_PLAN, schedule: Callable | None = None,
         sync: Callable | None = None,
-    ):
+    ):  # fmt: skip
         self.args, self.config, self.read, self.device = args, config, read, device
         self.dtype = DTYPES[args.dtype]
         t, p = args.tp, args.pp
         d = dist.get_world_size() // (t * p)
         self.m = args.global_batch_size // (d * args.micro_batch_size)
         self._make_groups(p, d, t)
-        self.stage, self.is_last = self.pp_group.rank(), self.pp_group.rank() == p - 1
+        self.stage = self.pp_group.rank()
 
         with torch.device("meta"):  # a whole model that takes no memory
             stage = model() if model else gpt.GPT(config)
@@ -204,12 +196,9 @@ class Trainer:
         self.optimizer = self._make_optimizer()
 
     def _make_groups(self, p: int, d: int, t: int) -> None:
-        mesh = dist.init_device_mesh(
-            self.device.type, (p, d, t), mesh_dim_names=("pp", "dp", "tp")
-        )
-        self.pp_group, self.dp_group, self.tp_group = (
-            mesh[name].get_group() for name in ("pp", "dp", "tp")
-        )
+        names = ("pp", "dp", "tp")
+        mesh = dist.init_device_mesh(self.device.type, (p, d, t), mesh_dim_names=names)
+        self.pp_group, self.dp_group, self.tp_group = (mesh[name].get_group() for name in names)
         self.tied_group = None  # first and last stage of one pipeline: the holders of a tied wte
         for ranks in mesh.mesh[[0, -1]].flatten(1).T.tolist():
             group = dist.new_group(sorted(set(ranks)))  # every rank must make every group
