@@ -25,7 +25,7 @@ export OMP_NUM_THREADS = 1
 TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test ddp zero tp pp ckpt parity fuzz lint clean
+.PHONY: help setup train test ddp zero tp pp ckpt links parity fuzz lint clean
 
 help:  ## this
 	@echo "make TARGET [PYTHON=...] [PIP_FLAGS=...]; launching targets take NPROC TP PP ARGS"
@@ -66,6 +66,10 @@ pp: $(SETUP)  ## proof of pipeline.py (10 s)
 ckpt: NPROC = 2
 ckpt: $(SETUP)  ## proof of activation_ckpt.py (10 s)
 	$(TORCHRUN) $(NPROC) activation_ckpt.py
+
+links: NPROC = 2
+links: $(SETUP)  ## what each collective costs here, by size; OUT=FILE for JSON (10 s)
+	$(TORCHRUN) $(NPROC) -m tools.links $(if $(OUT),--out $(OUT))
 
 parity: $(SETUP)  ## every layout of NPROC ranks beside one process, one table (1 min)
 	$(PY) -m tools.parity --nproc $(NPROC)

@@ -8,11 +8,12 @@ import signal
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import ddp
 from measure import TOLERANCE
-from tools import fuzz, parity
+from tools import fuzz, links, parity
 from tools.oracle import Case, judge, launch
 
 
@@ -96,3 +97,32 @@ def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         parity.main()
     assert exit_.value.code == 1 and "MISMATCH" in capsys.readouterr().out
+
+
+def links_table():
+    said = []
+    rows = links.table([1, 16], repeats=4, device=torch.device("cpu"), say=said.append)
+    return rows, links.fit(rows), said
+
+
+def test_links_measures_every_operation_on_every_group():
+    (rows, fits, said), _, (third, _, _) = launch(3, links_table)
+    assert third == [r for r in third if r["ranks"] == 3] and len(third) == 8
+    keys = [(r["ranks"], r["operation"], r["bytes"]) for r in rows]
+    sizes = {2: (1024, 16384), 3: (1020, 16380)}  # whole shards
+    assert keys == [(n, op, b) for n in (2, 3) for op in links.WIRE for b in sizes[n]]
+    assert all(r["ms"] > 0 and r["spread_ms"] >= 0 for r in rows)
+    by_key = dict(zip(keys, rows, strict=True))
+    assert by_key[3, "all_reduce", 1020]["wire_bytes"] == pytest.approx(1360)
+    assert by_key[3, "all_gather", 1020]["wire_bytes"] == pytest.approx(680)
+    assert len(fits) == 8 and all(f["latency_us"] > 0 for f in fits)
+    assert sum("all-reduce = reduce-scatter + all-gather within" in line for line in said) == 2
+
+
+def test_a_fit_recovers_latency_and_bandwidth():
+    rows = [
+        {"ranks": 2, "operation": "p2p", "bytes": b, "wire_bytes": b, "ms": 0.1 + b / 2e9 * 1e3}
+        for b in (0, 10**6, 10**8)
+    ]
+    (fit,) = links.fit(rows)
+    assert fit["latency_us"] == pytest.approx(100) and fit["gb_per_s"] == pytest.approx(2.0)
