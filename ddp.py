@@ -8,13 +8,15 @@ Each rank's loss is (sum over its tokens) / (tokens of the whole batch), so grad
 no 1/d anywhere, and ranks with fewer valid tokens weigh less, as they should. Under gradient
 accumulation they meet once a step, when the last accumulation is in, whoever makes it.
 
-Two rungs. (1) `all_reduce_gradients`: after backward, one all-reduce a parameter. The whole idea.
-(2) `DDP`: gradients live in a few flat buckets, laid out in the order in which backward
-fills them; a full bucket leaves at once, while backward goes on with the layers below.
+Three rungs. (1) `all_reduce_gradients`: after backward, one all-reduce a parameter. The whole idea.
+(2) `all_reduce_flat`: copied into one buffer, one call: latency is paid once.
+(3) `DDP`: gradients live in a few flat buckets, laid out in the order in which backward fills them
+(learned in the first step); a full bucket leaves at once, while backward goes on below it.
 
-    per rank and step        bytes held (fp32, AdamW)   payload     calls        hidden by backward
-    naive                    16 Psi (4+4+4+4)           Psi         parameters   no
-    bucketed                 16 Psi (the same)          Psi         buckets      all but the last
+    per rank and step   bytes held (fp32, AdamW)    payload  calls        after backward (exposed)
+    naive               16 Psi (4+4+4+4)            Psi      parameters   all of it
+    flat                16 Psi, and 4 Psi a moment  Psi      1            all of it
+    bucketed            16 Psi                      Psi      buckets      the last bucket
 
 Memory is what it does not save: parameters, gradients and two moments on every rank. zero.py is
 this file with that mended; read the two side by side.
@@ -25,6 +27,7 @@ Li et al. 2020, PyTorch Distributed (arXiv 2006.15704), section 3.2; Goyal et al
 (arXiv 1706.02677), section 2, on summing and averaging.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -42,6 +45,21 @@ def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
     count = (targets >= 0).sum()
     dist.all_reduce(count, group=group)  # payload: 1
     return count
+
+
+def check_same_parameters(
+    parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
+) -> None:
+    """Raises ValueError, on every rank and naming the first difference, if the ranks do not list
+    the same parameters in the same order: they would sum one's gradients with another's."""
+    mine = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in parameters]
+    everyone: list = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    for rank, theirs in enumerate(everyone):
+        for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
+            if a != b:
+                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on {rank}: "
+                                 "every rank must build the model alike")  # fmt: skip
 
 
 def all_reduce_bucket(flat: Tensor, group: dist.ProcessGroup):
@@ -63,20 +81,36 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
         dist.all_reduce(p.grad, group=group)  # payload: p.numel()
 
 
-# Rung 2: the same sums in few calls, and most of them hidden behind the rest of backward.
+# Rung 2: the same sums in one call; the price is a copy in, a copy out, and a second Psi meanwhile.
+
+
+def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Call after the last backward of a step, like all_reduce_gradients."""
+    parameters = list(parameters)
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                      for p in parameters])  # fmt: skip
+    dist.all_reduce(flat, group=group)  # payload: Psi
+    for p, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = summed.view_as(p)
+
+
+# Rung 3: no copies, few calls, and all but the last of them hidden behind the rest of backward.
 
 
 class DDP:
     """Attaches to the parameters; the model stays as it is.
 
-    parameters: (name, parameter) in forward order, the same on every rank of `group`.
+    parameters: (name, parameter), the same on every rank of `group`.
     accumulations: how often each gradient is accumulated to in a step: once per microbatch and
         use. Counting them, rather than asking which microbatch is the last, holds under every
         schedule.
-    bucket_bytes: a bucket is closed when it holds at least this many.
+    bucket_bytes: a bucket is closed when it holds at least this many; the first one at a 25th of
+        it, so that the link is not idle until 25 MB of gradients are there.
     reduce: (flat bucket, group) -> a handle with wait(); the seam for compression.
 
-    A step: start(); backwards; finish(); the optimizer reads `.grad`; after_step()."""
+    A step: start(); backwards; finish(); the optimizer reads `.grad`; after_step(). Raises
+    ValueError where ranks hold different parameters, a parameter is frozen between two steps, or a
+    `.grad` is replaced (start() zeroes them; zero_grad() must not be called)."""
 
     def __init__(
         self,
@@ -88,49 +122,74 @@ class DDP:
     ):
         self.parameters = list(parameters)
         self.group, self.accumulations, self.reduce = group, accumulations, reduce
-        self.buckets: list[Tensor] = []  # flat gradients
+        self.bucket_bytes = bucket_bytes
+        check_same_parameters(self.parameters, group)
         me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
-        self.bucket_of: dict[nn.Parameter, int] = {}
-        for members in self._split(bucket_bytes):
-            flat = members[0].new_zeros(sum(p.numel() for p in members))
-            offset = 0
-            for p in members:
-                # The gradient is a view: backward accumulates into the bucket, nothing is copied.
-                p.grad = flat[offset : offset + p.numel()].view_as(p)
-                self.bucket_of[p] = len(self.buckets)
-                p.register_post_accumulate_grad_hook(lambda p: me()._accumulated(p))
-                offset += p.numel()
-            self.buckets.append(flat)
+        for _, p in self.parameters:
+            p.register_post_accumulate_grad_hook(lambda p: me()._accumulated(p))
+        # A guess until the first step has shown it: the last layer's gradients are ready first.
+        self._lay_out([p for _, p in reversed(self.parameters)])
+        self.ready: list[nn.Parameter] = []  # in the order in which gradients were complete
+        self.steps, self.learned = 0, False
         self.start()
 
-    def _split(self, bucket_bytes: int) -> list[list[nn.Parameter]]:
-        """Backward order, approximately: the last layer's gradients are ready first."""
-        buckets, size = [[]], 0
-        for _, p in reversed(self.parameters):
-            if size >= bucket_bytes:
-                buckets.append([])
-                size = 0
-            buckets[-1].append(p)
+    def _lay_out(self, order: list[nn.Parameter]) -> None:
+        """Make the buckets. Gradients are views of them: backward accumulates in place."""
+        self.buckets: list[Tensor] = []
+        self.bucket_of: dict[nn.Parameter, int] = {}
+        members, size = [], 0
+        for i, p in enumerate(order):
+            p.grad = None  # its old bucket can go
+            members.append(p)
             size += p.numel() * p.element_size()
-        return buckets
+            full = size >= (self.bucket_bytes if self.buckets else self.bucket_bytes // 25)
+            if full or i + 1 == len(order):
+                flat = p.new_zeros(sum(q.numel() for q in members))
+                parts = flat.split([q.numel() for q in members])
+                for q, part in zip(members, parts, strict=True):
+                    q.grad = part.view_as(q)
+                    self.bucket_of[q] = len(self.buckets)
+                self.buckets.append(flat)
+                members, size = [], 0
+
+    def _learn(self) -> None:
+        """After the first step: lay the buckets out anew, in the order seen on the group's first
+        rank; parameters without a gradient in that step come last."""
+        number = {p: i for i, (_, p) in enumerate(self.parameters)}
+        order = dict.fromkeys([*self.ready, *number])
+        numbers = torch.tensor([number[p] for p in order], device=self.buckets[0].device)
+        dist.broadcast(numbers, group=self.group, group_src=0)  # payload: parameters, once
+        self._lay_out([self.parameters[i][1] for i in numbers.tolist()])
+        self.learned = True
 
     def start(self) -> None:
         """Before the first backward of a step: gradients to zero, counters to the full."""
+        if self.steps == 1 and not self.learned:
+            self._learn()
+        for name, p in self.parameters:
+            if not p.requires_grad:
+                raise ValueError(f"{name} was frozen: its bucket would wait for it for ever; make "
+                                 "a new DDP of the parameters that are left")  # fmt: skip
         for flat in self.buckets:
             flat.zero_()
-        self.missing = [0] * len(self.buckets)  # accumulations that a bucket still waits for
+        self.missing = dict.fromkeys(self.bucket_of, self.accumulations)  # by parameter
+        self.waiting = [0] * len(self.buckets)  # parameters that a bucket still waits for
         for bucket in self.bucket_of.values():
-            self.missing[bucket] += self.accumulations
+            self.waiting[bucket] += 1
+        self.ready = []
         self.launched: list = []  # handles, by bucket
 
     def _accumulated(self, p: nn.Parameter) -> None:
         """Autograd calls this each time it has added to p.grad."""
-        bucket = self.bucket_of[p]
-        self.missing[bucket] -= 1
-        assert self.missing[bucket] >= 0, f"more than {self.accumulations} accumulations in a step"
+        self.missing[p] -= 1
+        assert self.missing[p] >= 0, f"more than {self.accumulations} accumulations in a step"
+        if self.missing[p] > 0:
+            return
+        self.ready.append(p)
+        self.waiting[self.bucket_of[p]] -= 1
         # In bucket order and no other, though a later bucket may fill first on some rank:
         # collectives are matched by order, and the ranks must agree on it.
-        while len(self.launched) < len(self.buckets) and self.missing[len(self.launched)] == 0:
+        while len(self.launched) < len(self.buckets) and self.waiting[len(self.launched)] == 0:
             self._launch()
 
     def _launch(self) -> None:
@@ -139,10 +198,16 @@ class DDP:
     def finish(self) -> None:
         """After the last backward: every `.grad` is the sum over the group when this returns. A
         bucket that still waits for a parameter unused in this step goes as it is."""
+        for name, p in self.parameters:
+            start = self.buckets[self.bucket_of[p]].untyped_storage().data_ptr()
+            if p.grad is None or p.grad.untyped_storage().data_ptr() != start:
+                raise ValueError(f"{name}: its .grad was replaced and is in no bucket; start() "
+                                 "zeroes gradients, zero_grad() must not")  # fmt: skip
         while len(self.launched) < len(self.buckets):
             self._launch()
         for handle in self.launched:
             handle.wait()
+        self.steps += 1
 
     def pieces(self) -> list[tuple[str, nn.Parameter, nn.Parameter, int]]:
         """What this rank's optimizer updates: (name, tensor, parameter it is of, offset in it).
@@ -202,14 +267,15 @@ def main() -> None:
                     losses[-1] += loss.detach()
                 if rung == "bucketed":
                     sync.finish()
-                elif rung == "naive":
-                    all_reduce_gradients(model.parameters(), group)
+                elif rung != "one process":
+                    meet = {"naive": all_reduce_gradients, "flat": all_reduce_flat}[rung]
+                    meet(model.parameters(), group)
                 optimizer.step()
             return losses, {n: p.grad for n, p in named.items()}, named, sync
 
         losses, gradients, parameters, _ = train(range(batch), "one process")
         psi = sum(p.numel() for p in parameters.values())
-        for rung in ("naive", "bucketed"):
+        for rung in ("naive", "flat", "bucketed"):
             with measure.Collectives({"dp": group}) as seen:
                 mine, g, p, sync = train(range(4 * group.rank(), 4 * group.rank() + 4), rung)
             for loss in mine:
@@ -217,9 +283,10 @@ def main() -> None:
             proof.losses(rung, mine, losses)
             proof.close(f"{rung} max |d gradient|", g, gradients)
             proof.close(f"{rung} max |d parameter|", p, parameters)
-            calls = len(p) if rung == "naive" else len(sync.buckets)
+            calls = {"naive": len(p), "flat": 1, "bucketed": sync and len(sync.buckets)}[rung]
             predicted = (steps * calls, steps * predicted_payload(psi))
-            proof.equal(f"{rung} all-reduces, elements", predicted, tuple(seen.total("dp")))
+            met = tuple(seen.total("dp", "all_reduce"))
+            proof.equal(f"{rung} all-reduces, elements", predicted, met)
             for kind, tensors in {"parameters": p, "gradients": g}.items():
                 held = measure.bytes_held(tensors.values())
                 proof.equal(f"{rung} bytes of {kind}", predicted_bytes(psi, 8)[kind], held)

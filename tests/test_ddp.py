@@ -23,8 +23,8 @@ def naive_and_bucketed():
     group, m = dist.group.WORLD, 3
     naive, bucketed = model(), model()
     sync = ddp.DDP(bucketed.named_parameters(), group, m, bucket_bytes=100)
-    seen = measure.Collectives({"dp": group})
-    for step in range(2):  # twice: counters and buckets must start afresh
+    seen, calls = measure.Collectives({"dp": group}), 0
+    for step in range(3):  # again and again: counters must start afresh, and buckets may change
         naive.zero_grad()
         sync.start()
         for i in range(m):
@@ -33,37 +33,36 @@ def naive_and_bucketed():
             with seen:
                 bucketed(x).sum().backward()
                 if i < m - 1:
-                    assert len(seen.calls) == step * len(sync.buckets), "met too early"
-        launched_in_backward = len(sync.launched)
+                    assert len(seen.calls) == calls, "met too early"
+        assert len(sync.launched) == len(sync.buckets), "one waited for the end of backward"
+        calls += len(sync.buckets)
         sync.finish()
         ddp.all_reduce_gradients(naive.parameters(), group)
     for a, b in zip(naive.parameters(), bucketed.parameters(), strict=True):
         if group.size() == 2:  # two numbers have one sum
             assert torch.equal(a.grad, b.grad)
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-13, atol=0)
-    assert launched_in_backward == len(sync.buckets), "a bucket waited for the end of backward"
-    return seen.total("dp", "all_reduce", "backward"), len(sync.buckets)
+    return seen.total("dp", "all_reduce", "backward"), calls
 
 
 @pytest.mark.parametrize("d", [1, 2, 3])
 def test_bucketed_equals_naive_and_leaves_during_the_last_backward(d):
-    for total, buckets in launch(d, naive_and_bucketed):
+    for total, calls in launch(d, naive_and_bucketed):
         psi = sum(p.numel() for p in model().parameters())
-        assert buckets == 2
-        assert total == (2 * buckets, 2 * ddp.predicted_payload(psi))
+        assert total == (calls, 3 * ddp.predicted_payload(psi)) and calls > 3
 
 
 def unused():
     group = dist.group.WORLD
-    for bucketed in (True, False):
+    for rung in (None, ddp.all_reduce_gradients, ddp.all_reduce_flat):
         net = model()
         net.spare = torch.nn.Linear(2, 2).double()
-        sync = ddp.DDP(net.named_parameters(), group, 1, bucket_bytes=1) if bucketed else None
+        sync = None if rung else ddp.DDP(net.named_parameters(), group, 1, bucket_bytes=1)
         y = net[0](rows(0, 0)).sum()  # nobody uses the last layer, and the spare one rank 1 alone
         if group.rank() == 1:
             y = y + net.spare(torch.ones(2, dtype=torch.float64)).sum()
         y.backward()
-        sync.finish() if sync else ddp.all_reduce_gradients(net.parameters(), group)
+        sync.finish() if sync else rung(net.parameters(), group)
         assert torch.equal(net.spare.bias.grad, torch.ones(2, dtype=torch.float64))
         assert torch.equal(net[2].weight.grad, torch.zeros_like(net[2].weight))
 
@@ -120,3 +119,72 @@ def ranks_fill_buckets_in_different_orders(kind):
 def test_ranks_may_fill_buckets_in_different_orders(kind):
     """Collectives are matched by order: a bucket that leaves when it is full would meet another."""
     launch(2, ranks_fill_buckets_in_different_orders, kind)
+
+
+def learned_order():
+    """A model whose layers run in another order than they are listed in."""
+    group, m = dist.group.WORLD, 2
+    nets = {n: torch.nn.Linear(4, 4, bias=False).double() for n in "abcd"}
+    sync = ddp.DDP([(n, net.weight) for n, net in nets.items()], group, m, bucket_bytes=1)
+    orders = []
+    for _ in range(3):
+        sync.start()
+        for i in range(m):
+            x = rows(group.rank(), i)[:, :4]
+            for n in "bca":  # d is used by nobody
+                x = nets[n](x)
+            x.sum().backward()
+        sync.finish()
+        orders.append([n for b in range(4) for n in "abcd" if sync.bucket_of[nets[n].weight] == b])
+    return orders
+
+
+def test_buckets_follow_the_order_that_the_first_step_showed():
+    for orders in launch(2, learned_order):
+        assert orders == [list("dcba"), list("acbd"), list("acbd")]
+
+
+def test_flat_is_one_call():
+    (total,) = launch(1, flat_total)
+    assert total == (1, sum(p.numel() for p in model().parameters()))
+
+
+def flat_total():
+    net = model()
+    net(rows(0, 0)).sum().backward()
+    before = [p.grad.clone() for p in net.parameters()]
+    with measure.Collectives({"dp": dist.group.WORLD}) as seen:
+        ddp.all_reduce_flat(net.parameters(), dist.group.WORLD)
+    assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), before, strict=True))
+    return seen.total("dp", "all_reduce")
+
+
+def misuse(how: str):
+    group, net = dist.group.WORLD, model()
+    named = list(net.named_parameters())
+    if how == "another order" and group.rank() == 1:
+        named = named[::-1]
+    if how == "one more" and group.rank() == 1:
+        named.append(("extra", torch.nn.Parameter(torch.zeros(1))))
+    sync = ddp.DDP(named, group, 1)
+    if how == "replaced":
+        net.zero_grad(set_to_none=True)
+    net(rows(0, 0)).sum().backward()
+    sync.finish()
+    if how == "frozen":
+        net[2].bias.requires_grad_(False)
+    sync.start()
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("another order", r"parameter 0 is 0.weight \(7, 5\) .* on rank 0 .* and 2.bias \(3,\)"),
+        ("one more", "parameter 4 is None on rank 0 of the group and extra"),
+        ("frozen", "2.bias was frozen"),
+        ("replaced", "0.weight: its .grad was replaced"),
+    ],
+)
+def test_misuse_is_refused_and_named(how, message):
+    with pytest.raises(RuntimeError, match=message):
+        launch(2, misuse, how)
