@@ -10,7 +10,7 @@
 
 The model is plain; the strategies transform it in one order, each seeing what the one before left:
 
-    GPT on meta -> take_stage -> parallelize -> weights drawn -> checkpoint_blocks -> DDP | ZeRO-1
+    GPT on meta -> take_stage -> parallelize -> weights drawn -> checkpoint_blocks -> DDP | ZeRO
                    pipeline      tensor_parallel                 activation_ckpt     ddp | zero
 
 global_batch_size = d * m * micro_batch_size; m microbatches per step is derived, and is both the
@@ -85,7 +85,8 @@ def parser() -> Parser:
         help="auto: cuda if every local rank has a GPU of its own, else cpu")  # fmt: skip
     add("--tp", type=int, default=1, help="t: ranks that split every matrix")
     add("--pp", type=int, default=1, help="p: stages; data parallelism is world size / (t p)")
-    add("--zero", type=int, choices=(0, 1), default=0, help="0: DDP, 1: optimizer states sharded")
+    add("--zero", type=int, choices=(0, *zero.STAGES), default=0,
+        help="0: DDP, 1: optimizer states sharded, 2: gradients too")  # fmt: skip
     add("--schedule", choices=pipeline.SCHEDULES, default="1f1b")
     add("--recompute", choices=activation_ckpt.POLICIES, default="none")
     add("--recompute-every", type=int, default=1, metavar="K", help="checkpoint 1 block of K")
@@ -191,7 +192,7 @@ class Trainer:
         actions = (schedule or pipeline.SCHEDULES[args.schedule])(p, self.m)
         self.program = pipeline.derive_programs(actions)[self.stage]
         backwards = sum(action.kind == "B" for action in actions[self.stage])
-        sync = sync or (zero.Zero1 if args.zero else ddp.DDP)
+        sync = sync or zero.STAGES.get(args.zero, ddp.DDP)
         self.sync = sync(gpt.named_parameters(stage), self.dp_group, backwards)
         self.optimizer = self._make_optimizer()
 

@@ -115,7 +115,7 @@ def ranks_fill_buckets_in_different_orders(kind):
         torch.testing.assert_close(piece.grad.flatten(), part, rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1])
+@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero2])
 def test_ranks_may_fill_buckets_in_different_orders(kind):
     """Collectives are matched by order: a bucket that leaves when it is full would meet another."""
     launch(2, ranks_fill_buckets_in_different_orders, kind)

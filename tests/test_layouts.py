@@ -16,7 +16,7 @@ FACTORS = {
     ],
     "m": [1, 2, "p", 5],
     "schedule": ["gpipe", "1f1b"],
-    "zero": [0, 1],
+    "zero": [0, 1, 2],
     "recompute": [("none", 1), ("full", 1), ("full", 2)],
     "tied": [True, False],
     "optimizer": ["adamw", "sgd"],

@@ -70,7 +70,7 @@ def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
         ("--dtype float8", 1, "--dtype: invalid choice: 'float8'.*float32.*float64"),
         ("--schedule zb-v", 1, "--schedule: invalid choice: 'zb-v'.*gpipe.*1f1b"),
         ("--model gpt-5", 1, "--model: invalid choice: 'gpt-5'.*gpt2-xl"),
-        ("--zero 2", 1, "--zero: invalid choice: 2"),
+        ("--zero 3", 1, "--zero: invalid choice: 3"),
         ("--recompute selective", 1, "--recompute: invalid choice: 'selective'"),
         ("--recompute-every 5", 1, "--recompute-every 5 is more than the 4 blocks"),
         ("--sequence-parallel", 1, "unrecognized arguments: --sequence-parallel"),
@@ -141,7 +141,7 @@ def test_launched_runs_are_the_plain_one(text, tmp_path):
         "plain": (0, 1, ""),
         "two threads": (0, 2, ""),
         "t2 p2": (4, 1, "--tp 2 --pp 2"),
-        "p2 d2 zero": (4, 1, "--pp 2 --zero 1 --schedule gpipe --recompute full"),
+        "p2 d2 zero": (4, 1, "--pp 2 --zero 2 --schedule gpipe --recompute full"),
     }
     for name, (ranks, threads, layout) in launches.items():
         log = tmp_path / name
@@ -223,7 +223,7 @@ def what_outlives_the_trainer(zero_stage: int):
     return [name for name, ref in alive.items() if ref() is not None]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_nothing_outlives_the_trainer(zero_stage):
     """What does keeps its group, whose threads may abort the process while Python shuts down."""
     assert launch(2, what_outlives_the_trainer, zero_stage) == [[], []]

@@ -19,10 +19,10 @@ def parameters() -> list[tuple[str, torch.nn.Parameter]]:
     return made
 
 
-def pieces_and_step(bucket_bytes: int):
+def pieces_and_step(stage: int, bucket_bytes: int):
     group, named = dist.group.WORLD, parameters()
     before = {n: p.detach().clone() for n, p in named}
-    sync = zero.Zero1(named, group, accumulations=2, bucket_bytes=bucket_bytes)
+    sync = zero.STAGES[stage](named, group, accumulations=2, bucket_bytes=bucket_bytes)
     for n, p in named:
         assert torch.equal(p, before[n]), "moving into the flat buffer changed a weight"
     tied = [b for b in sync.buckets if any(n == "p2" for n, *_ in b.pieces)]
@@ -33,12 +33,12 @@ def pieces_and_step(bucket_bytes: int):
             for i in range(2):
                 loss = sum(((group.rank() + i + 1) * p).sum() for _, p in named)
                 loss.backward()
-                early = len(seen.select("dp", "reduce_scatter"))
             sync.finish()
+            held = measure.bytes_held(piece.grad for _, piece, _, _ in sync.pieces())
+            assert stage == 1 or all(p.grad is None for _, p in named)
             for _, piece, _, _ in sync.pieces():
                 piece.data -= 0.1 * piece.grad
             sync.after_step()
-    assert early % len(sync.buckets) == 0
     d = group.size()
     gradient = sum(rank + i + 1 for rank in range(d) for i in range(2))
     for n, p in named:
@@ -49,14 +49,16 @@ def pieces_and_step(bucket_bytes: int):
         "pieces": [(n, start, t.numel()) for n, t, _, start in sync.pieces()],
         "buckets": [sum(p.numel() for p in sync.bucket_of if sync.bucket_of[p] == i)
                     for i in range(len(numels))],
+        "held": held,
         "seen": {op: seen.total("dp", op) for op in ("reduce_scatter", "all_gather")},
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("bucket_bytes", [1, 100, 10**6])
 @pytest.mark.parametrize("d", [1, 2, 3, 4])
-def test_pieces_own_every_element_once_and_padding_never(d, bucket_bytes):
-    results = launch(d, pieces_and_step, bucket_bytes)
+def test_pieces_own_every_element_once_and_padding_never(d, bucket_bytes, stage):
+    results = launch(d, pieces_and_step, stage, bucket_bytes)
     for name, p in parameters():
         owned = [0] * p.numel()
         for result in results:
@@ -67,11 +69,14 @@ def test_pieces_own_every_element_once_and_padding_never(d, bucket_bytes):
         assert owned == [1] * p.numel(), name
     for rank, result in enumerate(results):
         numels = result["buckets"]
-        predicted = zero.predicted_payload(numels, d)
+        predicted = zero.predicted_payload(numels, d, stage, accumulations=2)
         for operation, payload in predicted.items():
-            assert result["seen"][operation] == (2 * len(numels), 2 * payload)
+            rounds = 2 if stage == 2 and operation == "reduce_scatter" else 1
+            assert result["seen"][operation] == (2 * rounds * len(numels), 2 * payload)
         owned = sum(length for _, _, length in result["pieces"])
-        held = zero.predicted_bytes(numels, d, rank, itemsize=8)
+        held = zero.predicted_bytes(numels, d, rank, itemsize=8, stage=stage)
+        # a bucket that gives this rank no piece holds a shard of padding, which nobody reads
+        assert held["gradients"] >= result["held"] >= held["optimizer"] // 2
         assert held["optimizer"] == 2 * 8 * owned
         assert held["parameters"] == 8 * sum(zero.padded(n, d) for n in numels)
 

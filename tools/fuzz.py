@@ -30,7 +30,7 @@ def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
         t=t, p=p, d=d,
         m=rng.randint(1, 6),
         b=rng.randint(1, 3),
-        zero=rng.randint(0, 1),
+        zero=rng.randint(0, 2),
         schedule=rng.choice(("gpipe", "1f1b")),
         recompute=rng.choice(("none", "full")),
         every=rng.randint(1, 2 if n_layer > 1 else 1),

@@ -244,7 +244,7 @@ def layout(case: Case, expected: dict, seams: dict) -> dict:
     """On each rank: train, and compare all that this rank holds."""
     args = train_3d.parser().parse_args(case.arguments())
     config = train_3d.check(args, case.world_size)
-    sync = functools.partial(zero.Zero1 if case.zero else ddp.DDP, bucket_bytes=case.bucket_bytes)
+    sync = functools.partial(zero.STAGES.get(case.zero, ddp.DDP), bucket_bytes=case.bucket_bytes)
     seams = {"draw": draw, "sync": sync} | seams
     trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"), **seams)
     for group in trainer.optimizer.param_groups:

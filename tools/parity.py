@@ -29,7 +29,7 @@ def cases(nproc: int, n_head: int, n_layer: int) -> list[Case]:
         Case(t=t, p=p, d=d, m=max(2, p - 1), zero=z, schedule=schedule, n_head=n_head,
              n_embd=2 * n_head, n_layer=n_layer, vocab_size=45)
         for t, p, d in sizes
-        for z in ((0, 1) if d > 1 else (0,))
+        for z in ((0, 1, 2) if d > 1 else (0,))
         for schedule in (("gpipe", "1f1b") if p > 1 else ("1f1b",))
     ]  # fmt: skip
 
