@@ -27,6 +27,7 @@ Li et al. 2020, PyTorch Distributed (arXiv 2006.15704), section 3.2; Goyal et al
 (arXiv 1706.02677), section 2, on summing and averaging.
 """
 
+import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
@@ -100,33 +101,41 @@ def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup
 class DDP:
     """Attaches to the parameters; the model stays as it is.
 
-    parameters: (name, parameter), the same on every rank of `group`.
+    model: the same on every rank of `group`.
     accumulations: how often each gradient is accumulated to in a step: once per microbatch and
         use. Counting them, rather than asking which microbatch is the last, holds under every
         schedule.
     bucket_bytes: a bucket is closed when it holds at least this many; the first one at a 25th of
         it, so that the link is not idle until 25 MB of gradients are there.
     reduce: (flat bucket, group) -> a handle with wait(); the seam for compression.
+    grad_dtype: in which gradients add up over microbatches; default: fp32 for bf16 parameters, else
+        their own. Between ranks they travel in the parameters' dtype.
 
-    A step: start(); backwards; finish(); the optimizer reads `.grad`; after_step(). Raises
-    ValueError where ranks hold different parameters, a parameter is frozen between two steps, or a
-    `.grad` is replaced (start() zeroes them; zero_grad() must not be called)."""
+    A step: start(); forwards and backwards; finish(); before_step(); the optimizer updates
+    pieces(); after_step(). Raises ValueError where ranks hold different parameters, a parameter is
+    frozen between two steps, or a `.grad` is replaced (start() zeroes them, zero_grad() must not
+    be called)."""
 
     def __init__(
-        self,
-        parameters: Iterable[tuple[str, nn.Parameter]],
-        group: dist.ProcessGroup,
-        accumulations: int,
-        bucket_bytes: int = 25 * 2**20,
-        reduce: Callable = all_reduce_bucket,
-    ):
-        self.parameters = list(parameters)
+        self, model: nn.Module, group: dist.ProcessGroup, accumulations: int,
+        bucket_bytes: int = 25 * 2**20, reduce: Callable = all_reduce_bucket,
+        grad_dtype: torch.dtype | None = None,
+    ):  # fmt: skip
+        named = model.named_parameters()
+        self.parameters = [(getattr(p, "tied_name", name), p) for name, p in named]
         self.group, self.accumulations, self.reduce = group, accumulations, reduce
         self.bucket_bytes = bucket_bytes
+        self.dtype = self.parameters[0][1].dtype
+        self.grad_dtype = grad_dtype or torch.promote_types(self.dtype, torch.float32)
         check_same_parameters(self.parameters, group)
         me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
         for _, p in self.parameters:
             p.register_post_accumulate_grad_hook(lambda p: me()._accumulated(p))
+        # What the optimizer updates: in bf16 a small update, added to a weight, is rounded away.
+        self.masters = {
+            p: p.detach().float().requires_grad_() if p.dtype.itemsize < 4 else p
+            for _, p in self.parameters
+        }
         # A guess until the first step has shown it: the last layer's gradients are ready first.
         self._lay_out([p for _, p in reversed(self.parameters)])
         self.ready: list[nn.Parameter] = []  # in the order in which gradients were complete
@@ -144,9 +153,10 @@ class DDP:
             size += p.numel() * p.element_size()
             full = size >= (self.bucket_bytes if self.buckets else self.bucket_bytes // 25)
             if full or i + 1 == len(order):
-                flat = p.new_zeros(sum(q.numel() for q in members))
+                flat = p.new_zeros(sum(q.numel() for q in members), dtype=self.grad_dtype)
                 parts = flat.split([q.numel() for q in members])
                 for q, part in zip(members, parts, strict=True):
+                    q.grad_dtype = self.grad_dtype  # bf16 gradients may add up in fp32
                     q.grad = part.view_as(q)
                     self.bucket_of[q] = len(self.buckets)
                 self.buckets.append(flat)
@@ -172,12 +182,14 @@ class DDP:
                                  "a new DDP of the parameters that are left")  # fmt: skip
         for flat in self.buckets:
             flat.zero_()
+        for p, master in self.masters.items():
+            master.grad = p.grad if master is p else None
         self.missing = dict.fromkeys(self.bucket_of, self.accumulations)  # by parameter
         self.waiting = [0] * len(self.buckets)  # parameters that a bucket still waits for
         for bucket in self.bucket_of.values():
             self.waiting[bucket] += 1
         self.ready = []
-        self.launched: list = []  # handles, by bucket
+        self.launched: list = []  # (what was sent, handle), by bucket
 
     def _accumulated(self, p: nn.Parameter) -> None:
         """Autograd calls this each time it has added to p.grad."""
@@ -193,7 +205,8 @@ class DDP:
             self._launch()
 
     def _launch(self) -> None:
-        self.launched.append(self.reduce(self.buckets[len(self.launched)], self.group))
+        sent = self.buckets[len(self.launched)].to(self.dtype)  # itself, unless in bf16
+        self.launched.append((sent, self.reduce(sent, self.group)))
 
     def finish(self) -> None:
         """After the last backward: every `.grad` is the sum over the group when this returns. A
@@ -205,17 +218,35 @@ class DDP:
                                  "zeroes gradients, zero_grad() must not")  # fmt: skip
         while len(self.launched) < len(self.buckets):
             self._launch()
-        for handle in self.launched:
+        for flat, (sent, handle) in zip(self.buckets, self.launched, strict=True):
             handle.wait()
+            flat.copy_(sent)
+        self.launched = []
         self.steps += 1
 
-    def pieces(self) -> list[tuple[str, nn.Parameter, nn.Parameter, int]]:
-        """What this rank's optimizer updates: (name, tensor, parameter it is of, offset in it).
-        Here whole parameters; in zero.py less."""
-        return [(name, p, p, 0) for name, p in self.parameters]
+    def pieces(self) -> list[tuple[str, Tensor, nn.Parameter, int]]:
+        """What this rank's optimizer updates: (name, tensor, parameter it is of, offset in it). The
+        tensor is the parameter, or an fp32 copy if that is in bf16; in zero.py less of it."""
+        return [(name, self.masters[p], p, 0) for name, p in self.parameters]
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """What is kept from step to step, by kind; the optimizer has its moments besides."""
+        copies = [master for p, master in self.masters.items() if master is not p]
+        return {"parameters": list(self.masters), "gradients": self.buckets, "optimizer": copies}
+
+    def before_step(self) -> None:
+        """Pieces get their `.grad`, in their own dtype: with bf16 gradients, a copy in fp32."""
+        for p, master in self.masters.items():
+            master.grad = p.grad.to(master.dtype)
 
     def after_step(self) -> None:
-        """After the optimizer: nothing, every rank has updated everything."""
+        """After the optimizer: every rank has updated everything."""
+        with torch.no_grad():
+            for p, master in self.masters.items():
+                p.copy_(master)  # itself, unless in bf16
+
+    def gather(self) -> None:
+        """Every parameter whole, for who reads them: they are."""
 
 
 # --- cost -----------------------------------------------------------------------------------------
@@ -231,10 +262,15 @@ def predicted_wire_bytes(numel: int, d: int, itemsize: int) -> float:
     return 2 * (d - 1) / d * numel * itemsize
 
 
-def predicted_bytes(numel: int, itemsize: int) -> dict[str, int]:
-    """Bytes held per rank after the last backward, with AdamW: 4 x Psi, whatever d is."""
-    one = numel * itemsize
-    return {"parameters": one, "gradients": one, "optimizer": 2 * one}
+def predicted_bytes(
+    numel: int, dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None
+) -> dict[str, int]:
+    """Bytes held per rank after the last backward, with AdamW: parameters, gradients, two moments,
+    and in bf16 an fp32 copy to update: 16 Psi, or 18, whatever d is."""
+    grad_dtype = grad_dtype or torch.promote_types(dtype, torch.float32)
+    update = 12 if dtype.itemsize < 4 else 2 * dtype.itemsize
+    each = {"parameters": dtype.itemsize, "gradients": grad_dtype.itemsize, "optimizer": update}
+    return {kind: numel * size for kind, size in each.items()}
 
 
 # --- demo -----------------------------------------------------------------------------------------
@@ -250,46 +286,67 @@ def main() -> None:
         group, batch = proof.group, 4 * proof.group.size()
         tokens, _ = data.load(__file__, config.seq_len)
 
-        def train(rows: range, rung: str):
+        def train(rows: range, rung: str, dtype=torch.float64, seen=None, grad_dtype=None):
             """Train on `rows` of each batch, in m microbatches. One process has all of them."""
-            model = gpt.build(config, seed=0, dtype=torch.float64)
+            model = gpt.build(config, seed=0, dtype=dtype)
             named = dict(gpt.named_parameters(model))
-            sync = DDP(named.items(), group, m, bucket_bytes=2**16) if rung == "bucketed" else None
-            optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
+            sync = None
+            if rung == "bucketed":
+                sync = DDP(model, group, m, bucket_bytes=2**16, grad_dtype=grad_dtype)
+            pieces = [piece for _, piece, _, _ in sync.pieces()] if sync else named.values()
+            optimizer, losses, held = torch.optim.AdamW(pieces, lr=1e-2, eps=1e-4), [], None
             for step in range(steps):
-                sync.start() if sync else optimizer.zero_grad()
-                x, y = data.batch(tokens, step, rows, config.seq_len, seed=0)
-                losses.append(torch.zeros((), dtype=torch.float64))
-                for xs, ys in zip(x.chunk(m), y.chunk(m), strict=True):
-                    # Divided by the tokens of the whole batch, whoever has them: gradients add up.
-                    loss = gpt.cross_entropy(model(xs), ys) / (batch * config.seq_len)
-                    loss.backward()
-                    losses[-1] += loss.detach()
-                if rung == "bucketed":
-                    sync.finish()
-                elif rung != "one process":
-                    meet = {"naive": all_reduce_gradients, "flat": all_reduce_flat}[rung]
-                    meet(model.parameters(), group)
-                optimizer.step()
-            return losses, {n: p.grad for n, p in named.items()}, named, sync
+                with seen if seen and step + 1 == steps else contextlib.nullcontext():
+                    sync.start() if sync else optimizer.zero_grad()
+                    x, y = data.batch(tokens, step, rows, config.seq_len, seed=0)
+                    losses.append(torch.zeros((), dtype=torch.float64))
+                    for xs, ys in zip(x.chunk(m), y.chunk(m), strict=True):
+                        # Divided by the tokens of the whole batch, whoever has them: gradients add.
+                        loss = gpt.cross_entropy(model(xs), ys) / (batch * config.seq_len)
+                        loss.backward()
+                        losses[-1] += loss.detach()
+                    if sync:
+                        sync.finish()
+                        held = measure.bytes_by_kind(sync.held(), optimizer)
+                        sync.before_step()
+                    elif rung != "one process":
+                        meet = {"naive": all_reduce_gradients, "flat": all_reduce_flat}[rung]
+                        meet(model.parameters(), group)
+                    optimizer.step()
+                    if sync:
+                        sync.after_step()
+            return losses, {n: p.grad for n, p in named.items()}, named, sync, held
 
-        losses, gradients, parameters, _ = train(range(batch), "one process")
+        losses, gradients, parameters, *_ = train(range(batch), "one process")
+        rows = range(4 * group.rank(), 4 * group.rank() + 4)
         psi = sum(p.numel() for p in parameters.values())
         for rung in ("naive", "flat", "bucketed"):
-            with measure.Collectives({"dp": group}) as seen:
-                mine, g, p, sync = train(range(4 * group.rank(), 4 * group.rank() + 4), rung)
+            seen = measure.Collectives({"dp": group})
+            mine, g, p, sync, _ = train(rows, rung, seen=seen)
             for loss in mine:
                 dist.all_reduce(loss)  # its share of the batch's mean, from each rank
             proof.losses(rung, mine, losses)
             proof.close(f"{rung} max |d gradient|", g, gradients)
             proof.close(f"{rung} max |d parameter|", p, parameters)
+            exposed = psi
+            if sync:  # all but the buckets that wait for one of these: below is no matrix
+                last = [p for n, p in sync.parameters if n.startswith(("wte", "wpe", "h.0.ln_1",
+                                                                       "h.0.attn.c_attn"))]
+                late = {sync.bucket_of[p] for p in last}
+                exposed = sum(sync.buckets[i].numel() for i in range(min(late), len(sync.buckets)))
             calls = {"naive": len(p), "flat": 1, "bucketed": sync and len(sync.buckets)}[rung]
-            predicted = (steps * calls, steps * predicted_payload(psi))
-            met = tuple(seen.total("dp", "all_reduce"))
-            proof.equal(f"{rung} all-reduces, elements", predicted, met)
-            for kind, tensors in {"parameters": p, "gradients": g}.items():
-                held = measure.bytes_held(tensors.values())
-                proof.equal(f"{rung} bytes of {kind}", predicted_bytes(psi, 8)[kind], held)
+            total, hidden = (seen.total("dp", "all_reduce", hidden=h) for h in (None, True))
+            measured = (total.calls, total.payload - hidden.payload, hidden.payload)
+            predicted = (calls, exposed, predicted_payload(psi) - exposed)
+            kinds = ("calls", "exposed", "hidden")
+            proof.costs("a step, elements", f"{rung} all_reduce",
+                        *(dict(zip(kinds, x, strict=True)) for x in (predicted, measured)))
+        for table, *dtypes in (
+            ("bytes, float64", torch.float64, None), ("bytes, bf16", torch.bfloat16, None),
+            ("bytes, bf16 gradients", torch.bfloat16, torch.bfloat16),
+        ):  # fmt: skip
+            *_, held = train(rows, "bucketed", dtypes[0], grad_dtype=dtypes[1])
+            proof.costs(table, "bucketed", predicted_bytes(psi, *dtypes), held)
 
 
 if __name__ == "__main__":

@@ -67,8 +67,9 @@ class Attention(nn.Module):
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # [b, a, s, s]
             future = torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1)
-            weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-            y = F.dropout(weights, dropout) @ v
+            scores = scores.masked_fill(future, float("-inf"))
+            weights = scores.softmax(dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+            y = F.dropout(weights.to(x.dtype), dropout) @ v
         return self.c_proj(y.transpose(1, 2).reshape(b, s, -1))
 
 
@@ -130,11 +131,11 @@ class GPT(nn.Module):
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum (not mean) of -log p(target) over valid tokens: targets of -1 are ignored.
-    logits [b, s, v], targets [b, s] -> scalar. Divide by the count of valid tokens of the whole
-    batch, and the parts of a batch add up to its mean, however unevenly the valid ones lie."""
-    return F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum"
-    )
+    logits [b, s, v], targets [b, s] -> scalar, in fp32 if the logits are in bf16. Divide by the
+    count of valid tokens of the whole batch, and the parts of a batch add up to its mean, however
+    unevenly the valid ones lie."""
+    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -43,6 +43,10 @@ class Call(NamedTuple):
     payload: int
     dtype: torch.dtype
     phase: str  # "forward" (or no autograd at all) | "backward" (backward itself and its hooks)
+    hidden: bool = False  # some matrix was multiplied between its start and the use of its result
+
+
+_MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
 
 
 class Total(NamedTuple):
@@ -53,12 +57,15 @@ class Total(NamedTuple):
 class Collectives(TorchDispatchMode):
     """Records every collective of this process. `groups` names the groups that matter; a call on
     any other group is recorded under torch's own name for it. What runs in a recomputed forward
-    counts as backward, since that is when it runs."""
+    counts as backward, since that is when it runs. An asynchronous call is hidden if a matrix
+    multiplication starts before anything reads its result; the others are exposed."""
 
     def __init__(self, groups: dict[str, dist.ProcessGroup] | None = None):
         super().__init__()
         self.names = {group.group_name: name for name, group in (groups or {}).items()}
         self.calls: list[Call] = []
+        self._matmuls = 0
+        self._unread: dict[int, tuple[int, int]] = {}  # storage -> (call, matmuls before it)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operation = func.name().split("::")[1].split(".")[0]
@@ -66,10 +73,31 @@ class Collectives(TorchDispatchMode):
             name, position = _OPERATIONS[operation]
             tensors = args[position] if isinstance(args[position], list) else [args[position]]
             payload = sum(t.numel() for t in tensors)
+            if self._is_async(func, args):
+                output = args[0][0] if isinstance(args[0], list) else args[0]
+                self._unread[_storage(output)] = (len(self.calls), self._matmuls)
             self.calls.append(
                 Call(name, self._group(args), payload, tensors[0].dtype, self._phase())
             )
+        else:
+            self._look_for_reads(args)
+            self._matmuls += operation in _MATMULS
         return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _is_async(func, args) -> bool:
+        """torch 2.11 does not say: what is waited for at once is read at once, so it does not
+        matter. Arguments that have their default are left out."""
+        names = [argument.name for argument in func._schema.arguments]
+        place = names.index("async_op") if "async_op" in names else len(args)
+        return args[place] if place < len(args) else True
+
+    def _look_for_reads(self, args) -> None:
+        for arg in args if self._unread else ():
+            for t in arg if isinstance(arg, (list, tuple)) else [arg]:
+                if isinstance(t, Tensor) and _storage(t) in self._unread:
+                    number, before = self._unread.pop(_storage(t))
+                    self.calls[number] = self.calls[number]._replace(hidden=self._matmuls > before)
 
     def _group(self, args) -> str:
         for arg in args:
@@ -83,23 +111,36 @@ class Collectives(TorchDispatchMode):
         # Only a backward pass has a current autograd node.
         return "forward" if torch._C._current_autograd_node() is None else "backward"
 
-    def select(self, group=None, operation=None, phase=None) -> list[Call]:
-        wanted = {"group": group, "operation": operation, "phase": phase}
+    def select(self, group=None, operation=None, phase=None, hidden=None) -> list[Call]:
+        wanted = {"group": group, "operation": operation, "phase": phase, "hidden": hidden}
         return [
             call
             for call in self.calls
             if all(v is None or getattr(call, k) == v for k, v in wanted.items())
         ]
 
-    def total(self, group=None, operation=None, phase=None) -> Total:
-        calls = self.select(group, operation, phase)
+    def total(self, group=None, operation=None, phase=None, hidden=None) -> Total:
+        calls = self.select(group, operation, phase, hidden)
         return Total(len(calls), sum(call.payload for call in calls))
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def bytes_held(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind these tensors: two views of one buffer count once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    storages = {_storage(t): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def bytes_by_kind(
+    held: dict[str, list[Tensor]], optimizer: torch.optim.Optimizer
+) -> dict[str, int]:
+    """bytes_held of each kind of `held`; the optimizer's moments join the kind "optimizer"."""
+    moments = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+    more = {"optimizer": moments}
+    return {kind: bytes_held([*tensors, *more.get(kind, [])]) for kind, tensors in held.items()}
 
 
 class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
@@ -109,9 +150,7 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
     forward pass at a time."""
 
     def __init__(self, model: nn.Module, ignore: Iterable[Tensor] = ()):
-        self._not_ours = {
-            t.untyped_storage().data_ptr() for t in [*model.parameters(), *ignore]
-        }
+        self._not_ours = {_storage(t) for t in [*model.parameters(), *ignore]}
         self._seen: dict[int, Tensor] = {}
         super().__init__(self._pack, lambda t: t)
 
@@ -120,8 +159,8 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def _pack(self, t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in self._not_ours:
-            self._seen.setdefault(t.untyped_storage().data_ptr(), t.detach())
+        if _storage(t) not in self._not_ours:
+            self._seen.setdefault(_storage(t), t.detach())
         return t
 
     @property
@@ -207,6 +246,7 @@ class Proof:
 
     def __init__(self, title: str):
         self.title, self.rows, self.failed = title, [], False
+        self.tables: dict[str, list[str]] = {}
 
     def __enter__(self) -> "Proof":
         if not dist.is_torchelastic_launched():
@@ -234,6 +274,19 @@ class Proof:
         """A cost, which must be what the formula says, to the last byte or call."""
         self._row(what, f"predicted {predicted}", f"measured {measured}", predicted == measured)
 
+    def costs(self, table: str, what: str, predicted, measured) -> None:
+        """A line of a table: costs by kind (dicts or NamedTuples), which must be equal."""
+        predicted, measured = (
+            x if isinstance(x, dict) else x._asdict() for x in (predicted, measured)
+        )
+        header = f"  {table:28s}" + "".join(f"{kind:>20s}" for kind in predicted)
+        pairs = (f"{n:,} | {measured[kind]:,}" for kind, n in predicted.items())
+        ok = predicted == measured
+        line = "".join(f"{pair:>20s}" for pair in pairs)
+        lines = self.tables.setdefault(table, [header + "   predicted | measured"])
+        lines.append(f"    {what:26s}{line}   {'ok' if ok else 'MISMATCH'}")
+        self.failed |= not ok
+
     def _row(self, what: str, left: str, right: str, ok: bool) -> None:
         self.rows.append(f"  {what:34s} {left:>21s} | {right:25s} {'ok' if ok else 'MISMATCH'}")
         self.failed |= not ok
@@ -246,7 +299,7 @@ class Proof:
         if dist.get_rank() == 0 or self.failed:
             ranks = dist.get_world_size()
             print(f"{self.title} on {ranks} ranks, float64; rank {dist.get_rank()} says:")
-            print("\n".join(self.rows), flush=True)
+            print("\n".join(sum(self.tables.values(), self.rows)), flush=True)
         dist.barrier()
         dist.destroy_process_group()
         if failed > 0:

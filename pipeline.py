@@ -324,7 +324,8 @@ class Pipeline:
         (b, s, h). Returns the sum of the losses, which is 0 where the last stage is not. Gradients
         are left in `.grad`, accumulated."""
         self.inputs, self.loss_of, self.shape = inputs, loss_of, shape
-        self.loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        self.loss = torch.zeros((), dtype=dtype, device=self.device)
         self.inbox: dict = {}  # (kind, microbatch, stage) -> (tensor, handle or None)
         self.outbox: dict = {}  # (kind, microbatch, stage that made it) -> tensor
         self.sending: dict = {}  # the same, once posted -> (tensor, handle)

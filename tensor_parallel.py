@@ -236,8 +236,8 @@ def vocab_parallel_cross_entropy(
     logits: Tensor, targets: Tensor, head: nn.Module, group: dist.ProcessGroup
 ) -> Tensor:
     """logits [b, s, v/t] of a column-parallel head, targets [b, s] in 0..v-1 or -1 (ignored) ->
-    scalar, the same on every rank: gpt.cross_entropy of the whole logits."""
-    cut = head.weight.cut
+    scalar, the same on every rank: gpt.cross_entropy of the whole logits, so at least in fp32."""
+    cut, logits = head.weight.cut, logits.to(torch.promote_types(logits.dtype, torch.float32))
     return VocabParallelCrossEntropy.apply(logits, targets, cut.range(cut.shape[0])[0], group)
 
 

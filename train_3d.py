@@ -46,7 +46,7 @@ import pipeline
 import tensor_parallel
 import zero
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -80,13 +80,19 @@ def parser() -> Parser:
     add("--weight-decay", type=float, default=0.1, help="on matrices only")
     add("--clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
     add("--seed", type=int, default=0)
-    add("--dtype", choices=DTYPES, default="float32")
+    add("--dtype", choices=DTYPES, default="float32",
+        help="of parameters, activations and what travels; bf16 is updated in fp32")
+    add("--grad-dtype", choices=("float32", "bf16"),
+        help="with --dtype bf16: in which gradients add up (default float32)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: cuda if every local rank has a GPU of its own, else cpu")  # fmt: skip
     add("--tp", type=int, default=1, help="t: ranks that split every matrix")
     add("--pp", type=int, default=1, help="p: stages; data parallelism is world size / (t p)")
     add("--zero", type=int, choices=(0, *zero.STAGES), default=0,
-        help="0: DDP, 1: optimizer states sharded, 2: gradients too")  # fmt: skip
+        help="0: DDP, 1: optimizer states sharded, 2: gradients too, 3: parameters too")
+    add("--zero-shard-size", type=int, metavar="K", help="hybrid: shard within K of the d replicas")
+    add("--zero-reshard-after-forward", type=int, choices=(0, 1), default=1,
+        help="ZeRO-3; 0: parameters stay whole until the step's last backward")  # fmt: skip
     add("--schedule", choices=pipeline.SCHEDULES, default="1f1b")
     add("--recompute", choices=activation_ckpt.POLICIES, default="none")
     add("--recompute-every", type=int, default=1, metavar="K", help="checkpoint 1 block of K")
@@ -119,6 +125,7 @@ def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
     ):  # fmt: skip
         if n % k:
             raise ValueError(f"{name} {n} is not divisible by {by}: {remedy}")
+    _check_zero(args, d)
     if args.recompute_every > config.n_layer:
         k, n = args.recompute_every, config.n_layer
         raise ValueError(f"--recompute-every {k} is more than the {n} blocks: lower it")
@@ -127,12 +134,27 @@ def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
     return config
 
 
+def _check_zero(args: argparse.Namespace, d: int) -> None:
+    k = args.zero_shard_size
+    for wrong, message in (
+        (k and not args.zero, f"--zero-shard-size {k} with --zero 0: nothing is sharded; give "
+         "--zero 1, 2 or 3"),
+        (k and d % k, f"--zero-shard-size {k} does not divide d {d}: give a divisor of {d}"),
+        (args.zero < 3 and not args.zero_reshard_after_forward, "--zero-reshard-after-forward 0 "
+         f"with --zero {args.zero}: only ZeRO-3 reshards; give --zero 3"),
+        (args.grad_dtype and args.dtype != "bf16", f"--grad-dtype {args.grad_dtype} with --dtype "
+         f"{args.dtype}: give --dtype bf16, or leave it out"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)
+
+
 def _check_ranges(args: argparse.Namespace, config: dict, sizes: tuple[str, ...]) -> None:
     positive = ("tp", "pp", "global_batch_size", "micro_batch_size", "steps", "recompute_every",
-                "val_batches", "print_every")  # fmt: skip
+                "val_batches", "print_every", "zero_shard_size")  # fmt: skip
     for key in (*sizes, *positive):
         value = config[key] if key in sizes else getattr(args, key)
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"--{key.replace('_', '-')} is {value}: give at least 1")
     for key in ("lr", "weight_decay", "clip", "val_every", "sample", "warmup_steps", "seed"):
         value = getattr(args, key)
@@ -176,7 +198,7 @@ class Trainer:
         t, p = args.tp, args.pp
         d = dist.get_world_size() // (t * p)
         self.m = args.global_batch_size // (d * args.micro_batch_size)
-        self._make_groups(p, d, t)
+        self._make_groups(p, d, args.zero_shard_size or (d if args.zero else 1), t)
         self.stage = self.pp_group.rank()
 
         with torch.device("meta"):  # a whole model that takes no memory
@@ -192,19 +214,34 @@ class Trainer:
         actions = (schedule or pipeline.SCHEDULES[args.schedule])(p, self.m)
         self.program = pipeline.derive_programs(actions)[self.stage]
         backwards = sum(action.kind == "B" for action in actions[self.stage])
-        sync = sync or zero.STAGES.get(args.zero, ddp.DDP)
-        self.sync = sync(gpt.named_parameters(stage), self.dp_group, backwards)
+        self.sync = self._attach(sync, stage, backwards)
         self.optimizer = self._make_optimizer()
 
-    def _make_groups(self, p: int, d: int, t: int) -> None:
-        names = ("pp", "dp", "tp")
-        mesh = dist.init_device_mesh(self.device.type, (p, d, t), mesh_dim_names=names)
-        self.pp_group, self.dp_group, self.tp_group = (mesh[name].get_group() for name in names)
-        self.tied_group = None  # first and last stage of one pipeline: the holders of a tied wte
-        for ranks in mesh.mesh[[0, -1]].flatten(1).T.tolist():
+    def _make_groups(self, p: int, d: int, k: int, t: int) -> None:
+        names = ("pp", "replica", "shard", "tp")  # dp is replica x shard
+        mesh = dist.init_device_mesh(self.device.type, (p, d // k, k, t), mesh_dim_names=names)
+        groups = (mesh[name].get_group() for name in names)
+        self.pp_group, self.replica_group, self.shard_group, self.tp_group = groups
+        self.dp_group = self._my_group(mesh.mesh.movedim(3, 1).flatten(2).flatten(0, 1))
+        # First and last stage of one pipeline: the holders of a tied wte.
+        self.tied_group = self._my_group(mesh.mesh[[0, -1]].flatten(1).T)
+
+    @staticmethod
+    def _my_group(groups: Tensor) -> dist.ProcessGroup | None:
+        mine = None
+        for ranks in groups.tolist():
             group = dist.new_group(sorted(set(ranks)))  # every rank must make every group
-            if dist.get_rank() in ranks:
-                self.tied_group = group
+            mine = group if dist.get_rank() in ranks else mine
+        return mine
+
+    def _attach(self, sync: Callable | None, stage: nn.Module, backwards: int):
+        args, options = self.args, {"grad_dtype": DTYPES.get(self.args.grad_dtype)}
+        if sync or args.zero == 0:
+            return (sync or ddp.DDP)(stage, self.dp_group, backwards, **options)
+        options["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
+        if args.zero == 3:
+            options["reshard_after_forward"] = args.zero_reshard_after_forward == 1
+        return zero.STAGES[args.zero](stage, self.shard_group, backwards, **options)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """Over the pieces that this rank updates; weight decay on matrices, embeddings included,
@@ -234,6 +271,7 @@ class Trainer:
         self.sync.start()
         loss = self._run(self.program, *self._my_rows(self.read, step))
         self.sync.finish()  # gradients have met over dp, then the two uses of a tied wte
+        self.sync.before_step()
         pieces = self.sync.pieces()
         tied = [piece.grad for _, piece, p, _ in pieces if hasattr(p, "tied_name")]
         pipeline.all_reduce_tied(tied, self.tied_group)
@@ -270,14 +308,14 @@ class Trainer:
 
     def _global_stats(self, loss: Tensor, pieces: list) -> Tensor:
         """Each rank adds what it alone answers for, and the world's sum is the whole: a gradient
-        that t or d ranks hold alike counts on the first of them, a shard where it is, and a tied
-        matrix on the first stage. The loss is alike on the tp ranks of the last stage."""
-        first_tp, first_dp = self.tp_group.rank() == 0, self.dp_group.rank() == 0
+        that t ranks or d / k replicas hold alike counts on the first of them, a shard where it is,
+        a tied matrix on the first stage. The loss is alike on the tp ranks of the last stage."""
+        first_tp, first_replica = self.tp_group.rank() == 0, self.replica_group.rank() == 0
         mine = [
             piece.grad
             for _, piece, p, _ in pieces
             if (hasattr(p, "cut") or first_tp)
-            and (piece is not p or first_dp)  # a piece that is not the parameter is a shard
+            and first_replica
             and not (hasattr(p, "tied_name") and self.stage > 0)
         ]
         norms = torch._foreach_norm(mine) if mine else [loss.new_zeros(())]
@@ -290,10 +328,10 @@ class Trainer:
     def validate(self, read: Callable) -> Tensor:
         """Mean loss over `val_batches` global batches read(index, rows) of held-out text."""
         program = pipeline.derive_programs(pipeline.forward_only(self.args.pp, self.m))[self.stage]
-        loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        loss = 0.0
         self.model.eval()
         for index in range(self.args.val_batches):
-            loss += self._run(program, *self._my_rows(read, index))
+            loss = loss + self._run(program, *self._my_rows(read, index))
         self.model.train()
         loss *= self.tp_group.rank() == 0
         dist.all_reduce(loss)  # payload: 1, over the world
@@ -360,6 +398,8 @@ def train(
         f"d={trainer.dp_group.size()}; {trainer.m} microbatches of {args.micro_batch_size} x "
         f"{config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, recompute {args.recompute}"
     )
+    if args.zero and trainer.dp_group.size() == 1:
+        logger.say(f"--zero {args.zero}: d is 1, so there is nobody to share with: as --zero 0")
     val_loss = None
     logger.start()
     for step in range(args.steps):

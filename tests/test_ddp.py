@@ -22,7 +22,7 @@ def rows(rank: int, microbatch: int) -> torch.Tensor:
 def naive_and_bucketed():
     group, m = dist.group.WORLD, 3
     naive, bucketed = model(), model()
-    sync = ddp.DDP(bucketed.named_parameters(), group, m, bucket_bytes=100)
+    sync = ddp.DDP(bucketed, group, m, bucket_bytes=100)
     seen, calls = measure.Collectives({"dp": group}), 0
     for step in range(3):  # again and again: counters must start afresh, and buckets may change
         naive.zero_grad()
@@ -57,7 +57,7 @@ def unused():
     for rung in (None, ddp.all_reduce_gradients, ddp.all_reduce_flat):
         net = model()
         net.spare = torch.nn.Linear(2, 2).double()
-        sync = None if rung else ddp.DDP(net.named_parameters(), group, 1, bucket_bytes=1)
+        sync = None if rung else ddp.DDP(net, group, 1, bucket_bytes=1)
         y = net[0](rows(0, 0)).sum()  # nobody uses the last layer, and the spare one rank 1 alone
         if group.rank() == 1:
             y = y + net.spare(torch.ones(2, dtype=torch.float64)).sum()
@@ -73,7 +73,7 @@ def test_a_parameter_unused_on_some_ranks():
 
 def too_many():
     net = model()
-    sync = ddp.DDP(net.named_parameters(), dist.group.WORLD, 1)
+    sync = ddp.DDP(net, dist.group.WORLD, 1)
     sync.start()
     net(rows(0, 0)).sum().backward()
     net(rows(0, 0)).sum().backward()
@@ -97,14 +97,15 @@ def test_the_count_is_of_tokens_and_not_a_mean_of_ranks():
 def ranks_fill_buckets_in_different_orders(kind):
     group = dist.group.WORLD
     a, b = model(), model()
-    named = [(f"{x}.{n}", p) for x, net in (("a", a), ("b", b)) for n, p in net.named_parameters()]
-    sync = kind(named, group, 1, bucket_bytes=1)
+    both = torch.nn.ModuleDict({"a": a, "b": b})
+    sync = ddp.DDP(both, group, 1, bucket_bytes=1) if kind is ddp.DDP else kind(both, group, 1)
     sync.start()
     first, second = (a, b) if group.rank() == 0 else (b, a)
     x = rows(0, 0)
     y = first(x).sum() * (3.0 if first is b else 1.0)  # the younger is backwarded first
     (y + second(x).sum() * (3.0 if second is b else 1.0)).backward()
     sync.finish()
+    sync.before_step()
     plain = model()
     plain(x).sum().backward()
     expected = dict(plain.named_parameters())
@@ -124,8 +125,8 @@ def test_ranks_may_fill_buckets_in_different_orders(kind):
 def learned_order():
     """A model whose layers run in another order than they are listed in."""
     group, m = dist.group.WORLD, 2
-    nets = {n: torch.nn.Linear(4, 4, bias=False).double() for n in "abcd"}
-    sync = ddp.DDP([(n, net.weight) for n, net in nets.items()], group, m, bucket_bytes=1)
+    nets = torch.nn.ModuleDict({n: torch.nn.Linear(4, 4, bias=False).double() for n in "abcd"})
+    sync = ddp.DDP(nets, group, m, bucket_bytes=1)
     orders = []
     for _ in range(3):
         sync.start()
@@ -161,12 +162,12 @@ def flat_total():
 
 def misuse(how: str):
     group, net = dist.group.WORLD, model()
-    named = list(net.named_parameters())
+    parts = dict(net.named_children())
     if how == "another order" and group.rank() == 1:
-        named = named[::-1]
+        parts = dict(reversed(parts.items()))
     if how == "one more" and group.rank() == 1:
-        named.append(("extra", torch.nn.Parameter(torch.zeros(1))))
-    sync = ddp.DDP(named, group, 1)
+        parts["extra"] = torch.nn.Linear(1, 1, bias=False)
+    sync = ddp.DDP(torch.nn.ModuleDict(parts), group, 1)
     if how == "replaced":
         net.zero_grad(set_to_none=True)
     net(rows(0, 0)).sum().backward()
@@ -179,7 +180,7 @@ def misuse(how: str):
 @pytest.mark.parametrize(
     "how, message",
     [
-        ("another order", r"parameter 0 is 0.weight \(7, 5\) .* on rank 0 .* and 2.bias \(3,\)"),
+        ("another order", r"parameter 0 is 0.weight \(7, 5\) .* rank 0 .* and 2.weight \(3, 7\)"),
         ("one more", "parameter 4 is None on rank 0 of the group and extra"),
         ("frozen", "2.bias was frozen"),
         ("replaced", "0.weight: its .grad was replaced"),

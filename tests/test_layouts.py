@@ -12,11 +12,14 @@ from tools.oracle import Case, judge
 FACTORS = {
     "layout": [  # (t, p, d)
         (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2),
-        (4, 1, 1), (1, 4, 1), (1, 1, 4), (3, 2, 1), (1, 3, 2),
+        (4, 1, 1), (1, 4, 1), (1, 1, 4), (3, 2, 1), (1, 3, 2), (1, 2, 4), (2, 1, 4),
     ],
     "m": [1, 2, "p", 5],
     "schedule": ["gpipe", "1f1b"],
-    "zero": [0, 1, 2],
+    "zero": [  # stage, --zero-shard-size, --zero-reshard-after-forward
+        (0, None, 1), (1, None, 1), (2, None, 1), (3, None, 1), (3, None, 0),
+        (1, "d/2", 1), (2, "d/2", 1), (3, "d/2", 1),
+    ],
     "recompute": [("none", 1), ("full", 1), ("full", 2)],
     "tied": [True, False],
     "optimizer": ["adamw", "sgd"],
@@ -62,8 +65,11 @@ def case_of(row: dict) -> Case:
     t, p, d = row["layout"]
     recompute, every = row["recompute"]
     m = p if row["m"] == "p" else row["m"]
-    rest = {k: v for k, v in row.items() if k not in ("layout", "m", "recompute")}
-    return Case(t=t, p=p, d=d, m=m, recompute=recompute, every=every, **rest)
+    zero, shard_size, reshard = row["zero"]
+    shard_size = max(1, d // 2) if shard_size and d % 2 == 0 else None
+    rest = {k: v for k, v in row.items() if k not in ("layout", "m", "recompute", "zero")}
+    return Case(t=t, p=p, d=d, m=m, recompute=recompute, every=every, zero=zero,
+                shard_size=shard_size, reshard=reshard, **rest)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case_of(row) for row in pairwise(FACTORS)], ids=str)

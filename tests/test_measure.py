@@ -23,7 +23,7 @@ def every_operation():
             work.wait()
         (p * 2).sum().backward()
     dist.all_reduce(x, group=a)  # not watched any more
-    return [tuple(call) for call in seen.calls], b.rank()
+    return [tuple(call)[:5] for call in seen.calls], b.rank()
 
 
 def test_every_collective_is_seen_with_group_payload_and_phase():
@@ -37,6 +37,27 @@ def test_every_collective_is_seen_with_group_payload_and_phase():
             ("recv" if rank else "send", "b", 6, f, "forward"),
             ("all_reduce", "b", 5, f, "backward"),
         ]
+
+
+def hidden_or_not():
+    group, a = dist.group.WORLD, torch.ones(4, 4)
+    x, y = torch.ones(3), torch.ones(3)
+    with measure.Collectives({"dp": group}) as seen:
+        first = dist.all_reduce(x, group=group, async_op=True)
+        _ = a @ a
+        second = dist.all_reduce(y, group=group, async_op=True)
+        first.wait(), second.wait()
+        x.add_(1), y.add_(1), a @ a  # y is read before anything is multiplied
+        dist.all_reduce(x, group=group)  # not asynchronous: it has been waited for
+        _ = a @ a
+        x.add_(1)
+        unread = dist.all_reduce(y, group=group, async_op=True)
+        unread.wait()
+    return [call.hidden for call in seen.calls], seen.total("dp", hidden=True)
+
+
+def test_what_is_computed_between_a_call_and_the_use_of_its_result_hides_it():
+    assert launch(2, hidden_or_not)[0] == ([True, False, False, False], (1, 3))
 
 
 def test_bytes_held_counts_storages_once():

@@ -87,7 +87,7 @@ def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
     cases = parity.cases(8, n_head=24, n_layer=9)
     sizes = {(c.t, c.p, c.d) for c in cases}
     assert len(sizes) == 10 and all(t * p * d == 8 for t, p, d in sizes)
-    assert len({str(c) for c in cases}) == len(cases) == 34
+    assert len({str(c) for c in cases}) == len(cases) == 47
     monkeypatch.setattr("sys.argv", ["parity", "--nproc", "2"])
     with pytest.raises(SystemExit) as exit_:
         parity.main()

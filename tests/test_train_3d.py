@@ -70,7 +70,12 @@ def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
         ("--dtype float8", 1, "--dtype: invalid choice: 'float8'.*float32.*float64"),
         ("--schedule zb-v", 1, "--schedule: invalid choice: 'zb-v'.*gpipe.*1f1b"),
         ("--model gpt-5", 1, "--model: invalid choice: 'gpt-5'.*gpt2-xl"),
-        ("--zero 3", 1, "--zero: invalid choice: 3"),
+        ("--zero 4", 1, "--zero: invalid choice: 4"),
+        ("--zero 0 --zero-shard-size 2", 4, "--zero-shard-size 2 with --zero 0"),
+        ("--zero 1 --zero-shard-size 3", 4, "--zero-shard-size 3 does not divide d 4"),
+        ("--zero 3 --zero-shard-size 0", 4, "--zero-shard-size is 0: give at least 1"),
+        ("--zero 2 --zero-reshard-after-forward 0", 4, "only ZeRO-3 reshards"),
+        ("--grad-dtype bf16", 1, "--grad-dtype bf16 with --dtype float32"),
         ("--recompute selective", 1, "--recompute: invalid choice: 'selective'"),
         ("--recompute-every 5", 1, "--recompute-every 5 is more than the 4 blocks"),
         ("--sequence-parallel", 1, "unrecognized arguments: --sequence-parallel"),
@@ -223,7 +228,7 @@ def what_outlives_the_trainer(zero_stage: int):
     return [name for name, ref in alive.items() if ref() is not None]
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_nothing_outlives_the_trainer(zero_stage):
     """What does keeps its group, whose threads may abort the process while Python shuts down."""
     assert launch(2, what_outlives_the_trainer, zero_stage) == [[], []]

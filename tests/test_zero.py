@@ -1,91 +1,120 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
+import gpt
 import measure
 import zero
+from tools.links import WIRE
 from tools.oracle import launch
 
-SIZES = [(3, 5), (7,), (2, 2), (1,), (11, 3)]  # sums that no d divides
+SIZES = [((3, 5), (7,)), ((2, 2),), ((1,), (11, 3))]  # by layer; sums that no d divides
+M = 2
+VARIANTS = [(1, {}), (2, {}), (3, {}), (3, {"reshard_after_forward": False})]
 
 
-def parameters() -> list[tuple[str, torch.nn.Parameter]]:
+class Layer(nn.Module):
+    """x + the sum of its parameters: each gets the gradient of x, added up over its entries."""
+
+    def __init__(self, shapes, generator):
+        super().__init__()
+        draw = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+        self.params = nn.ParameterList(draw)
+
+    def forward(self, x):
+        return x + sum(p.sum() for p in self.params)
+
+
+def model() -> nn.ModuleDict:
     generator = torch.Generator().manual_seed(0)
-    made = [
-        (f"p{i}", torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)))
-        for i, shape in enumerate(SIZES)
-    ]
-    made[2][1].tied_name = "p2"
+    made = nn.ModuleDict({str(i): Layer(shapes, generator) for i, shapes in enumerate(SIZES)})
+    made["1"].params[0].tied_name = "tied"
     return made
 
 
-def pieces_and_step(stage: int, bucket_bytes: int):
-    group, named = dist.group.WORLD, parameters()
-    before = {n: p.detach().clone() for n, p in named}
-    sync = zero.STAGES[stage](named, group, accumulations=2, bucket_bytes=bucket_bytes)
-    for n, p in named:
-        assert torch.equal(p, before[n]), "moving into the flat buffer changed a weight"
-    tied = [b for b in sync.buckets if any(n == "p2" for n, *_ in b.pieces)]
-    assert all({n for n, *_ in b.pieces} == {"p2"} for b in tied), "a tied matrix travels alone"
-    with measure.Collectives({"dp": group}) as seen:
+def attach(net, stage, options, hybrid: bool, accumulations: int):
+    """ZeRO over the world, or within neighbours of two and across."""
+    group, world = dist.group.WORLD, dist.get_world_size()
+    if hybrid:
+        mesh = dist.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replica", "shard"))
+        options = options | {"replicas": mesh["replica"].get_group()}
+        group = mesh["shard"].get_group()
+    return zero.STAGES[stage](net, group, accumulations, **options), group
+
+
+def pieces_and_step(stage: int, options: dict, hybrid: bool):
+    net = model()
+    named = dict(gpt.named_parameters(net))
+    before = {n: p.detach().clone() for n, p in named.items()}
+    sync, group = attach(net, stage, options, hybrid, M)
+    names = {"dp": group} | ({"replica": sync.replicas} if hybrid else {})
+    tied = [unit for unit in sync.units if any(hasattr(p, "tied_name") for p in unit.place)]
+    assert [len(unit.place) for unit in tied] == [1], "a tied matrix travels alone"
+    rank, held = dist.get_rank(), {}
+    with measure.Collectives(names) as seen:
         for _ in range(2):
             sync.start()
-            for i in range(2):
-                loss = sum(((group.rank() + i + 1) * p).sum() for _, p in named)
-                loss.backward()
+            for i in range(M):
+                y = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+                for layer in net.values():
+                    y = layer(y)
+                ((rank + i + 1) * y).backward()
             sync.finish()
-            held = measure.bytes_held(piece.grad for _, piece, _, _ in sync.pieces())
-            assert stage == 1 or all(p.grad is None for _, p in named)
+            assert stage == 1 or all(p.grad is None for p in named.values())
+            whole = [*named.values(), *(u.parameter_shard for u in sync.units)]
+            held["parameters"] = measure.bytes_held(whole)
+            held["gradients"] = measure.bytes_held(u.gradient_shard for u in sync.units)
+            sync.before_step()
             for _, piece, _, _ in sync.pieces():
                 piece.data -= 0.1 * piece.grad
             sync.after_step()
-    d = group.size()
-    gradient = sum(rank + i + 1 for rank in range(d) for i in range(2))
-    for n, p in named:
+    sync.gather()
+    world = dist.get_world_size()
+    gradient = sum(r + i + 1 for r in range(world) for i in range(M))
+    for n, p in named.items():
         expected = before[n] - 0.1 * gradient - 0.1 * gradient
         torch.testing.assert_close(p.detach(), expected, rtol=1e-13, atol=0)
-    numels = [b.parameters.numel() for b in sync.buckets]
     return {
         "pieces": [(n, start, t.numel()) for n, t, _, start in sync.pieces()],
-        "buckets": [sum(p.numel() for p in sync.bucket_of if sync.bucket_of[p] == i)
-                    for i in range(len(numels))],
+        "units": [sum(p.numel() for p in unit.place) for unit in sync.units],
         "held": held,
-        "seen": {op: seen.total("dp", op) for op in ("reduce_scatter", "all_gather")},
+        "seen": {(g, op): tuple(seen.total(g, op)) for g in names
+                 for op in ("reduce_scatter", "all_gather", "all_reduce")},
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("bucket_bytes", [1, 100, 10**6])
-@pytest.mark.parametrize("d", [1, 2, 3, 4])
-def test_pieces_own_every_element_once_and_padding_never(d, bucket_bytes, stage):
-    results = launch(d, pieces_and_step, stage, bucket_bytes)
-    for name, p in parameters():
+@pytest.mark.parametrize("stage, options", VARIANTS)
+@pytest.mark.parametrize("world, hybrid", [(1, 0), (2, 0), (3, 0), (4, 0), (2, 1), (4, 1)])
+def test_pieces_own_every_element_once_and_padding_never(world, hybrid, stage, options):
+    results = launch(world, pieces_and_step, stage, options, bool(hybrid))
+    d = 2 if hybrid else world
+    for name, p in gpt.named_parameters(model()):
         owned = [0] * p.numel()
         for result in results:
             for n, start, length in result["pieces"]:
                 if n == name:
                     for i in range(start, start + length):
                         owned[i] += 1
-        assert owned == [1] * p.numel(), name
+        assert owned == [world // d] * p.numel(), name
     for rank, result in enumerate(results):
-        numels = result["buckets"]
-        predicted = zero.predicted_payload(numels, d, stage, accumulations=2)
-        for operation, payload in predicted.items():
-            rounds = 2 if stage == 2 and operation == "reduce_scatter" else 1
-            assert result["seen"][operation] == (2 * rounds * len(numels), 2 * payload)
-        owned = sum(length for _, _, length in result["pieces"])
-        held = zero.predicted_bytes(numels, d, rank, itemsize=8, stage=stage)
-        # a bucket that gives this rank no piece holds a shard of padding, which nobody reads
-        assert held["gradients"] >= result["held"] >= held["optimizer"] // 2
-        assert held["optimizer"] == 2 * 8 * owned
-        assert held["parameters"] == 8 * sum(zero.padded(n, d) for n in numels)
+        numels, uses = result["units"], [zero.Use(i, matmul=False) for i in range(len(SIZES))]
+        predicted = zero.predicted_payload(numels, d, uses, stage, M, 1 + hybrid, not options)
+        for op, payload in predicted.items():
+            assert payload.hidden == 0  # nothing is multiplied here
+            total = (2 * payload.calls, 2 * payload.exposed)
+            name = "replica" if hybrid and op == "all_reduce" else "dp"
+            assert result["seen"][name, op] == total, op
+        held = zero.predicted_bytes(numels, d, rank % d, stage, torch.float64)
+        assert held["optimizer"] == 2 * 8 * sum(length for _, _, length in result["pieces"])
+        assert {k: held[k] for k in result["held"]} == result["held"]
 
 
 def test_the_state_that_is_sharded_shrinks_by_d():
     numels = [10**6 + 3]
-    one = zero.predicted_bytes(numels, 1, 0, 4)["optimizer"]
+    one = zero.predicted_bytes(numels, 1, 0)["optimizer"]
     for d in (2, 4, 8):
-        ranks = [zero.predicted_bytes(numels, d, r, 4)["optimizer"] for r in range(d)]
+        ranks = [zero.predicted_bytes(numels, d, r)["optimizer"] for r in range(d)]
         assert sum(ranks) == one and max(ranks) == 8 * zero.padded(numels[0], d) // d
 
 
@@ -93,4 +122,6 @@ def test_both_halves_move_what_an_all_reduce_moves():
     import ddp
 
     for d in (2, 4, 8):
-        assert zero.predicted_wire_bytes([1024], d, 4) == ddp.predicted_wire_bytes(1024, d, 4)
+        payload = zero.predicted_payload([1024], d, [zero.Use(0, matmul=True)])
+        wire = sum(WIRE[op](d) * (p.exposed + p.hidden) for op, p in payload.items() if p.calls)
+        assert 4 * wire == ddp.predicted_wire_bytes(1024, d, 4)

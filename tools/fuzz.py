@@ -26,11 +26,14 @@ def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
             break
     n_head = rng.choice((1, 2, 3, 4)) if rng.random() < 0.15 else t * rng.randint(1, 3)
     n_layer = rng.randint(1, 6) if rng.random() < 0.15 else p + rng.randint(0, 3)
+    zero = rng.randint(0, 3)
     return Case(
         t=t, p=p, d=d,
         m=rng.randint(1, 6),
         b=rng.randint(1, 3),
-        zero=rng.randint(0, 2),
+        zero=zero,
+        shard_size=rng.choice((None, 1, 2)) if zero else None,
+        reshard=rng.randint(0, 1) if zero == 3 else 1,
         schedule=rng.choice(("gpipe", "1f1b")),
         recompute=rng.choice(("none", "full")),
         every=rng.randint(1, 2 if n_layer > 1 else 1),

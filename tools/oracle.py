@@ -31,7 +31,6 @@ import ddp
 import gpt
 import measure
 import train_3d
-import zero
 
 STEPS = 3
 # AdamW divides a gradient by its own size + EPS. Where the true gradient is 0 (a key's bias) the
@@ -64,6 +63,8 @@ class Case:
     m: int = 2
     b: int = 2
     zero: int = 0
+    shard_size: int | None = None
+    reshard: int = 1
     schedule: str = "1f1b"
     recompute: str = "none"
     every: int = 1
@@ -97,6 +98,8 @@ class Case:
             "seed": self.seed, "steps": STEPS, "lr": 1e-3, "device": "cpu",
         }  # fmt: skip
         flags = [f"--{name}={value}" for name, value in pairs.items()]
+        flags += [] if self.shard_size is None else [f"--zero-shard-size={self.shard_size}"]
+        flags += [] if self.reshard else ["--zero-reshard-after-forward=0"]
         return flags + ([] if self.tied else ["--untied"])
 
     def __str__(self) -> str:
@@ -244,13 +247,14 @@ def layout(case: Case, expected: dict, seams: dict) -> dict:
     """On each rank: train, and compare all that this rank holds."""
     args = train_3d.parser().parse_args(case.arguments())
     config = train_3d.check(args, case.world_size)
-    sync = functools.partial(zero.STAGES.get(case.zero, ddp.DDP), bucket_bytes=case.bucket_bytes)
-    seams = {"draw": draw, "sync": sync} | seams
+    small = functools.partial(ddp.DDP, bucket_bytes=case.bucket_bytes)
+    seams = {"draw": draw, "sync": None if case.zero else small} | seams
     trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"), **seams)
     for group in trainer.optimizer.param_groups:
         group["eps"] = EPS
     stats = torch.stack([trainer.step(step) for step in range(STEPS)])
     pieces = trainer.sync.pieces()
+    trainer.sync.gather()
     parts = dict(gpt.named_parameters(trainer.model))
     part_of = {
         kind: {

@@ -26,12 +26,18 @@ def cases(nproc: int, n_head: int, n_layer: int) -> list[Case]:
         if nproc % (t * p) == 0 and n_head % t == 0 and p <= n_layer
     ]
     return [
-        Case(t=t, p=p, d=d, m=max(2, p - 1), zero=z, schedule=schedule, n_head=n_head,
-             n_embd=2 * n_head, n_layer=n_layer, vocab_size=45)
+        Case(t=t, p=p, d=d, m=max(2, p - 1), zero=z, shard_size=k, schedule=schedule,
+             n_head=n_head, n_embd=2 * n_head, n_layer=n_layer, vocab_size=45)
         for t, p, d in sizes
-        for z in ((0, 1, 2) if d > 1 else (0,))
+        for z, k in stages(d)
         for schedule in (("gpipe", "1f1b") if p > 1 else ("1f1b",))
     ]  # fmt: skip
+
+
+def stages(d: int) -> list[tuple[int, int | None]]:
+    """(ZeRO stage, shard size) of each way to share the state among d replicas."""
+    hybrid = [(3, d // 2)] if d > 2 and d % 2 == 0 else []
+    return [(z, None) for z in range(4 if d > 1 else 1)] + hybrid
 
 
 def main() -> None:
@@ -47,12 +53,13 @@ def main() -> None:
         rounding = judge(case)
         ok = errors.worst <= measure.TOLERANCE
         failed += not ok
+        zero_name = f"{case.zero}" + (f"/{case.shard_size}" if case.shard_size else "")
         numbers = [
             f"{e.loss:9.1e}{e.norm:9.1e}{e.gradient:10.1e}{e.parameter:10.1e}"
             for e in (errors, rounding)
         ]
         print(
-            f"{case.t:2d} {case.p:2d} {case.d:2d}  {case.zero:4d} {case.schedule:8s} |       "
+            f"{case.t:2d} {case.p:2d} {case.d:2d}  {zero_name:>4s} {case.schedule:8s} |       "
             f"{numbers[0]} |       {numbers[1]}  {'ok' if ok else 'MISMATCH'}",
             flush=True,
         )
