@@ -92,7 +92,7 @@ def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         parity.main()
     out = capsys.readouterr().out
-    assert exit_.value.code == 0 and out.count(" ok\n") == 6 and "0 mismatches" in out
+    assert exit_.value.code == 0 and out.count(" ok\n") == 7 and "0 mismatches" in out
     monkeypatch.setattr(parity, "judge", lambda case: judge(case)._replace(loss=float("nan")))
     with pytest.raises(SystemExit) as exit_:
         parity.main()

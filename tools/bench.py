@@ -1,0 +1,372 @@
+"""What this code costs beside PyTorch's own, on this machine: step times in pairs, as ratios.
+
+    python -m tools.bench dp --out bench.json          2 ranks x 1 thread, gloo, float32, AdamW
+
+Every variant trains the same model from the same weights on the same global batches, in processes
+of its own, `--rounds` times, in turn with the others; the one-process baseline runs between them. A
+number is the median over rounds of the median step (of the slower rank); the spread is over rounds.
+
+    ratio        our step over the best of PyTorch's settings for the same strategy; below 1: faster
+    efficiency   step of one process over (ranks x step)
+    links        what the collectives would take if nothing ran beside them, by tools/links.py: with
+                 one core a rank, gloo's threads take it from the computation, hidden or not
+    wire         bytes that a ring sends per rank and step
+    CPU          share of a core that a rank used
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch._dynamo  # once here, not in every forked rank
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import ddp
+import gpt
+import measure
+import zero
+from tools import links
+from tools.oracle import launch
+
+RANKS, ROWS, WARMUP = 2, 8, 2
+SIZES = {256: gpt.GPTConfig(8, 4, 256, 256, 256), 768: gpt.GPTConfig(2, 12, 768, 256, 128)}
+adamw = functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True)
+
+
+# --- variants: model -> (context of microbatch i of m, what runs before a step, what after) -------
+# Each returns step(microbatches): forward, backward, update.
+
+
+def backward(model: nn.Module, x: Tensor, y: Tensor, valid: int) -> Tensor:
+    loss = gpt.cross_entropy(model(x), y) / valid
+    loss.backward()
+    return loss.detach()
+
+
+def one_process(model: nn.Module) -> Callable:
+    optimizer = adamw(model.parameters())
+
+    def step(batch: list, valid: int) -> Tensor:
+        optimizer.zero_grad()
+        loss = sum(backward(model, x, y, valid) for x, y in batch)
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def ladder(model: nn.Module, meet: Callable) -> Callable:
+    """ddp.py's first two rungs."""
+    optimizer = adamw(model.parameters())
+
+    def step(batch: list, valid: int) -> Tensor:
+        optimizer.zero_grad()
+        loss = sum(backward(model, x, y, valid) for x, y in batch)
+        meet(model.parameters(), dist.group.WORLD)
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def ours(model: nn.Module, attach: Callable, m: int = 1) -> Callable:
+    sync = attach(model, dist.group.WORLD, m)
+    optimizer = adamw([piece for _, piece, _, _ in sync.pieces()])
+
+    def step(batch: list, valid: int) -> Tensor:
+        sync.start()
+        loss = sum(backward(model, x, y, valid) for x, y in batch)
+        sync.finish()
+        sync.before_step()
+        optimizer.step()
+        sync.after_step()
+        return loss
+
+    return step
+
+
+def hybrid(model: nn.Module, group: dist.ProcessGroup, m: int) -> zero.Zero3:
+    """Shards of one rank, so that all ranks replicate: ZeRO-3's code does what DDP does."""
+    alone = [dist.new_group([rank]) for rank in range(group.size())][group.rank()]
+    return zero.Zero3(model, alone, m, replicas=group)
+
+
+# PyTorch divides gradients by the number of ranks, so its loss is multiplied by it.
+
+
+def torch_ddp(model: nn.Module, bucket_mb: int, sharded: bool) -> Callable:
+    wrapped = DistributedDataParallel(
+        model, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=not sharded
+    )
+    if sharded:
+        optimizer = ZeroRedundancyOptimizer(
+            model.parameters(), torch.optim.AdamW, lr=1e-3, foreach=True,
+            parameters_as_bucket_view=True,
+        )  # fmt: skip
+    else:
+        optimizer = adamw(model.parameters())
+
+    def step(batch: list, valid: int) -> Tensor:
+        optimizer.zero_grad(set_to_none=sharded)
+        loss = sum(backward(wrapped, x, y, valid / RANKS) for x, y in batch) / RANKS
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def torch_fsdp(model: nn.Module, reshard: bool) -> Callable:
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    for block in model.h.values():
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+    optimizer = adamw(model.parameters())
+
+    def step(batch: list, valid: int) -> Tensor:
+        optimizer.zero_grad()
+        loss = sum(backward(model, x, y, valid / RANKS) for x, y in batch) / RANKS
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def _zero(stage: int, m: int = 1, **options) -> Callable:
+    attach = functools.partial(zero.STAGES[stage], **options)
+    return functools.partial(ours, attach=attach, m=m)
+
+
+def _ddp(megabytes: int) -> Callable:
+    return functools.partial(
+        ours, attach=functools.partial(ddp.DDP, bucket_bytes=megabytes * 2**20)
+    )
+
+
+KEPT = {"reshard_after_forward": False}
+# (strategy, variant) -> (microbatches, ours)
+OURS = {
+    ("ddp", "naive"): (1, functools.partial(ladder, meet=ddp.all_reduce_gradients)),
+    ("ddp", "flat"): (1, functools.partial(ladder, meet=ddp.all_reduce_flat)),
+    ("ddp", "bucketed 25 MB"): (1, _ddp(25)),
+    ("ddp", "bucketed 4 MB"): (1, _ddp(4)),
+    ("zero-1", "m 1"): (1, _zero(1)),
+    ("zero-2", "m 1"): (1, _zero(2)),
+    ("zero-2", "m 4"): (4, _zero(2, 4)),
+    ("zero-3", "m 1"): (1, _zero(3)),
+    ("zero-3", "m 4"): (4, _zero(3, 4)),
+    ("zero-3", "kept, m 1"): (1, _zero(3, **KEPT)),
+    ("zero-3", "kept, m 4"): (4, _zero(3, 4, **KEPT)),
+    ("hybrid", "2 replicas x 1"): (1, functools.partial(ours, attach=hybrid)),
+}
+# PyTorch's: name -> (microbatches, variant, whom of ours it stands beside)
+BUCKETED = [("ddp", "bucketed 25 MB"), ("ddp", "bucketed 4 MB")]
+THEIRS = {
+    "DDP 25 MB": (1, functools.partial(torch_ddp, bucket_mb=25, sharded=False), BUCKETED),
+    "DDP 4 MB": (1, functools.partial(torch_ddp, bucket_mb=4, sharded=False), BUCKETED),
+    "ZeroRedundancyOptimizer 25 MB": (
+        1, functools.partial(torch_ddp, bucket_mb=25, sharded=True), [("zero-1", "m 1")]),
+    "ZeroRedundancyOptimizer 4 MB": (
+        1, functools.partial(torch_ddp, bucket_mb=4, sharded=True), [("zero-1", "m 1")]),
+    "fully_shard": (1, functools.partial(torch_fsdp, reshard=True), [("zero-3", "m 1")]),
+    "fully_shard, m 4": (4, functools.partial(torch_fsdp, reshard=True), [("zero-3", "m 4")]),
+    "fully_shard kept": (1, functools.partial(torch_fsdp, reshard=False),
+                         [("zero-2", "m 1"), ("zero-3", "kept, m 1")]),
+    "fully_shard kept, m 4": (4, functools.partial(torch_fsdp, reshard=False),
+                              [("zero-2", "m 4"), ("zero-3", "kept, m 4")]),
+}  # fmt: skip
+BASELINE = "one process"
+
+
+# --- one launch -----------------------------------------------------------------------------------
+
+
+def on_rank(build: Callable, m: int, h: int, steps: int) -> dict:
+    """Train on this rank's rows. Seconds and losses by step, CPU seconds per second, wire bytes of
+    a step."""
+    config, rank, ranks = SIZES[h], dist.get_rank(), dist.get_world_size()
+    model = gpt.build(config, seed=0)
+    step = build(model)
+    mine = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
+    seconds, losses, cpu = [], [], 0.0
+    seen = measure.Collectives()
+    for i in range(WARMUP + steps + 1):
+        generator = torch.Generator().manual_seed(i)
+        tokens = torch.randint(config.vocab_size, (ROWS, config.seq_len + 1), generator=generator)
+        x, y = tokens[mine, :-1], tokens[mine, 1:]
+        batch = list(zip(x.chunk(m), y.chunk(m), strict=True))
+        dist.barrier()
+        start, cpu_start = time.perf_counter(), time.process_time()
+        with seen if i == WARMUP + steps else contextlib.nullcontext():
+            loss = step(batch, ROWS * config.seq_len)
+        if i < WARMUP + steps:
+            losses.append(loss)
+            if i >= WARMUP:
+                seconds.append(time.perf_counter() - start)
+                cpu += time.process_time() - cpu_start
+    wire = {}
+    for operation, factor in links.WIRE.items():
+        total = seen.total(None, operation)
+        wire[operation] = (total.calls, factor(ranks) * total.payload * 4)
+    calls = seen.total(None, "broadcast")  # a tree: about the payload, once
+    wire["p2p"] = (calls.calls, calls.payload * 4.0)
+    return {"seconds": seconds, "losses": [float(loss) for loss in losses],
+            "cpu": cpu / sum(seconds), "wire": wire}  # fmt: skip
+
+
+def link_costs() -> list[dict]:
+    """Latency and bandwidth of each operation between the ranks."""
+    return links.fit(links.table([64, 25 * 1024], 10, torch.device("cpu"), lambda line: None))
+
+
+def other_cpu_seconds() -> float:
+    """CPU seconds that this machine has spent, by everyone (0 where /proc/stat is not)."""
+    with contextlib.suppress(OSError), open("/proc/stat") as file:
+        user, nice, system = (int(n) for n in file.readline().split()[1:4])
+        return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def run(build: Callable, m: int, h: int, steps: int, ranks: int) -> dict:
+    """One launch: the slower rank's median step and what else is reported."""
+    before, children = other_cpu_seconds(), sum(os.times()[2:4])
+    start = time.perf_counter()
+    results = launch(ranks, on_rank, build, m, h, steps)
+    wall = time.perf_counter() - start
+    foreign = other_cpu_seconds() - before - (sum(os.times()[2:4]) - children)
+    each = [max(times) for times in zip(*(r["seconds"] for r in results), strict=True)]
+    return {
+        "ms": 1e3 * statistics.median(each),
+        "losses": [sum(parts) for parts in zip(*(r["losses"] for r in results), strict=True)],
+        "cpu": statistics.mean(r["cpu"] for r in results),
+        "wire": results[0]["wire"],
+        "foreign": max(0.0, foreign / wall),
+    }
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def collect(h: int, rounds: int, steps: int, say: Callable) -> dict[object, list[dict]]:
+    """All launches of a size, in turn."""
+    variants = {key: (m, build) for key, (m, build) in OURS.items()}
+    variants |= {name: (m, build) for name, (m, build, _) in THEIRS.items()}
+    runs: dict[object, list[dict]] = {key: [] for key in (BASELINE, *variants)}
+    total, done, start = rounds * (len(variants) + 4), 0, time.perf_counter()
+    for i in range(rounds):
+        order = sorted(variants, key=str)
+        order = order[i % 2 :: 2] + order[1 - i % 2 :: 2]  # not always behind the same one
+        for j, key in enumerate(order):
+            queue = [key] if j % 5 else [BASELINE, key]
+            for name in queue:
+                m, build = variants.get(name, (1, one_process))
+                runs[name].append(run(build, m, h, steps, 1 if name == BASELINE else RANKS))
+                done += 1
+        left = (time.perf_counter() - start) * (total - done) / done
+        say(f"h {h}: round {i + 1}/{rounds} done, about {left:.0f} s left")
+    return runs
+
+
+def rows_of(h: int, runs: dict[object, list[dict]], costs: list[dict]) -> list[dict]:
+    """A row for each variant of ours, beside the fastest of PyTorch's for the same strategy."""
+    ms = {key: statistics.median(r["ms"] for r in rs) for key, rs in runs.items()}
+    one, expected = ms[BASELINE], runs[BASELINE][0]["losses"]
+    fit = {c["operation"]: (c["latency_us"] / 1e6, c["gb_per_s"]) for c in costs}
+
+    def describe(key) -> dict:
+        wire, times = runs[key][0]["wire"], [r["ms"] for r in runs[key]]
+        links_s = sum(
+            calls * fit[op][0] + (sent / fit[op][1] / 1e9 if fit[op][1] else 0.0)
+            for op, (calls, sent) in wire.items()
+        )
+        losses = (r["losses"] for r in runs[key])
+        return {
+            "spread_ms": max(times) - min(times),
+            "efficiency": one / (RANKS * ms[key]),
+            "wire_bytes": sum(sent for _, sent in wire.values()),
+            "links_ms": 1e3 * links_s,
+            "cpu_share": statistics.median(r["cpu"] for r in runs[key]),
+            "foreign_cpu": statistics.median(r["foreign"] for r in runs[key]),
+            "max_loss_difference": max(abs(a - b) for ls in losses
+                                       for a, b in zip(ls, expected, strict=True)),
+        }  # fmt: skip
+
+    rows = []
+    for key in OURS:
+        beside = [name for name, (_, _, keys) in THEIRS.items() if key in keys]
+        best = min(beside, key=ms.get, default=None)
+        rows.append({
+            "strategy": key[0], "variant": key[1], "h": h, "ours_ms": ms[key],
+            "torch": best, "torch_ms": ms[best] if best else None,
+            "ratio": ms[key] / ms[best] if best else None,
+        } | describe(key))  # fmt: skip
+    for name in THEIRS:
+        rows.append({
+            "strategy": "torch", "variant": name, "h": h, "ours_ms": None, "torch": name,
+            "torch_ms": ms[name], "ratio": None,
+        } | describe(name))  # fmt: skip
+    return rows
+
+
+COLUMNS = ("strategy", "variant", "h", "step", "+-", "PyTorch's best", "its step", "ratio",
+           "efficiency", "wire", "links", "CPU", "others' CPU", "d loss")  # fmt: skip
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for r in rows:
+        mine = r["ours_ms"] or r["torch_ms"]
+        beside = r["ratio"] is not None
+        cells = (
+            r["strategy"], r["variant"], r["h"], f"{mine:.0f} ms", f"{r['spread_ms']:.0f}",
+            r["torch"] if beside else "", f"{r['torch_ms']:.0f} ms" if beside else "",
+            f"{r['ratio']:.2f}" if beside else "", f"{r['efficiency']:.2f}",
+            f"{r['wire_bytes'] / 1e6:.1f} MB", f"{r['links_ms']:.0f} ms", f"{r['cpu_share']:.2f}",
+            f"{r['foreign_cpu']:.2f}", f"{r['max_loss_difference']:.0e}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = arguments.add_argument
+    add("suite", choices=("dp",))
+    add("--sizes", type=int, nargs="+", default=list(SIZES), choices=SIZES, metavar="H",
+        help=f"hidden sizes, of {', '.join(map(str, SIZES))}")  # fmt: skip
+    add("--rounds", type=int, default=3, metavar="N", help="launches of each variant")
+    add("--steps", type=int, default=5, metavar="N", help="timed steps of a launch")
+    add("--out", metavar="FILE", help="the rows as JSON")
+    args = arguments.parse_args()
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    say(f"{RANKS} ranks x 1 thread on {cores} cores, gloo, torch {torch.__version__}, float32, "
+        f"global batch {ROWS} rows")  # fmt: skip
+    costs, rows = launch(RANKS, link_costs)[0], []
+    for h in args.sizes:
+        runs = collect(h, args.rounds, args.steps, say)
+        one = [r["ms"] for r in runs[BASELINE]]
+        say(f"h {h}: one process {statistics.median(one):.0f} ms, from {min(one):.0f} to "
+            f"{max(one):.0f} in {len(one)} launches")  # fmt: skip
+        rows += rows_of(h, runs, costs)
+    say("\n" + markdown(rows))
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump({"ranks": RANKS, "cores": cores, "torch": torch.__version__,
+                       "backend": "gloo", "links": costs, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
