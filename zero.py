@@ -62,7 +62,7 @@ class Unit:
         self.group, like = group, members[0][1].detach()
         grad_dtype = grad_dtype or torch.promote_types(like.dtype, torch.float32)
         n = -(-sum(p.numel() for _, p in members) // group.size())
-        mine = slice(group.rank() * n, (group.rank() + 1) * n)
+        mine = self.mine = slice(group.rank() * n, (group.rank() + 1) * n)
         self.parameters = like.new_zeros(n * group.size())
         self.gradients = self.parameters.to(grad_dtype, copy=True) if whole_gradients else None
         self.place: dict[nn.Parameter, slice] = {}
@@ -118,11 +118,10 @@ class Unit:
 
     def reduce(self, flat: Tensor, first: bool) -> None:
         """Start to sum `flat` over the group, in the parameters' dtype; land() before the next."""
-        self.flat, self.first = flat.to(self.parameters.dtype), first
-        in_place = self.flat is self.gradients
-        self.sum = self.gradient_shard if in_place else torch.empty_like(self.parameter_shard)
+        flat = flat.to(self.parameters.dtype)
+        self.sum, self.first = flat[self.mine], first
         self.reducing = reduce_scatter(  # payload: the unit
-            self.sum, self.flat, group=self.group, async_op=True
+            self.sum, flat, group=self.group, async_op=True
         )
 
     def land(self, replicas: dist.ProcessGroup | None = None) -> None:
@@ -131,9 +130,8 @@ class Unit:
         if self.reducing is None:
             return
         self.reducing.wait()
-        if self.sum is not self.gradient_shard:
-            (self.gradient_shard.copy_ if self.first else self.gradient_shard.add_)(self.sum)
-        self.flat = self.sum = self.reducing = None
+        (self.gradient_shard.copy_ if self.first else self.gradient_shard.add_)(self.sum)
+        self.sum = self.reducing = None
         if replicas is not None:
             self.sum, self.first = self.gradient_shard.to(self.parameters.dtype), True
             self.reducing = dist.all_reduce(  # payload: my shard

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddp
+import measure
+import zero
 from measure import TOLERANCE
 from pipeline import Action, draw
-from tools.oracle import Case, judge
+from tools.oracle import Case, judge, launch
 
 # --- a schedule of one's own: GPipe in waves of w microbatches, so that memory is bounded by w ----
 
@@ -33,7 +35,7 @@ def test_a_schedule_of_ones_own():
     ]
 
 
-# --- a compressed gradient: fp16 on the wire ------------------------------------------------------
+# --- compressed gradients: fp16 on the wire, and the largest tenth with error feedback ------------
 
 
 class Fp16Sum:
@@ -53,6 +55,56 @@ def test_a_compressed_gradient():
     errors = judge(Case(d=2, p=2, optimizer="sgd", tied=False), {"sync": sync})
     assert 1e-6 < errors.gradient < 1e-2, errors  # 2^-11 = 5e-4, so it was rounded, and only that
     assert errors.parameter < 1e-5, errors
+
+
+class TopK:
+    """The largest share of a bucket's entries as (value, place); what was left behind is added to
+    the next step's gradient (Lin et al. 2017, arXiv 1712.01887, without its momentum)."""
+
+    def __init__(self, share: float):
+        self.share, self.left = share, {}  # by bucket
+
+    def __call__(self, flat: torch.Tensor, group: dist.ProcessGroup) -> "TopK":
+        mine = flat + self.left.get(flat.data_ptr(), 0.0)
+        k = max(1, int(self.share * len(mine)))
+        places = mine.abs().topk(k).indices
+        values = mine[places]
+        self.left[flat.data_ptr()] = mine.index_fill(0, places, 0.0)
+        all_values, all_places = (t.new_empty(k * group.size()) for t in (values, places))
+        zero.all_gather(all_values, values, group=group)
+        zero.all_gather(all_places, places, group=group)
+        flat.zero_().index_add_(0, all_places, all_values)
+        return self
+
+    def wait(self) -> None:
+        pass
+
+
+def top_k(share: float, feedback: bool) -> tuple[float, int]:
+    """(loss after 60 steps of a least-squares fit, elements gathered in a step)."""
+    torch.manual_seed(0)
+    truth, net = torch.randn(1, 40), nn.Linear(40, 1, bias=False)
+    reduce = TopK(share)
+    sync = ddp.DDP(net, dist.group.WORLD, 1, reduce=reduce)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    torch.manual_seed(dist.get_rank())
+    for _ in range(60):
+        sync.start()
+        x = torch.randn(32, 40)
+        loss = (net(x) - x @ truth.T).square().mean() / dist.get_world_size()
+        if not feedback:
+            reduce.left.clear()
+        with measure.Collectives() as seen:
+            loss.backward()
+            sync.finish()
+        optimizer.step()
+    return loss.item(), seen.total(None, "all_gather").payload
+
+
+def test_the_largest_tenth_with_error_feedback():
+    loss, gathered = launch(2, top_k, 0.1, True)[0]
+    assert loss < 1e-4 and gathered == 2 * 2 * 4  # from each rank 4 of 40 values, and their places
+    assert launch(2, top_k, 0.1, False)[0][0] > 1e-3, "without feedback it must be worse"
 
 
 # --- another model, cut by its own plan: RMSNorm, SwiGLU, grouped-query attention -----------------

@@ -3,13 +3,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import ddp
 import gpt
 import measure
 import zero
 from tools.links import WIRE
 from tools.oracle import launch
 
-SIZES = [((3, 5), (7,)), ((2, 2),), ((1,), (11, 3))]  # by layer; sums that no d divides
+SIZES = [((3, 5), (8,)), ((7,),), ((1,), (6, 3))]  # by layer: 23, 7, 19; no d divides a prime
 M = 2
 VARIANTS = [(1, {}), (2, {}), (3, {}), (3, {"reshard_after_forward": False})]
 
@@ -110,6 +111,95 @@ def test_pieces_own_every_element_once_and_padding_never(world, hybrid, stage, o
         assert {k: held[k] for k in result["held"]} == result["held"]
 
 
+BF16 = torch.bfloat16
+
+
+def bf16_steps(stage: int, options: dict, grad_dtype):
+    """Three steps in bf16 on two ranks, beside one process that adds in the same order."""
+    group, config = dist.group.WORLD, gpt.GPTConfig(2, 2, 16, 31, 8)
+    kind = zero.STAGES[stage] if stage else ddp.DDP
+    model, whole = (gpt.build(config, seed=0, dtype=BF16) for _ in range(2))
+    sync = kind(model, group, M, grad_dtype=grad_dtype, **options)
+    optimizer = torch.optim.AdamW([t for _, t, _, _ in sync.pieces()], lr=1e-3)
+    masters = {p: p.detach().float().requires_grad_() for p in whole.parameters()}
+    whole_optimizer = torch.optim.AdamW(masters.values(), lr=1e-3)
+    add_dtype = grad_dtype or torch.float32
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randint(config.vocab_size, (2, M, 3, config.seq_len + 1), generator=generator)
+        parts = []  # by rank, by microbatch
+        for rank in range(2):
+            parts.append([])
+            for i in range(M):
+                for p in masters:  # in it a tied matrix adds up its two uses
+                    p.grad, p.grad_dtype = None, add_dtype if stage < 2 else BF16
+                loss = gpt.cross_entropy(whole(x[rank, i, :, :-1]), x[rank, i, :, 1:]) / 48
+                assert loss.dtype == torch.float32
+                loss.backward()
+                parts[-1].append([p.grad for p in masters])
+        for n, (p, master) in enumerate(masters.items()):
+            total = torch.zeros_like(p, dtype=add_dtype)
+            if stage < 2:  # over microbatches here, then over ranks in bf16
+                for rank in range(2):
+                    mine = torch.zeros_like(p, dtype=add_dtype)
+                    for i in range(M):
+                        mine += parts[rank][i][n].to(add_dtype)
+                    total = mine.to(BF16) if rank == 0 else total.to(BF16) + mine.to(BF16)
+            else:  # over ranks in bf16, then over microbatches
+                for i in range(M):
+                    total = total + (parts[0][i][n] + parts[1][i][n]).to(add_dtype)
+            master.grad = total.float()
+        whole_optimizer.step()
+        for p, master in masters.items():
+            p.data.copy_(master.detach())
+        sync.start()
+        for i in range(M):
+            mine = x[group.rank(), i]
+            (gpt.cross_entropy(model(mine[:, :-1]), mine[:, 1:]) / 48).backward()
+        sync.finish()
+        held = measure.bytes_by_kind(sync.held(), optimizer)
+        sync.before_step()
+        optimizer.step()
+        sync.after_step()
+    sync.gather()
+    for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(p, q), (name, (p - q).abs().max())
+    if stage:
+        numels = [sum(p.numel() for p in unit.place) for unit in sync.units]
+        return held, zero.predicted_bytes(numels, 2, group.rank(), stage, BF16, grad_dtype)
+    psi = sum(p.numel() for p in model.parameters())
+    return held, ddp.predicted_bytes(psi, BF16, grad_dtype)
+
+
+@pytest.mark.parametrize("grad_dtype", [None, BF16])
+@pytest.mark.parametrize("stage, options", [(0, {}), *VARIANTS])
+def test_bf16_is_bitwise_one_process_that_adds_in_the_same_order(stage, options, grad_dtype):
+    for held, predicted in launch(2, bf16_steps, stage, options, grad_dtype):
+        assert held == predicted
+
+
+def small_updates(kind):
+    """Gradients of 1, and a rate of which a bf16 weight of 1 would not notice a single step."""
+    net = nn.Linear(8, 8, bias=False, dtype=BF16)
+    nn.init.ones_(net.weight)
+    sync = kind(net, dist.group.WORLD, 1)
+    optimizer = torch.optim.SGD([t for _, t, _, _ in sync.pieces()], lr=2**-11)
+    for _ in range(64):
+        sync.start()
+        net(torch.ones(1, 8, dtype=BF16)).sum().backward()
+        sync.finish()
+        sync.before_step()
+        optimizer.step()
+        sync.after_step()
+    sync.gather()
+    return net.weight.detach().float().unique().tolist()
+
+
+@pytest.mark.parametrize("kind", [ddp.DDP, *zero.STAGES.values()])
+def test_small_updates_of_bf16_weights_add_up(kind):
+    assert launch(2, small_updates, kind) == [[1.0 - 2 * 64 * 2**-11]] * 2
+
+
 def test_the_state_that_is_sharded_shrinks_by_d():
     numels = [10**6 + 3]
     one = zero.predicted_bytes(numels, 1, 0)["optimizer"]
@@ -119,8 +209,6 @@ def test_the_state_that_is_sharded_shrinks_by_d():
 
 
 def test_both_halves_move_what_an_all_reduce_moves():
-    import ddp
-
     for d in (2, 4, 8):
         payload = zero.predicted_payload([1024], d, [zero.Use(0, matmul=True)])
         wire = sum(WIRE[op](d) * (p.exposed + p.hidden) for op, p in payload.items() if p.calls)
