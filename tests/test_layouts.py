@@ -1,10 +1,15 @@
 """Layouts beside one process: float64, 1e-12, every gradient and every parameter after 3 steps."""
 
+import dataclasses
+import functools
 import itertools
 import random
 
 import pytest
+import torch
+from torch import nn
 
+import gpt
 from measure import TOLERANCE
 from tools.fuzz import draw_case, refusal
 from tools.oracle import Case, judge
@@ -83,6 +88,40 @@ def test_every_pair_of_options_is_met():
     for (a, xs), (b, ys) in itertools.combinations(FACTORS.items(), 2):
         met = {(row[a], row[b]) for row in rows}
         assert met == set(itertools.product(xs, ys)), (a, b)
+
+
+class PrimeBlock(gpt.Block):
+    """5 numbers more, so that no d divides its parameters: 24 wide, 7,229, a prime."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.extra = nn.Parameter(torch.empty(5))
+
+    def forward(self, x):
+        return super().forward(x) + nn.functional.pad(self.extra, (0, x.size(-1) - 5))
+
+
+def prime_model(tied: bool):
+    config = gpt.GPTConfig(3, 12, 24, 41, 7, tied=tied)
+    model = gpt.GPT(config)
+    model.h = nn.ModuleDict({name: PrimeBlock(config) for name in model.h})
+    return model
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(d=2, zero=1), Case(d=3, zero=2, tied=False), Case(d=4, zero=3, optimizer="sgd"),
+        Case(d=3, zero=3, reshard=0, m=3), Case(t=2, d=2, zero=3, recompute="full"),
+        Case(d=4, zero=3, shard_size=2, p=2, m=3, tied=False), Case(d=4, zero=2, shard_size=2),
+        Case(d=5, zero=3), Case(d=7, zero=1, optimizer="sgd"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_blocks_with_a_prime_number_of_parameters(case):
+    case = dataclasses.replace(case, n_layer=3)
+    errors = judge(case, {"model": functools.partial(prime_model, case.tied)})
+    assert errors.worst <= TOLERANCE, errors
 
 
 def test_a_slice_of_fuzz():

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 import ddp
+import gpt
+import zero
 from measure import TOLERANCE
-from tools import fuzz, links, parity
+from tools import bench, fuzz, links, memory, parity
 from tools.oracle import Case, judge, launch
 
 
@@ -97,6 +99,41 @@ def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         parity.main()
     assert exit_.value.code == 1 and "MISMATCH" in capsys.readouterr().out
+
+
+def test_resident_memory_falls_as_predicted():
+    said = []
+    config = gpt.GPTConfig(n_layer=3, n_head=8, n_embd=512, vocab_size=256, seq_len=16)
+    assert memory.table(config, 2, torch.float32, said.append), said
+    assert len(said) == 4 and all("ok" in line for line in said)
+
+
+def test_a_leak_would_show_in_resident_memory(monkeypatch):
+    config = gpt.GPTConfig(n_layer=3, n_head=8, n_embd=512, vocab_size=256, seq_len=16)
+    monkeypatch.setattr("zero.Unit.reshard", zero.Unit.wait)  # the whole parameters stay
+    assert not memory.table(config, 2, torch.float32, lambda line: None)
+
+
+def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
+    out = tmp_path / "bench.json"
+    arguments = f"bench dp --sizes 256 --rounds 1 --steps 2 --out {out}"
+    monkeypatch.setattr("sys.argv", arguments.split())
+    bench.main()
+    rows = json.loads(out.read_text())["rows"]
+    ours = {(r["strategy"], r["variant"]): r for r in rows}
+    assert set(ours) == {*bench.OURS, *(("torch", name) for name in bench.THEIRS)}
+    for key, row in ours.items():
+        assert row["max_loss_difference"] < 1e-5, (key, row["max_loss_difference"])
+        assert row["efficiency"] > 0 and row["wire_bytes"] > 0 and row["h"] == 256
+    for _, _, keys in bench.THEIRS.values():
+        for key in keys:
+            assert ours[key]["ratio"] == ours[key]["ours_ms"] / ours[key]["torch_ms"]
+    assert ours["ddp", "naive"]["ratio"] is None
+    psi = sum(p.numel() for p in gpt.GPT(bench.SIZES[256]).parameters())
+    assert ours["ddp", "flat"]["wire_bytes"] == 4 * psi  # 2 (d-1)/d of it
+    assert ours["torch", "DDP 25 MB"]["wire_bytes"] == 4 * psi
+    assert "| ddp | naive | 256 |" in capsys.readouterr().out
 
 
 def links_table():
