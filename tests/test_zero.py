@@ -61,6 +61,7 @@ def pieces_and_step(stage: int, options: dict, hybrid: bool):
                 for layer in net.values():
                     y = layer(y)
                 ((rank + i + 1) * y).backward()
+            assert stage < 3 or not any(unit.whole for unit in sync.units), "kept too long"
             sync.finish()
             assert stage == 1 or all(p.grad is None for p in named.values())
             whole = [*named.values(), *(u.parameter_shard for u in sync.units)]
@@ -157,6 +158,7 @@ def bf16_steps(stage: int, options: dict, grad_dtype):
             mine = x[group.rank(), i]
             (gpt.cross_entropy(model(mine[:, :-1]), mine[:, 1:]) / 48).backward()
         sync.finish()
+        assert all(t.grad is None for _, t, _, _ in sync.pieces()), "fp32 copies from last step"
         held = measure.bytes_by_kind(sync.held(), optimizer)
         sync.before_step()
         optimizer.step()
