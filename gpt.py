@@ -138,6 +138,15 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
 
 
+def learning_rate(step: int, steps: int, warmup: int | None, peak: float) -> float:
+    """Linear warmup (default: a tenth of the steps), never 0, then cosine down to a tenth."""
+    warmup = max(1, steps // 10) if warmup is None else warmup
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Like model.named_parameters(), but a tied matrix has one name wherever it is held."""
     for name, parameter in model.named_parameters():

@@ -47,6 +47,7 @@ import tensor_parallel
 import zero
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
+SIZES = ("n-layer", "n-head", "n-embd", "vocab-size", "seq-len")
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -61,45 +62,54 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def at_least(low: int, kind: type = int) -> Callable[[str], float]:
+    def number(text: str):
+        if not low <= (value := kind(text)) < math.inf:
+            raise argparse.ArgumentTypeError(f"is {value}: give at least {low}")
+        return value
+
+    return number
+
+
 def parser() -> Parser:
     p = Parser("train_3d.py", description="Train a GPT over TP x PP x DP.", allow_abbrev=False)
-    add = p.add_argument
+    add, natural, amount = p.add_argument, at_least(1), at_least(0, float)
     add("--model", default="nano", choices=gpt.MODELS, help="named sizes, which these override:")
-    for size in ("n-layer", "n-head", "n-embd", "vocab-size", "seq-len"):
-        add(f"--{size}", type=int, metavar="N")
+    for size in SIZES:
+        add(f"--{size}", type=natural, metavar="N")
     add("--untied", action="store_true", help="a head of its own, not the embedding's matrix")
     add("--attention", choices=("sdpa", "explicit"), default="sdpa")
     add("--data", metavar="PATH", help="text file or folder, or .npy/.bin token ids "
         "(default: the source of Python's standard library)")  # fmt: skip
-    add("--global-batch-size", type=int, default=32, help="rows a step, over all ranks")
-    add("--micro-batch-size", type=int, default=4, help="rows at a time on one rank")
-    add("--steps", type=int, default=300)
-    add("--lr", type=float, default=2e-3, help="peak learning rate; cosine down to a tenth")
-    add("--warmup-steps", type=int, metavar="N", help="default: max(1, steps // 10)")
+    add("--global-batch-size", type=natural, default=32, help="rows a step, over all ranks")
+    add("--micro-batch-size", type=natural, default=4, help="rows at a time on one rank")
+    add("--steps", type=natural, default=300)
+    add("--lr", type=amount, default=2e-3, help="peak learning rate; cosine down to a tenth")
+    add("--warmup-steps", type=at_least(0), metavar="N", help="default: max(1, steps // 10)")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw")
-    add("--weight-decay", type=float, default=0.1, help="on matrices only")
-    add("--clip", type=float, default=1.0, help="largest global gradient norm; 0: no clipping")
-    add("--seed", type=int, default=0)
+    add("--weight-decay", type=amount, default=0.1, help="on matrices only")
+    add("--clip", type=amount, default=1.0, help="largest global gradient norm; 0: no clipping")
+    add("--seed", type=at_least(0), default=0)
     add("--dtype", choices=DTYPES, default="float32",
         help="of parameters, activations and what travels; bf16 is updated in fp32")
     add("--grad-dtype", choices=("float32", "bf16"),
         help="with --dtype bf16: in which gradients add up (default float32)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: cuda if every local rank has a GPU of its own, else cpu")  # fmt: skip
-    add("--tp", type=int, default=1, help="t: ranks that split every matrix")
-    add("--pp", type=int, default=1, help="p: stages; data parallelism is world size / (t p)")
+    add("--tp", type=natural, default=1, help="t: ranks that split every matrix")
+    add("--pp", type=natural, default=1, help="p: stages; data parallelism is world size / (t p)")
     add("--zero", type=int, choices=(0, *zero.STAGES), default=0,
         help="0: DDP, 1: optimizer states sharded, 2: gradients too, 3: parameters too")
-    add("--zero-shard-size", type=int, metavar="K", help="hybrid: shard within K of the d replicas")
+    add("--zero-shard-size", type=natural, metavar="K", help="hybrid: shard within K of the d")
     add("--zero-reshard-after-forward", type=int, choices=(0, 1), default=1,
         help="ZeRO-3; 0: parameters stay whole until the step's last backward")  # fmt: skip
     add("--schedule", choices=pipeline.SCHEDULES, default="1f1b")
     add("--recompute", choices=activation_ckpt.POLICIES, default="none")
-    add("--recompute-every", type=int, default=1, metavar="K", help="checkpoint 1 block of K")
-    add("--val-every", type=int, default=100, metavar="N", help="steps; 0: never")
-    add("--val-batches", type=int, default=4, help="global batches in a validation")
-    add("--print-every", type=int, default=10, metavar="N", help="steps")
-    add("--sample", type=int, default=0, metavar="N", help="tokens to generate at the end")
+    add("--recompute-every", type=natural, default=1, metavar="K", help="checkpoint 1 block of K")
+    add("--val-every", type=at_least(0), default=100, metavar="N", help="steps; 0: never")
+    add("--val-batches", type=natural, default=4, help="global batches in a validation")
+    add("--print-every", type=natural, default=10, metavar="N", help="steps")
+    add("--sample", type=at_least(0), default=0, metavar="N", help="tokens to generate at the end")
     add("--log", metavar="FILE", help="one JSON object a line: a step, or a validation")
     return p
 
@@ -107,36 +117,24 @@ def parser() -> Parser:
 def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
     """The model's configuration. Raises ValueError, from the configuration and the world size
     alone, for everything that would otherwise fail later on some ranks and hang the others."""
-    sizes = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len")
-    given = {k: getattr(args, k) for k in sizes if getattr(args, k) is not None}
+    sizes = (size.replace("-", "_") for size in SIZES)
+    given = {size: n for size in sizes if (n := getattr(args, size)) is not None}
     config = dataclasses.replace(
         gpt.MODELS[args.model], tied=not args.untied, attention=args.attention, **given
     )
-    _check_ranges(args, dataclasses.asdict(config), sizes)
-    t, p, rows = args.tp, args.pp, args.micro_batch_size
-    d = max(1, world_size // (t * p))
-    for name, n, by, k, remedy in (
-        ("world size", world_size, f"--tp {t} x --pp {p}", t * p,
-         f"start a multiple of {t * p} ranks (torchrun --nproc-per-node), or change --tp or --pp"),
-        ("--n-embd", config.n_embd, f"--n-head {config.n_head}", config.n_head, "change one"),
-        ("--n-head", config.n_head, f"--tp {t}", t, "heads are cut whole; change one"),
-        ("--global-batch-size", args.global_batch_size, f"d {d} x --micro-batch-size {rows}",
-         d * rows, f"make it a multiple of {d * rows}"),
-    ):  # fmt: skip
-        if n % k:
-            raise ValueError(f"{name} {n} is not divisible by {by}: {remedy}")
-    _check_zero(args, d)
-    if args.recompute_every > config.n_layer:
-        k, n = args.recompute_every, config.n_layer
-        raise ValueError(f"--recompute-every {k} is more than the {n} blocks: lower it")
-    pipeline.split_layers(config.n_layer, p)
-    tensor_parallel.check_width("--vocab-size", config.vocab_size, t)
-    return config
-
-
-def _check_zero(args: argparse.Namespace, d: int) -> None:
-    k = args.zero_shard_size
+    t, p, rows, k = args.tp, args.pp, args.micro_batch_size, args.zero_shard_size
+    d, batch, every = max(1, world_size // (t * p)), args.global_batch_size, args.recompute_every
     for wrong, message in (
+        (world_size % (t * p), f"world size {world_size} is not divisible by --tp {t} x --pp {p}: "
+         f"start a multiple of {t * p} ranks (torchrun --nproc-per-node), or change --tp or --pp"),
+        (config.n_embd % config.n_head, f"--n-embd {config.n_embd} is not divisible by --n-head "
+         f"{config.n_head}: change one"),
+        (config.n_head % t, f"--n-head {config.n_head} is not divisible by --tp {t}: heads are cut "
+         "whole; change one"),
+        (batch % (d * rows), f"--global-batch-size {batch} is not divisible by d {d} x "
+         f"--micro-batch-size {rows}: make it a multiple of {d * rows}"),
+        (every > config.n_layer, f"--recompute-every {every} is more than the {config.n_layer} "
+         "blocks: lower it"),
         (k and not args.zero, f"--zero-shard-size {k} with --zero 0: nothing is sharded; give "
          "--zero 1, 2 or 3"),
         (k and d % k, f"--zero-shard-size {k} does not divide d {d}: give a divisor of {d}"),
@@ -147,19 +145,9 @@ def _check_zero(args: argparse.Namespace, d: int) -> None:
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-
-
-def _check_ranges(args: argparse.Namespace, config: dict, sizes: tuple[str, ...]) -> None:
-    positive = ("tp", "pp", "global_batch_size", "micro_batch_size", "steps", "recompute_every",
-                "val_batches", "print_every", "zero_shard_size")  # fmt: skip
-    for key in (*sizes, *positive):
-        value = config[key] if key in sizes else getattr(args, key)
-        if value is not None and value < 1:
-            raise ValueError(f"--{key.replace('_', '-')} is {value}: give at least 1")
-    for key in ("lr", "weight_decay", "clip", "val_every", "sample", "warmup_steps", "seed"):
-        value = getattr(args, key)
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"--{key.replace('_', '-')} is {value}: give 0 or more")
+    pipeline.split_layers(config.n_layer, p)
+    tensor_parallel.check_width("--vocab-size", config.vocab_size, t)
+    return config
 
 
 def pick_device(name: str) -> tuple[torch.device, str]:
@@ -214,7 +202,7 @@ class Trainer:
         actions = (schedule or pipeline.SCHEDULES[args.schedule])(p, self.m)
         self.program = pipeline.derive_programs(actions)[self.stage]
         backwards = sum(action.kind == "B" for action in actions[self.stage])
-        self.sync = self._attach(sync, stage, backwards)
+        self.sync = self._attach(sync, backwards)
         self.optimizer = self._make_optimizer()
 
     def _make_groups(self, p: int, d: int, k: int, t: int) -> None:
@@ -234,14 +222,14 @@ class Trainer:
             mine = group if dist.get_rank() in ranks else mine
         return mine
 
-    def _attach(self, sync: Callable | None, stage: nn.Module, backwards: int):
-        args, options = self.args, {"grad_dtype": DTYPES.get(self.args.grad_dtype)}
-        if sync or args.zero == 0:
-            return (sync or ddp.DDP)(stage, self.dp_group, backwards, **options)
+    def _attach(self, sync: Callable | None, backwards: int):
+        stage, options = self.args.zero, {"grad_dtype": DTYPES.get(self.args.grad_dtype)}
+        if sync or stage == 0:
+            return (sync or ddp.DDP)(self.model, self.dp_group, backwards, **options)
         options["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
-        if args.zero == 3:
-            options["reshard_after_forward"] = args.zero_reshard_after_forward == 1
-        return zero.STAGES[args.zero](stage, self.shard_group, backwards, **options)
+        if stage == 3:
+            options["reshard_after_forward"] = self.args.zero_reshard_after_forward == 1
+        return zero.STAGES[stage](self.model, self.shard_group, backwards, **options)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """Over the pieces that this rank updates; weight decay on matrices, embeddings included,
@@ -256,13 +244,7 @@ class Trainer:
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=True)
 
     def learning_rate(self, step: int) -> float:
-        """Linear warmup, never 0, then cosine down to a tenth."""
-        args = self.args
-        warmup = args.warmup_steps if args.warmup_steps is not None else max(1, args.steps // 10)
-        if step < warmup:
-            return args.lr * (step + 1) / warmup
-        done = (step - warmup) / max(1, args.steps - warmup)
-        return args.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+        return gpt.learning_rate(step, self.args.steps, self.args.warmup_steps, self.args.lr)
 
     def step(self, step: int) -> Tensor:
         """One optimizer step on the global batch `step`. Returns [loss, gradient norm]: the mean

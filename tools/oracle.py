@@ -228,7 +228,7 @@ def reference(case: Case, model: Callable | None = None) -> dict:
         norms.append(torch.nn.utils.clip_grad_norm_(named.values(), clip))
         losses.append(loss.detach())
         for group in optimizer.param_groups:
-            group["lr"] = train_3d.Trainer.learning_rate(_Schedule(args), step)
+            group["lr"] = gpt.learning_rate(step, args.steps, args.warmup_steps, args.lr)
         optimizer.step()
     return {
         "loss": torch.stack(losses),
@@ -236,11 +236,6 @@ def reference(case: Case, model: Callable | None = None) -> dict:
         "gradient": {n: p.grad for n, p in named.items()},
         "parameter": {n: p.detach() for n, p in named.items()},
     }
-
-
-@dataclasses.dataclass
-class _Schedule:
-    args: object  # all that Trainer.learning_rate reads
 
 
 def layout(case: Case, expected: dict, seams: dict) -> dict:
