@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import gpt
@@ -205,19 +206,25 @@ def test_a_plain_run_is_this_loop(text, tmp_path):
     assert validation["val_loss"] == pytest.approx(loss.item(), rel=1e-11)
 
 
-def groups_of_rank():
-    args = train_3d.parser().parse_args("--tp 2 --pp 2 --n-layer 2 --device cpu".split())
+def groups_of_rank(line: str, *names: str):
+    args = train_3d.parser().parse_args(line.split())
     config, device = train_3d.check(args, 8), torch.device("cpu")
     trainer = train_3d.Trainer(args, config, None, device)
-    names = ("tp_group", "dp_group", "pp_group", "tied_group")
     return [torch.distributed.get_process_group_ranks(getattr(trainer, n)) for n in names]
 
 
 def test_tp_is_innermost_and_pp_outermost():
     """Neighbours on a machine talk most: ranks 0 and 1 split matrices, 0 and 4 are two stages."""
-    groups = launch(8, groups_of_rank)
+    names = ("tp_group", "dp_group", "pp_group", "tied_group")
+    groups = launch(8, groups_of_rank, "--tp 2 --pp 2 --n-layer 2 --device cpu", *names)
     assert groups[0] == [[0, 1], [0, 2], [0, 4], [0, 4]]
     assert groups[7] == [[6, 7], [5, 7], [3, 7], [3, 7]]
+
+
+def test_neighbours_shard_and_the_far_replicate():
+    line = "--zero 3 --zero-shard-size 4 --global-batch-size 32 --device cpu"
+    groups = launch(8, groups_of_rank, line, "shard_group", "replica_group", "dp_group")
+    assert groups[5] == [[4, 5, 6, 7], [1, 5], list(range(8))]
 
 
 def what_outlives_the_trainer(zero_stage: int):
@@ -279,6 +286,34 @@ def test_unshards_are_as_predicted_under_pipelines_and_recompute(case):
     for rank in launch(case.world_size, unshards_of_a_step, case):
         for op, (predicted, measured) in rank.items():
             assert predicted == measured, op
+
+
+class Exponentials(TorchDispatchMode):
+    """In which dtype there is an exp: what a softmax and a loss are made of."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if any(name in str(function) for name in ("softmax", "exp.", "exp_.")):
+            self.seen.add(result.dtype)
+        return result
+
+
+def dtypes_of_exponentials(case: Case):
+    args = train_3d.parser().parse_args([*case.arguments(), "--dtype", "bf16"])
+    config, device = train_3d.check(args, case.world_size), torch.device("cpu")
+    trainer = train_3d.Trainer(args, config, reader(case), device)
+    with Exponentials() as mode:
+        mode.seen = set()
+        stats = trainer.step(0)
+    return mode.seen, stats.dtype
+
+
+@pytest.mark.parametrize(
+    "case", [Case(m=2, attention="explicit"), Case(t=2, p=2, m=2, attention="explicit")], ids=str
+)
+def test_softmax_and_loss_are_in_fp32_under_bf16(case):
+    result = launch(case.world_size, dtypes_of_exponentials, case)
+    assert result == [({torch.float32}, torch.float32)] * case.world_size
 
 
 def losses(text: str, *arguments: str) -> list[float]:

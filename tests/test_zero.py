@@ -115,11 +115,16 @@ def test_pieces_own_every_element_once_and_padding_never(world, hybrid, stage, o
 BF16 = torch.bfloat16
 
 
-def bf16_steps(stage: int, options: dict, grad_dtype):
-    """Three steps in bf16 on two ranks, beside one process that adds in the same order."""
-    group, config = dist.group.WORLD, gpt.GPTConfig(2, 2, 16, 31, 8)
+def bf16_steps(stage: int, options: dict, grad_dtype, replicate: bool):
+    """Three steps in bf16 on two ranks that share the state, or have it alike and replicate; beside
+    one process that adds in the same order."""
+    config, rank = gpt.GPTConfig(2, 2, 16, 31, 8), dist.get_rank()
     kind = zero.STAGES[stage] if stage else ddp.DDP
     model, whole = (gpt.build(config, seed=0, dtype=BF16) for _ in range(2))
+    group = dist.group.WORLD
+    if replicate:
+        options = options | {"replicas": group}
+        group = [dist.new_group([r]) for r in range(2)][rank]
     sync = kind(model, group, M, grad_dtype=grad_dtype, **options)
     optimizer = torch.optim.AdamW([t for _, t, _, _ in sync.pieces()], lr=1e-3)
     masters = {p: p.detach().float().requires_grad_() for p in whole.parameters()}
@@ -129,23 +134,20 @@ def bf16_steps(stage: int, options: dict, grad_dtype):
         generator = torch.Generator().manual_seed(step)
         x = torch.randint(config.vocab_size, (2, M, 3, config.seq_len + 1), generator=generator)
         parts = []  # by rank, by microbatch
-        for rank in range(2):
+        for r in range(2):
             parts.append([])
             for i in range(M):
                 for p in masters:  # in it a tied matrix adds up its two uses
                     p.grad, p.grad_dtype = None, add_dtype if stage < 2 else BF16
-                loss = gpt.cross_entropy(whole(x[rank, i, :, :-1]), x[rank, i, :, 1:]) / 48
+                loss = gpt.cross_entropy(whole(x[r, i, :, :-1]), x[r, i, :, 1:]) / 48
                 assert loss.dtype == torch.float32
                 loss.backward()
                 parts[-1].append([p.grad for p in masters])
         for n, (p, master) in enumerate(masters.items()):
             total = torch.zeros_like(p, dtype=add_dtype)
-            if stage < 2:  # over microbatches here, then over ranks in bf16
-                for rank in range(2):
-                    mine = torch.zeros_like(p, dtype=add_dtype)
-                    for i in range(M):
-                        mine += parts[rank][i][n].to(add_dtype)
-                    total = mine.to(BF16) if rank == 0 else total.to(BF16) + mine.to(BF16)
+            if stage < 2 or replicate:  # over microbatches here, then over ranks in bf16
+                mine = [sum(parts[r][i][n].to(add_dtype) for i in range(M)) for r in range(2)]
+                total = mine[0].to(BF16) + mine[1].to(BF16)
             else:  # over ranks in bf16, then over microbatches
                 for i in range(M):
                     total = total + (parts[0][i][n] + parts[1][i][n]).to(add_dtype)
@@ -155,7 +157,7 @@ def bf16_steps(stage: int, options: dict, grad_dtype):
             p.data.copy_(master.detach())
         sync.start()
         for i in range(M):
-            mine = x[group.rank(), i]
+            mine = x[rank, i]
             (gpt.cross_entropy(model(mine[:, :-1]), mine[:, 1:]) / 48).backward()
         sync.finish()
         assert all(t.grad is None for _, t, _, _ in sync.pieces()), "fp32 copies from last step"
@@ -168,15 +170,21 @@ def bf16_steps(stage: int, options: dict, grad_dtype):
         assert torch.equal(p, q), (name, (p - q).abs().max())
     if stage:
         numels = [sum(p.numel() for p in unit.place) for unit in sync.units]
-        return held, zero.predicted_bytes(numels, 2, group.rank(), stage, BF16, grad_dtype)
+        predicted = zero.predicted_bytes
+        return held, predicted(numels, group.size(), group.rank(), stage, BF16, grad_dtype)
     psi = sum(p.numel() for p in model.parameters())
     return held, ddp.predicted_bytes(psi, BF16, grad_dtype)
 
 
 @pytest.mark.parametrize("grad_dtype", [None, BF16])
-@pytest.mark.parametrize("stage, options", [(0, {}), *VARIANTS])
-def test_bf16_is_bitwise_one_process_that_adds_in_the_same_order(stage, options, grad_dtype):
-    for held, predicted in launch(2, bf16_steps, stage, options, grad_dtype):
+@pytest.mark.parametrize(
+    "stage, options, replicate",
+    [(0, {}, False), *((*v, False) for v in VARIANTS), (2, {}, True), (3, {}, True)],
+)
+def test_bf16_is_bitwise_one_process_that_adds_in_the_same_order(
+    stage, options, replicate, grad_dtype
+):
+    for held, predicted in launch(2, bf16_steps, stage, options, grad_dtype, replicate):
         assert held == predicted
 
 
@@ -200,6 +208,33 @@ def small_updates(kind):
 @pytest.mark.parametrize("kind", [ddp.DDP, *zero.STAGES.values()])
 def test_small_updates_of_bf16_weights_add_up(kind):
     assert launch(2, small_updates, kind) == [[1.0 - 2 * 64 * 2**-11]] * 2
+
+
+def units_of_a_tied_matrix_with_a_bias():
+    net = nn.Linear(5, 3)
+    net.weight.tied_name = "wte.weight"
+    sync = zero.Zero1(net, dist.group.WORLD, 1)
+    return [[p is net.weight for p in unit.place] for unit in sync.needs[0]]
+
+
+def test_a_tied_matrix_is_cut_alone():
+    """The other stage that holds it has no bias beside it, and must have the same shards."""
+    assert launch(1, units_of_a_tied_matrix_with_a_bias) == [[[True], [False]]]
+
+
+def kept_by_a_forward_without_backward(options: dict):
+    net = model()
+    sync = zero.Zero3(net, dist.group.WORLD, 1, **options)
+    with torch.no_grad():
+        for layer in net.values():
+            layer(torch.ones(1, dtype=torch.float64))
+    return [unit.whole for unit in sync.units]
+
+
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}])
+def test_validation_keeps_no_parameters(options):
+    """No backward comes that would give them back."""
+    assert launch(2, kept_by_a_forward_without_backward, options) == [[False] * len(SIZES)] * 2
 
 
 def test_the_state_that_is_sharded_shrinks_by_d():

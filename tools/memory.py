@@ -1,8 +1,8 @@
 """What each stage of ZeRO saves, as the operating system sees it: resident memory, beside formulas.
 
 Every row is a run of its own, in fresh processes: train a tiny model, so that the libraries are in
-memory; then build the model, train two steps, and read VmRSS after the last backward and before the
-optimizer, less what it was before the model. Needs Linux and glibc.
+memory; then build the model, train two steps, and read RssAnon (resident, and no file's) after the
+last backward and before the optimizer, less what it was before the model. Needs Linux and glibc.
 
     python -m tools.memory --nproc 4
 """
@@ -24,8 +24,6 @@ import zero
 from tools.oracle import launch
 
 TOLERANCE = 0.01  # of what ZeRO-0 needs
-
-
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
@@ -36,10 +34,11 @@ def give_back_at_once() -> None:
 
 
 def resident_bytes() -> int:
-    """VmRSS."""
+    """RssAnon, after free memory was given back: a process inherits its parent's, too."""
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith("VmRSS"))
+        line = next(line for line in file if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
 
