@@ -51,7 +51,7 @@ ddp: NPROC = 2
 ddp: $(SETUP)  ## proof of ddp.py beside one process (10 s)
 	$(TORCHRUN) $(NPROC) ddp.py
 
-zero: NPROC = 2
+zero: NPROC = 4
 zero: $(SETUP)  ## proof of zero.py (10 s)
 	$(TORCHRUN) $(NPROC) zero.py
 

@@ -1,8 +1,13 @@
 """Data parallelism: every rank holds the whole model and trains on rows of its own; gradients meet.
 
-      rank 0:  rows 0..3  ->  forward  ->  backward  ->  g0 --+            +--> optimizer --> same
-                                                             (+) all-reduce                  weights
-      rank 1:  rows 4..7  ->  forward  ->  backward  ->  g1 --+            +--> optimizer --> same
+      rows 0..3 -> F, B -> rank 0  [a0|b0]           [a0+a1|     ]           [a0+a1|b0+b1] -> same
+                                           ----->                  ----->                    update
+      rows 4..7 -> F, B -> rank 1  [a1|b1]           [     |b0+b1]           [a0+a1|b0+b1] -> same
+                                       reduce-scatter             all-gather
+                                        |______ together: an all-reduce ______|
+
+Either half sends (d-1)/d of the gradients from each rank. Half-way each rank has the whole sum of a
+share, and that is why ZeRO-1 costs nothing extra. Here the sums go on, and all do the same update.
 
 Each rank's loss is (sum over its tokens) / (tokens of the whole batch), so gradients are *summed*:
 no 1/d anywhere, and ranks with fewer valid tokens weigh less, as they should. Under gradient
@@ -13,13 +18,14 @@ Three rungs. (1) `all_reduce_gradients`: after backward, one all-reduce a parame
 (3) `DDP`: gradients live in a few flat buckets, laid out in the order in which backward fills them
 (learned in the first step); a full bucket leaves at once, while backward goes on below it.
 
-    per rank and step   bytes held (fp32, AdamW)    payload  calls        after backward (exposed)
-    naive               16 Psi (4+4+4+4)            Psi      parameters   all of it
+    per rank and step   bytes held (AdamW)          payload  calls        after backward (exposed)
+    naive               16 Psi (4 + 4 + 8)          Psi      parameters   all of it
     flat                16 Psi, and 4 Psi a moment  Psi      1            all of it
     bucketed            16 Psi                      Psi      buckets      the last bucket
+    bucketed, bf16      18 Psi (2 + 4 + 12), or 16 Psi with gradients in bf16
 
-Memory is what it does not save: parameters, gradients and two moments on every rank. zero.py is
-this file with that mended; read the two side by side.
+Memory is what it does not save: parameters, gradients and optimizer states on every rank. zero.py
+is this file with that mended; read the two side by side.
 
     torchrun --standalone --nproc-per-node 2 ddp.py
 
