@@ -124,8 +124,10 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
     ours = {(r["strategy"], r["variant"]): r for r in rows}
     assert set(ours) == {*bench.OURS, *(("torch", name) for name in bench.THEIRS)}
     for key, row in ours.items():
-        assert row["max_loss_difference"] < 1e-5, (key, row["max_loss_difference"])
-        assert row["efficiency"] > 0 and row["wire_bytes"] > 0 and row["h"] == 256
+        assert row["efficiency"] > 0 and row["h"] == 256
+        speaks = key[0] != "none"
+        assert (row["max_loss_difference"] < 1e-5) == speaks, (key, row["max_loss_difference"])
+        assert (row["wire_bytes"] > 0) == speaks, key
     for _, _, keys in bench.THEIRS.values():
         for key in keys:
             assert ours[key]["ratio"] == ours[key]["ours_ms"] / ours[key]["torch_ms"]

@@ -8,6 +8,7 @@ number is the median over rounds of the median step (of the slower rank); the sp
 
     ratio        our step over the best of PyTorch's settings for the same strategy; below 1: faster
     efficiency   step of one process over (ranks x step)
+    none         ranks that never speak (and so drift apart): what two ranks can reach at best
     links        what the collectives would take if nothing ran beside them, by tools/links.py: with
                  one core a rank, gloo's threads take it from the computation, hidden or not
     wire         bytes that a ring sends per rank and step
@@ -155,6 +156,8 @@ def _ddp(megabytes: int) -> Callable:
 KEPT = {"reshard_after_forward": False}
 # (strategy, variant) -> (microbatches, ours)
 OURS = {
+    ("none", "m 1"): (1, functools.partial(ladder, meet=lambda *_: None)),
+    ("none", "m 4"): (4, functools.partial(ladder, meet=lambda *_: None)),
     ("ddp", "naive"): (1, functools.partial(ladder, meet=ddp.all_reduce_gradients)),
     ("ddp", "flat"): (1, functools.partial(ladder, meet=ddp.all_reduce_flat)),
     ("ddp", "bucketed 25 MB"): (1, _ddp(25)),
