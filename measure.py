@@ -43,6 +43,7 @@ class Call(NamedTuple):
     payload: int
     dtype: torch.dtype
     phase: str  # "forward" (or no autograd at all) | "backward" (backward itself and its hooks)
+    ranks: int  # size of the group
     hidden: bool = False  # some matrix was multiplied between its start and the use of its result
 
 
@@ -76,9 +77,9 @@ class Collectives(TorchDispatchMode):
             if self._is_async(func, args):
                 output = args[0][0] if isinstance(args[0], list) else args[0]
                 self._unread[_storage(output)] = (len(self.calls), self._matmuls)
-            self.calls.append(
-                Call(name, self._group(args), payload, tensors[0].dtype, self._phase())
-            )
+            group, ranks = self._group(args)
+            dtype = tensors[0].dtype
+            self.calls.append(Call(name, group, payload, dtype, self._phase(), ranks))
         else:
             self._look_for_reads(args)
             self._matmuls += operation in _MATMULS
@@ -99,11 +100,11 @@ class Collectives(TorchDispatchMode):
                     number, before = self._unread.pop(_storage(t))
                     self.calls[number] = self.calls[number]._replace(hidden=self._matmuls > before)
 
-    def _group(self, args) -> str:
+    def _group(self, args) -> tuple[str, int]:
         for arg in args:
             if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
-                name = dist.ProcessGroup.unbox(arg).group_name
-                return self.names.get(name, name)
+                group = dist.ProcessGroup.unbox(arg)
+                return self.names.get(group.group_name, group.group_name), group.size()
         raise AssertionError("a collective without a group")
 
     @staticmethod

@@ -117,7 +117,7 @@ def test_a_leak_would_show_in_resident_memory(monkeypatch):
 def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
     out = tmp_path / "bench.json"
-    arguments = f"bench dp --sizes 256 --rounds 1 --steps 2 --out {out}"
+    arguments = f"bench dp --sizes 256 --minutes 0 --steps 2 --out {out}"
     monkeypatch.setattr("sys.argv", arguments.split())
     bench.main()
     rows = json.loads(out.read_text())["rows"]
@@ -135,6 +135,7 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
     psi = sum(p.numel() for p in gpt.GPT(bench.SIZES[256]).parameters())
     assert ours["ddp", "flat"]["wire_bytes"] == 4 * psi  # 2 (d-1)/d of it
     assert ours["torch", "DDP 25 MB"]["wire_bytes"] == 4 * psi
+    assert ours["hybrid", "2 replicas x 1"]["wire_bytes"] == 4 * psi  # a group of one sends nothing
     assert "| ddp | naive | 256 |" in capsys.readouterr().out
 
 

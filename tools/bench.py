@@ -3,8 +3,10 @@
     python -m tools.bench dp --out bench.json          2 ranks x 1 thread, gloo, float32, AdamW
 
 Every variant trains the same model from the same weights on the same global batches, in processes
-of its own, `--rounds` times, in turn with the others; the one-process baseline runs between them. A
-number is the median over rounds of the median step (of the slower rank); the spread is over rounds.
+of its own, once a round, in turn with the others; the one-process baseline runs between them. There
+are as many rounds as fit into `--minutes`, and at least two. Where there are enough cores, each
+rank, with the threads of its collectives, is bound to one of its own. A number is the median over
+rounds of the median step (of the slower rank); the spread is over rounds.
 
     ratio        our step over the best of PyTorch's settings for the same strategy; below 1: faster
     efficiency   step of one process over (ranks x step)
@@ -193,16 +195,17 @@ BASELINE = "one process"
 # --- one launch -----------------------------------------------------------------------------------
 
 
-def on_rank(build: Callable, m: int, h: int, steps: int) -> dict:
-    """Train on this rank's rows. Seconds and losses by step, CPU seconds per second, wire bytes of
-    a step."""
+def on_rank(build: Callable, m: int, h: int, steps: int, count: bool) -> dict:
+    """Train on this rank's rows. Seconds and losses by step, CPU seconds per second; if `count`,
+    calls and wire bytes of one more step, by collective."""
     config, rank, ranks = SIZES[h], dist.get_rank(), dist.get_world_size()
+    bind()
     model = gpt.build(config, seed=0)
     step = build(model)
     mine = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
     seconds, losses, cpu = [], [], 0.0
     seen = measure.Collectives()
-    for i in range(WARMUP + steps + 1):
+    for i in range(WARMUP + steps + count):
         generator = torch.Generator().manual_seed(i)
         tokens = torch.randint(config.vocab_size, (ROWS, config.seq_len + 1), generator=generator)
         x, y = tokens[mine, :-1], tokens[mine, 1:]
@@ -216,18 +219,35 @@ def on_rank(build: Callable, m: int, h: int, steps: int) -> dict:
             if i >= WARMUP:
                 seconds.append(time.perf_counter() - start)
                 cpu += time.process_time() - cpu_start
-    wire = {}
-    for operation, factor in links.WIRE.items():
-        total = seen.total(None, operation)
-        wire[operation] = (total.calls, factor(ranks) * total.payload * 4)
-    calls = seen.total(None, "broadcast")  # a tree: about the payload, once
-    wire["p2p"] = (calls.calls, calls.payload * 4.0)
+    wire: dict[str, tuple[int, float]] = {}
+    for call in seen.calls:
+        if call.ranks > 1:
+            # A broadcast is a tree: about the payload, once.
+            operation = call.operation if call.operation in links.WIRE else "p2p"
+            calls, sent = wire.get(operation, (0, 0.0))
+            sent += links.WIRE[operation](call.ranks) * call.payload * call.dtype.itemsize
+            wire[operation] = (calls + 1, sent)
     return {"seconds": seconds, "losses": [float(loss) for loss in losses],
             "cpu": cpu / sum(seconds), "wire": wire}  # fmt: skip
 
 
+def cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count()))
+
+
+def bind() -> None:
+    """This rank to a core of its own, if there is one for each."""
+    mine = cores()[dist.get_rank() : dist.get_rank() + 1]
+    if len(cores()) >= dist.get_world_size() and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, mine)
+
+
 def link_costs() -> list[dict]:
     """Latency and bandwidth of each operation between the ranks."""
+    bind()
     return links.fit(links.table([64, 25 * 1024], 10, torch.device("cpu"), lambda line: None))
 
 
@@ -239,11 +259,11 @@ def other_cpu_seconds() -> float:
     return 0.0
 
 
-def run(build: Callable, m: int, h: int, steps: int, ranks: int) -> dict:
+def run(build: Callable, m: int, h: int, steps: int, ranks: int, count: bool) -> dict:
     """One launch: the slower rank's median step and what else is reported."""
     before, children = other_cpu_seconds(), sum(os.times()[2:4])
     start = time.perf_counter()
-    results = launch(ranks, on_rank, build, m, h, steps)
+    results = launch(ranks, on_rank, build, m, h, steps, count)
     wall = time.perf_counter() - start
     foreign = other_cpu_seconds() - before - (sum(os.times()[2:4]) - children)
     each = [max(times) for times in zip(*(r["seconds"] for r in results), strict=True)]
@@ -259,23 +279,25 @@ def run(build: Callable, m: int, h: int, steps: int, ranks: int) -> dict:
 # --- the table ------------------------------------------------------------------------------------
 
 
-def collect(h: int, rounds: int, steps: int, say: Callable) -> dict[object, list[dict]]:
-    """All launches of a size, in turn."""
+def collect(sizes: list[int], minutes: float, steps: int, say: Callable) -> dict[int, dict]:
+    """All launches, in turn: by size, by variant, one a round. A round that would end after
+    `minutes` is not begun, but for the second."""
     variants = {key: (m, build) for key, (m, build) in OURS.items()}
     variants |= {name: (m, build) for name, (m, build, _) in THEIRS.items()}
-    runs: dict[object, list[dict]] = {key: [] for key in (BASELINE, *variants)}
-    total, done, start = rounds * (len(variants) + 4), 0, time.perf_counter()
-    for i in range(rounds):
-        order = sorted(variants, key=str)
-        order = order[i % 2 :: 2] + order[1 - i % 2 :: 2]  # not always behind the same one
-        for j, key in enumerate(order):
-            queue = [key] if j % 5 else [BASELINE, key]
-            for name in queue:
-                m, build = variants.get(name, (1, one_process))
-                runs[name].append(run(build, m, h, steps, 1 if name == BASELINE else RANKS))
-                done += 1
-        left = (time.perf_counter() - start) * (total - done) / done
-        say(f"h {h}: round {i + 1}/{rounds} done, about {left:.0f} s left")
+    runs: dict[int, dict] = {h: {key: [] for key in (BASELINE, *variants)} for h in sizes}
+    start, rounds, longest = time.perf_counter(), 0, 0.0
+    while rounds < 2 or time.perf_counter() - start + longest < 60 * minutes:
+        began = time.perf_counter()
+        for h in sizes:
+            order = sorted(variants, key=str)
+            order = order[rounds % 2 :: 2] + order[1 - rounds % 2 :: 2]  # another one before it
+            for j, key in enumerate(order):
+                for name in [key] if j % 8 else [BASELINE, key]:
+                    m, build = variants.get(name, (1, one_process))
+                    ranks = 1 if name == BASELINE else RANKS
+                    runs[h][name].append(run(build, m, h, steps, ranks, count=rounds == 0))
+            say(f"round {rounds + 1}, h {h}: done after {time.perf_counter() - start:.0f} s")
+        rounds, longest = rounds + 1, max(longest, time.perf_counter() - began)
     return runs
 
 
@@ -346,20 +368,18 @@ def main() -> None:
     add("suite", choices=("dp",))
     add("--sizes", type=int, nargs="+", default=list(SIZES), choices=SIZES, metavar="H",
         help=f"hidden sizes, of {', '.join(map(str, SIZES))}")  # fmt: skip
-    add("--rounds", type=int, default=3, metavar="N", help="launches of each variant")
-    add("--steps", type=int, default=5, metavar="N", help="timed steps of a launch")
+    add("--minutes", type=float, default=9, metavar="N", help="no round begins that ends later")
+    add("--steps", type=int, default=3, metavar="N", help="timed steps of a launch")
     add("--out", metavar="FILE", help="the rows as JSON")
     args = arguments.parse_args()
 
     def say(line: str) -> None:
         print(line, flush=True)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    say(f"{RANKS} ranks x 1 thread on {cores} cores, gloo, torch {torch.__version__}, float32, "
-        f"global batch {ROWS} rows")  # fmt: skip
+    say(f"{RANKS} ranks x 1 thread on {len(cores())} cores, gloo, torch {torch.__version__}, "
+        f"float32, global batch {ROWS} rows")  # fmt: skip
     costs, rows = launch(RANKS, link_costs)[0], []
-    for h in args.sizes:
-        runs = collect(h, args.rounds, args.steps, say)
+    for h, runs in collect(args.sizes, args.minutes, args.steps, say).items():
         one = [r["ms"] for r in runs[BASELINE]]
         say(f"h {h}: one process {statistics.median(one):.0f} ms, from {min(one):.0f} to "
             f"{max(one):.0f} in {len(one)} launches")  # fmt: skip
@@ -367,7 +387,7 @@ def main() -> None:
     say("\n" + markdown(rows))
     if args.out:
         with open(args.out, "w") as file:
-            json.dump({"ranks": RANKS, "cores": cores, "torch": torch.__version__,
+            json.dump({"ranks": RANKS, "cores": len(cores()), "torch": torch.__version__,
                        "backend": "gloo", "links": costs, "rows": rows}, file, indent=1)
 
 
