@@ -89,6 +89,8 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
 
 
 # Rung 2: the same sums in one call; the price is a copy in, a copy out, and a second Psi meanwhile.
+# Measured (2 ranks x 1 thread, 2 cores, gloo): 0.8 to 0.9 of rung 1's step at h 256, where most of
+# the 100 calls are small; no gain at h 768. `make bench-dp` says it for your machine.
 
 
 def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
@@ -102,6 +104,8 @@ def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup
 
 
 # Rung 3: no copies, few calls, and all but the last of them hidden behind the rest of backward.
+# Measured (2 ranks x 1 thread, 2 cores, gloo, buckets of 4 MB): 0.97 to 1.0 of rung 2's step at
+# h 256, 0.91 at h 768, where a copy of Psi costs more.
 
 
 class DDP:
