@@ -45,8 +45,8 @@ MODELS = {
 
 
 class Attention(nn.Module):
-    """Causal self-attention. The number of heads is read off the width that c_attn returns, never
-    off the configuration: a process that holds some of the heads runs the same lines."""
+    """Causal self-attention. The number of heads and of tokens is read off what c_attn returns,
+    never off the configuration or x: a process that holds some of them runs the same lines."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -56,10 +56,11 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, s, _ = x.shape
+        qkv = self.c_attn(x)  # [b, s, 3 h]
+        b, s, _ = qkv.shape
         q, k, v = (
             part.view(b, s, -1, self.head_size).transpose(1, 2)  # [b, a, s, h/a]
-            for part in self.c_attn(x).chunk(3, dim=-1)
+            for part in qkv.chunk(3, dim=-1)
         )
         dropout = self.dropout if self.training else 0.0
         if self.kind == "sdpa":

@@ -10,20 +10,33 @@ other. Cut W2 by rows and each rank has a partial sum of y: one all-reduce (g) c
 backward the roles swap: f, which did nothing forward, sums the gradient of x. Attention is the same
 with heads for hidden units. The vocabulary is cut as well, and the logits are never gathered.
 
-    per rank and step, l blocks, m microbatches         forward                backward
-    all-reduces of [b,s,h]                              m (2 l + 1 embedding)  m (2 l + 1 head)
-    all-reduces of the loss: [b,s] max, [2,b,s] sums    2 m                    none
-    parameters, gradients, optimizer: 1/t of the matrices; norms, row biases and wpe whole
-    activations: 1/t inside attention and MLP; the residual stream and norms whole
+Sequence parallelism cuts what is left whole, the residual stream and the norms, over the sequence:
 
-Everything waits for these all-reduces, so t stays inside one machine.
+    [b,s/t,h] --norm--> all-gather --> W1 ... W2 --> reduce-scatter --> [b,s/t,h] + residual
+
+g's all-reduce comes apart into its halves, and the norm between them works on 1/t of the tokens.
+Backward mirrors it, and gathers the input of W1 again instead of keeping it whole.
+
+    per rank, a block and microbatch    forward             backward            wire of [b,s,h]
+    tensor parallel                     2 all-reduce        2 all-reduce         8 (t-1)/t
+    with sequence parallel              2 all-gather        4 all-gather        10 (t-1)/t
+                                        2 reduce-scatter    2 reduce-scatter
+    besides: the embedding, one g; the head, one f; the loss, all-reduces of [b,s] and [2,b,s]; with
+    sequence parallel once a step an all-reduce of the gradients of norms, row biases and wpe
+    parameters, gradients, optimizer: 1/t of the matrices; norms, row biases and wpe whole
+    activations: 1/t inside attention and MLP; residual stream and norms whole, or 1/t
+
+The sum of an input's gradient travels while the weight's gradient is computed; everything else
+waits for what it asks, so t stays inside one machine.
 
     torchrun --standalone --nproc-per-node 2 tensor_parallel.py
 
-Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3.
+Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3; Korthikanti et al. 2022
+(arXiv 2205.05198), section 4.2, on sequence parallelism.
 """
 
 import dataclasses
+from collections.abc import Callable
 from fnmatch import fnmatch
 
 import torch
@@ -32,37 +45,104 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # --- collectives ----------------------------------------------------------------------------------
-# Conjugates: what is the identity forward is a sum backward, and the other way round.
+# Conjugates: what one does forward, the other does backward.
 #
-#     name            forward       backward      stands where
-#     CopyToGroup     identity      all-reduce    f: one x enters t different matmuls
-#     SumOverGroup    all-reduce    identity      g: t partial sums leave as one y
+#     name            forward         backward         stands where
+#     ColumnLinear    identity        all-reduce       f: one x enters t different matmuls
+#     SumOverGroup    all-reduce      identity         g: t partial sums leave as one y
+#   with sequence parallelism, where x and y are shards of the sequence:
+#     ColumnLinear    all-gather      reduce-scatter   f
+#     SumOverGroup    reduce-scatter  all-gather       g
+#
+# f is one with its matmul, since in backward its collective runs beside half of that.
+# torch 2.13 renamed the two and warns at the old names; 2.11 has the old.
+
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class CopyToGroup(torch.autograd.Function):
+def start_sum(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """x [b, s, h], a partial sum, which is overwritten; the function returned waits for the sum."""
+    handle = dist.all_reduce(x, group=group, async_op=True)  # payload: b s h
+
+    def finish() -> Tensor:
+        handle.wait()
+        return x
+
+    return finish
+
+
+def start_gather(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """x [b, s/t, h]; the function returned waits for [b, s, h]."""
+    parts = x.new_empty(group.size() * x.size(0), *x.shape[1:])
+    handle = all_gather(parts, x.contiguous(), group=group, async_op=True)  # payload: b s h
+
+    def finish() -> Tensor:
+        handle.wait()
+        return parts.unflatten(0, (group.size(), -1)).movedim(0, 1).flatten(1, 2)
+
+    return finish
+
+
+def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """x [b, s, h], a partial sum; the function returned waits for my shard of the sum,
+    [b, s/t, h]."""
+    parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0).flatten(0, 1).contiguous()
+    mine = x.new_empty(x.size(0), x.size(1) // group.size(), x.size(2))
+    handle = reduce_scatter(mine, parts, group=group, async_op=True)  # payload: b s h
+
+    def finish() -> Tensor:
+        handle.wait()
+        return mine
+
+    return finish
+
+
+class ColumnLinear(torch.autograd.Function):
+    """x [b, s, in] (or [b, s/t, in], if `sequence`) -> [b, s, out/t]. What is kept is x as it came:
+    a shard is gathered again in backward, while the gradient of the gathered x is computed."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group, sequence: bool):
+        ctx.group, ctx.sequence, ctx.has_bias = group, sequence, bias is not None
+        ctx.save_for_backward(x, weight)
+        return F.linear(start_gather(x, group)() if sequence else x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        # A copy: autograd may hand this very tensor to others too (the residual, say).
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)  # payload: b s h
-        return grad, None
+        x, weight = ctx.saved_tensors
+        whole_x = start_gather(x, ctx.group) if ctx.sequence else lambda: x
+        d_x = grad @ weight  # a partial sum: of my columns
+        x = whole_x()
+        d_x = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)
+        rows = grad.flatten(0, -2)
+        d_weight = rows.T @ x.flatten(0, -2)  # while d_x travels
+        d_bias = rows.sum(0) if ctx.has_bias else None
+        return d_x(), d_weight, d_bias, None, None
 
 
 class SumOverGroup(torch.autograd.Function):
+    """x [b, s, h], a partial sum -> the sum, whole, or if `sequence` my shard [b, s/t, h] of it."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)  # payload: b s h
-        return x
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:
+        ctx.group, ctx.sequence = group, sequence
+        # A copy: what was handed in stays as it is.
+        return start_scatter(x, group)() if sequence else start_sum(x.clone(), group)()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad, None
+        return start_gather(grad, ctx.group)() if ctx.sequence else grad, None, None
+
+
+def all_reduce_partial(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+    """With sequence parallelism: each rank has seen some of the tokens, so a parameter that is not
+    cut (`partial` says so) has some of its gradient. Call once a step, with all of them."""
+    if gradients:
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat, group=group)  # payload: norms, row biases, wpe
+        for g, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(summed.view_as(g))
 
 
 # --- strategy -------------------------------------------------------------------------------------
@@ -110,37 +190,38 @@ class ColumnParallelLinear(nn.Module):
     """x [b, s, in] -> this rank's columns [b, s, out/t]. Matrices that read the same x are best
     fused into one, with `parts`: one f, so one all-reduce in backward and not one for each."""
 
-    def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group: dist.ProcessGroup):
+    def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
-        self.group = group
+        self.group, self.sequence = group, sequence
         self.weight = cut_parameter(linear.weight, 0, parts, group)  # [out/t, in]
         bias = linear.bias
         self.bias = None if bias is None else cut_parameter(bias, 0, parts, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(CopyToGroup.apply(x, self.group), self.weight, self.bias)
+        return ColumnLinear.apply(x, self.weight, self.bias, self.group, self.sequence)
 
 
 class RowParallelLinear(nn.Module):
-    """This rank's columns [b, s, in/t] -> y [b, s, out], the same on every rank."""
+    """This rank's columns [b, s, in/t] -> y [b, s, out], the same on every rank, or a shard."""
 
-    def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group: dist.ProcessGroup):
+    def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
-        self.group = group
+        self.group, self.sequence = group, sequence
         self.weight = cut_parameter(linear.weight, 1, parts, group)  # [out, in/t]
         self.bias = linear.bias  # whole, and added once: after the sum
 
     def forward(self, x: Tensor) -> Tensor:
-        y = SumOverGroup.apply(F.linear(x, self.weight), self.group)
+        y = SumOverGroup.apply(F.linear(x, self.weight), self.group, self.sequence)
         return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
-    """tokens [b, s] -> [b, s, h]: each rank looks up the tokens it has rows of, 0 for others."""
+    """tokens [b, s] -> [b, s, h] or a shard: each rank looks up the tokens it has rows of, 0 for
+    others."""
 
-    def __init__(self, embedding: nn.Embedding, parts: int, group: dist.ProcessGroup):
+    def __init__(self, embedding: nn.Embedding, parts: int, group, sequence: bool):
         super().__init__()
-        self.group = group
+        self.group, self.sequence = group, sequence
         self.weight = cut_parameter(embedding.weight, 0, 1, group)  # [v/t, h]
         self.start, _ = self.weight.cut.range(embedding.num_embeddings)
 
@@ -148,18 +229,34 @@ class VocabParallelEmbedding(nn.Module):
         local = tokens - self.start
         outside = (local < 0) | (local >= self.weight.size(0))
         x = F.embedding(local.masked_fill(outside, 0), self.weight)
-        return SumOverGroup.apply(x.masked_fill(outside.unsqueeze(-1), 0.0), self.group)
+        x = x.masked_fill(outside.unsqueeze(-1), 0.0)
+        return SumOverGroup.apply(x, self.group, self.sequence)
+
+
+class PositionShard(nn.Module):
+    """x [b, s/t, h] -> x + the positions of my shard of the sequence. The table is whole."""
+
+    def __init__(self, embedding: nn.Embedding, parts: int, group, sequence: bool):
+        super().__init__()
+        self.rank = group.rank() if sequence else 0
+        self.weight = embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.rank * x.size(1)
+        return x + self.weight[start : start + x.size(1)]
 
 
 STYLES = {
     "column": ColumnParallelLinear,
     "row": RowParallelLinear,
     "vocab": VocabParallelEmbedding,
+    "position": PositionShard,
 }
 
 # How GPT-2 is cut. Another model needs another plan; see the Llama-like one in tests/test_forks.py.
 GPT_PLAN = {
     "wte": "vocab",
+    "wpe": "position",
     "h.*.attn.c_attn": ("column", 3),  # q, k and v: whole heads to each rank, if t divides a
     "h.*.attn.c_proj": "row",
     "h.*.mlp.c_fc": "column",
@@ -168,11 +265,15 @@ GPT_PLAN = {
 }
 
 
-def parallelize(model: nn.Module, plan: dict, group: dist.ProcessGroup) -> nn.Module:
+def parallelize(
+    model: nn.Module, plan: dict, group: dist.ProcessGroup, sequence: bool = False
+) -> nn.Module:
     """Replace each module whose name matches a pattern of `plan` (style, or (style, parts)) by its
-    parallel kind, in place. Works on the meta device too. A tied weight stays tied. Raises
-    ValueError for an unknown style, a pattern that matches nothing (a misspelt one would leave its
-    matrices whole, and slow), or a matrix with fewer rows than ranks."""
+    parallel kind, in place. Works on the meta device too. A tied weight stays tied. `sequence`:
+    everything between the parallel modules sees a shard of the sequence, [b, s/t, h]; parameters
+    that are whole are marked `partial`, see all_reduce_partial. Raises ValueError for an unknown
+    style, a pattern that matches nothing (a misspelt one would leave its matrices whole, and slow),
+    or a matrix with fewer rows than ranks."""
     tied: dict[int, nn.Parameter] = {}  # whole weight -> its part, for weights with two owners
     modules = list(model.named_modules())
     for pattern in plan:
@@ -185,13 +286,15 @@ def parallelize(model: nn.Module, plan: dict, group: dist.ProcessGroup) -> nn.Mo
             style, parts = (style, 1) if isinstance(style, str) else style
             if style not in STYLES:
                 raise ValueError(f"{pattern}: style {style!r} is none of {', '.join(STYLES)}")
-            new = STYLES[style](module, parts, group)
-            for n in new.weight.cut.parts:
+            new = STYLES[style](module, parts, group, sequence)
+            for n in new.weight.cut.parts if hasattr(new.weight, "cut") else ():
                 check_width(name, n, group.size())
             new.weight = tied.setdefault(id(module.weight), new.weight)
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
             break
+    for p in model.parameters():
+        p.partial = sequence and not hasattr(p, "cut")
     return model
 
 
@@ -244,24 +347,34 @@ def vocab_parallel_cross_entropy(
 # --- cost -----------------------------------------------------------------------------------------
 
 
-def predicted_all_reduces(
-    n_layer: int, b: int, s: int, h: int, m: int = 1, first: bool = True, last: bool = True
-) -> dict[str, tuple[int, int]]:
-    """(calls, payload in elements) per rank and step, by phase, of a stage with `n_layer` blocks;
-    `first` holds the embedding, `last` the head and the loss. Megatron-LM, section 3: 2 forward and
-    2 backward in each block."""
-    forward = (m * (2 * n_layer + first + 2 * last),
-               m * ((2 * n_layer + first) * b * s * h + last * 3 * b * s))  # fmt: skip
-    backward = (m * (2 * n_layer + last), m * (2 * n_layer + last) * b * s * h)
-    return {"forward": forward, "backward": backward}
+def predicted_collectives(
+    n_layer: int, b: int, s: int, h: int, m: int = 1, sequence: bool = False,
+    first: bool = True, last: bool = True,
+) -> dict[tuple[str, str], tuple[int, int]]:  # fmt: skip
+    """(phase, operation) -> (calls, payload in elements) per rank and step, of a stage with
+    `n_layer` blocks; `first` holds the embedding, `last` the head and the loss. Without the one
+    all_reduce_partial of a step. Megatron-LM, section 3, and Korthikanti et al., section 4.2.2."""
+    f, g = 2 * n_layer + last, 2 * n_layer + first  # of each, in a forward
+    loss = (2 * m * last, 3 * m * b * s * last)
+    if sequence:
+        calls = {("forward", "all_gather"): f, ("forward", "reduce_scatter"): g,
+                 ("backward", "all_gather"): f + g, ("backward", "reduce_scatter"): f}  # fmt: skip
+    else:
+        calls = {("forward", "all_reduce"): g, ("backward", "all_reduce"): f}
+    costs = {key: (m * n, m * n * b * s * h) for key, n in calls.items()}
+    calls, payload = costs.get(("forward", "all_reduce"), (0, 0))
+    return costs | {("forward", "all_reduce"): (calls + loss[0], payload + loss[1])}
 
 
 def predicted_wire_bytes(
-    n_layer: int, b: int, s: int, h: int, t: int, itemsize: int, m: int = 1
+    n_layer: int, b: int, s: int, h: int, t: int, itemsize: int, m: int = 1, sequence: bool = False
 ) -> float:
-    """Bytes that a ring sends per rank and step: 2 (t-1)/t of the payload."""
-    payload = sum(p for _, p in predicted_all_reduces(n_layer, b, s, h, m).values())
-    return 2 * (t - 1) / t * payload * itemsize
+    """Bytes that a ring sends per rank and step: 2 (t-1)/t of an all-reduce's payload, (t-1)/t of
+    the others'. In a block of the plain kind 8 (t-1)/t b s h; with sequence parallelism two
+    all-gathers more, of the inputs that were not kept."""
+    costs = predicted_collectives(n_layer, b, s, h, m, sequence)
+    payload = sum(n * (1 + (op == "all_reduce")) for (_, op), (_, n) in costs.items())
+    return (t - 1) / t * payload * itemsize
 
 
 # --- demo -----------------------------------------------------------------------------------------
@@ -272,17 +385,17 @@ def main() -> None:
     import gpt
     import measure
 
-    config, steps = gpt.GPTConfig(2, 12, 48, 257, 32), 3  # a vocabulary that no t divides
+    config, steps = gpt.GPTConfig(2, 12, 48, 257, 36), 3  # a vocabulary that no t divides
     b, s, h = 4, config.seq_len, config.n_embd
     with measure.Proof("tensor_parallel.py") as proof:
         group = proof.group
         tokens, _ = data.load(__file__, s)
 
-        def train(parallel: bool):
+        def train(parallel: bool, sequence: bool = False):
             """Every rank reads the same rows; they differ in what they hold of each matrix."""
             model = gpt.build(config, seed=0, dtype=torch.float64)
             if parallel:
-                parallelize(model, GPT_PLAN, group)
+                parallelize(model, GPT_PLAN, group, sequence)
             optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
             for step in range(steps):
                 optimizer.zero_grad()
@@ -293,26 +406,36 @@ def main() -> None:
                 else:
                     loss = gpt.cross_entropy(logits, y) / (b * s)
                 loss.backward()
+                if sequence:
+                    all_reduce_partial([p.grad for p in model.parameters() if p.partial], group)
                 losses.append(loss.detach())
                 optimizer.step()
             return losses, dict(gpt.named_parameters(model))
 
         losses, whole = train(parallel=False)
-        with measure.Collectives({"tp": group}) as seen:
-            mine, parts = train(parallel=True)
-        proof.losses(f"t={group.size()}", mine, losses)
-
-        def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {n: p.cut(tensors[n]) if hasattr(p, "cut") else tensors[n]
-                    for n, p in parts.items()}  # fmt: skip
-
-        gradients = cut({n: p.grad for n, p in whole.items()})
-        proof.close("max |d gradient|", {n: p.grad for n, p in parts.items()}, gradients)
-        proof.close("max |d parameter|", parts, cut(whole))
-        costs = predicted_all_reduces(config.n_layer, b, s, h, m=steps)
-        for phase, predicted in costs.items():
-            measured = tuple(seen.total("tp", "all_reduce", phase))
-            proof.equal(f"{phase} all-reduces, elements", predicted, measured)
+        for what, sequence in (("TP", False), ("TP+SP", True)):
+            with measure.Collectives({"tp": group}) as seen:
+                mine, parts = train(True, sequence)
+            proof.losses(f"{what}, t={group.size()}", mine, losses)
+            of_mine = {n: p.cut if hasattr(p, "cut") else (lambda w: w) for n, p in parts.items()}
+            gradients = {n: cut(whole[n].grad) for n, cut in of_mine.items()}
+            proof.close(f"{what} max |d gradient|", {n: p.grad for n, p in parts.items()},
+                        gradients)  # fmt: skip
+            proof.close(f"{what} max |d parameter|", parts,
+                        {n: cut(whole[n]) for n, cut in of_mine.items()})  # fmt: skip
+            costs = predicted_collectives(config.n_layer, b, s, h, steps, sequence)
+            if sequence:  # once a step
+                calls, payload = costs["forward", "all_reduce"]
+                partial = sum(p.numel() for p in parts.values() if p.partial)
+                costs["forward", "all_reduce"] = calls + steps, payload + steps * partial
+            for (phase, operation), predicted in costs.items():
+                measured = tuple(seen.total("tp", operation, phase))
+                proof.equal(f"{what} {phase} {operation}", predicted, measured)
+            hidden = tuple(seen.total("tp", phase="backward", hidden=True))
+            behind = costs["backward", "reduce_scatter" if sequence else "all_reduce"]
+            if sequence:  # and the gathers of what f did not keep
+                behind = (2 * behind[0], 2 * behind[1])
+            proof.equal(f"{what} behind a matmul in backward", behind, hidden)
 
 
 if __name__ == "__main__":

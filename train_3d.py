@@ -98,6 +98,8 @@ def parser() -> Parser:
         help="auto: cuda if every local rank has a GPU of its own, else cpu")  # fmt: skip
     add("--tp", type=natural, default=1, help="t: ranks that split every matrix")
     add("--pp", type=natural, default=1, help="p: stages; data parallelism is world size / (t p)")
+    add("--sequence-parallel", action="store_true",
+        help="shard the residual stream and the norms over the sequence, among the tp ranks")
     add("--zero", type=int, choices=(0, *zero.STAGES), default=0,
         help="0: DDP, 1: optimizer states sharded, 2: gradients too, 3: parameters too")
     add("--zero-shard-size", type=natural, metavar="K", help="hybrid: shard within K of the d")
@@ -131,6 +133,8 @@ def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
          f"{config.n_head}: change one"),
         (config.n_head % t, f"--n-head {config.n_head} is not divisible by --tp {t}: heads are cut "
          "whole; change one"),
+        (args.sequence_parallel and config.seq_len % t, f"--seq-len {config.seq_len} is not "
+         f"divisible by --tp {t}, and --sequence-parallel cuts it: change one"),
         (batch % (d * rows), f"--global-batch-size {batch} is not divisible by d {d} x "
          f"--micro-batch-size {rows}: make it a multiple of {d * rows}"),
         (every > config.n_layer, f"--recompute-every {every} is more than the {config.n_layer} "
@@ -192,7 +196,7 @@ class Trainer:
         with torch.device("meta"):  # a whole model that takes no memory
             stage = model() if model else gpt.GPT(config)
         pipeline.take_stage(stage, self.stage, p)
-        tensor_parallel.parallelize(stage, plan, self.tp_group)
+        tensor_parallel.parallelize(stage, plan, self.tp_group, args.sequence_parallel)
         draw = draw or functools.partial(gpt.gpt2_draw, n_layer=config.n_layer)
         gpt.init_weights(stage, args.seed, self.dtype, device, draw)
         activation_ckpt.checkpoint_blocks(stage.h, args.recompute, args.recompute_every)
@@ -203,6 +207,9 @@ class Trainer:
         self.program = pipeline.derive_programs(actions)[self.stage]
         backwards = sum(action.kind == "B" for action in actions[self.stage])
         self.sync = self._attach(sync, backwards)
+        # Their gradients meet over tp: the tp ranks must hold the same pieces of them.
+        partial = [(f"{n}[{at}:]", t) for n, t, p, at in self.sync.pieces() if p.partial]
+        ddp.check_same_parameters(partial, self.tp_group)
         self.optimizer = self._make_optimizer()
 
     def _make_groups(self, p: int, d: int, k: int, t: int) -> None:
@@ -252,9 +259,11 @@ class Trainer:
         numbers on every rank."""
         self.sync.start()
         loss = self._run(self.program, *self._my_rows(self.read, step))
-        self.sync.finish()  # gradients have met over dp, then the two uses of a tied wte
+        self.sync.finish()  # gradients have met over dp; then over tp, then a tied wte's two
         self.sync.before_step()
         pieces = self.sync.pieces()
+        partial = [piece.grad for _, piece, p, _ in pieces if p.partial]
+        tensor_parallel.all_reduce_partial(partial, self.tp_group)
         tied = [piece.grad for _, piece, p, _ in pieces if hasattr(p, "tied_name")]
         pipeline.all_reduce_tied(tied, self.tied_group)
         stats = self._global_stats(loss, pieces)
@@ -285,8 +294,12 @@ class Trainer:
             )
             return total / count
 
-        shape = (b, self.config.seq_len, self.config.n_embd)
-        return self.pipe.run(program, x.split(b), loss_of, shape)
+        return self.pipe.run(program, x.split(b), loss_of, self._boundary(b, self.config.seq_len))
+
+    def _boundary(self, b: int, s: int) -> tuple[int, int, int]:
+        """The shape of what one stage hands to the next."""
+        shards = self.tp_group.size() if self.args.sequence_parallel else 1
+        return b, s // shards, self.config.n_embd
 
     def _global_stats(self, loss: Tensor, pieces: list) -> Tensor:
         """Each rank adds what it alone answers for, and the world's sum is the whole: a gradient
@@ -327,15 +340,17 @@ class Trainer:
         self.model.eval()
         for _ in range(n):
             x = tokens[None, -self.config.seq_len :]
+            last = x.size(1) - 1  # what is behind it, so that t divides the length, it cannot see
+            x = nn.functional.pad(x, (0, -x.size(1) % self.tp_group.size()))
             logits = torch.zeros(self.config.vocab_size, dtype=self.dtype, device=self.device)
 
-            def place(output: Tensor, _: int, logits: Tensor = logits) -> Tensor:
+            def place(output: Tensor, _: int, logits: Tensor = logits, last: int = last) -> Tensor:
                 # Its own rows of the vocabulary, from each tp rank of one pipeline's last stage.
                 start, stop = self.model.lm_head.weight.cut.range(len(logits))
-                logits[start:stop] = output[0, -1] * (self.dp_group.rank() == 0)
+                logits[start:stop] = output[0, last] * (self.dp_group.rank() == 0)
                 return output.new_zeros(())
 
-            self.pipe.run(program, [x], place, (*x.shape, self.config.n_embd))
+            self.pipe.run(program, [x], place, self._boundary(*x.shape))
             dist.all_reduce(logits)  # payload: v, over the world
             p = torch.softmax(logits.double().cpu() / temperature, dim=0)
             token = torch.multinomial(p, 1, generator=generator)
@@ -382,6 +397,8 @@ def train(
     )
     if args.zero and trainer.dp_group.size() == 1:
         logger.say(f"--zero {args.zero}: d is 1, so there is nobody to share with: as --zero 0")
+    if args.sequence_parallel and args.tp == 1:
+        logger.say("--sequence-parallel: t is 1, so there is nothing to shard: as without it")
     val_loss = None
     logger.start()
     for step in range(args.steps):

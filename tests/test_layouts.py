@@ -20,6 +20,7 @@ FACTORS = {
         (4, 1, 1), (1, 4, 1), (1, 1, 4), (3, 2, 1), (1, 3, 2), (1, 2, 4), (2, 1, 4),
     ],
     "m": [1, 2, "p", 5],
+    "sequence": [False, True],
     "schedule": ["gpipe", "1f1b"],
     "zero": [  # stage, --zero-shard-size, --zero-reshard-after-forward
         (0, None, 1), (1, None, 1), (2, None, 1), (3, None, 1), (3, None, 0),
@@ -73,7 +74,7 @@ def case_of(row: dict) -> Case:
     zero, shard_size, reshard = row["zero"]
     shard_size = max(1, d // 2) if shard_size and d % 2 == 0 else None
     rest = {k: v for k, v in row.items() if k not in ("layout", "m", "recompute", "zero")}
-    return Case(t=t, p=p, d=d, m=m, recompute=recompute, every=every, zero=zero,
+    return Case(t=t, p=p, d=d, m=m, seq_len=12, recompute=recompute, every=every, zero=zero,
                 shard_size=shard_size, reshard=reshard, **rest)  # fmt: skip
 
 

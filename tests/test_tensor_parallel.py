@@ -11,25 +11,49 @@ from tools.oracle import draw, launch
 D = torch.float64
 
 
-def conjugates_leave_their_arguments_alone():
-    group = dist.group.WORLD
-    x = torch.ones(3, dtype=D, requires_grad=True)
-    r = torch.ones(3, dtype=D, requires_grad=True)
-    # Both get the same gradient tensor, and the copy, being the younger, works on it first.
-    other = r * 1.0
-    (tp.CopyToGroup.apply(x, group) + other).backward(torch.ones(3, dtype=D))
-    assert torch.equal(r.grad, torch.ones(3, dtype=D)), "r's gradient was all-reduced in place"
-    assert torch.equal(x.grad, torch.full((3,), float(group.size()), dtype=D))
-    part = torch.ones(3, dtype=D, requires_grad=True)
-    y = tp.SumOverGroup.apply(part, group)
-    y.sum().backward()
-    assert torch.equal(part, torch.ones(3, dtype=D)), "the partial sum was overwritten"
-    assert torch.equal(y, torch.full((3,), float(group.size()), dtype=D))
-    assert torch.equal(part.grad, torch.ones(3, dtype=D))
+def conjugates_leave_their_arguments_alone(sequence: bool):
+    """f and g by themselves: a weight of 1, tokens of one number."""
+    group, t, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    one = torch.ones(1, 1, dtype=D, requires_grad=True)
+    shard = 3 if sequence else 3 * t  # of t ranks' 3 t tokens
+    x = torch.arange(shard, dtype=D).view(1, -1, 1).requires_grad_()
+    kept, seed = x.detach().clone(), torch.full((1, 3 * t, 1), rank + 1.0, dtype=D)
+    given = seed.clone()
+    y = tp.ColumnLinear.apply(x, one, None, group, sequence)
+    y.backward(given)
+    whole = torch.cat([kept] * t, 1) if sequence else kept
+    assert torch.equal(y, whole) and torch.equal(x, kept)
+    assert torch.equal(given, seed), "the incoming gradient was summed in place"
+    total = t * (t + 1) / 2
+    assert torch.equal(x.grad, torch.full((1, shard, 1), total, dtype=D))
+    assert torch.equal(one.grad, (rank + 1) * whole.sum().view(1, 1))
+
+    part = torch.full((1, 3 * t, 1), rank + 1.0, dtype=D, requires_grad=True)
+    z = tp.SumOverGroup.apply(part, group, sequence)
+    given = torch.arange(shard, dtype=D).view(1, -1, 1)
+    z.backward(given)
+    assert torch.equal(part, seed), "the partial sum was overwritten"
+    assert torch.equal(z, torch.full((1, shard, 1), total, dtype=D))
+    assert torch.equal(part.grad, torch.cat([given] * t, 1) if sequence else given)
 
 
-def test_conjugates_leave_their_arguments_alone():
-    launch(2, conjugates_leave_their_arguments_alone)
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_conjugates_leave_their_arguments_alone(t, sequence):
+    launch(t, conjugates_leave_their_arguments_alone, sequence)
+
+
+def shards_of_batches_keep_their_order():
+    """[b, s, h] with b, s, h > 1: token i of row j stays that."""
+    group, t, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    whole = torch.arange(2 * 2 * t * 5, dtype=D).view(2, 2 * t, 5)
+    mine = whole[:, 2 * rank : 2 * rank + 2]
+    assert torch.equal(tp.start_gather(mine, group)(), whole)
+    assert torch.equal(tp.start_scatter(whole, group)(), t * mine)
+
+
+def test_shards_of_batches_keep_their_order():
+    launch(3, shards_of_batches_keep_their_order)
 
 
 @pytest.mark.parametrize("n, t", [(12, 4), (13, 4), (7, 3), (5, 5)])
@@ -75,25 +99,44 @@ def test_vocabulary_parallel_loss(t, scale):
     launch(t, loss_beside_plain, 41, scale)
 
 
-def counts(n_layer: int, b: int):
-    group = dist.group.WORLD
-    config = gpt.GPTConfig(n_layer, 12, 24, 41, 6)
+def counts(n_layer: int, b: int, sequence: bool):
+    group, s = dist.group.WORLD, 12
+    config = gpt.GPTConfig(n_layer, 12, 24, 41, s)
     model = gpt.build(config, dtype=D)
-    tp.parallelize(model, tp.GPT_PLAN, group)
+    tp.parallelize(model, tp.GPT_PLAN, group, sequence)
     assert model.wte.weight is model.lm_head.weight, "tied no more"
-    x = torch.zeros(b, 6, dtype=torch.int64)
+    x = torch.zeros(b, s, dtype=torch.int64)
     with measure.Collectives({"tp": group}) as seen:
         tp.vocab_parallel_cross_entropy(model(x), x, model.lm_head, group).backward()
-    return {k: tuple(seen.total("tp", "all_reduce", k)) for k in ("forward", "backward")}
+    hidden = {op: seen.total("tp", op, "backward", hidden=True).calls for op in tp_operations}
+    counted = {(k, op): tuple(seen.total("tp", op, k))
+               for k in ("forward", "backward") for op in tp_operations}  # fmt: skip
+    return {k: v for k, v in counted.items() if v[0]}, hidden
+
+
+tp_operations = ("all_reduce", "all_gather", "reduce_scatter")
 
 
 @pytest.mark.parametrize("t", [2, 3, 4])
-def test_two_all_reduces_forward_and_two_backward_in_each_block(t):
+@pytest.mark.parametrize("sequence", [False, True])
+def test_collectives_of_a_block_and_what_hides_them(t, sequence):
+    """Two f and two g in a block; each f's sum travels behind the gradient of its weight."""
     for n_layer, b in ((1, 2), (3, 1)):
-        predicted = tp.predicted_all_reduces(n_layer, b, s=6, h=24)
-        assert launch(t, counts, n_layer, b) == [predicted] * t
-    one, two = (tp.predicted_all_reduces(n, 1, 6, 24) for n in (1, 2))
-    assert all(two[phase][0] - one[phase][0] == 2 for phase in one)
+        predicted = tp.predicted_collectives(n_layer, b, s=12, h=24, sequence=sequence)
+        for counted, hidden in launch(t, counts, n_layer, b, sequence):
+            assert counted == predicted
+            f = 2 * n_layer + 1
+            behind = {"all_gather": f, "reduce_scatter": f} if sequence else {"all_reduce": f}
+            assert hidden == dict.fromkeys(tp_operations, 0) | behind
+
+
+def test_wire_of_a_block():
+    """Korthikanti et al., section 4.2.2: what the halves move is what the all-reduces moved, and
+    two gathers more for the two inputs that were not kept whole."""
+    for t in (2, 4, 8):
+        for sequence, factor in ((False, 8), (True, 10)):
+            one, two = (tp.predicted_wire_bytes(n, 2, 6, 24, t, 4, 3, sequence) for n in (1, 2))
+            assert two - one == factor * (t - 1) / t * 3 * 2 * 6 * 24 * 4
 
 
 def shards():
@@ -122,7 +165,7 @@ def parallelize_with(plan: dict):
 @pytest.mark.parametrize(
     "plan, message",
     [
-        ({"h.*.mlp.c_fc": "columns"}, "style 'columns' is none of column, row, vocab"),
+        ({"h.*.mlp.c_fc": "columns"}, "style 'columns' is none of column, row, vocab, position"),
         ({"h.*.mlp.fc": "column"}, "the plan names a module that the model does not have"),
         ({"wte": "vocab"}, "wte: 5 rows or columns in chunks of 2 leave one of t = 4 ranks"),
     ],

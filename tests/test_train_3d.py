@@ -83,7 +83,7 @@ def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
         ("--grad-dtype bf16", 1, "--grad-dtype bf16 with --dtype float32"),
         ("--recompute selective", 1, "--recompute: invalid choice: 'selective'"),
         ("--recompute-every 5", 1, "--recompute-every 5 is more than the 4 blocks"),
-        ("--sequence-parallel", 1, "unrecognized arguments: --sequence-parallel"),
+        ("--tp 2 --sequence-parallel --seq-len 127", 2, "--seq-len 127 is not divisible by --tp 2"),
         ("--step 3", 1, "unrecognized arguments: --step 3"),  # no guessing at abbreviations
         ("--steps 0", 1, "--steps: is 0: give at least 1"),
         ("--tp -2", 1, "--tp: is -2: give at least 1"),
@@ -151,11 +151,14 @@ def test_launched_runs_are_the_plain_one(text, tmp_path):
         "plain": (0, 1, ""),
         "two threads": (0, 2, ""),
         "t2 p2": (4, 1, "--tp 2 --pp 2"),
+        "t2 p2 sp": (4, 1, "--tp 2 --pp 2 --sequence-parallel"),
         "p2 d2 zero": (4, 1, "--pp 2 --zero 2 --schedule gpipe --recompute full"),
     }
     for name, (ranks, threads, layout) in launches.items():
         log = tmp_path / name
-        flags = ["--data", text, "--sample", 20, "--log", log, "--val-every", 2, *layout.split()]
+        # 18 tokens: while the sample grows to that, it has odd lengths, and t does not divide them.
+        flags = ["--data", text, "--sample", 20, "--log", log, "--val-every", 2, "--seq-len", 18]
+        flags += layout.split()
         result = run(ranks, "train_3d.py", *TINY, *flags, threads=threads)
         assert result.returncode == 0, result.stderr
         logs[name] = read_log(log)
@@ -346,6 +349,16 @@ def test_warmup_and_cosine():
     assert 0.1 < rate[-1] < 0.11
     for steps, warmup in ((1, 1), (5, 1), (100, 10)):
         assert gpt.learning_rate(0, steps, None, 1.0) == pytest.approx(1 / warmup)
+
+
+@pytest.mark.parametrize("flag, means", [("--sequence-parallel", "t is 1"), ("--zero 2", "d is 1")])
+def test_what_means_nothing_alone_is_said_once_and_changes_nothing(flag, means, text):
+    plain, with_it = (
+        run(0, "train_3d.py", *TINY, "--data", text, *flags) for flags in ((), flag.split())
+    )
+    assert plain.stdout.splitlines()[-1] == with_it.stdout.splitlines()[-1]
+    said = [line for line in with_it.stdout.splitlines() if line.startswith(flag)]
+    assert len(said) == 1 and means in said[0] and means not in plain.stdout
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(text):

@@ -31,6 +31,7 @@ def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
         t=t, p=p, d=d,
         m=rng.randint(1, 6),
         b=rng.randint(1, 3),
+        sequence=(sequence := rng.random() < 0.5),
         zero=zero,
         shard_size=rng.choice((None, 1, 2)) if zero else None,
         reshard=rng.randint(0, 1) if zero == 3 else 1,
@@ -48,7 +49,8 @@ def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
         # behind it is 0, and what is left to compare is rounding.
         n_embd=n_head * rng.randint(-(-4 // n_head), 6),
         vocab_size=rng.randint(5, 60),
-        seq_len=rng.randint(1, 12),
+        # What t does not divide is refused; some of those is tried.
+        seq_len=rng.randint(1, 12) * (t if sequence and rng.random() < 0.9 else 1),
         bucket_bytes=rng.choice((1, 500, 3000, 10**9)),
         seed=rng.randint(0, 10**6),
     )  # fmt: skip

@@ -62,6 +62,7 @@ class Case:
     d: int = 1
     m: int = 2
     b: int = 2
+    sequence: bool = False
     zero: int = 0
     shard_size: int | None = None
     reshard: int = 1
@@ -100,6 +101,7 @@ class Case:
         flags = [f"--{name}={value}" for name, value in pairs.items()]
         flags += [] if self.shard_size is None else [f"--zero-shard-size={self.shard_size}"]
         flags += [] if self.reshard else ["--zero-reshard-after-forward=0"]
+        flags += ["--sequence-parallel"] if self.sequence else []
         return flags + ([] if self.tied else ["--untied"])
 
     def __str__(self) -> str:

@@ -26,11 +26,13 @@ def cases(nproc: int, n_head: int, n_layer: int) -> list[Case]:
         if nproc % (t * p) == 0 and n_head % t == 0 and p <= n_layer
     ]
     return [
-        Case(t=t, p=p, d=d, m=max(2, p - 1), zero=z, shard_size=k, schedule=schedule,
-             n_head=n_head, n_embd=2 * n_head, n_layer=n_layer, vocab_size=45)
+        Case(t=t, p=p, d=d, m=max(2, p - 1), sequence=sequence, zero=z, shard_size=k,
+             schedule=schedule, n_head=n_head, n_embd=2 * n_head, n_layer=n_layer, vocab_size=45,
+             seq_len=nproc)
         for t, p, d in sizes
         for z, k in stages(d)
         for schedule in (("gpipe", "1f1b") if p > 1 else ("1f1b",))
+        for sequence in ((False, True) if t > 1 and schedule == "1f1b" else (False,))
     ]  # fmt: skip
 
 
@@ -45,7 +47,7 @@ def main() -> None:
     arguments.add_argument("--nproc", type=int, default=8, metavar="N", help="ranks")
     nproc = arguments.parse_args().nproc
     columns = "     loss     norm  gradient parameter"
-    print(f" t  p  d  zero schedule | float64{columns} | float32{columns}")
+    print(f" t  p  d  SP  zero schedule | float64{columns} | float32{columns}")
     failed, since = 0, time.monotonic()
     for case in cases(nproc, n_head=24, n_layer=9):
         errors = judge(case)
@@ -58,9 +60,10 @@ def main() -> None:
             f"{e.loss:9.1e}{e.norm:9.1e}{e.gradient:10.1e}{e.parameter:10.1e}"
             for e in (errors, rounding)
         ]
+        sp = "SP" if case.sequence else ""
         print(
-            f"{case.t:2d} {case.p:2d} {case.d:2d}  {zero_name:>4s} {case.schedule:8s} |       "
-            f"{numbers[0]} |       {numbers[1]}  {'ok' if ok else 'MISMATCH'}",
+            f"{case.t:2d} {case.p:2d} {case.d:2d}  {sp:2s}  {zero_name:>4s} {case.schedule:8s} "
+            f"|       {numbers[0]} |       {numbers[1]}  {'ok' if ok else 'MISMATCH'}",
             flush=True,
         )
     print(f"{failed} mismatches (float64 beyond {measure.TOLERANCE:.0e}); "
