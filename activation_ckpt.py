@@ -11,8 +11,8 @@
     every = k: of every k blocks the first is checkpointed: the bytes go down and the forwards go up
     by 1/k of the above.
 
-Dropout must draw the same masks again, so the generators' states are kept with the input. Inside
-tensor parallelism the second forward repeats the forward's all-reduces, in backward.
+Dropout must draw the same masks again: what they are drawn from is remembered with the input.
+Inside tensor parallelism the second forward repeats the forward's collectives, in backward.
 
     torchrun --standalone --nproc-per-node 2 activation_ckpt.py
 
@@ -20,6 +20,7 @@ Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost (arXiv 1604.0617
 al. 2022 (arXiv 2205.05198), section 5, for what to keep instead.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -31,54 +32,62 @@ from torch import Tensor, nn
 # --- strategy -------------------------------------------------------------------------------------
 
 
+def torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
+    """The default `remember`: torch's generators, the CPU's and the current GPU's, as they are now.
+    What it returns opens a context that begins with them, and leaves no trace."""
+    on_gpu = torch.cuda.is_initialized()
+    cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
+
+    @contextlib.contextmanager
+    def again():
+        with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []):
+            torch.set_rng_state(cpu)
+            if on_gpu:
+                torch.cuda.set_rng_state(gpu)
+            yield
+
+    return again
+
+
 class Recompute(torch.autograd.Function):
     """function(x) with x kept instead of what function would save. The gradients of parameters are
     accumulated by the backward inside backward, so their hooks fire there."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.function, ctx.rng = function, _rng_state(x.device)
+    def forward(ctx, x: Tensor, function: Callable[[Tensor], Tensor], remember: Callable) -> Tensor:
+        ctx.function, ctx.again = function, remember()
         ctx.save_for_backward(x)
         return function(x)  # autograd records nothing in here
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x = ctx.saved_tensors[0].detach().requires_grad_()
-        now = _rng_state(x.device)
-        _set_rng_state(x.device, ctx.rng)
-        with torch.enable_grad():
+        with torch.enable_grad(), ctx.again():
             y = ctx.function(x)
-        _set_rng_state(x.device, now)  # as if nothing had been drawn
         torch.autograd.backward(y, grad)
-        return x.grad, None
+        return x.grad, None, None
 
 
-def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), on_gpu
-
-
-def _set_rng_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
-
-
-def recompute(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), one tensor to one tensor, recomputed in backward. Raises ValueError where
-    autograd would drop the parameters' gradients without a word: it follows inputs only."""
+def recompute(
+    function: Callable[[Tensor], Tensor], x: Tensor, remember: Callable = torch_rng
+) -> Tensor:
+    """function(x), one tensor to one tensor, recomputed in backward. remember() -> what opens the
+    context of the second forward, in which chance must fall as in the first. Raises ValueError
+    where autograd would drop the parameters' gradients without a word: it follows inputs only."""
     if torch.is_grad_enabled() and not x.requires_grad:
         raise ValueError(
             "recompute: the input requires no gradient, so none would reach the parameters; "
             "call x.requires_grad_() first"
         )
-    return Recompute.apply(x, function)
+    return Recompute.apply(x, function, remember)
 
 
 POLICIES = ("none", "full")
 
 
-def checkpoint_blocks(blocks: nn.ModuleDict, policy: str, every: int = 1) -> None:
+def checkpoint_blocks(
+    blocks: nn.ModuleDict, policy: str, every: int = 1, remember: Callable = torch_rng
+) -> None:
     """Checkpoint the first of every `every` blocks, in place. A block keeps its name, parameters
     and hooks; only its forward is replaced. Raises ValueError for an unknown policy."""
     if policy not in POLICIES:
@@ -89,7 +98,7 @@ def checkpoint_blocks(blocks: nn.ModuleDict, policy: str, every: int = 1) -> Non
         if i % every == 0:
             # The class's forward on this block, not block.forward: that is what is replaced here.
             plain = type(block).forward.__get__(block)
-            block.forward = lambda x, plain=plain: recompute(plain, x)
+            block.forward = lambda x, plain=plain: recompute(plain, x, remember)
 
 
 # --- cost -----------------------------------------------------------------------------------------
@@ -155,11 +164,11 @@ def main() -> None:
         def train(policy: str, every: int, dropout: float):
             config.dropout = dropout
             model = gpt.build(config, seed=0, dtype=torch.float64)
-            checkpoint_blocks(model.h, policy, every)
+            checkpoint_blocks(model.h, policy, every, model.draws.remember)
             optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
-            torch.manual_seed(1)
             for step in range(steps):
                 optimizer.zero_grad()
+                model.draws.at(step, rows)
                 x, y = data.batch(tokens, step, rows, s, seed=0)
                 loss = gpt.cross_entropy(model(x), y) / y.numel()
                 loss.backward()

@@ -21,8 +21,8 @@ Three rungs. (1) `all_reduce_gradients`: after backward, one all-reduce a parame
     per rank and step   bytes held (AdamW)          payload  calls        after backward (exposed)
     naive               16 Psi (4 + 4 + 8)          Psi      parameters   all of it
     flat                16 Psi, and 4 Psi a moment  Psi      1            all of it
-    bucketed            16 Psi                      Psi      buckets      the last bucket
-    bucketed, bf16      18 Psi (2 + 4 + 12), or 16 Psi with gradients in bf16
+    bucketed            16 Psi                      Psi      buckets      the last buckets
+    bucketed, bf16      18 Psi (2 + 4 + 12), or 16 Psi with gradients in bf16; and 2 Psi a moment
 
 Memory is what it does not save: parameters, gradients and optimizer states on every rank. zero.py
 is this file with that mended; read the two side by side.
@@ -43,7 +43,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # --- collectives ----------------------------------------------------------------------------------
-# all-reduce only. Payload: the gradient of every parameter once, and one number.
+# all-reduce, every step. Payload: the gradient of every parameter once, and one number. Besides,
+# once: who holds which parameters, and in what order gradients come.
 
 
 def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -111,15 +112,15 @@ def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup
 class DDP:
     """Attaches to the parameters; the model stays as it is.
 
-    model: the same on every rank of `group`.
-    accumulations: how often each gradient is accumulated to in a step: once per microbatch and
-        use. Counting them, rather than asking which microbatch is the last, holds under every
-        schedule.
+    model: the same on every rank of `group`; what is frozen from the start is left alone.
+    accumulations: how often each gradient is accumulated to in a step: once per microbatch (two
+        uses in one backward are one). Counting them, rather than asking which microbatch is the
+        last, holds under every schedule.
     bucket_bytes: a bucket is closed when it holds at least this many; the first one at a 25th of
         it, so that the link is not idle until 25 MB of gradients are there.
     reduce: (flat bucket, group) -> a handle with wait(); the seam for compression.
-    grad_dtype: in which gradients add up over microbatches; default: fp32 for bf16 parameters, else
-        their own. Between ranks they travel in the parameters' dtype.
+    grad_dtype: in which the gradients of bf16 parameters add up over microbatches; default: fp32.
+        Between ranks they travel in the parameters' dtype.
 
     A step: start(); forwards and backwards; finish(); before_step(); the optimizer updates
     pieces(); after_step(). Raises ValueError where ranks hold different parameters, a parameter is
@@ -131,7 +132,7 @@ class DDP:
         bucket_bytes: int = 25 * 2**20, reduce: Callable = all_reduce_bucket,
         grad_dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        named = model.named_parameters()
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [(getattr(p, "tied_name", name), p) for name, p in named]
         self.group, self.accumulations, self.reduce = group, accumulations, reduce
         self.bucket_bytes = bucket_bytes
@@ -140,7 +141,7 @@ class DDP:
         check_same_parameters(self.parameters, group)
         me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
         for _, p in self.parameters:
-            p.register_post_accumulate_grad_hook(lambda p: me()._accumulated(p))
+            p.register_post_accumulate_grad_hook(lambda p: me() and me()._accumulated(p))
         # What the optimizer updates: in bf16 a small update, added to a weight, is rounded away.
         self.masters = {
             p: p.detach().float().requires_grad_() if p.dtype.itemsize < 4 else p
@@ -188,8 +189,8 @@ class DDP:
             self._learn()
         for name, p in self.parameters:
             if not p.requires_grad:
-                raise ValueError(f"{name} was frozen: its bucket would wait for it for ever; make "
-                                 "a new DDP of the parameters that are left")  # fmt: skip
+                raise ValueError(f"{name} was frozen: its bucket would leave late, at every step; "
+                                 "let this DDP go and make a new one")  # fmt: skip
         for flat in self.buckets:
             flat.zero_()
         for p, master in self.masters.items():

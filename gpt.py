@@ -9,10 +9,11 @@ holds it) and the model does not notice. Parameter names are GPT-2's.
     python gpt.py          trains a small one for 30 steps, alone
 """
 
+import contextlib
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 @dataclasses.dataclass
 class GPTConfig:
     """Sizes of a GPT. `vocab_size` 256 means bytes; `attention` is "sdpa" (torch's fused kernel) or
-    "explicit" (matmul, mask, softmax, dropout, matmul: the one that theory papers count)."""
+    "explicit" (matmul, mask, softmax, dropout, matmul: the one that theory papers count); with
+    dropout it is explicit in any case, since the fused kernel takes no mask of ours."""
 
     n_layer: int = 4
     n_head: int = 4
@@ -44,6 +46,57 @@ MODELS = {
 }
 
 
+class Draws:
+    """Where the run is: what a dropout mask depends on, besides its place in the model. Whoever
+    runs the model sets step and rows (numbers in the global batch) before each forward."""
+
+    def __init__(self) -> None:
+        self.seed, self.step, self.rows = 0, 0, ()
+
+    def at(self, step: int, rows: Sequence[int]) -> None:
+        self.step, self.rows = step, rows
+
+    def remember(self) -> Callable[[], contextlib.AbstractContextManager]:
+        """What opens a context in which masks are drawn as they would be now."""
+        then = self.step, self.rows
+
+        @contextlib.contextmanager
+        def again():
+            now = self.step, self.rows
+            self.at(*then)
+            try:
+                yield
+            finally:
+                self.at(*now)
+
+        return again
+
+
+class Dropout(nn.Module):
+    """A mask is a function of (seed, step, row, site): each row's is drawn whole by a generator on
+    the CPU, and then cut like a weight, so a process that holds a part of a row drops the same
+    entries as one that holds all. The price: every process draws whole rows, about 6 ns a number
+    on one core, and a GPU gets them by copy."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p, self.site, self.draws = p, "", None
+        self.part, self.parts = 0, 1  # of a row's first dim: tokens of [s, h], heads of [a, s, s]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        draws, (n, *rest) = self.draws, x.shape[1:]
+        assert len(draws.rows) == len(x), f"{len(x)} rows, and draws.at() named {len(draws.rows)}"
+        masks = []
+        for row in draws.rows:
+            name = f"{draws.seed} {draws.step} {row} {self.site}"
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            whole = torch.rand(n * self.parts, *rest, generator=generator)
+            masks.append(whole[self.part * n :][:n] >= self.p)
+        return x * torch.stack(masks).to(x.device) / (1.0 - self.p)
+
+
 class Attention(nn.Module):
     """Causal self-attention. The number of heads and of tokens is read off what c_attn returns,
     never off the configuration or x: a process that holds some of them runs the same lines."""
@@ -51,9 +104,10 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.head_size = config.n_embd // config.n_head
-        self.kind, self.dropout = config.attention, config.dropout
+        self.kind = "explicit" if config.dropout else config.attention
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v, fused
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.c_attn(x)  # [b, s, 3 h]
@@ -62,15 +116,14 @@ class Attention(nn.Module):
             part.view(b, s, -1, self.head_size).transpose(1, 2)  # [b, a, s, h/a]
             for part in qkv.chunk(3, dim=-1)
         )
-        dropout = self.dropout if self.training else 0.0
         if self.kind == "sdpa":
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # [b, a, s, s]
             future = torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
             weights = scores.softmax(dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-            y = F.dropout(weights.to(x.dtype), dropout) @ v
+            y = self.drop(weights.to(x.dtype)) @ v
         return self.c_proj(y.transpose(1, 2).reshape(b, s, -1))
 
 
@@ -89,11 +142,11 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop_1, self.drop_2 = Dropout(config.dropout), Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
-        x = x + self.drop(self.attn(self.ln_1(x)))
-        return x + self.drop(self.mlp(self.ln_2(x)))
+        x = x + self.drop_1(self.attn(self.ln_1(x)))
+        return x + self.drop_2(self.mlp(self.ln_2(x)))
 
 
 class PositionEmbedding(nn.Embedding):
@@ -114,7 +167,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = PositionEmbedding(config.seq_len, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
         # A dict and not a list: a part of the model keeps its blocks under their own numbers.
         self.h = nn.ModuleDict({str(i): Block(config) for i in range(config.n_layer)})
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -122,6 +175,10 @@ class GPT(nn.Module):
         if config.tied:
             self.lm_head.weight = self.wte.weight
             self.wte.weight.tied_name = "wte.weight"  # its name, also where only lm_head is held
+        self.draws = Draws()
+        for name, module in self.named_modules():
+            if isinstance(module, Dropout):
+                module.site, module.draws = name, self.draws
 
     def forward(self, x: Tensor) -> Tensor:  # tokens [b, s] -> logits [b, s, v]
         x = self.drop(self.wpe(self.wte(x)))

@@ -317,13 +317,15 @@ class Pipeline:
         dist.all_reduce(torch.zeros(1, device=device), group=group)  # payload: 1, once
 
     def run(
-        self, program: Program, inputs: Sequence[Tensor], loss_of: Callable, shape: tuple[int, ...]
-    ) -> Tensor:
+        self, program: Program, inputs: Sequence[Tensor], loss_of: Callable,
+        shape: tuple[int, ...], before: Callable[[int], None] = lambda microbatch: None,
+    ) -> Tensor:  # fmt: skip
         """One step of this rank's program. inputs: what the first stage reads, by microbatch.
         loss_of(output of the last stage, microbatch) -> scalar. shape: of what crosses a boundary,
-        (b, s, h). Returns the sum of the losses, which is 0 where the last stage is not. Gradients
-        are left in `.grad`, accumulated."""
-        self.inputs, self.loss_of, self.shape = inputs, loss_of, shape
+        (b, s, h). before(microbatch) is called ahead of each forward. Returns the sum of the
+        losses, which is 0 where the last stage is not. Gradients are left in `.grad`,
+        accumulated."""
+        self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, shape, before
         dtype = torch.promote_types(self.dtype, torch.float32)
         self.loss = torch.zeros((), dtype=dtype, device=self.device)
         self.inbox: dict = {}  # (kind, microbatch, stage) -> (tensor, handle or None)
@@ -385,6 +387,7 @@ class Pipeline:
         x = self.inputs[microbatch] if k == 0 else self._take("F", microbatch, k)
         if k > 0 and torch.is_grad_enabled():
             x.requires_grad_()
+        self.before(microbatch)
         y = self.chunks[chunk](x)
         if k == self.last:
             y = self.loss_of(y, microbatch)

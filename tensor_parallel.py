@@ -246,17 +246,33 @@ class PositionShard(nn.Module):
         return x + self.weight[start : start + x.size(1)]
 
 
+def cut_heads(dropout: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
+    """A mask on [b, a/t, s, s]: gpt.Dropout draws [a, s, s] a row and takes this part."""
+    dropout.part, dropout.parts = group.rank(), group.size()
+    return dropout
+
+
+def cut_tokens(dropout: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
+    """A mask on [b, s/t, h]; on [b, s, h], without `sequence`, the same on every rank."""
+    return cut_heads(dropout, parts, group, sequence) if sequence else dropout
+
+
 STYLES = {
     "column": ColumnParallelLinear,
     "row": RowParallelLinear,
     "vocab": VocabParallelEmbedding,
     "position": PositionShard,
+    "heads": cut_heads,
+    "tokens": cut_tokens,
 }
 
 # How GPT-2 is cut. Another model needs another plan; see the Llama-like one in tests/test_forks.py.
 GPT_PLAN = {
     "wte": "vocab",
     "wpe": "position",
+    "drop": "tokens",
+    "h.*.drop_?": "tokens",
+    "h.*.attn.drop": "heads",
     "h.*.attn.c_attn": ("column", 3),  # q, k and v: whole heads to each rank, if t divides a
     "h.*.attn.c_proj": "row",
     "h.*.mlp.c_fc": "column",
@@ -287,9 +303,10 @@ def parallelize(
             if style not in STYLES:
                 raise ValueError(f"{pattern}: style {style!r} is none of {', '.join(STYLES)}")
             new = STYLES[style](module, parts, group, sequence)
-            for n in new.weight.cut.parts if hasattr(new.weight, "cut") else ():
-                check_width(name, n, group.size())
-            new.weight = tied.setdefault(id(module.weight), new.weight)
+            if hasattr(new, "weight"):
+                for n in new.weight.cut.parts if hasattr(new.weight, "cut") else ():
+                    check_width(name, n, group.size())
+                new.weight = tied.setdefault(id(module.weight), new.weight)
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
             break

@@ -71,6 +71,12 @@ def at_least(low: int, kind: type = int) -> Callable[[str], float]:
     return number
 
 
+def probability(text: str) -> float:
+    if not 0.0 <= (value := float(text)) < 1.0:
+        raise argparse.ArgumentTypeError(f"is {value}: give at least 0 and less than 1")
+    return value
+
+
 def parser() -> Parser:
     p = Parser("train_3d.py", description="Train a GPT over TP x PP x DP.", allow_abbrev=False)
     add, natural, amount = p.add_argument, at_least(1), at_least(0, float)
@@ -79,6 +85,8 @@ def parser() -> Parser:
         add(f"--{size}", type=natural, metavar="N")
     add("--untied", action="store_true", help="a head of its own, not the embedding's matrix")
     add("--attention", choices=("sdpa", "explicit"), default="sdpa")
+    add("--dropout", type=probability, default=0.0, metavar="P",
+        help="on embedding, attention (which is explicit then) and residual")
     add("--data", metavar="PATH", help="text file or folder, or .npy/.bin token ids "
         "(default: the source of Python's standard library)")  # fmt: skip
     add("--global-batch-size", type=natural, default=32, help="rows a step, over all ranks")
@@ -122,8 +130,9 @@ def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
     sizes = (size.replace("-", "_") for size in SIZES)
     given = {size: n for size in sizes if (n := getattr(args, size)) is not None}
     config = dataclasses.replace(
-        gpt.MODELS[args.model], tied=not args.untied, attention=args.attention, **given
-    )
+        gpt.MODELS[args.model], tied=not args.untied, attention=args.attention,
+        dropout=args.dropout, **given
+    )  # fmt: skip
     t, p, rows, k = args.tp, args.pp, args.micro_batch_size, args.zero_shard_size
     d, batch, every = max(1, world_size // (t * p)), args.global_batch_size, args.recompute_every
     for wrong, message in (
@@ -199,7 +208,9 @@ class Trainer:
         tensor_parallel.parallelize(stage, plan, self.tp_group, args.sequence_parallel)
         draw = draw or functools.partial(gpt.gpt2_draw, n_layer=config.n_layer)
         gpt.init_weights(stage, args.seed, self.dtype, device, draw)
-        activation_ckpt.checkpoint_blocks(stage.h, args.recompute, args.recompute_every)
+        self.draws = getattr(stage, "draws", gpt.Draws())  # a fork's model may have no dropout
+        self.draws.seed, remember = args.seed, self.draws.remember
+        activation_ckpt.checkpoint_blocks(stage.h, args.recompute, args.recompute_every, remember)
         self.model = stage
 
         self.pipe = pipeline.Pipeline([stage], self.pp_group, self.dtype, device)
@@ -258,7 +269,7 @@ class Trainer:
         over the batch's valid tokens, before the update, and the norm before clipping; the same
         numbers on every rank."""
         self.sync.start()
-        loss = self._run(self.program, *self._my_rows(self.read, step))
+        loss = self._run(self.program, self.read, step)
         self.sync.finish()  # gradients have met over dp; then over tp, then a tied wte's two
         self.sync.before_step()
         pieces = self.sync.pieces()
@@ -276,17 +287,15 @@ class Trainer:
         self.sync.after_step()
         return stats
 
-    def _my_rows(self, read: Callable, step: int) -> tuple[Tensor, Tensor]:
-        share = self.args.global_batch_size // self.dp_group.size()
+    def _run(self, program: pipeline.Program, read: Callable, step: int) -> Tensor:
+        """This rank's share of the mean loss over the global batch `step` of read."""
+        share, b = self.args.global_batch_size // self.dp_group.size(), self.args.micro_batch_size
         rows = range(self.dp_group.rank() * share, (self.dp_group.rank() + 1) * share)
-        x, y = read(step, rows)
-        return x.to(self.device), y.to(self.device)
+        x, y = (tokens.to(self.device) for tokens in read(step, rows))
+        count, targets = ddp.global_count(y, self.dp_group), y.split(b)
 
-    def _run(self, program: pipeline.Program, x: Tensor, y: Tensor) -> Tensor:
-        """This rank's share of the mean loss over the global batch."""
-        count = ddp.global_count(y, self.dp_group)
-        b = self.args.micro_batch_size
-        targets = y.split(b)
+        def before(microbatch: int) -> None:
+            self.draws.at(step, rows[microbatch * b : (microbatch + 1) * b])
 
         def loss_of(logits: Tensor, microbatch: int) -> Tensor:  # [b, s, v/t]
             total = tensor_parallel.vocab_parallel_cross_entropy(
@@ -294,7 +303,8 @@ class Trainer:
             )
             return total / count
 
-        return self.pipe.run(program, x.split(b), loss_of, self._boundary(b, self.config.seq_len))
+        shape = self._boundary(b, self.config.seq_len)
+        return self.pipe.run(program, x.split(b), loss_of, shape, before)
 
     def _boundary(self, b: int, s: int) -> tuple[int, int, int]:
         """The shape of what one stage hands to the next."""
@@ -326,7 +336,7 @@ class Trainer:
         loss = 0.0
         self.model.eval()
         for index in range(self.args.val_batches):
-            loss = loss + self._run(program, *self._my_rows(read, index))
+            loss = loss + self._run(program, read, index)
         self.model.train()
         loss *= self.tp_group.rank() == 0
         dist.all_reduce(loss)  # payload: 1, over the world
@@ -399,6 +409,8 @@ def train(
         logger.say(f"--zero {args.zero}: d is 1, so there is nobody to share with: as --zero 0")
     if args.sequence_parallel and args.tp == 1:
         logger.say("--sequence-parallel: t is 1, so there is nothing to shard: as without it")
+    if args.dropout and args.attention == "sdpa":
+        logger.say("--dropout: attention is explicit, since the fused kernel takes no mask of ours")
     val_loss = None
     logger.start()
     for step in range(args.steps):

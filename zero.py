@@ -18,7 +18,7 @@ payload is what ddp.py's was: the second half carries parameters in place of gra
                                                                       kept from F to the last B
     (bf16 parameters, gradients added up in fp32, AdamW on fp32 copies: 18 bytes in all; ZeRO's 16
     with bf16 gradients. In fp32: 4, 4, 8. m microbatches. Hybrid, `replicas`: d is the size of the
-    group that shards, and each shard of the gradients is all-reduced over the d'/d that replicate.)
+    group that shards; each shard of the gradients is all-reduced over the ranks that replicate it.)
 
 A unit is a block, or a layer outside of the blocks. Its shard is a range of a flat buffer, cut
 without regard to where parameters begin: the last is padded, a matrix may lie on two ranks. The
@@ -48,7 +48,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # --- strategy -------------------------------------------------------------------------------------
-# The same words in the same order as in ddp.py: read them side by side.
+# The same words in the same order as in ddp.py: read them side by side. Rung 1: ZeRO-1.
 
 
 class Unit:
@@ -60,6 +60,10 @@ class Unit:
         whole_parameters: bool, whole_gradients: bool, grad_dtype: torch.dtype | None,
     ):  # fmt: skip
         self.group, like = group, members[0][1].detach()
+        for name, p in members:
+            if not p.requires_grad or p.dtype != like.dtype:
+                raise ValueError(f"{name} is frozen, or {p.dtype} beside {like.dtype}: what shares "
+                                 "a flat buffer must be trained, in one dtype")  # fmt: skip
         grad_dtype = grad_dtype or torch.promote_types(like.dtype, torch.float32)
         n = -(-sum(p.numel() for _, p in members) // group.size())
         mine = self.mine = slice(group.rank() * n, (group.rank() + 1) * n)
@@ -154,11 +158,12 @@ class Zero1:
     model: the same on every rank of `group`, over which state is sharded.
     accumulations: how often each gradient is accumulated to in a step.
     replicas: hybrid: the ranks that hold the same shard in other groups.
-    grad_dtype: in which gradients add up over microbatches; default: fp32 for bf16 parameters, else
-        their own. Between ranks they travel in the parameters' dtype.
+    grad_dtype: in which the gradients of bf16 parameters add up over microbatches; default: fp32.
+        Between ranks they travel in the parameters' dtype.
 
     A step: start(); forwards and backwards; finish(); before_step(); the optimizer updates
-    pieces(); after_step()."""
+    pieces(); after_step(). Raises ValueError where a parameter is frozen, or a `.grad` is replaced
+    (start() zeroes them, zero_grad() must not be called)."""
 
     whole_parameters = whole_gradients = True
 
@@ -171,7 +176,9 @@ class Zero1:
         self.unit_of: dict[nn.Parameter, Unit] = {}
         self.needs: list[list[Unit]] = []  # by layer
         me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
-        names = {p: getattr(p, "tied_name", name) for name, p in model.named_parameters()}
+        names = self.names = {
+            p: getattr(p, "tied_name", name) for name, p in model.named_parameters()
+        }
         for i, layer in enumerate(layers(model)):
             # A tied matrix is a unit: two stages that hold it cut it alike and can add their shards
             new: dict[str | None, list] = {}
@@ -239,6 +246,11 @@ class Zero1:
     def finish(self) -> None:
         """After the last backward: when this returns, my shards of the gradients are sums. The
         other gradients hold whatever this rank computed, and nobody reads them."""
+        for p, unit in self.unit_of.items() if self.whole_gradients else ():
+            here = unit.gradients[unit.place[p]]
+            if p.grad is None or p.grad.data_ptr() != here.data_ptr():
+                raise ValueError(f"{self.names[p]}: its .grad was replaced and is in no buffer; "
+                                 "start() zeroes gradients, zero_grad() must not")  # fmt: skip
         while self.launched < len(self.launches):
             self._launch()
         self._land()
@@ -311,14 +323,14 @@ class Zero3(Zero2):
 
     With m microbatches that is nearly 2 m all-gathers of each layer. `reshard_after_forward=False`
     is the middle way: whole from the first forward of a step to the last backward, one all-gather,
-    whatever the schedule; between steps a shard. Ranks must run their layers in the same order. An
+    whatever the schedule; between steps a shard. Gathers and sums are matched by order, so ranks
+    must run the same layers in the same order, and all have a gradient for each parameter. An
     nn.Embedding, and what takes token ids, must be a table: its backward gets no weight."""
 
     whole_parameters = False
 
-    def __init__(self, *args, reshard_after_forward: bool = True, **kwargs):
-        super().__init__(*args, **kwargs)
-        model = args[0]
+    def __init__(self, model: nn.Module, *args, reshard_after_forward: bool = True, **kwargs):
+        super().__init__(model, *args, **kwargs)
         self.reshard_after_forward = reshard_after_forward
         me = weakref.ref(self)
         self.is_table: list[bool] = []  # by layer: its backward reads no weight
@@ -422,9 +434,8 @@ def predicted_payload(
     rounds = range(1, m + 1) if stage >= 2 else [m]
     full = [2 * n * i - first[unit] for i in rounds for unit in order] + [len(work)]
     for j, start in enumerate(full[:-1]):
-        unit, landed = order[j % len(order)], full[j + 1]
-        end = landed if stage >= 2 else len(work)
-        calls["reduce_scatter"].append((sizes[unit], start, end))
+        unit, landed = order[j % len(order)], full[j + 1]  # before the next is launched
+        calls["reduce_scatter"].append((sizes[unit], start, landed))
         if replicas > 1 and j >= len(full) - 1 - len(order):
             calls["all_reduce"].append((sizes[unit] // d, landed, len(work)))
     if stage < 3:  # after the optimizer, until the layer runs

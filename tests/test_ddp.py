@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -160,14 +162,16 @@ def flat_total():
     return seen.total("dp", "all_reduce")
 
 
-def misuse(how: str):
+def misuse(how: str, kind=ddp.DDP):
     group, net = dist.group.WORLD, model()
     parts = dict(net.named_children())
     if how == "another order" and group.rank() == 1:
         parts = dict(reversed(parts.items()))
     if how == "one more" and group.rank() == 1:
         parts["extra"] = torch.nn.Linear(1, 1, bias=False)
-    sync = ddp.DDP(torch.nn.ModuleDict(parts), group, 1)
+    if how == "frozen before":
+        net[2].bias.requires_grad_(False)
+    sync = kind(torch.nn.ModuleDict(parts), group, 1)
     if how == "replaced":
         net.zero_grad(set_to_none=True)
     net(rows(0, 0)).sum().backward()
@@ -189,3 +193,31 @@ def misuse(how: str):
 def test_misuse_is_refused_and_named(how, message):
     with pytest.raises(RuntimeError, match=message):
         launch(2, misuse, how)
+
+
+@pytest.mark.parametrize(
+    "how, message", [("frozen before", "2.bias is frozen"), ("replaced", "0.weight: its .grad")]
+)
+def test_misuse_of_zero_is_refused_and_named(how, message):
+    """Its optimizer would get zeros for ever."""
+    with pytest.raises(RuntimeError, match=message):
+        launch(2, misuse, how, zero.Zero1)
+
+
+def new_ddp_after_freezing():
+    group, net = dist.group.WORLD, model()
+    ddp.DDP(net, group, 1)
+    gc.collect()
+    net[2].bias.requires_grad_(False)
+    sync = ddp.DDP(net, group, 1)
+    net(rows(group.rank(), 0)).sum().backward()
+    sync.finish()
+    plain = model()
+    sum(plain(rows(r, 0)).sum() for r in range(group.size())).backward()
+    assert [n for n, *_ in sync.pieces()] == ["0.weight", "0.bias", "2.weight"]
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        assert not p.requires_grad or torch.allclose(p.grad, q.grad, rtol=1e-13)
+
+
+def test_a_new_ddp_of_what_is_left():
+    launch(2, new_ddp_after_freezing)

@@ -42,6 +42,32 @@ def test_explicit_attention_equals_sdpa():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
 
 
+def test_a_mask_is_a_function_of_seed_step_row_and_site():
+    model = gpt.build(small(dropout=0.25))
+    a, b = model.h["1"].drop_1, model.h["1"].drop_2
+    ones = torch.ones(2, 40, 50)
+
+    def mask(drop, step, rows, seed=0):
+        model.draws.seed = seed
+        model.draws.at(step, rows)
+        return drop(ones)
+
+    first = mask(a, 3, [7, 9])
+    assert first.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert first.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(mask(a, 3, [9, 7]), first.flip(0)), "a row's mask goes with the row"
+    others = mask(a, 4, [7, 9]), mask(a, 3, [8, 6]), mask(b, 3, [7, 9]), mask(a, 3, [7, 9], 1)
+    for other in others:
+        assert not torch.equal(other[0], first[0])
+    a.part, a.parts = 1, 4  # a part of a row that is four times as long
+    quarter = mask(a, 3, [7, 9])
+    a.part, a.parts = 0, 1
+    ones = torch.ones(2, 160, 50)
+    assert torch.equal(quarter, mask(a, 3, [7, 9])[:, 40:80])
+    model.eval()
+    assert torch.equal(a(ones), ones)
+
+
 def test_no_token_sees_the_future():
     model = gpt.build(small(), dtype=torch.float64)
     x = torch.randint(23, (1, 8), generator=torch.Generator().manual_seed(0))

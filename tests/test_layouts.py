@@ -32,6 +32,7 @@ FACTORS = {
     "clip": [0.1, 0.0, 1e9],  # active in every step, off, larger than any norm
     "seed": [0, 7],
     "attention": ["sdpa", "explicit"],
+    "dropout": [0.0, 0.2],
     "masked": [True, False],
     "n_layer": [4, 5],
     "vocab_size": [40, 41],

@@ -90,6 +90,9 @@ def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
         ("--lr -1", 1, "--lr: is -1.0: give at least 0"),
         ("--clip nan", 1, "--clip: is nan: give at least 0"),
         ("--device cuda", 1, "--device cuda: 1 local ranks and 0 GPUs"),
+        ("--dropout 1", 1, "--dropout: is 1.0: give at least 0 and less than 1"),
+        ("--dropout -0.1", 1, "--dropout: is -0.1: give at least 0"),
+        ("--dropout nan", 1, "--dropout: is nan: give at least 0"),
         ("--log /no/such/folder/log", 1, "--log /no/such/folder/log cannot be written"),
     ],
 )
@@ -351,7 +354,9 @@ def test_warmup_and_cosine():
         assert gpt.learning_rate(0, steps, None, 1.0) == pytest.approx(1 / warmup)
 
 
-@pytest.mark.parametrize("flag, means", [("--sequence-parallel", "t is 1"), ("--zero 2", "d is 1")])
+@pytest.mark.parametrize(
+    "flag, means", [("--sequence-parallel", "t is 1"), ("--zero 2", "d is 1")]
+)
 def test_what_means_nothing_alone_is_said_once_and_changes_nothing(flag, means, text):
     plain, with_it = (
         run(0, "train_3d.py", *TINY, "--data", text, *flags) for flags in ((), flag.split())
@@ -359,6 +364,13 @@ def test_what_means_nothing_alone_is_said_once_and_changes_nothing(flag, means, 
     assert plain.stdout.splitlines()[-1] == with_it.stdout.splitlines()[-1]
     said = [line for line in with_it.stdout.splitlines() if line.startswith(flag)]
     assert len(said) == 1 and means in said[0] and means not in plain.stdout
+
+
+def test_dropout_makes_attention_explicit_and_says_so(text):
+    said = "--dropout: attention is explicit"
+    for flags, times in ((["--dropout", "0.1"], 1), (["--attention", "explicit"], 0)):
+        result = run(0, "train_3d.py", *TINY, "--data", text, *flags)
+        assert result.returncode == 0 and result.stdout.count(said) == times
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(text):

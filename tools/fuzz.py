@@ -43,6 +43,7 @@ def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
         clip=rng.choice((0.0, 0.1, 1e9)),  # off, active, there but larger than the norm
         masked=rng.random() < 0.7,
         attention=rng.choice(("sdpa", "explicit")),
+        dropout=rng.choice((0.0, 0.0, 0.2)),
         n_layer=n_layer,
         n_head=n_head,
         # At least 4: over 2 entries LayerNorm gives +-1 whatever they are, so the true gradient

@@ -74,6 +74,7 @@ class Case:
     clip: float = 0.1  # far below the norm: active in every step
     masked: bool = True
     attention: str = "sdpa"
+    dropout: float = 0.0
     n_layer: int = 5
     n_head: int = 12
     n_embd: int = 24
@@ -94,6 +95,7 @@ class Case:
             "global-batch-size": self.d * self.m * self.b, "zero": self.zero,
             "schedule": self.schedule, "recompute": self.recompute, "recompute-every": self.every,
             "optimizer": self.optimizer, "clip": self.clip, "attention": self.attention,
+            "dropout": self.dropout,
             "n-layer": self.n_layer, "n-head": self.n_head, "n-embd": self.n_embd,
             "vocab-size": self.vocab_size, "seq-len": self.seq_len, "dtype": self.dtype,
             "seed": self.seed, "steps": STEPS, "lr": 1e-3, "device": "cpu",
@@ -223,6 +225,9 @@ def reference(case: Case, model: Callable | None = None) -> dict:
     losses, norms = [], []
     for step in range(STEPS):
         x, y = reader(case)(step, range(args.global_batch_size))
+        if case.dropout:
+            whole.draws.seed = case.seed
+            whole.draws.at(step, range(args.global_batch_size))
         optimizer.zero_grad()
         loss = gpt.cross_entropy(whole(x), y) / (y >= 0).sum()
         loss.backward()
