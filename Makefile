@@ -25,11 +25,11 @@ export OMP_NUM_THREADS = 1
 TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test ddp zero tp pp ckpt links memory bench-dp parity fuzz lint clean
+.PHONY: help setup train test ddp zero tp pp ckpt links memory bench-dp bench-tp bench-ckpt parity fuzz lint clean
 
 help:  ## this
 	@echo "make TARGET [PYTHON=...] [PIP_FLAGS=...]; launching targets take NPROC TP PP ARGS"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP)  ## .venv with torch, numpy, pytest (unless PYTHON is given)
 
@@ -44,7 +44,7 @@ train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 
 	$(TORCHRUN) $(NPROC) -- train_3d.py --tp $(TP) --pp $(PP) --zero 1 --schedule 1f1b \
 	  --steps 200 --sample 100 $(ARGS)
 
-test: $(SETUP)  ## the whole suite (4 min)
+test: $(SETUP)  ## the whole suite (6 min)
 	$(PY) -m pytest -q $(ARGS)
 
 ddp: NPROC = 2
@@ -72,11 +72,11 @@ links: $(SETUP)  ## what each collective costs here, by size; OUT=FILE for JSON 
 	$(TORCHRUN) $(NPROC) -m tools.links $(if $(OUT),--out $(OUT))
 
 memory: NPROC = 4
-memory: $(SETUP)  ## resident memory by ZeRO stage, beside the formulas (Linux, 1 min)
+memory: $(SETUP)  ## resident memory by ZeRO stage and recompute policy, beside the formulas (Linux, 1 min)
 	$(PY) -m tools.memory --nproc $(NPROC)
 
-bench-dp: $(SETUP)  ## ddp.py and zero.py beside PyTorch's own; OUT=FILE for JSON (9 min)
-	$(PY) -m tools.bench dp $(if $(OUT),--out $(OUT)) $(ARGS)
+bench-dp bench-tp bench-ckpt: $(SETUP)  ## ours beside PyTorch's own; OUT=FILE for JSON (9 min)
+	$(PY) -m tools.bench $(@:bench-%=%) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 parity: $(SETUP)  ## every layout of NPROC ranks beside one process, one table (2 min)
 	$(PY) -m tools.parity --nproc $(NPROC)

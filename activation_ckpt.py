@@ -1,15 +1,21 @@
-"""Activation checkpointing: keep a block's input only, and compute the rest again in backward.
+"""Activations are the memory that grows: keep less of a block for backward, and pay otherwise.
 
-    keep all    x0 [a b c] x1 [a b c] x2 [a b c] x3      all of a b c stay until backward needs them
+    none        x0 [a b c] x1 [a b c] x2 [a b c] x3      all of a b c stay until backward needs them
     full        x0 .  .  . x1 .  .  . x2 .  .  . x3      backward of block 3: x2 -> forward again ->
                            ^-- kept --^                  a b c of this one block, used, dropped
+    selective   x0 [a . c] x1 [a . c] x2 [a . c] x3      b, attention's s x s, is large and cheap
+    offload     x0 .  .  . x1 .  .  . x2 .  .  . x3      a b c wait in host memory
 
-    per block (GPT-2, full)   kept between the passes      compute per step
-    none                      everything autograd saves    F + B            (B = 2 F)
-    full                      b s h                        F + B + F        one third more
-    and while a block is in backward, its own activations once.
-    every = k: of every k blocks the first is checkpointed: the bytes go down and the forwards go up
-    by 1/k of the above.
+    per block (GPT-2)    kept for backward, numbers                       compute per step
+    none                 16 b s h + b a s s (explicit attention)          F + B           (B = 2 F)
+    selective            16 b s h                                         F + B + 4 b s s h
+    full                 b s h                                            F + B + F, a third more
+    offload              on the device nothing                            F + B, and 2 copies of it
+    and while a block is in backward, what it had dropped, once.
+    every = k: the first of every k blocks; layers = n: among the first n blocks only.
+
+With fused attention (sdpa) the s x s is never stored, and selective gains its log-sum-exp alone,
+b a s. Offload on a CPU is a copy that gains nothing; it is here for its proof.
 
 Dropout must draw the same masks again: what they are drawn from is remembered with the input.
 Inside tensor parallelism the second forward repeats the forward's collectives, in backward.
@@ -17,10 +23,11 @@ Inside tensor parallelism the second forward repeats the forward's collectives, 
     torchrun --standalone --nproc-per-node 2 activation_ckpt.py
 
 Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost (arXiv 1604.06174); Korthikanti et
-al. 2022 (arXiv 2205.05198), section 5, for what to keep instead.
+al. 2022 (arXiv 2205.05198), sections 4 and 5.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -50,96 +57,163 @@ def torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
 
 
 class Recompute(torch.autograd.Function):
-    """function(x) with x kept instead of what function would save. The gradients of parameters are
-    accumulated by the backward inside backward, so their hooks fire there."""
+    """function(*xs) with xs kept instead of what function would save. The gradients of parameters
+    are accumulated by the backward inside backward, so their hooks fire there."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, function: Callable[[Tensor], Tensor], remember: Callable) -> Tensor:
+    def forward(ctx, function: Callable[..., Tensor], remember: Callable, *xs: Tensor) -> Tensor:
         ctx.function, ctx.again = function, remember()
-        ctx.save_for_backward(x)
-        return function(x)  # autograd records nothing in here
+        ctx.save_for_backward(*xs)
+        return function(*xs)  # autograd records nothing in here
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
+        xs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad(), ctx.again():
-            y = ctx.function(x)
+            y = ctx.function(*xs)
         torch.autograd.backward(y, grad)
-        return x.grad, None, None
+        return None, None, *(x.grad for x in xs)
 
 
 def recompute(
-    function: Callable[[Tensor], Tensor], x: Tensor, remember: Callable = torch_rng
+    function: Callable[..., Tensor], *xs: Tensor, remember: Callable = torch_rng
 ) -> Tensor:
-    """function(x), one tensor to one tensor, recomputed in backward. remember() -> what opens the
-    context of the second forward, in which chance must fall as in the first. Raises ValueError
+    """function(*xs), of floating-point tensors, recomputed in backward. remember() -> what opens
+    the context of the second forward, in which chance must fall as in the first. Raises ValueError
     where autograd would drop the parameters' gradients without a word: it follows inputs only."""
-    if torch.is_grad_enabled() and not x.requires_grad:
+    if torch.is_grad_enabled() and not any(x.requires_grad for x in xs):
         raise ValueError(
             "recompute: the input requires no gradient, so none would reach the parameters; "
             "call x.requires_grad_() first"
         )
-    return Recompute.apply(x, function, remember)
+    return Recompute.apply(function, remember, *xs)
 
 
-POLICIES = ("none", "full")
+class Offload(torch.autograd.graph.saved_tensors_hooks):
+    """What autograd saves under this context waits in host memory: from a GPU pinned, and copied
+    without making the CPU wait. Parameters stay where they are: they are held anyway."""
+
+    def __init__(self, module: nn.Module):
+        self.held = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        super().__init__(self.pack, self.unpack)
+
+    def pack(self, t: Tensor) -> tuple[torch.device, Tensor]:
+        if t.untyped_storage().data_ptr() in self.held:
+            return t.device, t
+        host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+        return t.device, host.copy_(t, non_blocking=True)
+
+    @staticmethod
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, host = packed
+        return host.to(device, non_blocking=True)
+
+
+POLICIES = ("none", "selective", "full", "offload")
 
 
 def checkpoint_blocks(
-    blocks: nn.ModuleDict, policy: str, every: int = 1, remember: Callable = torch_rng
-) -> None:
-    """Checkpoint the first of every `every` blocks, in place. A block keeps its name, parameters
-    and hooks; only its forward is replaced. Raises ValueError for an unknown policy."""
+    blocks: nn.ModuleDict, policy: str, every: int = 1, layers: int | None = None,
+    remember: Callable = torch_rng, core: str = "attn.core",
+) -> None:  # fmt: skip
+    """Apply the policy to the first of every `every` blocks, among the first `layers` (default:
+    all), in place. A block keeps its name, parameters and hooks; only its forward is replaced, or,
+    if selective, that of its part `core`. Raises ValueError for an unknown policy."""
     if policy not in POLICIES:
         raise ValueError(f"recompute policy {policy!r} is none of {', '.join(POLICIES)}")
-    if policy == "none":
-        return
-    for i, block in enumerate(blocks.values()):
-        if i % every == 0:
-            # The class's forward on this block, not block.forward: that is what is replaced here.
-            plain = type(block).forward.__get__(block)
-            block.forward = lambda x, plain=plain: recompute(plain, x, remember)
+    for block in list(blocks.values())[:layers:every] if policy != "none" else ():
+        module = block.get_submodule(core) if policy == "selective" else block
+        # The class's forward on this module, not module.forward: that is what is replaced here.
+        plain = type(module).forward.__get__(module)
+        module.forward = (
+            functools.partial(_offloaded, plain, module)
+            if policy == "offload"
+            else functools.partial(recompute, plain, remember=remember)
+        )
+
+
+def _offloaded(plain: Callable, module: nn.Module, *xs: Tensor) -> Tensor:
+    with Offload(module):
+        return plain(*xs)
 
 
 # --- cost -----------------------------------------------------------------------------------------
 
 
-def predicted_block_bytes(b: int, s: int, h: int, a: int, attention: str, itemsize: int) -> int:
-    """Bytes that autograd keeps of one GPT-2 block of gpt.py, in training without dropout on the
-    CPU, if nothing is checkpointed. In units of b s h: the inputs of ln_1, c_attn, ln_2 and c_fc
-    1 each; q k v 3; the input of attn.c_proj 1; gelu's input 4 and output 4. Norms: mean and 1/std,
-    2 b s each. Then sdpa: a log-sum-exp of b a s; explicit: the softmax, b a s s, and the mask, s s
-    of one byte. Korthikanti et al., section 4.1, count 34 s b h + 5 a s s b bytes: 2-byte numbers,
-    with the masks of three dropouts and the dropped-out softmax besides the softmax."""
-    core = b * a * s if attention == "sdpa" else b * a * s * s
-    mask = 0 if attention == "sdpa" else s * s
-    return (16 * b * s * h + 4 * b * s + core) * itemsize + mask
-
-
-def predicted_bytes(
-    n_layer: int, b: int, s: int, h: int, a: int, attention: str, itemsize: int,
-    policy: str, every: int = 1,
+def predicted_block_bytes(
+    b: int, s: int, h: int, a: int, attention: str, itemsize: int, policy: str = "none",
+    dropout: bool = False, t: int = 1, sequence: bool = False,
 ) -> int:  # fmt: skip
-    """Bytes kept between forward and backward of a chain of `n_layer` blocks: a checkpointed block
-    keeps its input, b s h. So does the first norm of the next block, if that one is not
-    checkpointed: the same storage, counted there."""
-    kept = predicted_extra_forwards(n_layer, policy, every)
-    block = predicted_block_bytes(b, s, h, a, attention, itemsize)
-    return kept * b * s * h * itemsize + (n_layer - kept) * block
+    """Bytes that autograd keeps of one GPT-2 block of gpt.py on the CPU, per microbatch, on one of
+    t tensor-parallel ranks. In units of b s h numbers: whole, or 1/t under sequence parallelism,
+    the inputs of ln_1, c_attn, ln_2 and c_fc; 1/t in any case q k v (3), the input of attn.c_proj,
+    gelu's input (4) and output (4). Norms: mean and 1/std, 2 b s each (in bf16 too; a GPU has them
+    in fp32). Dropout of the residual: two masks of a byte. Attention's core, 1/t: sdpa a
+    log-sum-exp of b a s; explicit the softmax, b a s s, at least in fp32, again in bf16 or dropped
+    out, if that is another tensor, and the dropout's mask of a byte. The causal mask, s s of a
+    byte, is whole on every rank.
+
+    Korthikanti et al., section 4.1, with numbers of 16 bits and dropout: 34 s b h + 5 a s s b
+    bytes. Ours in bf16: 16 units of 2 bytes and 2 masks, the same 34; but 7 a s s b, since the
+    softmax is kept in fp32 (4, theirs 2) beside what was dropped out (2) and the mask (1). The
+    norms' 8 b s and the causal mask s s they leave out as small."""
+    if policy == "offload":
+        return 0
+    wide = max(4, itemsize)
+    tokens = (b * s * h) // t if sequence else b * s * h
+    if policy == "full":
+        return tokens * itemsize
+    norms = 4 * b * s // (t if sequence else 1) * itemsize
+    core = b * a * s // t * wide
+    if attention == "explicit" or dropout:
+        again = itemsize if dropout or itemsize < wide else 0
+        core = b * a * s * s // t * (wide + again + dropout) + s * s
+    return (
+        4 * tokens * itemsize + norms + 2 * tokens * dropout + 12 * b * s * h // t * itemsize
+        + (core if policy == "none" else 0)
+    )  # fmt: skip
+
+
+def predicted_blocks_bytes(
+    n_layer: int, policy: str, every: int = 1, layers: int | None = None, **sizes
+) -> int:
+    """Bytes kept of a chain of n_layer blocks; sizes: of predicted_block_bytes."""
+    n = len(range(n_layer)[:layers:every])
+    under, plain = (predicted_block_bytes(policy=p, **sizes) for p in (policy, "none"))
+    return n * under + (n_layer - n) * plain
+
+
+def predicted_activation_bytes(
+    n_layer: int, b: int, s: int, h: int, v: int, itemsize: int, first: bool, last: bool,
+    in_flight: int = 1, t: int = 1, sequence: bool = False, dropout: bool = False,
+    v_mine: int | None = None, **rest,
+) -> int:  # fmt: skip
+    """Bytes kept of a whole stage of the trainer, with in_flight microbatches. Besides the blocks
+    (rest: policy, every, layers, a, attention): the `first` has for each token its row number (8)
+    and whether that is on this rank (1), and a dropout mask; the `last` the norm's input, mean and
+    1/std, the head's input, the probabilities of v_mine entries in fp32, and of each token the
+    target (8), whether it is on this rank and valid (2); once, the global count of tokens (8)."""
+    sizes = dict(b=b, s=s, h=h, itemsize=itemsize, t=t, sequence=sequence, dropout=dropout)
+    wide, of_sequence = max(4, itemsize), t if sequence else 1
+    tokens = b * s * h // of_sequence
+    each = predicted_blocks_bytes(n_layer, **sizes, **rest)
+    if first:
+        each += 9 * b * s + tokens * dropout
+    if last:
+        each += 2 * tokens * itemsize + 2 * b * s // of_sequence * itemsize
+        each += b * s * (v if v_mine is None else v_mine) * wide + 10 * b * s
+    return in_flight * each + 8 * last
 
 
 def predicted_flops(
-    n_layer: int, b: int, s: int, h: int, policy: str, every: int = 1
+    n_layer: int, b: int, s: int, h: int, policy: str, every: int = 1, layers: int | None = None
 ) -> int:
     """FLOPs of the matmuls of n_layer blocks, forward and backward: 2 per multiply-add;
     forward 24 b s h^2 + 4 b s^2 h a block (the mask saves none), backward twice that."""
-    forward = 24 * b * s * h * h + 4 * b * s * s * h
-    return (3 * n_layer + predicted_extra_forwards(n_layer, policy, every)) * forward
-
-
-def predicted_extra_forwards(n_layer: int, policy: str, every: int = 1) -> int:
-    """Block forwards computed again per microbatch."""
-    return 0 if policy == "none" else -(-n_layer // every)
+    core = 4 * b * s * s * h
+    forward = 24 * b * s * h * h + core
+    again = {"none": 0, "offload": 0, "selective": core, "full": forward}[policy]
+    return 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * again
 
 
 # --- demo -----------------------------------------------------------------------------------------
@@ -161,10 +235,10 @@ def main() -> None:
         tokens, _ = data.load(__file__, s)
         rows = range(b * proof.group.rank(), b * (proof.group.rank() + 1))
 
-        def train(policy: str, every: int, dropout: float):
+        def train(policy: str, every: int, layers: int | None, dropout: float):
             config.dropout = dropout
             model = gpt.build(config, seed=0, dtype=torch.float64)
-            checkpoint_blocks(model.h, policy, every, model.draws.remember)
+            checkpoint_blocks(model.h, policy, every, layers, model.draws.remember)
             optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
             for step in range(steps):
                 optimizer.zero_grad()
@@ -187,23 +261,25 @@ def main() -> None:
                 y.sum().backward()
             return saved.bytes, flops.get_total_flops()
 
-        losses, whole = train("none", 1, dropout=0.1)
-        expected = dict(whole.named_parameters())
-        for policy, every in (("none", 1), ("full", 1), ("full", 2)):
-            what = f"{policy}, every {every}"
-            mine, model = train(policy, every, dropout=0.1)
+        losses, whole = train("none", 1, None, dropout=0.1)
+        expected = {n: p.grad for n, p in whole.named_parameters()}
+        for policy, every, layers in (
+            ("none", 1, None), ("selective", 1, None), ("full", 1, None), ("full", 2, None),
+            ("full", 1, 3), ("offload", 1, None),
+        ):  # fmt: skip
+            what = policy + f", every {every}" * (every > 1) + f", {layers} layers" * bool(layers)
+            mine, model = train(policy, every, layers, dropout=0.1)
             for loss, one in zip(mine, losses, strict=True):
                 assert torch.equal(loss, one), "forward is the same computation: bitwise"
-            held = dict(model.named_parameters())
-            gradients = {n: p.grad for n, p in expected.items()}
+            gradients = {n: p.grad for n, p in model.named_parameters()}
             proof.losses(what, mine, losses)
-            proof.close(f"{what} max |d gradient|", {n: p.grad for n, p in held.items()}, gradients)
-            _, model = train(policy, every, dropout=0.0)
+            proof.close(f"{what} max |d gradient|", gradients, expected)
             saved, flops = costs(model)
-            sizes = (n_layer, b, s, h)
-            bytes_ = predicted_bytes(*sizes, a, config.attention, 8, policy, every)
+            sizes = dict(b=b, s=s, h=h, a=a, attention=config.attention, itemsize=8, dropout=True)
+            bytes_ = predicted_blocks_bytes(n_layer, policy, every, layers, **sizes)
             proof.equal(f"{what} bytes kept by the blocks", bytes_, saved)
-            proof.equal(f"{what} FLOPs", predicted_flops(*sizes, policy, every), flops)
+            flops_ = predicted_flops(n_layer, b, s, h, policy, every, layers)
+            proof.equal(f"{what} FLOPs", flops_, flops)
 
 
 if __name__ == "__main__":

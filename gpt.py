@@ -97,6 +97,25 @@ class Dropout(nn.Module):
         return x * torch.stack(masks).to(x.device) / (1.0 - self.p)
 
 
+class Core(nn.Module):
+    """What of attention has no weights: q, k, v [b, a, s, h/a] -> the same shape."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.explicit = config.attention == "explicit" or config.dropout > 0
+        self.drop = Dropout(config.dropout)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self.explicit:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # [b, a, s, s]
+        s = scores.size(-1)
+        future = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+        weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
+        return self.drop(weights.to(q.dtype)) @ v
+
+
 class Attention(nn.Module):
     """Causal self-attention. The number of heads and of tokens is read off what c_attn returns,
     never off the configuration or x: a process that holds some of them runs the same lines."""
@@ -104,10 +123,9 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.head_size = config.n_embd // config.n_head
-        self.kind = "explicit" if config.dropout else config.attention
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v, fused
+        self.core = Core(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.c_attn(x)  # [b, s, 3 h]
@@ -116,15 +134,7 @@ class Attention(nn.Module):
             part.view(b, s, -1, self.head_size).transpose(1, 2)  # [b, a, s, h/a]
             for part in qkv.chunk(3, dim=-1)
         )
-        if self.kind == "sdpa":
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # [b, a, s, s]
-            future = torch.ones(s, s, dtype=torch.bool, device=x.device).triu(1)
-            scores = scores.masked_fill(future, float("-inf"))
-            weights = scores.softmax(dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-            y = self.drop(weights.to(x.dtype)) @ v
-        return self.c_proj(y.transpose(1, 2).reshape(b, s, -1))
+        return self.c_proj(self.core(q, k, v).transpose(1, 2).reshape(b, s, -1))
 
 
 class MLP(nn.Module):

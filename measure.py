@@ -151,7 +151,7 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
     forward pass at a time."""
 
     def __init__(self, model: nn.Module, ignore: Iterable[Tensor] = ()):
-        self._not_ours = {_storage(t) for t in [*model.parameters(), *ignore]}
+        self._not_ours = [*model.parameters(), *ignore]
         self._seen: dict[int, Tensor] = {}
         super().__init__(self._pack, lambda t: t)
 
@@ -160,7 +160,8 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def _pack(self, t: Tensor) -> Tensor:
-        if _storage(t) not in self._not_ours:
+        # Asked each time: parameters that come and go (ZeRO-3) change their place.
+        if all(_storage(t) != _storage(other) for other in self._not_ours):
             self._seen.setdefault(_storage(t), t.detach())
         return t
 

@@ -272,7 +272,7 @@ GPT_PLAN = {
     "wpe": "position",
     "drop": "tokens",
     "h.*.drop_?": "tokens",
-    "h.*.attn.drop": "heads",
+    "h.*.attn.core.drop": "heads",
     "h.*.attn.c_attn": ("column", 3),  # q, k and v: whole heads to each rank, if t divides a
     "h.*.attn.c_proj": "row",
     "h.*.mlp.c_fc": "column",

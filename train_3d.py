@@ -116,6 +116,7 @@ def parser() -> Parser:
     add("--schedule", choices=pipeline.SCHEDULES, default="1f1b")
     add("--recompute", choices=activation_ckpt.POLICIES, default="none")
     add("--recompute-every", type=natural, default=1, metavar="K", help="checkpoint 1 block of K")
+    add("--recompute-layers", type=natural, metavar="N", help="only among a stage's first N")
     add("--val-every", type=at_least(0), default=100, metavar="N", help="steps; 0: never")
     add("--val-batches", type=natural, default=4, help="global batches in a validation")
     add("--print-every", type=natural, default=10, metavar="N", help="steps")
@@ -148,6 +149,8 @@ def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
          f"--micro-batch-size {rows}: make it a multiple of {d * rows}"),
         (every > config.n_layer, f"--recompute-every {every} is more than the {config.n_layer} "
          "blocks: lower it"),
+        ((args.recompute_layers or 1) > config.n_layer, f"--recompute-layers "
+         f"{args.recompute_layers} is more than the {config.n_layer} blocks: lower it"),
         (k and not args.zero, f"--zero-shard-size {k} with --zero 0: nothing is sharded; give "
          "--zero 1, 2 or 3"),
         (k and d % k, f"--zero-shard-size {k} does not divide d {d}: give a divisor of {d}"),
@@ -210,7 +213,9 @@ class Trainer:
         gpt.init_weights(stage, args.seed, self.dtype, device, draw)
         self.draws = getattr(stage, "draws", gpt.Draws())  # a fork's model may have no dropout
         self.draws.seed, remember = args.seed, self.draws.remember
-        activation_ckpt.checkpoint_blocks(stage.h, args.recompute, args.recompute_every, remember)
+        activation_ckpt.checkpoint_blocks(
+            stage.h, args.recompute, args.recompute_every, args.recompute_layers, remember
+        )
         self.model = stage
 
         self.pipe = pipeline.Pipeline([stage], self.pp_group, self.dtype, device)
@@ -411,6 +416,10 @@ def train(
         logger.say("--sequence-parallel: t is 1, so there is nothing to shard: as without it")
     if args.dropout and args.attention == "sdpa":
         logger.say("--dropout: attention is explicit, since the fused kernel takes no mask of ours")
+    if args.recompute == "selective" and args.attention == "sdpa" and not args.dropout:
+        logger.say("--recompute selective: sdpa keeps no s x s, so this saves a log-sum-exp")
+    if args.recompute == "offload" and device.type == "cpu":
+        logger.say("--recompute offload: device and host are one here, so this gains nothing")
     val_loss = None
     logger.start()
     for step in range(args.steps):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -5,6 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import activation_ckpt as ckpt
 import gpt
 import measure
+import pipeline
+import train_3d
+from tools.oracle import Case, launch, reader
 
 B, S, H, A, L = 3, 10, 12, 2, 5
 
@@ -24,11 +29,18 @@ def gradients(net: gpt.GPT) -> dict:
     return {n: p.grad for n, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_the_same_gradients_and_masks_bitwise(every):
+POLICIES = [
+    ("none", 1, None), ("selective", 1, None), ("selective", 2, 3), ("full", 1, None),
+    ("full", 2, None), ("full", 3, None), ("full", 1, 2), ("full", 5, None), ("offload", 1, None),
+    ("offload", 2, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy, every, layers", POLICIES)
+def test_the_same_gradients_and_masks_bitwise(policy, every, layers):
     plain = gradients(model("explicit", dropout=0.2))
     net = model("explicit", dropout=0.2)
-    ckpt.checkpoint_blocks(net.h, "full", every, net.draws.remember)
+    ckpt.checkpoint_blocks(net.h, policy, every, layers, net.draws.remember)
     for name, gradient in gradients(net).items():
         assert torch.equal(gradient, plain[name]), name
 
@@ -47,37 +59,105 @@ def test_torchs_own_dropout_draws_the_same_mask_again():
     assert torch.equal(torch.get_rng_state(), between), "the second forward moved the generator"
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "explicit"])
-@pytest.mark.parametrize("policy, every", [("none", 1), ("full", 1), ("full", 2), ("full", 5)])
-def test_bytes_kept_and_flops_are_as_predicted(attention, policy, every):
-    net = model(attention)
-    ckpt.checkpoint_blocks(net.h, policy, every)
-    x = torch.randn(B, S, H, dtype=torch.float64, requires_grad=True)
-    with FlopCounterMode(display=False) as flops, measure.SavedActivations(net) as saved:
-        y = x
-        for block in net.h.values():
-            y = block(y)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention, dropout", [("sdpa", 0), ("explicit", 0), ("explicit", 0.3)])
+@pytest.mark.parametrize("policy, every, layers", POLICIES)
+def test_bytes_kept_and_flops_are_as_predicted(attention, dropout, policy, every, layers, dtype):
+    net = gpt.build(gpt.GPTConfig(L, A, H, 17, S, attention, dropout=dropout), dtype=dtype)
+    net.draws.at(0, range(B))
+    ckpt.checkpoint_blocks(net.h, policy, every, layers, net.draws.remember)
+    x = torch.randn(B, S, H, dtype=dtype, requires_grad=True)
+    with FlopCounterMode(display=False) as flops:
+        with measure.SavedActivations(net) as saved:
+            y = x
+            for block in net.h.values():
+                y = block(y)
         y.sum().backward()
-    predicted = ckpt.predicted_bytes(L, B, S, H, A, attention, 8, policy, every)
-    # backward ran inside the hooks too: what a recomputed block saved for itself comes on top
-    if policy == "none":
-        assert saved.bytes == predicted
-    with measure.SavedActivations(net) as saved:
-        y = x
-        for block in net.h.values():
-            y = block(y)
+    sizes = dict(b=B, s=S, h=H, a=A, attention=attention, dropout=dropout > 0)
+    predicted = ckpt.predicted_blocks_bytes(
+        L, policy, every, layers, itemsize=dtype.itemsize, **sizes
+    )
     assert saved.bytes == predicted, saved.by_shape()
     if attention == "explicit":  # torch's counter counts 0 for sdpa on the CPU
-        assert flops.get_total_flops() == ckpt.predicted_flops(L, B, S, H, policy, every)
+        assert flops.get_total_flops() == ckpt.predicted_flops(L, B, S, H, policy, every, layers)
 
 
-def test_names_parameters_and_hooks_stay():
+def test_korthikantis_34_and_what_is_more():
+    """2205.05198, section 4.1: (34 s b h + 5 a s s b) bytes of a block; here, the softmax in fp32,
+    norms' means and deviations, and a causal mask."""
+    b, s, h, a = 4, 64, 128, 8
+    ours = ckpt.predicted_block_bytes(b, s, h, a, "explicit", 2, dropout=True)
+    assert ours == 34 * s * b * h + 7 * a * s * s * b + 8 * b * s + s * s
+    for t in (2, 4):  # their table 2: s b h (10 + 24/t), and with sequence parallelism 34/t
+        tp, sp = (ckpt.predicted_block_bytes(b, s, h, a, "explicit", 2, "selective", True, t, seq)
+                  for seq in (False, True))  # fmt: skip
+        assert tp == s * b * h * (10 + 24 // t) + 8 * b * s
+        assert sp == s * b * h * 34 // t + 8 * b * s // t
+
+
+def stage_bytes(case: Case):
+    """(predicted, counted) of what this rank's stage keeps when its microbatches are in flight."""
+    args = train_3d.parser().parse_args(case.arguments())
+    config, device = train_3d.check(args, case.world_size), torch.device("cpu")
+    trainer = train_3d.Trainer(args, config, reader(case), device)
+    p, rank = case.p, trainer.stage
+    saved, most = measure.SavedActivations(trainer.model), []
+    seen, forward = {}, trainer.pipe._forward
+
+    def watched(microbatch, chunk):
+        with saved:
+            forward(microbatch, chunk)
+        seen[microbatch] = saved._seen
+        saved._seen = {}
+
+    trainer.pipe._forward = watched
+    backward = trainer.pipe._backward
+
+    def before_backward(microbatch, chunk):
+        tensors = [t for kept in seen.values() for t in kept.values()]
+        most.append(measure.bytes_held(tensors))
+        del seen[microbatch]
+        backward(microbatch, chunk)
+
+    trainer.pipe._backward = before_backward
+    trainer.step(0)
+    head = getattr(trainer.model.lm_head, "weight", None)
+    predicted = ckpt.predicted_activation_bytes(
+        len(trainer.model.h), case.b, case.seq_len, case.n_embd, case.vocab_size,
+        trainer.dtype.itemsize, first=rank == 0, last=rank == p - 1,
+        in_flight=pipeline.predicted_in_flight(case.schedule, p, case.m, rank), t=case.t,
+        sequence=case.sequence, dropout=case.dropout > 0, a=case.n_head, policy=case.recompute,
+        every=case.every, layers=case.layers, attention=case.attention,
+        v_mine=None if head is None else head.size(0),
+    )  # fmt: skip
+    return predicted, max(most)
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(), Case(attention="explicit"), Case(dropout=0.2), Case(t=2), Case(t=2, sequence=True),
+        Case(t=3, dropout=0.2, sequence=True), Case(t=2, dropout=0.2, dtype="bf16"),
+        Case(p=2, m=4), Case(p=3, m=4, schedule="gpipe", attention="explicit", dtype="float32"),
+        Case(t=2, p=2, m=5, dropout=0.2, sequence=True), Case(d=2, zero=3, attention="explicit"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_stage_keeps_what_is_predicted(case, policy):
+    case = dataclasses.replace(case, recompute=policy, seq_len=12)
+    for predicted, counted in launch(case.world_size, stage_bytes, case):
+        assert predicted == counted
+
+
+@pytest.mark.parametrize("policy", ckpt.POLICIES)
+def test_names_parameters_and_hooks_stay(policy):
     net = model()
     names = [n for n, _ in net.named_parameters()]
     fired = []
     for n, p in net.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, n=n: fired.append(n))
-    ckpt.checkpoint_blocks(net.h, "full")
+    ckpt.checkpoint_blocks(net.h, policy, remember=net.draws.remember)
     gradients(net)
     assert [n for n, _ in net.named_parameters()] == names
     assert sorted(fired) == sorted(names)
@@ -91,5 +171,5 @@ def test_an_input_without_gradient_is_refused():
 
 
 def test_an_unknown_policy():
-    with pytest.raises(ValueError, match="'half' is none of none, full"):
+    with pytest.raises(ValueError, match="'half' is none of none, selective, full, offload"):
         ckpt.checkpoint_blocks(model().h, "half")

@@ -26,7 +26,10 @@ FACTORS = {
         (0, None, 1), (1, None, 1), (2, None, 1), (3, None, 1), (3, None, 0),
         (1, "d/2", 1), (2, "d/2", 1), (3, "d/2", 1),
     ],
-    "recompute": [("none", 1), ("full", 1), ("full", 2)],
+    "recompute": [  # policy, every, layers
+        ("none", 1, None), ("full", 1, None), ("full", 2, None), ("full", 1, 1),
+        ("selective", 1, None), ("offload", 1, None),
+    ],
     "tied": [True, False],
     "optimizer": ["adamw", "sgd"],
     "clip": [0.1, 0.0, 1e9],  # active in every step, off, larger than any norm
@@ -70,13 +73,13 @@ def pairwise(factors: dict) -> list[dict]:
 
 def case_of(row: dict) -> Case:
     t, p, d = row["layout"]
-    recompute, every = row["recompute"]
+    recompute, every, layers = row["recompute"]
     m = p if row["m"] == "p" else row["m"]
     zero, shard_size, reshard = row["zero"]
     shard_size = max(1, d // 2) if shard_size and d % 2 == 0 else None
     rest = {k: v for k, v in row.items() if k not in ("layout", "m", "recompute", "zero")}
-    return Case(t=t, p=p, d=d, m=m, seq_len=12, recompute=recompute, every=every, zero=zero,
-                shard_size=shard_size, reshard=reshard, **rest)  # fmt: skip
+    return Case(t=t, p=p, d=d, m=m, seq_len=12, recompute=recompute, every=every, layers=layers,
+                zero=zero, shard_size=shard_size, reshard=reshard, **rest)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [case_of(row) for row in pairwise(FACTORS)], ids=str)
@@ -123,6 +126,14 @@ def prime_model(tied: bool):
 def test_blocks_with_a_prime_number_of_parameters(case):
     case = dataclasses.replace(case, n_layer=3)
     errors = judge(case, {"model": functools.partial(prime_model, case.tied)})
+    assert errors.worst <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize("t, sequence", [(2, True), (3, False), (4, True)])
+def test_gpt2s_own_vocabulary(t, sequence):
+    """50257: no t divides it."""
+    case = Case(t=t, m=1, b=2, n_layer=1, seq_len=4, vocab_size=50257, sequence=sequence)
+    errors = judge(dataclasses.replace(case, dropout=0.1))
     assert errors.worst <= TOLERANCE, errors
 
 

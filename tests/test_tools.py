@@ -108,6 +108,15 @@ def test_resident_memory_falls_as_predicted():
     assert len(said) == 4 and all("ok" in line for line in said)
 
 
+def test_resident_activations_fall_as_predicted(monkeypatch):
+    said = []
+    config = gpt.GPTConfig(3, 8, 128, 256, seq_len=512, attention="explicit")
+    assert memory.activations_table(config, 2, said.append), said
+    assert len(said) == 3 and all("ok" in line for line in said)
+    monkeypatch.setattr("activation_ckpt.checkpoint_blocks", lambda blocks, policy: None)
+    assert not memory.activations_table(config, 2, lambda line: None), "nothing was dropped"
+
+
 def test_a_leak_would_show_in_resident_memory(monkeypatch):
     config = gpt.GPTConfig(n_layer=3, n_head=8, n_embd=512, vocab_size=256, seq_len=16)
     monkeypatch.setattr("zero.Unit.reshard", zero.Unit.wait)  # the whole parameters stay
@@ -137,6 +146,24 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
     assert ours["torch", "DDP 25 MB"]["wire_bytes"] == 4 * psi
     assert ours["hybrid", "2 replicas x 1"]["wire_bytes"] == 4 * psi  # a group of one sends nothing
     assert "| ddp | naive | 256 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tp", "ckpt"])
+def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
+    out, suite = tmp_path / "bench.json", bench.SUITES[name]
+    arguments = f"bench {name} --sizes 256 --minutes 0 --steps 1 --out {out}"
+    monkeypatch.setattr("sys.argv", arguments.split())
+    bench.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == len(suite.ours) + len(suite.theirs)
+    for row in rows:
+        assert row["max_loss_difference"] < 1e-5, row
+        ours = row["strategy"] != "torch"
+        assert (row["ratio"] is not None) == (ours and row["variant"] != "offload"), row
+    if name == "tp":  # 10 (t-1)/t of [b, s, h] in a block with its sequence cut, 8 without
+        sent = {r["strategy"]: r["wire_bytes"] for r in rows if r["variant"] == "m 1"}
+        assert 1.1 < sent["tp+sp"] / sent["tp"] < 1.4
 
 
 def links_table():

@@ -81,7 +81,10 @@ def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
         ("--zero 3 --zero-shard-size 0", 4, "--zero-shard-size: is 0: give at least 1"),
         ("--zero 2 --zero-reshard-after-forward 0", 4, "only ZeRO-3 reshards"),
         ("--grad-dtype bf16", 1, "--grad-dtype bf16 with --dtype float32"),
-        ("--recompute selective", 1, "--recompute: invalid choice: 'selective'"),
+        ("--recompute half", 1, "--recompute: invalid choice: 'half'.*selective.*offload"),
+        ("--recompute-every 0", 1, "--recompute-every: is 0: give at least 1"),
+        ("--recompute-layers 0", 1, "--recompute-layers: is 0: give at least 1"),
+        ("--recompute-layers 5", 1, "--recompute-layers 5 is more than the 4 blocks"),
         ("--recompute-every 5", 1, "--recompute-every 5 is more than the 4 blocks"),
         ("--tp 2 --sequence-parallel --seq-len 127", 2, "--seq-len 127 is not divisible by --tp 2"),
         ("--step 3", 1, "unrecognized arguments: --step 3"),  # no guessing at abbreviations
@@ -366,11 +369,21 @@ def test_what_means_nothing_alone_is_said_once_and_changes_nothing(flag, means, 
     assert len(said) == 1 and means in said[0] and means not in plain.stdout
 
 
-def test_dropout_makes_attention_explicit_and_says_so(text):
-    said = "--dropout: attention is explicit"
-    for flags, times in ((["--dropout", "0.1"], 1), (["--attention", "explicit"], 0)):
-        result = run(0, "train_3d.py", *TINY, "--data", text, *flags)
-        assert result.returncode == 0 and result.stdout.count(said) == times
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--dropout 0.1", "--dropout: attention is explicit"),
+        ("--recompute selective", "--recompute selective: sdpa keeps no s x s"),
+        ("--recompute offload", "--recompute offload: device and host are one here"),
+        ("--dropout 0.1 --attention explicit --recompute selective", None),
+    ],
+)
+def test_what_a_flag_implies_is_said_once(flags, said, text):
+    result = run(0, "train_3d.py", *TINY, "--data", text, *flags.split())
+    assert result.returncode == 0
+    lines = [line for line in result.stdout.splitlines() if line.startswith("--")
+             and not line.startswith("---")]  # fmt: skip
+    assert len(lines) == (said is not None) and all(line.startswith(said) for line in lines)
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(text):

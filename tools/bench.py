@@ -1,6 +1,8 @@
 """What this code costs beside PyTorch's own, on this machine: step times in pairs, as ratios.
 
     python -m tools.bench dp --out bench.json          2 ranks x 1 thread, gloo, float32, AdamW
+    python -m tools.bench tp                           ranks share the matrices and not the rows
+    python -m tools.bench ckpt                         one rank, explicit attention
 
 Every variant trains the same model from the same weights on the same global batches, in processes
 of its own, once a round, in turn with the others; the one-process baseline runs between them. There
@@ -9,7 +11,8 @@ rank, with the threads of its collectives, is bound to one of its own. A number 
 rounds of the median step (of the slower rank); the spread is over rounds.
 
     ratio        our step over the best of PyTorch's settings for the same strategy; below 1: faster
-    efficiency   step of one process over (ranks x step)
+    efficiency   step of one process over (ranks x step); of ckpt, the share that is not recompute
+    by FLOPs     the efficiency that would be, were every FLOP as quick (ckpt)
     none         ranks that never speak (and so drift apart): what two ranks can reach at best
     links        what the collectives would take if nothing ran beside them, by tools/links.py: with
                  one core a rank, gloo's threads take it from the computation, hidden or not
@@ -19,12 +22,14 @@ rounds of the median step (of the slower rank); the spread is over rounds.
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch._dynamo  # once here, not in every forked rank
@@ -32,11 +37,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
+import activation_ckpt
 import ddp
 import gpt
 import measure
+import tensor_parallel
 import zero
 from tools import links
 from tools.oracle import launch
@@ -144,6 +160,80 @@ def torch_fsdp(model: nn.Module, reshard: bool) -> Callable:
     return step
 
 
+def ours_tp(model: nn.Module, sequence: bool) -> Callable:
+    group = dist.group.WORLD
+    tensor_parallel.parallelize(model, tensor_parallel.GPT_PLAN, group, sequence)
+    optimizer = adamw(model.parameters())
+
+    def step(batch: list, valid: int) -> Tensor:
+        optimizer.zero_grad()
+        total = 0.0
+        for x, y in batch:
+            loss = tensor_parallel.vocab_parallel_cross_entropy(model(x), y, model.lm_head, group)
+            (loss / valid).backward()
+            total = total + loss.detach() / valid
+        partial = [p.grad for p in model.parameters() if p.partial]
+        tensor_parallel.all_reduce_partial(partial, group)
+        optimizer.step()
+        return total
+
+    return step
+
+
+def torch_tp(model: nn.Module, sequence: bool) -> Callable:
+    """DTensor's plan for the same cuts. Its columns are contiguous, so each rank's q, k and v are
+    put side by side first; positions of a shard it has no style for, so ours stands in."""
+    mesh, group = dist.init_device_mesh("cpu", (RANKS,)), dist.group.WORLD
+    outside = Shard(1) if sequence else Replicate()
+    plan = {
+        "wte": RowwiseParallel(input_layouts=Replicate(), output_layouts=outside),
+        "lm_head": ColwiseParallel(
+            input_layouts=outside, output_layouts=Shard(-1), use_local_output=False
+        ),
+    }
+    for name, block in model.h.items():
+        for p in block.attn.c_attn.parameters():
+            with torch.no_grad():
+                p.copy_(p.unflatten(0, (3, RANKS, -1)).transpose(0, 1).flatten(0, 2))
+        for layer in ("attn.c_attn", "mlp.c_fc"):
+            plan[f"h.{name}.{layer}"] = ColwiseParallel(input_layouts=outside)
+        for layer in ("attn.c_proj", "mlp.c_proj"):
+            plan[f"h.{name}.{layer}"] = RowwiseParallel(output_layouts=outside)
+        if sequence:
+            plan |= {f"h.{name}.{norm}": SequenceParallel() for norm in ("ln_1", "ln_2")}
+    if sequence:
+        plan["ln_f"] = SequenceParallel()
+        model.wpe = tensor_parallel.PositionShard(model.wpe, 1, group, True)
+    parallelize_module(model, mesh, plan)
+    model.lm_head.weight = model.wte.weight
+    parameters = list(model.parameters())
+    kinds = ([p for p in parameters if isinstance(p, DTensor) == which] for which in (True, False))
+    optimizer = adamw([{"params": ps} for ps in kinds if ps])
+
+    def step(batch: list, valid: int) -> Tensor:
+        optimizer.zero_grad()
+        with loss_parallel():
+            loss = sum(backward(model, x, y, valid) for x, y in batch)
+        if sequence:
+            dist.all_reduce(model.wpe.weight.grad, group=group)
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def ours_ckpt(model: nn.Module, policy: str) -> Callable:
+    activation_ckpt.checkpoint_blocks(model.h, policy)
+    return one_process(model)
+
+
+def torch_ckpt(model: nn.Module, core: bool, reentrant: bool) -> Callable:
+    for block in model.h.values():
+        module = block.attn.core if core else block
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=reentrant)
+    return one_process(model)
+
+
 def _zero(stage: int, m: int = 1, **options) -> Callable:
     attach = functools.partial(zero.STAGES[stage], **options)
     return functools.partial(ours, attach=attach, m=m)
@@ -189,20 +279,58 @@ THEIRS = {
     "fully_shard kept, m 4": (4, functools.partial(torch_fsdp, reshard=False),
                               [("zero-2", "m 4"), ("zero-3", "kept, m 4")]),
 }  # fmt: skip
+TP_OURS = {
+    (kind, f"m {m}"): (m, functools.partial(ours_tp, sequence=kind == "tp+sp"))
+    for kind in ("tp", "tp+sp")
+    for m in (1, 8)
+}
+TP_THEIRS = {
+    f"DTensor {kind}, {m}": (build, functools.partial(torch_tp, sequence=kind == "tp+sp"),
+                             [(kind, m)])
+    for (kind, m), (build, _) in TP_OURS.items()
+}  # fmt: skip
+CKPT_OURS = {
+    ("recompute", policy): (1, functools.partial(ours_ckpt, policy=policy))
+    for policy in ("full", "selective", "offload")
+}
+CKPT_THEIRS = {
+    f"checkpoint of {what}{', reentrant' * reentrant}": (
+        1, functools.partial(torch_ckpt, core=policy == "selective", reentrant=reentrant),
+        [("recompute", policy)])
+    for policy, what in (("full", "blocks"), ("selective", "attention"))
+    for reentrant in (False, True)
+}  # fmt: skip
 BASELINE = "one process"
+
+
+class Suite(NamedTuple):
+    ours: dict
+    theirs: dict
+    ranks: int = RANKS
+    split_rows: bool = False
+    attention: str = "sdpa"
+
+
+SUITES = {
+    "dp": Suite(OURS, THEIRS, split_rows=True),
+    "tp": Suite(TP_OURS, TP_THEIRS),
+    "ckpt": Suite(CKPT_OURS, CKPT_THEIRS, ranks=1, attention="explicit"),
+}
 
 
 # --- one launch -----------------------------------------------------------------------------------
 
 
-def on_rank(build: Callable, m: int, h: int, steps: int, count: bool) -> dict:
+def on_rank(suite: Suite, build: Callable, m: int, h: int, steps: int, count: bool) -> dict:
     """Train on this rank's rows. Seconds and losses by step, CPU seconds per second; if `count`,
     calls and wire bytes of one more step, by collective."""
-    config, rank, ranks = SIZES[h], dist.get_rank(), dist.get_world_size()
+    config = dataclasses.replace(SIZES[h], attention=suite.attention)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     bind()
     model = gpt.build(config, seed=0)
     step = build(model)
-    mine = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
+    share = ROWS // ranks if suite.split_rows else ROWS
+    mine = slice(rank * share, (rank + 1) * share) if suite.split_rows else slice(ROWS)
     seconds, losses, cpu = [], [], 0.0
     seen = measure.Collectives()
     for i in range(WARMUP + steps + count):
@@ -259,31 +387,36 @@ def other_cpu_seconds() -> float:
     return 0.0
 
 
-def run(build: Callable, m: int, h: int, steps: int, ranks: int, count: bool) -> dict:
+def run(
+    suite: Suite, build: Callable, m: int, h: int, steps: int, ranks: int, count: bool
+) -> dict:
     """One launch: the slower rank's median step and what else is reported."""
     before, children = other_cpu_seconds(), sum(os.times()[2:4])
     start = time.perf_counter()
-    results = launch(ranks, on_rank, build, m, h, steps, count)
+    results = launch(ranks, on_rank, suite, build, m, h, steps, count)
     wall = time.perf_counter() - start
     foreign = other_cpu_seconds() - before - (sum(os.times()[2:4]) - children)
     each = [max(times) for times in zip(*(r["seconds"] for r in results), strict=True)]
     return {
         "ms": 1e3 * statistics.median(each),
-        "losses": [sum(parts) for parts in zip(*(r["losses"] for r in results), strict=True)],
+        "losses": [sum(parts) if suite.split_rows else parts[0]
+                   for parts in zip(*(r["losses"] for r in results), strict=True)],
         "cpu": statistics.mean(r["cpu"] for r in results),
         "wire": results[0]["wire"],
         "foreign": max(0.0, foreign / wall),
-    }
+    }  # fmt: skip
 
 
 # --- the table ------------------------------------------------------------------------------------
 
 
-def collect(sizes: list[int], minutes: float, steps: int, say: Callable) -> dict[int, dict]:
+def collect(
+    suite: Suite, sizes: list[int], minutes: float, steps: int, say: Callable
+) -> dict[int, dict]:
     """All launches, in turn: by size, by variant, one a round. A round that would end after
     `minutes` is not begun, but for the second."""
-    variants = {key: (m, build) for key, (m, build) in OURS.items()}
-    variants |= {name: (m, build) for name, (m, build, _) in THEIRS.items()}
+    variants = {key: (m, build) for key, (m, build) in suite.ours.items()}
+    variants |= {name: (m, build) for name, (m, build, _) in suite.theirs.items()}
     runs: dict[int, dict] = {h: {key: [] for key in (BASELINE, *variants)} for h in sizes}
     start, rounds, longest = time.perf_counter(), 0, 0.0
     while rounds < 2 or time.perf_counter() - start + longest < 60 * minutes:
@@ -294,14 +427,17 @@ def collect(sizes: list[int], minutes: float, steps: int, say: Callable) -> dict
             for j, key in enumerate(order):
                 for name in [key] if j % 8 else [BASELINE, key]:
                     m, build = variants.get(name, (1, one_process))
-                    ranks = 1 if name == BASELINE else RANKS
-                    runs[h][name].append(run(build, m, h, steps, ranks, count=rounds == 0))
+                    ranks = 1 if name == BASELINE else suite.ranks
+                    result = run(suite, build, m, h, steps, ranks, count=rounds == 0)
+                    runs[h][name].append(result)
             say(f"round {rounds + 1}, h {h}: done after {time.perf_counter() - start:.0f} s")
         rounds, longest = rounds + 1, max(longest, time.perf_counter() - began)
     return runs
 
 
-def rows_of(h: int, runs: dict[object, list[dict]], costs: list[dict]) -> list[dict]:
+def rows_of(
+    suite: Suite, h: int, runs: dict[object, list[dict]], costs: list[dict]
+) -> list[dict]:
     """A row for each variant of ours, beside the fastest of PyTorch's for the same strategy."""
     ms = {key: statistics.median(r["ms"] for r in rs) for key, rs in runs.items()}
     one, expected = ms[BASELINE], runs[BASELINE][0]["losses"]
@@ -309,6 +445,7 @@ def rows_of(h: int, runs: dict[object, list[dict]], costs: list[dict]) -> list[d
 
     def describe(key) -> dict:
         wire, times = runs[key][0]["wire"], [r["ms"] for r in runs[key]]
+        unseen = "DTensor" in str(key)
         links_s = sum(
             calls * fit[op][0] + (sent / fit[op][1] / 1e9 if fit[op][1] else 0.0)
             for op, (calls, sent) in wire.items()
@@ -316,9 +453,10 @@ def rows_of(h: int, runs: dict[object, list[dict]], costs: list[dict]) -> list[d
         losses = (r["losses"] for r in runs[key])
         return {
             "spread_ms": max(times) - min(times),
-            "efficiency": one / (RANKS * ms[key]),
-            "wire_bytes": sum(sent for _, sent in wire.values()),
-            "links_ms": 1e3 * links_s,
+            "efficiency": one / (suite.ranks * ms[key]),
+            # DTensor's collectives are of another kind, which measure.py does not see.
+            "wire_bytes": None if unseen else sum(sent for _, sent in wire.values()),
+            "links_ms": None if unseen else 1e3 * links_s,
             "cpu_share": statistics.median(r["cpu"] for r in runs[key]),
             "foreign_cpu": statistics.median(r["foreign"] for r in runs[key]),
             "max_loss_difference": max(abs(a - b) for ls in losses
@@ -326,15 +464,20 @@ def rows_of(h: int, runs: dict[object, list[dict]], costs: list[dict]) -> list[d
         }  # fmt: skip
 
     rows = []
-    for key in OURS:
-        beside = [name for name, (_, _, keys) in THEIRS.items() if key in keys]
+    for key in suite.ours:
+        beside = [name for name, (_, _, keys) in suite.theirs.items() if key in keys]
         best = min(beside, key=ms.get, default=None)
         rows.append({
             "strategy": key[0], "variant": key[1], "h": h, "ours_ms": ms[key],
             "torch": best, "torch_ms": ms[best] if best else None,
             "ratio": ms[key] / ms[best] if best else None,
         } | describe(key))  # fmt: skip
-    for name in THEIRS:
+        if key[0] == "recompute":
+            c = SIZES[h]
+            flops = [activation_ckpt.predicted_flops(c.n_layer, ROWS, c.seq_len, h, policy)
+                     + 6 * ROWS * c.seq_len * h * c.vocab_size for policy in ("none", key[1])]
+            rows[-1]["efficiency_by_flops"] = flops[0] / flops[1]  # fmt: skip
+    for name in suite.theirs:
         rows.append({
             "strategy": "torch", "variant": name, "h": h, "ours_ms": None, "torch": name,
             "torch_ms": ms[name], "ratio": None,
@@ -343,7 +486,7 @@ def rows_of(h: int, runs: dict[object, list[dict]], costs: list[dict]) -> list[d
 
 
 COLUMNS = ("strategy", "variant", "h", "step", "+-", "PyTorch's best", "its step", "ratio",
-           "efficiency", "wire", "links", "CPU", "others' CPU", "d loss")  # fmt: skip
+           "efficiency", "by FLOPs", "wire", "links", "CPU", "others' CPU", "d loss")  # fmt: skip
 
 
 def markdown(rows: list[dict]) -> str:
@@ -355,7 +498,9 @@ def markdown(rows: list[dict]) -> str:
             r["strategy"], r["variant"], r["h"], f"{mine:.0f} ms", f"{r['spread_ms']:.0f}",
             r["torch"] if beside else "", f"{r['torch_ms']:.0f} ms" if beside else "",
             f"{r['ratio']:.2f}" if beside else "", f"{r['efficiency']:.2f}",
-            f"{r['wire_bytes'] / 1e6:.1f} MB", f"{r['links_ms']:.0f} ms", f"{r['cpu_share']:.2f}",
+            f"{r['efficiency_by_flops']:.2f}" if "efficiency_by_flops" in r else "",
+            "" if r["links_ms"] is None else f"{r['wire_bytes'] / 1e6:.1f} MB",
+            "" if r["links_ms"] is None else f"{r['links_ms']:.0f} ms", f"{r['cpu_share']:.2f}",
             f"{r['foreign_cpu']:.2f}", f"{r['max_loss_difference']:.0e}",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -365,29 +510,30 @@ def markdown(rows: list[dict]) -> str:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = arguments.add_argument
-    add("suite", choices=("dp",))
+    add("suite", choices=SUITES)
     add("--sizes", type=int, nargs="+", default=list(SIZES), choices=SIZES, metavar="H",
         help=f"hidden sizes, of {', '.join(map(str, SIZES))}")  # fmt: skip
     add("--minutes", type=float, default=9, metavar="N", help="no round begins that ends later")
     add("--steps", type=int, default=3, metavar="N", help="timed steps of a launch")
     add("--out", metavar="FILE", help="the rows as JSON")
     args = arguments.parse_args()
+    suite = SUITES[args.suite]
 
     def say(line: str) -> None:
         print(line, flush=True)
 
-    say(f"{RANKS} ranks x 1 thread on {len(cores())} cores, gloo, torch {torch.__version__}, "
+    say(f"{suite.ranks} ranks x 1 thread on {len(cores())} cores, gloo, torch {torch.__version__}, "
         f"float32, global batch {ROWS} rows")  # fmt: skip
     costs, rows = launch(RANKS, link_costs)[0], []
-    for h, runs in collect(args.sizes, args.minutes, args.steps, say).items():
+    for h, runs in collect(suite, args.sizes, args.minutes, args.steps, say).items():
         one = [r["ms"] for r in runs[BASELINE]]
         say(f"h {h}: one process {statistics.median(one):.0f} ms, from {min(one):.0f} to "
             f"{max(one):.0f} in {len(one)} launches")  # fmt: skip
-        rows += rows_of(h, runs, costs)
+        rows += rows_of(suite, h, runs, costs)
     say("\n" + markdown(rows))
     if args.out:
         with open(args.out, "w") as file:
-            json.dump({"ranks": RANKS, "cores": len(cores()), "torch": torch.__version__,
+            json.dump({"ranks": suite.ranks, "cores": len(cores()), "torch": torch.__version__,
                        "backend": "gloo", "links": costs, "rows": rows}, file, indent=1)
 
 

@@ -12,6 +12,7 @@ import random
 import sys
 import time
 
+import activation_ckpt
 import measure
 import train_3d
 from tools.oracle import Case, judge
@@ -36,7 +37,8 @@ def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
         shard_size=rng.choice((None, 1, 2)) if zero else None,
         reshard=rng.randint(0, 1) if zero == 3 else 1,
         schedule=rng.choice(("gpipe", "1f1b")),
-        recompute=rng.choice(("none", "full")),
+        recompute=rng.choice(activation_ckpt.POLICIES),
+        layers=rng.choice((None, 1, 2)),
         every=rng.randint(1, 2 if n_layer > 1 else 1),
         tied=rng.random() < 0.5,
         optimizer=rng.choice(("adamw", "sgd")),

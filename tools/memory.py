@@ -1,8 +1,10 @@
-"""What each stage of ZeRO saves, as the operating system sees it: resident memory, beside formulas.
+"""What ZeRO and recomputing save, as the operating system sees it: resident memory, and formulas.
 
 Every row is a run of its own, in fresh processes: train a tiny model, so that the libraries are in
 memory; then build the model, train two steps, and read RssAnon (resident, and no file's) after the
-last backward and before the optimizer, less what it was before the model. Needs Linux and glibc.
+last backward and before the optimizer, less what it was before the model. A second table: of each
+policy of activation_ckpt.py what a forward leaves for backward, and the peak of both together.
+Needs Linux and glibc.
 
     python -m tools.memory --nproc 4
 """
@@ -18,6 +20,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+import activation_ckpt
 import ddp
 import gpt
 import zero
@@ -40,6 +43,53 @@ def resident_bytes() -> int:
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
+
+
+def peak_bytes() -> int:
+    """The most that was resident since forget_peak(), files included."""
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> int:
+    """What is resident now, files included."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return peak_bytes()
+
+
+def activations_on_rank(config: gpt.GPTConfig, rows: int, policy: str) -> tuple[int, int]:
+    """(resident bytes that a forward leaves behind, peak of forward and backward)."""
+    give_back_at_once()
+    model = gpt.build(config, seed=0)
+    activation_ckpt.checkpoint_blocks(model.h, policy)
+    x = torch.randint(config.vocab_size, (rows, config.seq_len))
+    gpt.cross_entropy(model(x[:1, :8]), x[:1, :8]).backward()  # gradients and libraries are there
+    before, base = resident_bytes(), forget_peak()
+    loss = gpt.cross_entropy(model(x), x)
+    held = resident_bytes() - before
+    loss.backward()
+    return held, peak_bytes() - base
+
+
+def activations_table(config: gpt.GPTConfig, rows: int, say: Callable) -> bool:
+    """Prints a row for each policy; whether what a forward leaves fell as predicted."""
+    fine, first = True, None
+    sizes = dict(b=rows, s=config.seq_len, h=config.n_embd, a=config.n_head, itemsize=4,
+                 attention="explicit")  # fmt: skip
+    for policy in ("none", "selective", "full"):
+        held, peak = launch(1, activations_on_rank, config, rows, policy)[0]
+        predicted = activation_ckpt.predicted_blocks_bytes(config.n_layer, policy, **sizes)
+        first = first or (held, predicted)
+        fell, should = first[0] - held, first[1] - predicted
+        ok = abs(fell - should) <= TOLERANCE * first[1]
+        fine &= ok
+        say(f"recompute {policy:9s}  blocks' activations predicted {predicted / 1e6:7.1f} MB   "
+            f"resident of a forward {held / 1e6:7.1f} MB, peak with backward {peak / 1e6:7.1f} MB  "
+            f" less than none: predicted {should / 1e6:7.1f} MB  resident {fell / 1e6:7.1f} MB  "
+            f"{'ok' if ok else 'MISMATCH'}")  # fmt: skip
+    return fine
 
 
 def on_rank(config: gpt.GPTConfig, stage: int, k: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -109,6 +159,9 @@ def main() -> None:
         raise SystemExit("memory.py: error: resident memory is read from /proc/self/status: Linux")
     say = functools.partial(print, flush=True)
     fine = [table(config, args.nproc, dtype, say) for dtype in (torch.float32, torch.bfloat16)]
+    # Wide in the sequence: 8 heads' s x s is as large as all else in a block.
+    config = gpt.GPTConfig(4, 8, 256, 256, seq_len=512, attention="explicit")
+    fine.append(activations_table(config, 4, say))
     sys.exit(0 if all(fine) else 1)
 
 

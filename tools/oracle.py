@@ -69,6 +69,7 @@ class Case:
     schedule: str = "1f1b"
     recompute: str = "none"
     every: int = 1
+    layers: int | None = None
     tied: bool = True
     optimizer: str = "adamw"
     clip: float = 0.1  # far below the norm: active in every step
@@ -102,6 +103,7 @@ class Case:
         }  # fmt: skip
         flags = [f"--{name}={value}" for name, value in pairs.items()]
         flags += [] if self.shard_size is None else [f"--zero-shard-size={self.shard_size}"]
+        flags += [] if self.layers is None else [f"--recompute-layers={self.layers}"]
         flags += [] if self.reshard else ["--zero-reshard-after-forward=0"]
         flags += ["--sequence-parallel"] if self.sequence else []
         return flags + ([] if self.tied else ["--untied"])
