@@ -4,21 +4,22 @@
     full        x0 .  .  . x1 .  .  . x2 .  .  . x3      backward of block 3: x2 -> forward again ->
                            ^-- kept --^                  a b c of this one block, used, dropped
     selective   x0 [a . c] x1 [a . c] x2 [a . c] x3      b, attention's s x s, is large and cheap
-    offload     x0 .  .  . x1 .  .  . x2 .  .  . x3      a b c wait in host memory
+    offload     .  .  .  . .  .  .  . .  .  .  . x3      x0 a b c wait in host memory
 
     per block (GPT-2)    kept for backward, numbers                       compute per step
     none                 16 b s h + b a s s (explicit attention)          F + B           (B = 2 F)
-    selective            16 b s h                                         F + B + 4 b s s h
-    full                 b s h                                            F + B + F, a third more
-    offload              on the device nothing                            F + B, and 2 copies of it
+    selective            16 b s h                                         F + B + 2 b s s h
+    full                 b s h                                            F + B + F less one matmul
+    offload              on the device nothing, x0 x1 .. neither          F + B, and 2 copies of it
     and while a block is in backward, what it had dropped, once.
-    every = k: the first of every k blocks; layers = n: among the first n blocks only.
+    every = k: the first of every k blocks; layers = n: among the first n (of a pipeline's stage).
 
 With fused attention (sdpa) the s x s is never stored, and selective gains its log-sum-exp alone,
 b a s. Offload on a CPU is a copy that gains nothing; it is here for its proof.
 
-Dropout must draw the same masks again: what they are drawn from is remembered with the input.
-Inside tensor parallelism the second forward repeats the forward's collectives, in backward.
+Dropout must draw the same masks again: what they are drawn from is remembered with the input. The
+second forward pays for that drawing, and in tensor parallelism for the collectives, once more.
+It ends where backward has all it needs: without dropout, a block's last matmul is spared.
 
     torchrun --standalone --nproc-per-node 2 activation_ckpt.py
 
@@ -29,6 +30,8 @@ al. 2022 (arXiv 2205.05198), sections 4 and 5.
 import contextlib
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,37 +59,67 @@ def torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
     return again
 
 
-class Recompute(torch.autograd.Function):
-    """function(*xs) with xs kept instead of what function would save. The gradients of parameters
-    are accumulated by the backward inside backward, so their hooks fire there."""
+class Inputs(torch.autograd.Function):
+    """The identity; it is the node that keeps xs, and it gives them to whoever asks its ctx."""
 
     @staticmethod
-    def forward(ctx, function: Callable[..., Tensor], remember: Callable, *xs: Tensor) -> Tensor:
-        ctx.function, ctx.again = function, remember()
+    def forward(ctx, of: "Recompute", *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*xs)
-        return function(*xs)  # autograd records nothing in here
+        # Where no x has a gradient there will be no node, and nothing is saved.
+        of.inputs = ctx if any(ctx.needs_input_grad) else SimpleNamespace(saved_tensors=xs)
+        return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        xs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad(), ctx.again():
-            y = ctx.function(*xs)
-        torch.autograd.backward(y, grad)
-        return None, None, *(x.grad for x in xs)
+    def backward(ctx, *grads: Tensor):
+        return None, *grads
+
+
+class Enough(Exception):
+    """All that backward needs has been computed again."""
+
+
+class Recompute(torch.autograd.graph.saved_tensors_hooks):
+    """Under this context autograd saves numbers: 0 for the first tensor that function(*xs) wants
+    kept, and so on. Backward asks for the first of them, and function runs again, as far as the
+    last: a block's last matmul, and what sums it, it does not reach."""
+
+    def __init__(self, function: Callable[..., Tensor], remember: Callable):
+        self.function, self.again = function, remember()
+        self.inputs: Any = None  # its saved_tensors are the xs
+        self.count, self.tensors = 0, {}
+        super().__init__(self.number, self.tensor)
+
+    def number(self, t: Tensor) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def tensor(self, number: int) -> Tensor:
+        if number not in self.tensors:
+            xs = [x.detach().requires_grad_(x.requires_grad) for x in self.inputs.saved_tensors]
+            hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda t: t)
+            self.tensors = {}
+            with contextlib.suppress(Enough), torch.enable_grad(), self.again(), hooks:
+                self.function(*xs)
+        return self.tensors.pop(number)  # used once, and free
+
+    def _keep(self, t: Tensor) -> Tensor:
+        self.tensors[len(self.tensors)] = t.detach()
+        if len(self.tensors) == self.count:
+            raise Enough
+        return t
 
 
 def recompute(
     function: Callable[..., Tensor], *xs: Tensor, remember: Callable = torch_rng
 ) -> Tensor:
-    """function(*xs), of floating-point tensors, recomputed in backward. remember() -> what opens
-    the context of the second forward, in which chance must fall as in the first. Raises ValueError
-    where autograd would drop the parameters' gradients without a word: it follows inputs only."""
-    if torch.is_grad_enabled() and not any(x.requires_grad for x in xs):
-        raise ValueError(
-            "recompute: the input requires no gradient, so none would reach the parameters; "
-            "call x.requires_grad_() first"
-        )
-    return Recompute.apply(function, remember, *xs)
+    """function(*xs), recomputed in backward. remember() -> what opens the context of the second
+    forward, in which chance must fall as in the first."""
+    if not torch.is_grad_enabled():
+        return function(*xs)
+    of = Recompute(function, remember)
+    xs = Inputs.apply(of, *xs)
+    with of:
+        return function(*xs)
 
 
 class Offload(torch.autograd.graph.saved_tensors_hooks):
@@ -185,14 +218,13 @@ def predicted_blocks_bytes(
 
 def predicted_activation_bytes(
     n_layer: int, b: int, s: int, h: int, v: int, itemsize: int, first: bool, last: bool,
-    in_flight: int = 1, t: int = 1, sequence: bool = False, dropout: bool = False,
-    v_mine: int | None = None, **rest,
+    in_flight: int = 1, t: int = 1, sequence: bool = False, dropout: bool = False, **rest,
 ) -> int:  # fmt: skip
     """Bytes kept of a whole stage of the trainer, with in_flight microbatches. Besides the blocks
     (rest: policy, every, layers, a, attention): the `first` has for each token its row number (8)
     and whether that is on this rank (1), and a dropout mask; the `last` the norm's input, mean and
-    1/std, the head's input, the probabilities of v_mine entries in fp32, and of each token the
-    target (8), whether it is on this rank and valid (2); once, the global count of tokens (8)."""
+    1/std, the head's input, the probabilities of this rank's v words in fp32, and of each token
+    the target (8), whether it is on this rank and valid (2); once, the global count (8)."""
     sizes = dict(b=b, s=s, h=h, itemsize=itemsize, t=t, sequence=sequence, dropout=dropout)
     wide, of_sequence = max(4, itemsize), t if sequence else 1
     tokens = b * s * h // of_sequence
@@ -201,18 +233,22 @@ def predicted_activation_bytes(
         each += 9 * b * s + tokens * dropout
     if last:
         each += 2 * tokens * itemsize + 2 * b * s // of_sequence * itemsize
-        each += b * s * (v if v_mine is None else v_mine) * wide + 10 * b * s
+        each += b * s * v * wide + 10 * b * s
     return in_flight * each + 8 * last
 
 
 def predicted_flops(
-    n_layer: int, b: int, s: int, h: int, policy: str, every: int = 1, layers: int | None = None
-) -> int:
+    n_layer: int, b: int, s: int, h: int, policy: str, every: int = 1, layers: int | None = None,
+    dropout: bool = False,
+) -> int:  # fmt: skip
     """FLOPs of the matmuls of n_layer blocks, forward and backward: 2 per multiply-add;
-    forward 24 b s h^2 + 4 b s^2 h a block (the mask saves none), backward twice that."""
+    forward 24 b s h^2 + 4 b s^2 h a block (the mask saves none), backward twice that. What is
+    recomputed ends before its last matmul, the core's second, or a block's mlp.c_proj of
+    8 b s h^2, but for dropout, whose mask comes behind that of a block."""
     core = 4 * b * s * s * h
     forward = 24 * b * s * h * h + core
-    again = {"none": 0, "offload": 0, "selective": core, "full": forward}[policy]
+    full = forward - (0 if dropout else 8 * b * s * h * h)
+    again = {"none": 0, "offload": 0, "selective": core // 2, "full": full}[policy]
     return 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * again
 
 
@@ -278,7 +314,7 @@ def main() -> None:
             sizes = dict(b=b, s=s, h=h, a=a, attention=config.attention, itemsize=8, dropout=True)
             bytes_ = predicted_blocks_bytes(n_layer, policy, every, layers, **sizes)
             proof.equal(f"{what} bytes kept by the blocks", bytes_, saved)
-            flops_ = predicted_flops(n_layer, b, s, h, policy, every, layers)
+            flops_ = predicted_flops(n_layer, b, s, h, policy, every, layers, dropout=True)
             proof.equal(f"{what} FLOPs", flops_, flops)
 
 

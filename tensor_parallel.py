@@ -26,8 +26,9 @@ Backward mirrors it, and gathers the input of W1 again instead of keeping it who
     parameters, gradients, optimizer: 1/t of the matrices; norms, row biases and wpe whole
     activations: 1/t inside attention and MLP; residual stream and norms whole, or 1/t
 
-The sum of an input's gradient travels while the weight's gradient is computed; everything else
-waits for what it asks, so t stays inside one machine.
+The sum of an input's gradient travels while the weight's gradient is computed, and the second
+gather of an input while its gradient is; everything else waits for what it asks, so t stays inside
+one machine.
 
     torchrun --standalone --nproc-per-node 2 tensor_parallel.py
 
@@ -49,12 +50,14 @@ from torch import Tensor, nn
 #
 #     name            forward         backward         stands where
 #     ColumnLinear    identity        all-reduce       f: one x enters t different matmuls
-#     SumOverGroup    all-reduce      identity         g: t partial sums leave as one y
+#     RowLinear       all-reduce      identity         g: t partial sums leave as one y
 #   with sequence parallelism, where x and y are shards of the sequence:
 #     ColumnLinear    all-gather      reduce-scatter   f
-#     SumOverGroup    reduce-scatter  all-gather       g
+#     RowLinear       reduce-scatter  all-gather       g
+#     SumOverGroup    g by itself, for the embedding's partial sums
 #
-# f is one with its matmul, since in backward its collective runs beside half of that.
+# Each is one with its matmul: f's collective runs beside half of that in backward, and g's sums
+# what the matmul has just made, in place.
 # torch 2.13 renamed the two and warns at the old names; 2.11 has the old.
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -121,6 +124,25 @@ class ColumnLinear(torch.autograd.Function):
         return d_x(), d_weight, d_bias, None, None
 
 
+class RowLinear(torch.autograd.Function):
+    """x [b, s, in/t] -> y [b, s, out], or if `sequence` my shard [b, s/t, out] of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group, sequence: bool):
+        ctx.group, ctx.sequence, ctx.has_bias = group, sequence, bias is not None
+        ctx.save_for_backward(x, weight)
+        y = (start_scatter if sequence else start_sum)(F.linear(x, weight), group)()
+        return y if bias is None else y.add_(bias)  # whole, and added once: after the sum
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        d_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None  # of my tokens
+        grad = start_gather(grad, ctx.group)() if ctx.sequence else grad
+        d_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        return grad @ weight, d_weight, d_bias, None, None
+
+
 class SumOverGroup(torch.autograd.Function):
     """x [b, s, h], a partial sum -> the sum, whole, or if `sequence` my shard [b, s/t, h] of it."""
 
@@ -137,7 +159,8 @@ class SumOverGroup(torch.autograd.Function):
 
 def all_reduce_partial(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
     """With sequence parallelism: each rank has seen some of the tokens, so a parameter that is not
-    cut (`partial` says so) has some of its gradient. Call once a step, with all of them."""
+    cut (`partial` says so) has some of its gradient. Call once a step, with all of them, rather
+    than in each backward: one message for l blocks and m microbatches."""
     if gradients:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat, group=group)  # payload: norms, row biases, wpe
@@ -181,7 +204,7 @@ def cut_parameter(p: nn.Parameter, dim: int, parts: int | tuple[int, ...], group
     if isinstance(parts, int):
         parts = (p.size(dim) // parts,) * parts
     cut = Cut(p.shape, dim, parts, group.rank(), group.size())
-    new = nn.Parameter(cut(p.detach()).clone(), requires_grad=p.requires_grad)
+    new = nn.Parameter(cut(p.detach()), requires_grad=p.requires_grad)
     new.__dict__.update(p.__dict__, cut=cut)
     return new
 
@@ -211,8 +234,7 @@ class RowParallelLinear(nn.Module):
         self.bias = linear.bias  # whole, and added once: after the sum
 
     def forward(self, x: Tensor) -> Tensor:
-        y = SumOverGroup.apply(F.linear(x, self.weight), self.group, self.sequence)
-        return y if self.bias is None else y + self.bias
+        return RowLinear.apply(x, self.weight, self.bias, self.group, self.sequence)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -289,7 +311,7 @@ def parallelize(
     everything between the parallel modules sees a shard of the sequence, [b, s/t, h]; parameters
     that are whole are marked `partial`, see all_reduce_partial. Raises ValueError for an unknown
     style, a pattern that matches nothing (a misspelt one would leave its matrices whole, and slow),
-    or a matrix with fewer rows than ranks."""
+    or a matrix that leaves a rank without a row."""
     tied: dict[int, nn.Parameter] = {}  # whole weight -> its part, for weights with two owners
     modules = list(model.named_modules())
     for pattern in plan:
