@@ -103,7 +103,8 @@ class Recompute(torch.autograd.graph.saved_tensors_hooks):
         return self.tensors.pop(number)  # used once, and free
 
     def _keep(self, t: Tensor) -> Tensor:
-        self.tensors[len(self.tensors)] = t.detach()
+        # Detached: a node that kept its own output would hold itself, and neither would ever go.
+        t = self.tensors[len(self.tensors)] = t.detach()
         if len(self.tensors) == self.count:
             raise Enough
         return t

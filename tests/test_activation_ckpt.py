@@ -1,4 +1,6 @@
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -177,6 +179,27 @@ def test_frozen_layers_below_and_no_gradient_at_all():
                 net(torch.zeros(B, S, dtype=torch.int64))
         for name, gradient in grads[0].items():
             assert gradient is None or torch.equal(gradient, grads[1][name]), name
+
+
+def test_nothing_of_the_second_forward_outlives_backward(monkeypatch):
+    kept, keep = [], ckpt.Recompute._keep
+
+    def watched(self, t):
+        kept.append(weakref.ref(t))
+        return keep(self, t)
+
+    monkeypatch.setattr(ckpt.Recompute, "_keep", watched)
+    for policy in ("selective", "full"):
+        net = model("explicit", dropout=0.2)
+        ckpt.checkpoint_blocks(net.h, policy, remember=net.draws.remember)
+        gc.disable()  # nothing may wait for it
+        try:
+            gradients(net)
+            parameters = {id(p) for p in net.parameters()}
+            alive = [ref() for ref in kept if ref() is not None and id(ref()) not in parameters]
+            assert kept and not alive, [tuple(t.shape) for t in alive]
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("policy", ckpt.POLICIES)
