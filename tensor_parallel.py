@@ -117,11 +117,11 @@ class ColumnLinear(torch.autograd.Function):
         whole_x = start_gather(x, ctx.group) if ctx.sequence else lambda: x
         d_x = grad @ weight  # a partial sum: of my columns
         x = whole_x()
-        d_x = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)
+        arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)
         rows = grad.flatten(0, -2)
         d_weight = rows.T @ x.flatten(0, -2)  # while d_x travels
         d_bias = rows.sum(0) if ctx.has_bias else None
-        return d_x(), d_weight, d_bias, None, None
+        return arrived(), d_weight, d_bias, None, None
 
 
 class RowLinear(torch.autograd.Function):
@@ -308,8 +308,9 @@ def parallelize(
 ) -> nn.Module:
     """Replace each module whose name matches a pattern of `plan` (style, or (style, parts)) by its
     parallel kind, in place. Works on the meta device too. A tied weight stays tied. `sequence`:
-    everything between the parallel modules sees a shard of the sequence, [b, s/t, h]; parameters
-    that are whole are marked `partial`, see all_reduce_partial. Raises ValueError for an unknown
+    everything between the parallel modules sees a shard of the sequence, [b, s/t, h], so attention
+    must read its length off what a column returned, not off its input; parameters that are whole
+    are marked `partial`, see all_reduce_partial. Raises ValueError for an unknown
     style, a pattern that matches nothing (a misspelt one would leave its matrices whole, and slow),
     or a matrix that leaves a rank without a row."""
     tied: dict[int, nn.Parameter] = {}  # whole weight -> its part, for weights with two owners

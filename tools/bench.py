@@ -62,8 +62,8 @@ SIZES = {256: gpt.GPTConfig(8, 4, 256, 256, 256), 768: gpt.GPTConfig(2, 12, 768,
 adamw = functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True)
 
 
-# --- variants: model -> (context of microbatch i of m, what runs before a step, what after) -------
-# Each returns step(microbatches): forward, backward, update.
+# --- variants -------------------------------------------------------------------------------------
+# Each takes the model and returns step(microbatches, tokens of the batch): F, B and update.
 
 
 def backward(model: nn.Module, x: Tensor, y: Tensor, valid: int) -> Tensor:
@@ -72,20 +72,8 @@ def backward(model: nn.Module, x: Tensor, y: Tensor, valid: int) -> Tensor:
     return loss.detach()
 
 
-def one_process(model: nn.Module) -> Callable:
-    optimizer = adamw(model.parameters())
-
-    def step(batch: list, valid: int) -> Tensor:
-        optimizer.zero_grad()
-        loss = sum(backward(model, x, y, valid) for x, y in batch)
-        optimizer.step()
-        return loss
-
-    return step
-
-
 def ladder(model: nn.Module, meet: Callable) -> Callable:
-    """ddp.py's first two rungs."""
+    """ddp.py's first two rungs: meet(parameters, group) after backward."""
     optimizer = adamw(model.parameters())
 
     def step(batch: list, valid: int) -> Tensor:
@@ -96,6 +84,9 @@ def ladder(model: nn.Module, meet: Callable) -> Callable:
         return loss
 
     return step
+
+
+one_process = functools.partial(ladder, meet=lambda *_: None)
 
 
 def ours(model: nn.Module, attach: Callable, m: int = 1) -> Callable:
@@ -248,8 +239,8 @@ def _ddp(megabytes: int) -> Callable:
 KEPT = {"reshard_after_forward": False}
 # (strategy, variant) -> (microbatches, ours)
 OURS = {
-    ("none", "m 1"): (1, functools.partial(ladder, meet=lambda *_: None)),
-    ("none", "m 4"): (4, functools.partial(ladder, meet=lambda *_: None)),
+    ("none", "m 1"): (1, one_process),
+    ("none", "m 4"): (4, one_process),
     ("ddp", "naive"): (1, functools.partial(ladder, meet=ddp.all_reduce_gradients)),
     ("ddp", "flat"): (1, functools.partial(ladder, meet=ddp.all_reduce_flat)),
     ("ddp", "bucketed 25 MB"): (1, _ddp(25)),

@@ -36,27 +36,25 @@ def give_back_at_once() -> None:
     ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
+def status(key: str) -> int:
+    """Bytes, from the kernel's account of this process."""
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
 def resident_bytes() -> int:
     """RssAnon, after free memory was given back: a process inherits its parent's, too."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
-def peak_bytes() -> int:
-    """The most that was resident since forget_peak(), files included."""
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return status("RssAnon")
 
 
 def forget_peak() -> int:
-    """What is resident now, files included."""
+    """From here VmHWM counts anew; what it begins with: resident now, files included."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
-    return peak_bytes()
+    return status("VmHWM")
 
 
 def activations_on_rank(config: gpt.GPTConfig, rows: int, policy: str) -> tuple[int, int]:
@@ -70,26 +68,37 @@ def activations_on_rank(config: gpt.GPTConfig, rows: int, policy: str) -> tuple[
     loss = gpt.cross_entropy(model(x), x)
     held = resident_bytes() - before
     loss.backward()
-    return held, peak_bytes() - base
+    return held, status("VmHWM") - base
+
+
+class Fall:
+    """Of a table whose first row is what the others are compared with."""
+
+    def __init__(self, first: str):
+        self.first, self.rows, self.fine = first, [], True
+
+    def verdict(self, resident: int, predicted: int) -> str:
+        """The end of a row; `fine` says whether all fell as predicted."""
+        self.rows.append((resident, predicted))
+        fell, should = (a - b for a, b in zip(self.rows[0], (resident, predicted), strict=True))
+        ok = abs(fell - should) <= TOLERANCE * self.rows[0][1]
+        self.fine &= ok
+        return (f"   less than {self.first}: predicted {should / 1e6:7.1f} MB  "
+                f"resident {fell / 1e6:7.1f} MB  {'ok' if ok else 'MISMATCH'}")  # fmt: skip
 
 
 def activations_table(config: gpt.GPTConfig, rows: int, say: Callable) -> bool:
     """Prints a row for each policy; whether what a forward leaves fell as predicted."""
-    fine, first = True, None
+    fall = Fall("none")
     sizes = dict(b=rows, s=config.seq_len, h=config.n_embd, a=config.n_head, itemsize=4,
                  attention="explicit")  # fmt: skip
     for policy in ("none", "selective", "full"):
         held, peak = launch(1, activations_on_rank, config, rows, policy)[0]
         predicted = activation_ckpt.predicted_blocks_bytes(config.n_layer, policy, **sizes)
-        first = first or (held, predicted)
-        fell, should = first[0] - held, first[1] - predicted
-        ok = abs(fell - should) <= TOLERANCE * first[1]
-        fine &= ok
         say(f"recompute {policy:9s}  blocks' activations predicted {predicted / 1e6:7.1f} MB   "
-            f"resident of a forward {held / 1e6:7.1f} MB, peak with backward {peak / 1e6:7.1f} MB  "
-            f" less than none: predicted {should / 1e6:7.1f} MB  resident {fell / 1e6:7.1f} MB  "
-            f"{'ok' if ok else 'MISMATCH'}")  # fmt: skip
-    return fine
+            f"resident of a forward {held / 1e6:7.1f} MB, peak with backward {peak / 1e6:7.1f} MB"
+            + fall.verdict(held, predicted))  # fmt: skip
+    return fall.fine
 
 
 def on_rank(config: gpt.GPTConfig, stage: int, k: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -137,17 +146,12 @@ def table(config: gpt.GPTConfig, nproc: int, dtype: torch.dtype, say: Callable) 
     rows = [(f"ZeRO-{stage}", stage, nproc) for stage in (0, *zero.STAGES)]
     if nproc > 2 and nproc % 2 == 0:
         rows.insert(3, (f"ZeRO-3 within {nproc // 2}", 3, nproc // 2))
-    fine, first = True, None
+    fall = Fall("ZeRO-0")
     for what, stage, k in rows:
         resident, predicted = launch(nproc, on_rank, config, stage, k, dtype)[0]
-        first = first or (resident, predicted)
-        fell, should = first[0] - resident, first[1] - predicted
-        ok = abs(fell - should) <= TOLERANCE * first[1]
-        fine &= ok
         say(f"{what:16s} {str(dtype)[6:]:9s} predicted {predicted / 1e6:7.1f} MB  resident "
-            f"{resident / 1e6:7.1f} MB   less than ZeRO-0: predicted {should / 1e6:7.1f} MB  "
-            f"resident {fell / 1e6:7.1f} MB  {'ok' if ok else 'MISMATCH'}")  # fmt: skip
-    return fine
+            f"{resident / 1e6:7.1f} MB" + fall.verdict(resident, predicted))  # fmt: skip
+    return fall.fine
 
 
 def main() -> None:
