@@ -123,8 +123,9 @@ class Block(nn.Module):
         self.down = nn.Linear(HIDDEN, H, bias=False)
 
     def forward(self, x):
-        b, s, _ = x.shape
-        heads = self.qkv(self.norm_1(x)).view(b, s, -1, SIZE).transpose(1, 2)
+        qkv = self.qkv(self.norm_1(x))
+        b, s, _ = qkv.shape  # x may be a shard of the sequence
+        heads = qkv.view(b, s, -1, SIZE).transpose(1, 2)
         kv = heads.size(1) * KV_HEADS // (HEADS + 2 * KV_HEADS)  # of this rank
         q, k, v = heads.split([heads.size(1) - 2 * kv, kv, kv], dim=1)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -164,6 +165,7 @@ def test_another_model_cut_by_its_own_plan():
         Case(**sizes),
         Case(t=2, p=2, d=2, zero=1, **sizes),
         Case(t=2, p=3, optimizer="sgd", recompute="full", **sizes),
+        Case(t=2, p=2, d=2, zero=3, sequence=True, seq_len=8, **sizes),
     ):
         errors = judge(case, seams)
         assert errors.worst <= TOLERANCE, errors
