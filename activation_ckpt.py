@@ -12,7 +12,7 @@
     full                 b s h                                            F + B + F less one matmul
     offload              on the device nothing, x0 x1 .. neither          F + B, and 2 copies of it
     and while a block is in backward, what it had dropped, once.
-    every = k: the first of every k blocks; layers = n: among the first n (of a pipeline's stage).
+    every = k: the first of every k blocks; layers = n: among the first n (of a rank's).
 
 With fused attention (sdpa) the s x s is never stored, and selective gains its log-sum-exp alone,
 b a s. Offload on a CPU is a copy that gains nothing; it is here for its proof.
@@ -78,16 +78,15 @@ class Enough(Exception):
     """All that backward needs has been computed again."""
 
 
-class Recompute(torch.autograd.graph.saved_tensors_hooks):
-    """Under this context autograd saves numbers: 0 for the first tensor that function(*xs) wants
-    kept, and so on. Backward asks for the first of them, and function runs again, as far as the
-    last: a block's last matmul, and what sums it, it does not reach."""
+class Recompute:
+    """Autograd saves numbers: 0 for the first tensor that function(*xs) wants kept, and so on.
+    Backward asks for the first of them, and function runs again, as far as the last: a block's
+    last matmul, and what sums it, it does not reach."""
 
     def __init__(self, function: Callable[..., Tensor], remember: Callable):
         self.function, self.again = function, remember()
         self.inputs: Any = None  # its saved_tensors are the xs
         self.count, self.tensors = 0, {}
-        super().__init__(self.number, self.tensor)
 
     def number(self, t: Tensor) -> int:
         self.count += 1
@@ -119,7 +118,7 @@ def recompute(
         return function(*xs)
     of = Recompute(function, remember)
     xs = Inputs.apply(of, *xs)
-    with of:
+    with torch.autograd.graph.saved_tensors_hooks(of.number, of.tensor):
         return function(*xs)
 
 
@@ -296,7 +295,7 @@ def main() -> None:
                     for block in model.h.values():
                         y = block(y)
                 y.sum().backward()
-            return saved.bytes, flops.get_total_flops()
+            return saved.peak, flops.get_total_flops()
 
         losses, whole = train("none", 1, None, dropout=0.1)
         expected = {n: p.grad for n, p in whole.named_parameters()}

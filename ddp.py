@@ -114,8 +114,8 @@ class DDP:
 
     model: the same on every rank of `group`; what is frozen from the start is left alone.
     accumulations: how often each gradient is accumulated to in a step: once per microbatch (two
-        uses in one backward are one). Counting them, rather than asking which microbatch is the
-        last, holds under every schedule.
+        uses in one backward are one), or by parameter, where they differ. Counting them, rather
+        than asking which microbatch is the last, holds under every schedule.
     bucket_bytes: a bucket is closed when it holds at least this many; the first one at a 25th of
         it, so that the link is not idle until 25 MB of gradients are there.
     reduce: (flat bucket, group) -> a handle with wait(); the seam for compression.
@@ -128,13 +128,17 @@ class DDP:
     be called)."""
 
     def __init__(
-        self, model: nn.Module, group: dist.ProcessGroup, accumulations: int,
+        self, model: nn.Module, group: dist.ProcessGroup,
+        accumulations: int | dict[nn.Parameter, int],
         bucket_bytes: int = 25 * 2**20, reduce: Callable = all_reduce_bucket,
         grad_dtype: torch.dtype | None = None,
     ):  # fmt: skip
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [(getattr(p, "tied_name", name), p) for name, p in named]
-        self.group, self.accumulations, self.reduce = group, accumulations, reduce
+        self.group, self.reduce = group, reduce
+        if isinstance(accumulations, int):
+            accumulations = dict.fromkeys(model.parameters(), accumulations)
+        self.accumulations = accumulations
         self.bucket_bytes = bucket_bytes
         self.dtype = self.parameters[0][1].dtype
         self.grad_dtype = grad_dtype or torch.promote_types(self.dtype, torch.float32)
@@ -195,7 +199,7 @@ class DDP:
             flat.zero_()
         for p, master in self.masters.items():
             master.grad = p.grad if master is p else None
-        self.missing = dict.fromkeys(self.bucket_of, self.accumulations)  # by parameter
+        self.missing = {p: self.accumulations[p] for p in self.bucket_of}
         self.waiting = [0] * len(self.buckets)  # parameters that a bucket still waits for
         for bucket in self.bucket_of.values():
             self.waiting[bucket] += 1
@@ -205,7 +209,7 @@ class DDP:
     def _accumulated(self, p: nn.Parameter) -> None:
         """Autograd calls this each time it has added to p.grad."""
         self.missing[p] -= 1
-        assert self.missing[p] >= 0, f"more than {self.accumulations} accumulations in a step"
+        assert self.missing[p] >= 0, f"more than {self.accumulations[p]} accumulations in a step"
         if self.missing[p] > 0:
             return
         self.ready.append(p)

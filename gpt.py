@@ -197,6 +197,13 @@ class GPT(nn.Module):
         return self.lm_head(self.ln_f(x))
 
 
+def flops_per_token(config: GPTConfig) -> tuple[int, int, int]:
+    """Of a forward: (embedding, a block, head). 2 for each multiply-add of a matmul; of the
+    embedding the sum of token and position alone, since looking up is no arithmetic."""
+    h, s, v = config.n_embd, config.seq_len, config.vocab_size
+    return h, 24 * h * h + 4 * s * h, 2 * h * v
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum (not mean) of -log p(target) over valid tokens: targets of -1 are ignored.
     logits [b, s, v], targets [b, s] -> scalar, in fp32 if the logits are in bf16. Divide by the

@@ -8,10 +8,12 @@ predicts its costs by formulas; these instruments are the other side of each `pr
     seen.total("tp", "all_reduce")
 
     with SavedActivations(model) as saved: loss = model(x)         bytes kept for backward
+    with trace.span("F0"): ...; trace.write(FILE, title)           a timeline of all ranks
     held = bytes_held(p for p in model.parameters())                bytes of distinct storages
 """
 
 import collections
+import contextlib
 import json
 import os
 import time
@@ -21,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # torch's internal name -> (ours, which argument is the full, unsharded tensor)
@@ -147,12 +150,13 @@ def bytes_by_kind(
 class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes that autograd keeps for backward, each storage once, without the model's
     own parameters and without `ignore` (inputs that the caller holds anyway). Views of one tensor
-    share its storage, and a storage counts whole. The tensors are held, not copied: use it for one
-    forward pass at a time."""
+    share its storage, and a storage counts whole. bytes() is what is alive now, and `peak` the most
+    that was when something was saved; nothing is held longer because it is counted."""
 
     def __init__(self, model: nn.Module, ignore: Iterable[Tensor] = ()):
         self._not_ours = [*model.parameters(), *ignore]
-        self._seen: dict[int, Tensor] = {}
+        self._saved: dict[int, tuple[StorageWeakRef, int, tuple]] = {}  # by storage
+        self.peak = 0
         super().__init__(self._pack, lambda t: t)
 
     def __enter__(self) -> "SavedActivations":
@@ -162,16 +166,102 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
     def _pack(self, t: Tensor) -> Tensor:
         # Asked each time: parameters that come and go (ZeRO-3) change their place.
         if all(_storage(t) != _storage(other) for other in self._not_ours):
-            self._seen.setdefault(_storage(t), t.detach())
-        return t
+            ref, shape = StorageWeakRef(t.untyped_storage()), (tuple(t.shape), t.dtype)
+            self._saved.setdefault(ref.cdata, (ref, t.untyped_storage().nbytes(), shape))
+            self.peak = max(self.peak, self.bytes())
+        return t.detach()  # or a node that saves its own output would hold itself
 
-    @property
-    def bytes(self) -> int:
-        return bytes_held(self._seen.values())
+    def _alive(self) -> dict[int, tuple]:
+        self._saved = {n: saved for n, saved in self._saved.items() if not saved[0].expired()}
+        return self._saved
+
+    def bytes(self, others: Iterable[Tensor] = ()) -> int:
+        """What is alive now, together with `others`, which may share storages with it."""
+        held = {number: nbytes for number, (_, nbytes, _) in self._alive().items()}
+        storages = (t.untyped_storage() for t in others)
+        held.update((storage._cdata, storage.nbytes()) for storage in storages)
+        return sum(held.values())
 
     def by_shape(self) -> dict[tuple, int]:
         """How many storages of which (shape, dtype): to find where a formula and a count differ."""
-        return dict(collections.Counter((tuple(t.shape), t.dtype) for t in self._seen.values()))
+        return dict(collections.Counter(shape for *_, shape in self._alive().values()))
+
+
+class Trace:
+    """What this rank did and when, for Perfetto (ui.perfetto.dev) or chrome://tracing.
+
+        with trace.span("B3", kind="B"): ...      on a GPU it waits for what was launched, which
+        trace.write("trace.json", "stage 0")      makes the spans true and the run slower
+
+    Times are seconds of this rank's clock; write() puts all ranks on the clock of rank 0."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.spans = device, []  # (name, start, end, what else is known)
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def span(self, name: str, **known):
+        start = self.now()
+        yield
+        self.spans.append((name, start, self.now(), known))
+
+    def offset(self) -> float:
+        """This rank's clock less rank 0's, good to half of a message's way there and back: rank 0
+        asks each rank for its time, and the quickest of several answers counts."""
+        rank, best = dist.get_rank(), (float("inf"), 0.0)
+        answer = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for other in range(1, dist.get_world_size()):
+            for _ in range(5 if rank in (0, other) else 0):
+                if rank == other:
+                    dist.recv(answer, src=0)
+                    dist.send(answer.fill_(time.perf_counter()), dst=0)
+                else:
+                    start = time.perf_counter()
+                    dist.send(answer, dst=other)
+                    dist.recv(answer, src=other)
+                    end = time.perf_counter()
+                    best = min(best, (end - start, answer.item() - (start + end) / 2))
+            if rank == 0:
+                dist.send(answer.fill_(best[1]), dst=other)
+                best = (float("inf"), 0.0)
+            elif rank == other:
+                dist.recv(answer, src=0)
+                best = (0.0, answer.item())
+        return best[1] if rank else 0.0
+
+    def write(self, path: str, title: str) -> list[list[tuple]]:
+        """Called by all ranks; rank 0 writes the file. Returns the spans of every rank, by rank, on
+        the clock of rank 0 (on the other ranks, nothing)."""
+        offset, everyone = self.offset(), [None] * dist.get_world_size()
+        mine = [(name, start - offset, end - offset, more) for name, start, end, more in self.spans]
+        gathered = everyone if dist.get_rank() == 0 else None
+        dist.gather_object((title, mine), gathered)
+        if dist.get_rank() > 0:
+            return []
+        zero = min(start for _, spans in everyone for _, start, _, _ in spans)
+        events = []
+        for rank, (title, spans) in enumerate(everyone):
+            about = {"name": f"rank {rank}: {title}"}
+            events.append({"ph": "M", "name": "process_name", "pid": rank, "args": about})
+            for name, start, end, known in spans:
+                events.append({"ph": "X", "name": name, "pid": rank, "tid": 0, "args": known,
+                               "ts": 1e6 * (start - zero), "dur": 1e6 * (end - start)})  # fmt: skip
+        with open(path, "w") as file:
+            json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
+        return [spans for _, spans in everyone]
+
+
+def check_writable(flag: str, path: str | None) -> None:
+    """Raises ValueError on rank 0, who would write, if it cannot. Leaves an empty file."""
+    try:
+        if path and int(os.environ.get("RANK", 0)) == 0:
+            open(path, "w").close()
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written: {error.strerror}") from None
 
 
 class Logger:
@@ -181,12 +271,8 @@ class Logger:
     def __init__(self, path: str | None, steps: int, print_every: int, tokens_per_step: int):
         self.steps, self.print_every, self.tokens_per_step = steps, print_every, tokens_per_step
         self.is_main = int(os.environ.get("RANK", 0)) == 0
-        self.file = None
-        if path and self.is_main:
-            try:
-                self.file = open(path, "w", buffering=1)
-            except OSError as error:
-                raise ValueError(f"--log {path} cannot be written: {error.strerror}") from None
+        check_writable("--log", path)
+        self.file = open(path, "w", buffering=1) if path and self.is_main else None
         self.pending: list[tuple[int, Tensor, float]] = []
 
     def start(self) -> None:

@@ -1,35 +1,51 @@
 """Pipeline parallelism: consecutive blocks on consecutive ranks, microbatches flowing through.
 
-1F1B on 3 ranks, 4 microbatches (F forward, B backward, which takes twice as long):
+1F1B on 3 ranks, 4 microbatches (F forward, B backward, which takes twice as long); and ZB-H1, which
+takes a backward apart: B, the gradient of the input, that the rank below waits for, and W, the
+gradient of the weights, that nobody waits for and that fills the gaps:
 
-    >>> print(draw(one_f_one_b(3, 4)))
+    >>> print(draw(one_f_one_b(3, 4)), draw(zb_h1(3, 4)), sep="\\n\\n")
     rank 0 |F0 F1 F2 .  .  .  .  B0--- F3 B1--- .  B2--- .  B3---
     rank 1 |.  F0 F1 .  .  B0--- F2 B1--- F3 B2--- .  B3--- .  .
     rank 2 |.  .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- .  .  .  .
+    <BLANKLINE>
+    rank 0 |F0 F1 F2 .  .  B0 W0 F3 B1 W1 B2 W2 B3 W3
+    rank 1 |.  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3
+    rank 2 |.  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3
 
-A schedule is data: for each rank a list of actions, from a pure function of (p, m). The picture
-above, the bubble, the check and the execution all read that list; to try a schedule, write a
-function that returns lists. Nothing else knows its name: transfers between ranks are derived.
+A schedule is data: for each rank a list of actions, from a pure function of (p, m, v). Pictures,
+bubble, memory, check and execution all read that list; to try a schedule, write a function that
+returns lists. Nothing else knows its name: transfers between ranks are derived.
 
-    schedule   bubble     microbatches in flight on rank r   p2p per rank and step
-    gpipe      (p-1)/m    m                                  [b,s,h] to and from each neighbour,
-    1f1b       (p-1)/m    min(m, p-r)                        m times forward, m times backward
+    schedule     bubble      held by rank r, in microbatches            p2p of [b,s,h], per rank
+    gpipe        (p-1)/m     m                                          2 m to each neighbour's side
+    1f1b         (p-1)/m     min(m, p-r)                                the same
+    interleaved  (p-1)/(vm)  p + (p-1-2r)/v + (m mod p)/(m div p) ..    v times that
+    zb-h1        (p-1)/(3m)  min(m, p)                                  as 1f1b
+    zb-v         (p-1)/(6m)  p                                          twice that
 
-Bubble = idle time over the ideal time of a step; 1F1B does not shrink it, it bounds the memory, so
-that m can grow. A pipeline of one rank is gradient accumulation (F0 B0 F1 B1 ...): same executor.
+Bubble = idle time over the ideal time of a step, F = B = W. Zero Bubble's 0 lets each rank update
+its weights as soon as its own work is done; clipping by the global norm has to wait for all.
+Held: forwarded and not yet through with W. A pipeline of one rank is gradient accumulation.
 
     torchrun --standalone --nproc-per-node 2 pipeline.py
 
-Huang et al. 2018, GPipe (arXiv 1811.06965); Narayanan et al. 2021, PipeDream-flush and 1F1B
-(arXiv 2104.04473), section 2.2.
+Huang et al. 2018, GPipe (arXiv 1811.06965); Narayanan et al. 2021, 1F1B, interleaved (arXiv
+2104.04473), section 2.2; Qi et al. 2023, Zero Bubble (arXiv 2401.10241), section 2; Qi et al. 2024,
+V schedules (arXiv 2405.15362).
 """
 
+import collections
+import contextlib
+import copy
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # --- collectives ----------------------------------------------------------------------------------
@@ -38,7 +54,8 @@ from torch import Tensor, nn
 
 def all_reduce_tied(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
     """The tied embedding is held by the first stage (lookup) and the last (head), and each has the
-    gradient of its own use. `group`: these two ranks. Call when the gradients have met over dp."""
+    gradient of its own use. `group`: the ranks of these two. Call when gradients have met over dp.
+    """
     for gradient in gradients:
         dist.all_reduce(gradient, group=group)  # payload: v h, or the shard of it
 
@@ -48,50 +65,98 @@ def all_reduce_tied(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
 
 
 class Action(NamedTuple):
-    """F: forward, B: backward, of one microbatch through one chunk (a rank may hold several
-    pieces of the model; `chunk` is its own number for them)."""
+    """F: forward, B: backward, W: the weights' part of a backward, of one microbatch through one
+    stage. A stage is a piece of the model, numbered along it; a rank has one, or several (chunks).
+    In a schedule without W, B is the whole backward."""
 
     kind: str
     microbatch: int
-    chunk: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.kind}{self.microbatch}" + (f".{self.chunk}" if self.chunk else "")
+    stage: int
 
 
 Schedule = list[list[Action]]  # by rank
 
 
-def gpipe(p: int, m: int) -> Schedule:
+def stages_of(schedule: Schedule) -> list[list[int]]:
+    """[rank][chunk] -> stage."""
+    return [sorted({action.stage for action in row}) for row in schedule]
+
+
+def spell(action: Action, stages: Sequence[int]) -> str:
+    """How pictures, files and errors write an action of a rank with these stages: F0; f0, the same
+    of its second chunk; F0.2 of the third."""
+    chunk = stages.index(action.stage)
+    kind = action.kind.lower() if chunk == 1 else action.kind
+    return f"{kind}{action.microbatch}" + (f".{chunk}" if chunk > 1 else "")
+
+
+def fill(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) -> list[Action]:
+    """One rank's list, from phases like (3, "FBW"): three times a forward, a backward and a weight
+    gradient, each of the next microbatch in line for it. Small letters: of the second chunk. What
+    all m microbatches are through with is skipped."""
+    following: dict[str, int] = collections.Counter()
+    actions = []
+    for letter in itertools.chain(*(letters * times for times, letters in phases)):
+        if following[letter] < m:
+            stage = stages[letter.islower()]
+            actions.append(Action(letter.upper(), following[letter], stage))
+            following[letter] += 1
+    return actions
+
+
+def gpipe(p: int, m: int, v: int = 1) -> Schedule:
     """All forwards, then all backwards."""
-    forwards, backwards = [Action("F", i) for i in range(m)], [Action("B", i) for i in range(m)]
-    return [forwards + backwards for _ in range(p)]
+    return [fill(m, [(m, "F"), (m, "B")], [r]) for r in range(p)]
 
 
-def one_f_one_b(p: int, m: int) -> Schedule:
-    """Warm up with as many forwards as there are ranks behind, then one forward, one backward."""
+def one_f_one_b(p: int, m: int, v: int = 1) -> Schedule:
+    """As many forwards as there are ranks behind, then one forward, one backward."""
+    return [fill(m, [(p - 1 - r, "F"), (m, "FB")], [r]) for r in range(p)]
+
+
+def interleaved(p: int, m: int, v: int = 2) -> Schedule:
+    """1F1B on v chunks a rank (r, p + r, ...), each of 1/v of the model, so that it fills v times
+    as fast. Chunks take turns with groups of p microbatches; where p does not divide m, of a few
+    more: a group of less would come back before the ranks in front of it are free."""
+    n = max(1, m // p)
+    groups = [range(-(-m * j // n), -(-m * (j + 1) // n)) for j in range(n)]
     schedule = []
-    for rank in range(p):
-        warmup = min(m, p - 1 - rank)
-        actions = [Action("F", i) for i in range(warmup)]
-        for i in range(m - warmup):  # steady
-            actions += [Action("F", warmup + i), Action("B", i)]
-        actions += [Action("B", i) for i in range(m - warmup, m)]  # cooldown
-        schedule.append(actions)
+    for r in range(p):
+        order = [(g, c) for g in groups for c in range(v)]
+        forwards = [Action("F", i, c * p + r) for g, c in order for i in g]
+        backwards = [Action("B", i, (v - 1 - c) * p + r) for g, c in order for i in g]
+        warmup = min(len(forwards), (v - 1) * len(groups[0]) + (p - 1 - r) * min(v, 2))
+        pairs = itertools.chain(*zip(forwards[warmup:], backwards, strict=False))
+        schedule.append(forwards[:warmup] + [*pairs] + backwards[len(forwards) - warmup :])
     return schedule
 
 
-def forward_only(p: int, m: int) -> Schedule:
-    """For validation and sampling."""
-    return [[Action("F", i) for i in range(m)] for _ in range(p)]
+def zb_h1(p: int, m: int, v: int = 1) -> Schedule:
+    """1F1B in which r weight gradients wait on rank r: what 1F1B's memory has room for."""
+    return [
+        fill(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
+    ]
 
 
-SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b}
+def zb_v(p: int, m: int, v: int = 2) -> Schedule:
+    """Two chunks a rank, down the ranks and up again: rank 0 has the first and the last stage, so
+    the first backward is soon there, and a rank has always something to do."""
+    n = max(m, 2 * p - 1)  # what fills it; a smaller batch leaves gaps
+    schedule = [
+        fill(n, [(2 * (p - r) - 1, "F"), (r, "fF"), (p - r, "fbw"), (n - p, "FBWfbw"), (r, "Bb"),
+                 (p - r, "BW"), (n, "wW")], [r, 2 * p - 1 - r])
+        for r in range(p)
+    ]  # fmt: skip
+    return [[action for action in row if action.microbatch < m] for row in schedule]
 
 
-def looped_stages(p: int, v: int = 1) -> list[list[int]]:
-    """[rank][chunk] -> stage: which piece of the model a rank's chunk is, along the model."""
-    return [[chunk * p + rank for chunk in range(v)] for rank in range(p)]
+SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved, "zb-h1": zb_h1,
+             "zb-v": zb_v}  # fmt: skip
+
+
+def forward_only(schedule: Schedule, m: int) -> Schedule:
+    """The forwards of its first m microbatches: for validation and sampling."""
+    return [[a for a in row if a.kind == "F" and a.microbatch < m] for row in schedule]
 
 
 # From the lists to time: who waits for whom.
@@ -104,81 +169,130 @@ class Span(NamedTuple):
     end: float
 
 
-UNIT = {"F": 1.0, "B": 2.0}  # a backward has twice a forward's matmuls
+class ScheduleError(ValueError):
+    """At schedule[rank][place]."""
+
+    def __init__(self, rank: int, place: int, message: str):
+        super().__init__(message)
+        self.rank, self.place = rank, place
+
+
+def needed(action: Action, last: int) -> Action | None:
+    """What must have run before: F the stage before; B the stage behind, and on the last its own
+    F; W its own B."""
+    kind, i, k = action
+    if kind == "F":
+        return Action("F", i, k - 1) if k > 0 else None
+    if kind == "B" and k < last:
+        return Action("B", i, k + 1)
+    return Action("F" if kind == "B" else "B", i, k)
+
+
+def unit_time(schedule: Schedule) -> Callable[[Action], float]:
+    """F 1, B 1, W 1; a B that is the whole backward 2: it has twice a forward's matmuls."""
+    whole = 1.0 if any(a.kind == "W" for row in schedule for a in row) else 2.0
+    return lambda action: whole if action.kind == "B" else 1.0
+
+
+def circle(start: int, after: Callable[[int], int]) -> list[int]:
+    """The ranks that one comes to again and again, going from each to the one it waits for."""
+    way = [start]
+    while (rank := after(way[-1])) not in way:
+        way.append(rank)
+    return way[way.index(rank) :]
 
 
 def simulate(
-    schedule: Schedule, stages: list[list[int]] | None = None, cost: dict[str, float] = UNIT
+    schedule: Schedule, time: Callable[[Action], float] | None = None, transfer: float = 0.0
 ) -> list[Span]:
-    """When every action runs if transfers take no time, in order of start. F of stage k needs F of
-    stage k-1; B of stage k needs B of stage k+1, and on the last its own F. Raises ValueError for a
-    list that is incomplete, or whose actions wait for each other in a circle."""
-    stages = stages or looped_stages(len(schedule))
-    _check_complete(schedule, stages)
-    last = max(max(row) for row in stages)
-    done: dict[tuple[str, int, int], float] = {}  # (kind, microbatch, stage) -> when
+    """When every action runs, in order of start. time(action), default unit_time; transfer: from
+    the end of an action until another rank has what it made. Raises ScheduleError, with who waits
+    for whom, if actions wait for each other in a circle."""
+    time, stages = time or unit_time(schedule), stages_of(schedule)
+    rank_of = {k: rank for rank, row in enumerate(stages) for k in row}
+    done: dict[Action | None, float] = {None: 0.0}
     position, free, spans = [0] * len(schedule), [0.0] * len(schedule), []
 
-    def needs(rank: int) -> tuple[str, int, int] | None:
-        kind, microbatch, chunk = schedule[rank][position[rank]]
-        k = stages[rank][chunk]
-        if kind == "F":
-            return ("F", microbatch, k - 1) if k > 0 else None
-        return ("B", microbatch, k + 1) if k < last else ("F", microbatch, k)
+    def head(r: int) -> Action | None:
+        """What rank r waits for, or None."""
+        return needed(schedule[r][position[r]], len(rank_of) - 1)
 
-    while waiting := [r for r in range(len(schedule)) if position[r] < len(schedule[r])]:
-        ready = [
-            (max(free[r], done.get(needs(r), 0.0)), r)
-            for r in waiting
-            if needs(r) is None or needs(r) in done
-        ]
-        if not ready:
-            blocked = "; ".join(
-                f"rank {r} at {schedule[r][position[r]]} waits for {needs(r)[0]}{needs(r)[1]} "
-                f"of stage {needs(r)[2]}"
-                for r in waiting
-            )
-            raise ValueError(f"the schedule cannot run: {blocked}")
-        start, r = min(ready)
-        action = schedule[r][position[r]]
-        free[r] = start + cost[action.kind]
-        done[action.kind, action.microbatch, stages[r][action.chunk]] = free[r]
-        spans.append(Span(r, action, start, free[r]))
-        position[r] += 1
-    return spans
+    moved = True
+    while moved:
+        moved = False
+        for r, row in enumerate(schedule):
+            while position[r] < len(row) and (need := head(r)) in done:
+                way = transfer if need and rank_of[need.stage] != r else 0.0
+                start = max(free[r], done[need] + way)
+                free[r] = done[row[position[r]]] = start + time(row[position[r]])
+                spans.append(Span(r, row[position[r]], start, free[r]))
+                position[r] += 1
+                moved = True
+    stuck = [r for r, row in enumerate(schedule) if position[r] < len(row)]
+    if stuck:
+        ranks, lines = circle(stuck[0], lambda r: rank_of[head(r).stage]), []
+        for r in ranks:
+            here, q = schedule[r][position[r]], rank_of[head(r).stage]
+            lines.append(f"rank {r} at {spell(here, stages[r])} waits for "
+                         f"{spell(head(r), stages[q])} of rank {q}")  # fmt: skip
+        raise ScheduleError(ranks[0], position[ranks[0]], "; ".join(lines))
+    return sorted(spans, key=lambda span: (span.start, span.rank))
 
 
-def _check_complete(schedule: Schedule, stages: list[list[int]]) -> None:
-    """Every chunk runs F of the same microbatches, once each; B of all of them or none; after F."""
-    wanted = {a.microbatch for a in schedule[0]}
-    backward = {"F", "B"} if any(a.kind == "B" for a in schedule[0]) else {"F"}
-    for rank, actions in enumerate(schedule):
-        chunks = range(len(stages[rank]))
-        whole = {Action(*action) for action in itertools.product(backward, wanted, chunks)}
-        for action in actions:
-            if action not in whole:
-                raise ValueError(f"rank {rank}: {action} is unknown, or there twice")
-            if action.kind == "B" and action._replace(kind="F") in whole:
-                raise ValueError(f"rank {rank}: {action} comes before its forward")
-            whole.remove(action)
-        if whole:
-            raise ValueError(f"rank {rank}: {', '.join(map(str, sorted(whole)))} is missing")
+def check(schedule: Schedule, m: int) -> None:
+    """Raises ScheduleError if an action on one of m microbatches is missing, there twice, before
+    what it follows on its own rank, or part of a circle; or if derived transfers deadlocked."""
+    stages = stages_of(schedule)
+    n = sum(map(len, stages))
+    if sorted(itertools.chain(*stages)) != [*range(n)]:
+        raise ScheduleError(0, 0, f"stages by rank are {stages}: each of 0..{n - 1} belongs on one")
+    everything = {action for row in schedule for action in row}
+    kinds = [kind for kind in "FBW" if any(a.kind == kind for a in everything)]
+    for rank, row in enumerate(schedule):
+        seen: set[Action] = set()
+        for place, action in enumerate(row):
+            before = action._replace(kind={"F": "F", "B": "F", "W": "B"}[action.kind])
+            if action in seen:
+                what = "is there twice"
+            elif before != action and before not in seen:
+                what = f"comes before {spell(before, stages[rank])}"
+            else:
+                seen.add(action)
+                continue
+            raise ScheduleError(rank, place, f"{spell(action, stages[rank])} {what}")
+        for action in map(Action._make, itertools.product(kinds, range(m), stages[rank])):
+            if action not in seen:
+                missing = f"{spell(action, stages[rank])} is missing"
+                raise ScheduleError(rank, len(row), missing)
+    rendezvous(derive_programs(schedule))
 
 
-def draw(schedule: Schedule, stages: list[list[int]] | None = None) -> str:
-    """The timeline, a rank a line; a forward is one column wide, a backward two."""
-    spans = simulate(schedule, stages)
-    width = 1 + max(len(str(span.action)) for span in spans)
-    columns = int(max(span.end for span in spans))
+def bubble(spans: list[Span]) -> float:
+    """Idle time over busy time, of all ranks together, from the first start to the last end."""
+    busy = sum(span.end - span.start for span in spans)
+    makespan = max(span.end for span in spans) - min(span.start for span in spans)
+    return len({span.rank for span in spans}) * makespan / busy - 1
+
+
+def draw(schedule: Schedule, columns: int = 10**6) -> str:
+    """The timeline in unit_time, a rank a line. What is wider than `columns` goes on below."""
+    spans, stages = simulate(schedule), stages_of(schedule)
+    names = {span: spell(span.action, stages[span.rank]) for span in spans}
+    width, length = 1 + max(map(len, names.values())), int(max(span.end for span in spans))
     lines = []
     for rank in range(len(schedule)):
-        cells = [".".ljust(width)] * columns
-        for span in (s for s in spans if s.rank == rank):
-            length = int(span.end - span.start)
-            text = str(span.action).ljust(width * length - 1, "-" if length > 1 else " ") + " "
-            cells[int(span.start) : int(span.end)] = [text] + [""] * (length - 1)
-        lines.append(f"rank {rank} |" + "".join(cells).rstrip())
-    return "\n".join(lines)
+        text = ("." + " " * (width - 1)) * length
+        for span in (span for span in spans if span.rank == rank):
+            start, end = (int(t) * width for t in (span.start, span.end))
+            fill_ = "-" if span.end - span.start > 1 else " "
+            text = text[:start] + names[span].ljust(end - start - 1, fill_) + " " + text[end:]
+        lines.append(text)
+    step = max(1, (columns - 8) // width) * width
+    staves = (
+        "\n".join(f"rank {r} |{line[at : at + step]}".rstrip() for r, line in enumerate(lines))
+        for at in range(0, width * length, step)
+    )
+    return "\n\n".join(staves)
 
 
 # From the lists to transfers, in an order that cannot deadlock.
@@ -197,23 +311,21 @@ class Transfer(NamedTuple):
 Program = list[Action | tuple[Transfer, ...]]  # a tuple is posted as one batch
 
 
-def derive_programs(schedule: Schedule, stages: list[list[int]] | None = None) -> list[Program]:
+def derive_programs(schedule: Schedule) -> list[Program]:
     """What each rank does, transfers included. All actions and transfers are put in one global
     order: by simulated time, a transfer at the end of the action that made it. Each rank's program
     is its part of that order, and both ends of a transfer post it there. So nothing can deadlock,
     even if a post were to block until the other end has posted too: the earliest event that is
     not done is at the head of every rank that takes part in it. (Posting each send and receive
     where one happens to need it does deadlock: `rendezvous` shows it.)"""
-    stages = stages or looped_stages(len(schedule))
-    holder = {k: rank for rank, row in enumerate(stages) for k in row}
+    rank_of = {k: rank for rank, row in enumerate(stages_of(schedule)) for k in row}
     events = []  # (time, transfers first, position, ranks, event)
-    for n, (rank, action, start, end) in enumerate(simulate(schedule, stages)):
+    for n, (rank, action, start, end) in enumerate(simulate(schedule)):
         events.append((start, 1, n, (rank,), action))
-        k = stages[rank][action.chunk]
-        dst = holder.get(k + 1 if action.kind == "F" else k - 1)
+        kind, i, k = action
+        dst = rank_of.get({"F": k + 1, "B": k - 1, "W": None}[kind])
         if dst is not None and dst != rank:  # none beyond the ends; a hand-over on one rank is free
-            transfer = Transfer(action.kind, action.microbatch, k, rank, dst)
-            events.append((end, 0, n, (rank, dst), transfer))
+            events.append((end, 0, n, (rank, dst), Transfer(kind, i, k, rank, dst)))
     programs: list[Program] = [[] for _ in schedule]
     for *_, ranks, event in sorted(events):
         for rank in ranks:
@@ -230,90 +342,163 @@ def derive_programs(schedule: Schedule, stages: list[list[int]] | None = None) -
 def rendezvous(programs: list[Program]) -> None:
     """Run the programs as the strictest network would: a batch holds its rank until each of its
     transfers has met its other end, and between two ranks transfers meet in the order posted, as
-    with NCCL. Raises ValueError, with who waits for whom, if they deadlock."""
-    position = [0] * len(programs)
-    open_: list[list[Transfer]] = [[] for _ in programs]  # what the current batch still waits for
-
-    def advance(rank: int) -> bool:
-        moved = False
-        while not open_[rank] and position[rank] < len(programs[rank]):
-            step = programs[rank][position[rank]]
-            position[rank] += 1
-            open_[rank] = [] if isinstance(step, Action) else list(step)
-            moved = True
-        return moved
-
+    with NCCL. Raises ValueError, with the circle of who waits for whom, if they deadlock."""
+    rest = [list(program) for program in programs]
+    batch: list[list[Transfer]] = [[] for _ in programs]  # what a rank still waits for
     moved = True
     while moved:
-        moved = any([advance(rank) for rank in range(len(programs))])
-        for rank, batch in enumerate(open_):
-            for transfer in list(batch):
-                other = transfer.dst if transfer.src == rank else transfer.src
-                lane = (transfer.src, transfer.dst)
-                mine = next(t for t in batch if (t.src, t.dst) == lane)
-                theirs = next((t for t in open_[other] if (t.src, t.dst) == lane), None)
-                if theirs is not None and mine != theirs:
-                    raise ValueError(f"ranks {lane} post in different orders: {mine}, {theirs}")
-                if theirs == transfer:
-                    batch.remove(transfer)
-                    open_[other].remove(transfer)
-                    moved = True
-    if any(open_):
-        stuck = "; ".join(
-            f"rank {rank} waits for rank {t.dst if t.src == rank else t.src} "
-            f"({'to take' if t.src == rank else 'to send'} {t.kind}{t.microbatch})"
-            for rank, batch in enumerate(open_)
-            for t in batch[:1]
-        )
-        raise ValueError(f"deadlock: {stuck}")
+        moved = False
+        for rank, program in enumerate(rest):
+            while program and not batch[rank]:
+                step = program.pop(0)
+                batch[rank] = [] if isinstance(step, Action) else list(step)
+                moved = True
+        for lane in {t[3:] for transfers in batch for t in transfers}:
+            ends = [next((t for t in batch[rank] if t[3:] == lane), None) for rank in lane]
+            if None not in ends:
+                if ends[0] != ends[1]:
+                    raise ValueError(f"ranks {lane} post in different orders: {ends}")
+                for rank in lane:
+                    batch[rank].remove(ends[0])
+                moved = True
+    if any(batch):
+        def other(rank: int) -> int:  # itself, if it is through
+            return next((t.dst if t.src == rank else t.src for t in batch[rank]), rank)
+
+        lines = []
+        for rank in circle(next(r for r, transfers in enumerate(batch) if transfers), other):
+            t = next(iter(batch[rank]), None)
+            what = t and f"{'to take' if t.src == rank else 'to send'} {t.kind}{t.microbatch}"
+            lines.append(f"rank {rank} waits for rank {other(rank)} ({what})" if t else
+                         f"rank {rank} is through")  # fmt: skip
+        raise ValueError("deadlock: " + "; ".join(lines))
 
 
-# From the whole model to a stage of it.
+# From the whole model to the stages of a rank.
 
 
-def split_layers(n_layer: int, n_stages: int) -> list[range]:
-    """Which blocks each stage gets: as even as it goes, earlier stages one more (the last has the
-    head to compute as well)."""
+def split_layers(n_layer: int, n_stages: int, first: float = 0, last: float = 0) -> list[range]:
+    """Which blocks each stage gets, at least one, so that the slowest has as little as can be.
+    first, last: what embedding and head cost, in blocks. Raises ValueError for too many stages."""
     if n_stages > n_layer:
-        raise ValueError(f"{n_stages} stages for {n_layer} blocks: lower --pp or raise --n-layer")
-    sizes = [n_layer // n_stages + (k < n_layer % n_stages) for k in range(n_stages)]
-    return [range(sum(sizes[:k]), sum(sizes[: k + 1])) for k in range(n_stages)]
+        raise ValueError(f"{n_stages} stages for {n_layer} blocks: lower --pp or --chunks, or "
+                         "raise --n-layer")  # fmt: skip
+    cost, ends = [1.0] * n_stages, [1] * n_stages
+    cost[0] += first
+    cost[-1] += last
+    for _ in range(n_layer - n_stages):
+        least = cost.index(min(cost))
+        cost[least] += 1
+        ends[least] += 1
+    ends = [0, *itertools.accumulate(ends)]
+    return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
-def take_stage(
-    model: nn.Module, stage: int, n_stages: int, first: tuple[str, ...] = ("wte", "wpe", "drop"),
-    blocks: str = "h", last: tuple[str, ...] = ("ln_f", "lm_head"),
+def take_stages(
+    model: nn.Module, mine: Sequence[int], split: list[range],
+    first: tuple[str, ...] = ("wte", "wpe", "drop"), blocks: str = "h",
+    last: tuple[str, ...] = ("ln_f", "lm_head"),
 ) -> nn.Module:  # fmt: skip
-    """Cut `model` down, in place, to one stage. The layers `first` stay on stage 0, the layers
-    `last` on the last one; `blocks` names an nn.ModuleDict, whose blocks keep their names. What
-    another stage holds becomes nn.Identity, so the model's own forward runs the stage."""
-    for name in (first if stage > 0 else ()) + (last if stage < n_stages - 1 else ()):
+    """Cut `model` down, in place, to the stages `mine`; split: blocks by stage. The layers `first`
+    belong to stage 0, the layers `last` to the last one; `blocks` names an nn.ModuleDict, whose
+    blocks keep their names, which are their numbers. What is elsewhere becomes nn.Identity, or is
+    left out, so that the model's own forward runs what is here."""
+    elsewhere = (() if 0 in mine else first) + (() if len(split) - 1 in mine else last)
+    for name in elsewhere:
         setattr(model, name, nn.Identity())
-    all_blocks = model.get_submodule(blocks)
-    mine = split_layers(len(all_blocks), n_stages)[stage]
-    for i, name in enumerate(list(all_blocks)):
-        if i not in mine:
-            del all_blocks[name]
+    kept = {i for k in mine for i in split[k]}
+    modules = model.get_submodule(blocks).items()
+    setattr(model, blocks, nn.ModuleDict({n: block for n, block in modules if int(n) in kept}))
     return model
+
+
+def chunks_of(model: nn.Module, mine: Sequence[int], split: list[range], **names) -> dict:
+    """{stage: a module that runs it}. They share their layers with `model`, which holds all stages
+    of a rank: parameters, hooks and what replaced them are the model's own."""
+    chunks = {}
+    for k in mine:
+        chunks[k] = copy.copy(model)
+        chunks[k]._modules = dict(model._modules)
+        take_stages(chunks[k], [k], split, **names)
+    return chunks
+
+
+# A backward in two: B leaves the gradients of linear layers' weights to W.
+
+
+class DeferredLinear(torch.autograd.Function):
+    """F.linear, but for its weight's gradient: that is left in a queue, as a function to be called.
+    The weight itself stays out of the graph: its hooks would be called, with nothing to add."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: nn.Linear, bias: Tensor | None):
+        ctx.save_for_backward(x)
+        ctx.linear = linear
+        return F.linear(x, linear.weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,), linear = ctx.saved_tensors, ctx.linear
+        work = functools.partial(finish, linear.weight, x.detach(), grad)  # without x's graph
+        linear.weight_grad_queue.append(work)
+        d_bias = None if linear.bias is None else grad.flatten(0, -2).sum(0)
+        return grad @ linear.weight, None, d_bias
+
+
+def finish(weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:
+    """By a backward of its own, and not by writing to .grad: so the hooks of DDP and ZeRO are
+    called, and see no difference."""
+    weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))
+
+
+def deferred(linear: nn.Linear, x: Tensor) -> Tensor:
+    if x.requires_grad and linear.weight.requires_grad:
+        return DeferredLinear.apply(x, linear, linear.bias)
+    return F.linear(x, linear.weight, linear.bias)
+
+
+def defer_weight_gradients(model: nn.Module, queue: list) -> None:
+    """From now on backward leaves the gradients of linear layers' weights in `queue`. Layers of
+    other kinds (tensor_parallel.py has two) do so if they find a `weight_grad_queue` on them."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = functools.partial(deferred, module)
+        if isinstance(module, nn.Linear) or hasattr(module, "weight_grad_queue"):
+            module.weight_grad_queue = queue
+
+
+def accumulations(actions: list[Action], chunks: dict[int, nn.Module]) -> dict[nn.Parameter, int]:
+    """How often each parameter's gradient is added to in a step: in every B of a stage that holds
+    it, or W if its linear defers. A tied matrix may have both, or be held by two stages."""
+    kinds: dict[nn.Parameter, set] = {}
+    for k, chunk in chunks.items():
+        for module in chunk.modules():
+            for name, p in module.named_parameters(recurse=False):
+                later = name == "weight" and getattr(module, "weight_grad_queue", None) is not None
+                kinds.setdefault(p, set()).add(("W" if later else "B", k))
+    count = collections.Counter((action.kind, action.stage) for action in actions)
+    return {p: sum(count[kind] for kind in kinds[p]) for p in kinds}
 
 
 # The executor: one for every schedule.
 
 
 class Pipeline:
-    """Runs programs. chunks: this rank's pieces of the model, by chunk. dtype, device: of what
-    crosses a boundary. The group's first call must not be a transfer that some ranks skip (NCCL
-    would wait for all of them), hence the all-reduce here."""
+    """Runs schedules. chunks: this rank's pieces of the model, by stage, of n_stages in all. dtype,
+    device: of what crosses a boundary. split: a backward is B and W. watch(action) -> a context
+    around its computation, for who wants to look. The group's first call must not be a transfer
+    that some ranks skip (NCCL would wait for all of them), hence the all-reduce here."""
 
     def __init__(
-        self, chunks: list[nn.Module], group: dist.ProcessGroup, dtype: torch.dtype,
-        device: torch.device | str, stages: list[list[int]] | None = None,
+        self, chunks: dict[int, nn.Module], n_stages: int, group: dist.ProcessGroup,
+        dtype: torch.dtype, device: torch.device | str, split: bool = False,
     ):  # fmt: skip
-        self.chunks, self.group = chunks, group
+        self.chunks, self.last, self.group = chunks, n_stages - 1, group
         self.dtype, self.device = dtype, device
-        stages = stages or looped_stages(group.size())
-        self.stages = stages[group.rank()]
-        self.last = max(max(row) for row in stages)
+        self.watch: Callable = lambda action: contextlib.nullcontext()
+        self.queue: list[Callable] = []  # what the B that runs now leaves to its W
+        for chunk in chunks.values() if split else ():
+            defer_weight_gradients(chunk, self.queue)
         dist.all_reduce(torch.zeros(1, device=device), group=group)  # payload: 1, once
 
     def run(
@@ -328,34 +513,39 @@ class Pipeline:
         self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, shape, before
         dtype = torch.promote_types(self.dtype, torch.float32)
         self.loss = torch.zeros((), dtype=dtype, device=self.device)
-        self.inbox: dict = {}  # (kind, microbatch, stage) -> (tensor, handle or None)
-        self.outbox: dict = {}  # (kind, microbatch, stage that made it) -> tensor
-        self.sending: dict = {}  # the same, once posted -> (tensor, handle)
-        self.gradient_sent: dict = {}  # stage -> the microbatch whose gradient it sent last
-        self.in_flight: dict = {}  # (microbatch, chunk) -> (input, output) with its graph
+        self.inbox: dict = {}  # F or B to run -> (tensor, handle or None)
+        self.outbox: dict = {}  # F or B that made it -> tensor
+        self.sending: dict = {}  # (kind, stage) -> (tensor, handle) of what it sent last
+        self.in_flight: dict = {}  # (microbatch, stage) -> (input, root of the graph)
+        self.pending: dict = {}  # (microbatch, stage) -> its queue
+        work = {"F": self._forward, "B": self._backward, "W": self._weights}
         for step in program:
             if isinstance(step, Action):
-                (self._forward if step.kind == "F" else self._backward)(*step[1:])
+                work[step.kind](step)
             else:
                 self._post(step)
         for _, handle in self.sending.values():
             handle.wait()
-        assert not (self.inbox or self.outbox or self.in_flight), "the program left work undone"
+        left = (self.inbox, self.outbox, self.in_flight, self.pending)
+        assert not any(left), "the program left work undone"
         return self.loss
 
     def _post(self, batch: tuple[Transfer, ...]) -> None:
-        """Start these transfers; none is waited for here."""
+        """Start these transfers; none is waited for here, but for what the same stage sent before:
+        so a tensor that has gone is let go."""
         operations, places = [], []
         for t in batch:
-            up = 1 if t.kind == "F" else -1
+            made = Action(t.kind, t.microbatch, t.stage)
             if t.src == self.group.rank():
-                call, peer = dist.isend, t.dst
-                tensor = self.outbox.pop((t.kind, t.microbatch, t.stage))
-                places.append((self.sending, (t.kind, t.microbatch, t.stage), tensor))
+                call, peer, tensor = dist.isend, t.dst, self.outbox.pop(made)
+                box, key = self.sending, (t.kind, t.stage)
+                if key in self.sending:
+                    self.sending.pop(key)[1].wait()
             else:
                 call, peer = dist.irecv, t.src
                 tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-                places.append((self.inbox, (t.kind, t.microbatch, t.stage + up), tensor))
+                box, key = self.inbox, following(made)
+            places.append((box, key, tensor))
             operations.append(dist.P2POp(call, tensor, group=self.group, group_peer=peer))
         handles = dist.batch_isend_irecv(operations)  # payload: b s h each
         if len(handles) < len(operations):  # NCCL has one handle for the batch
@@ -363,77 +553,115 @@ class Pipeline:
         for (box, key, tensor), handle in zip(places, handles, strict=True):
             box[key] = (tensor, handle)
 
-    def _take(self, *key) -> Tensor:
-        tensor, handle = self.inbox.pop(key)
+    def _take(self, action: Action) -> Tensor:
+        tensor, handle = self.inbox.pop(action)
         if handle is not None:
             handle.wait()
         return tensor
 
-    def _hand_over(self, kind: str, microbatch: int, stage: int, tensor: Tensor) -> None:
+    def _hand_over(self, made: Action, tensor: Tensor) -> None:
         """To the next stage: at once if this rank holds it too, else by the coming _post."""
-        to = stage + 1 if kind == "F" else stage - 1
-        if to in self.stages:
-            self.inbox[kind, microbatch, to] = (tensor, None)
+        assert tensor.shape == self.shape, f"{made} made {tensor.shape}, not {self.shape}"
+        if following(made).stage in self.chunks:
+            self.inbox[following(made)] = (tensor, None)
         else:
-            self.outbox[kind, microbatch, stage] = tensor.contiguous()
+            self.outbox[made] = tensor.contiguous()
 
-    def _settle(self, *key) -> None:
-        """Wait for a send, so that its tensor can go."""
-        if key in self.sending:
-            self.sending.pop(key)[1].wait()
+    def _forward(self, action: Action) -> None:
+        _, i, k = action
+        x = self.inputs[i] if k == 0 else self._take(action)
+        with self.watch(action):
+            if k > 0 and torch.is_grad_enabled():
+                x.requires_grad_()
+            self.before(i)
+            y = self.chunks[k](x)
+            if k == self.last:
+                y = self.loss_of(y, i)
+                self.loss += y.detach()
+        if k < self.last:
+            self._hand_over(action, y.detach())
+        if torch.is_grad_enabled():  # the graph is kept, but not its output: that is the next's
+            root = y if k == self.last else torch.autograd.graph.get_gradient_edge(y)
+            self.in_flight[i, k] = x, root
 
-    def _forward(self, microbatch: int, chunk: int) -> None:
-        k = self.stages[chunk]
-        x = self.inputs[microbatch] if k == 0 else self._take("F", microbatch, k)
-        if k > 0 and torch.is_grad_enabled():
-            x.requires_grad_()
-        self.before(microbatch)
-        y = self.chunks[chunk](x)
-        if k == self.last:
-            y = self.loss_of(y, microbatch)
-            self.loss += y.detach()
-        else:
-            self._hand_over("F", microbatch, k, y.detach())
-        if torch.is_grad_enabled():
-            self.in_flight[microbatch, chunk] = (x, y)
-
-    def _backward(self, microbatch: int, chunk: int) -> None:
-        k = self.stages[chunk]
-        x, y = self.in_flight.pop((microbatch, chunk))
-        gradient = None if k == self.last else self._take("B", microbatch, k)
-        self._settle("F", microbatch, k)  # its gradient came back: it has arrived
-        self._settle("B", self.gradient_sent.get(k), k)
-        torch.autograd.backward(y, gradient)
+    def _backward(self, action: Action) -> None:
+        _, i, k = action
+        x, root = self.in_flight.pop((i, k))
+        gradient = self._take(action) if k < self.last else None
+        with self.watch(action):
+            torch.autograd.backward(root, gradient)
+        if self.queue:
+            self.pending[i, k] = self.queue[:]
+            self.queue.clear()
         if k > 0:
-            self._hand_over("B", microbatch, k, x.grad)
-            self.gradient_sent[k] = microbatch
+            self._hand_over(action, x.grad)
+
+    def _weights(self, action: Action) -> None:
+        with torch.no_grad(), self.watch(action):
+            queue = self.pending.pop(action[1:], [])
+            while queue:
+                queue.pop(0)()  # and what it held is free
+
+
+def following(made: Action) -> Action:
+    """What runs on what this action has made."""
+    return made._replace(stage=made.stage + (1 if made.kind == "F" else -1))
 
 
 # --- cost -----------------------------------------------------------------------------------------
 
 
-def peak_in_flight(actions: list[Action]) -> int:
-    """The most microbatches forwarded and not yet backwarded, of one rank's list."""
-    flying = peak = 0
-    for action in actions:
-        flying += 1 if action.kind == "F" else -1
-        peak = max(peak, flying)
+def predicted_bubble(name: str, p: int, m: int, v: int = 1) -> float:
+    """Idle over ideal time of a step, if F = B = W; for interleaved and zb-h1 with m >= p, for zb-v
+    with m >= 2p-1. 2104.04473, section 2.2; 2401.10241, section 2.3, where ZB-H1 has a third of
+    1F1B's; ours of zb-v is what is left when all ranks wait for the last one's end."""
+    return (p - 1) / m / {"interleaved": v, "zb-h1": 3, "zb-v": 6}.get(name, 1)
+
+
+def predicted_held(name: str, p: int, m: int, v: int, rank: int) -> int:
+    """The most that a rank holds, in chunks of microbatches that are forwarded and not through with
+    their last action; for zb-v with m >= 2p-1."""
+    if name == "interleaved":
+        turn = -(-m // max(1, m // p))
+        return min(v * m, (v - 1) * turn + (p - 1 - rank) * min(v, 2) + 1)
+    return {"gpipe": m, "1f1b": min(m, p - rank), "zb-h1": min(m, p), "zb-v": 2 * p}[name]
+
+
+def peak_held(
+    actions: list[Action], in_flight: dict[int, int], waiting: dict[int, int]
+) -> int:
+    """The most that a rank with these actions holds after one of them: in_flight[stage] for each
+    microbatch forwarded and not backwarded, waiting[stage] for each whose W is to come."""
+    split = any(action.kind == "W" for action in actions)
+    held = peak = 0
+    for kind, _, k in actions:
+        held += {"F": in_flight[k], "B": waiting[k] * split - in_flight[k], "W": -waiting[k]}[kind]
+        peak = max(peak, held)
     return peak
 
 
-def predicted_bubble(p: int, m: int) -> float:
-    """Idle over ideal time of a step, for GPipe and 1F1B (2104.04473, section 2.2)."""
-    return (p - 1) / m
+def predicted_queue_bytes(
+    n_layer: int, b: int, s: int, h: int, itemsize: int, head: int = 0, t: int = 1,
+    sequence: bool = False,
+) -> int:  # fmt: skip
+    """Bytes that wait for a W: the inputs and output gradients of the linear layers of n_layer
+    GPT-2 blocks on one of t tensor-parallel ranks, and of a head with that many rows on this rank.
+    In units of b s h, inputs: of c_attn 1, c_fc 1 (with sequence parallelism 1/t: W gathers them),
+    c_proj 1/t, mlp.c_proj 4/t; gradients: 3/t, 4/t, 1, 1."""
+    tokens = b * s * h
+    column = tokens // t if sequence else tokens
+    block = 2 * column + 2 * tokens + 12 * tokens // t
+    return itemsize * (n_layer * block + (column + b * s * head if head else 0))
 
 
-def predicted_in_flight(schedule: str, p: int, m: int, rank: int) -> int:
-    """peak_in_flight in closed form (2104.04473, section 2.2)."""
-    return m if schedule == "gpipe" else min(m, p - rank)
-
-
-def predicted_sends(p: int, m: int, rank: int, b: int, s: int, h: int) -> tuple[int, int]:
-    """(calls, payload in elements) that `rank` sends in a step: outputs up, gradients down."""
-    calls = m * ((rank < p - 1) + (rank > 0))
+def predicted_sends(
+    stages: list[list[int]], rank: int, m: int, b: int, s: int, h: int
+) -> tuple[int, int]:
+    """(calls, payload in elements) that `rank` sends in a step: outputs up, gradients down, unless
+    it holds the other stage too."""
+    last = max(map(max, stages))
+    ways = [k + up for k in stages[rank] for up in (1, -1)]
+    calls = m * sum(0 <= k <= last and k not in stages[rank] for k in ways)
     return calls, calls * b * s * h
 
 
@@ -445,20 +673,36 @@ def main() -> None:
     import gpt
     import measure
 
-    steps, m, b = 3, 5, 2
+    steps, b = 3, 2
     with measure.Proof("pipeline.py") as proof:
         group, p, rank = proof.group, proof.group.size(), proof.group.rank()
-        config = gpt.GPTConfig(p + 1, 2, 32, 251, 32)  # one block more than stages: an uneven cut
-        tied_group = dist.new_group(sorted({0, p - 1}))
+        m = 2 * p + 1
+        config = gpt.GPTConfig(2 * p + 1, 2, 32, 251, 32)  # an uneven cut
         tokens, _ = data.load(__file__, config.seq_len)
+        groups = {holders: dist.new_group(holders) for holders in {(0,), tuple({0, p - 1})}}
 
-        def train(schedule: Callable | None):
+        def train(schedule: Schedule | None):
             """schedule None: one process, the whole model, the whole batch at once."""
-            model = gpt.build(config, seed=0, dtype=torch.float64)
+            model, most = gpt.build(config, seed=0, dtype=torch.float64), 0
             if schedule:
-                take_stage(model, rank, p)
-                pipe = Pipeline([model], group, torch.float64, "cpu")
-                program = derive_programs(schedule(p, m))[rank]
+                stages = stages_of(schedule)
+                n = sum(map(len, stages))
+                split = split_layers(config.n_layer, n)
+                take_stages(model, stages[rank], split)
+                chunks = chunks_of(model, stages[rank], split)
+                deferred = any(action.kind == "W" for action in schedule[rank])
+                pipe = Pipeline(chunks, n, group, torch.float64, "cpu", deferred)
+                program = derive_programs(schedule)[rank]
+                holders = tuple({r for r in range(p) if {0, n - 1} & {*stages[r]}})
+
+                @contextlib.contextmanager
+                def watch(action: Action):
+                    nonlocal most
+                    held = len(pipe.in_flight) + len(pipe.pending)
+                    most = max(most, held + (action.kind != "W"))  # with the one at work
+                    yield
+
+                pipe.watch = watch
             optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
             for step in range(steps):
                 optimizer.zero_grad()
@@ -470,34 +714,37 @@ def main() -> None:
 
                     shape = (b, config.seq_len, config.n_embd)
                     losses.append(pipe.run(program, x.chunk(m), loss_of, shape))
-                    if rank in (0, p - 1):
+                    if rank in holders:
                         held = [q.grad for q in model.parameters() if hasattr(q, "tied_name")]
-                        all_reduce_tied(held, tied_group)
+                        all_reduce_tied(held, groups[holders])
                 else:
                     loss = gpt.cross_entropy(model(x), y) / y.numel()
                     loss.backward()
                     losses.append(loss.detach())
                 optimizer.step()
-            return losses, dict(gpt.named_parameters(model))
+            return losses, dict(gpt.named_parameters(model)), most
 
-        losses, whole = train(None)
-        for name, schedule in SCHEDULES.items():
+        losses, whole, _ = train(None)
+        for name, function in SCHEDULES.items():
+            schedule = function(p, m)
+            check(schedule, m)
+            stages = stages_of(schedule)
+            v = len(stages[rank])
             with measure.Collectives({"pp": group}) as seen:
-                mine, held = train(schedule)
+                mine, held, most = train(schedule)
             for loss in mine:
                 dist.all_reduce(loss)  # the last stage has it, the others 0
             proof.losses(name, mine, losses)
             gradients = {n: q.grad for n, q in whole.items()}
             proof.close(f"{name} max |d gradient|", {n: q.grad for n, q in held.items()}, gradients)
             proof.close(f"{name} max |d parameter|", held, whole)
-            calls, elements = predicted_sends(p, m, rank, b, config.seq_len, config.n_embd)
+            calls, elements = predicted_sends(stages, rank, m, b, config.seq_len, config.n_embd)
             sent = tuple(seen.total("pp", "send"))
             proof.equal(f"{name} sends, elements", (steps * calls, steps * elements), sent)
-            peak = peak_in_flight(schedule(p, m)[rank])
-            proof.equal(f"{name} in flight", predicted_in_flight(name, p, m, rank), peak)
-            ends = max(span.end for span in simulate(schedule(p, m)))
-            bubble = round(ends / (m * sum(UNIT.values())) - 1, 9)
-            proof.equal(f"{name} bubble, simulated", round(predicted_bubble(p, m), 9), bubble)
+            proof.equal(f"{name} chunks held", predicted_held(name, p, m, v, rank), most)
+            simulated = round(bubble(simulate(schedule)), 9)
+            predicted = round(predicted_bubble(name, p, m, v), 9)
+            proof.equal(f"{name} bubble, simulated", predicted, simulated)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3; Korthikanti et a
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from fnmatch import fnmatch
 
@@ -101,35 +102,47 @@ def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     return finish
 
 
+def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    return grad.flatten(0, -2).T @ x.flatten(0, -2)  # [out, in]
+
+
+def finish(weight: nn.Parameter, x: Tensor, grad: Tensor, group=None) -> None:
+    """What was left for later, see `Linear`. group: over which x is gathered first."""
+    weight.backward(weight_gradient(start_gather(x, group)() if group else x, grad))
+
+
 class ColumnLinear(torch.autograd.Function):
     """x [b, s, in] (or [b, s/t, in], if `sequence`) -> [b, s, out/t]. What is kept is x as it came:
-    a shard is gathered again in backward, while the gradient of the gathered x is computed."""
+    a shard is gathered again in backward, while the gradient of the gathered x is computed.
+    later: None, or what takes the work on the weight's gradient, to be done another time."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group, sequence: bool):
-        ctx.group, ctx.sequence, ctx.has_bias = group, sequence, bias is not None
+    def forward(ctx, x, weight, bias, group, sequence: bool, later: Callable | None):
+        ctx.group, ctx.sequence, ctx.later, ctx.has_bias = group, sequence, later, bias is not None
         ctx.save_for_backward(x, weight)
         return F.linear(start_gather(x, group)() if sequence else x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        whole_x = start_gather(x, ctx.group) if ctx.sequence else lambda: x
+        if ctx.later:
+            ctx.later(x, grad, ctx.group if ctx.sequence else None)
+        gather = ctx.sequence and not ctx.later
+        whole_x = start_gather(x, ctx.group) if gather else lambda: x
         d_x = grad @ weight  # a partial sum: of my columns
         x = whole_x()
         arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)
-        rows = grad.flatten(0, -2)
-        d_weight = rows.T @ x.flatten(0, -2)  # while d_x travels
-        d_bias = rows.sum(0) if ctx.has_bias else None
-        return arrived(), d_weight, d_bias, None, None
+        d_weight = None if ctx.later else weight_gradient(x, grad)  # while d_x travels
+        d_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
+        return arrived(), d_weight, d_bias, None, None, None
 
 
 class RowLinear(torch.autograd.Function):
     """x [b, s, in/t] -> y [b, s, out], or if `sequence` my shard [b, s/t, out] of it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group, sequence: bool):
-        ctx.group, ctx.sequence, ctx.has_bias = group, sequence, bias is not None
+    def forward(ctx, x, weight, bias, group, sequence: bool, later: Callable | None):
+        ctx.group, ctx.sequence, ctx.later, ctx.has_bias = group, sequence, later, bias is not None
         ctx.save_for_backward(x, weight)
         y = (start_scatter if sequence else start_sum)(F.linear(x, weight), group)()
         return y if bias is None else y.add_(bias)  # whole, and added once: after the sum
@@ -139,8 +152,8 @@ class RowLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         d_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None  # of my tokens
         grad = start_gather(grad, ctx.group)() if ctx.sequence else grad
-        d_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        return grad @ weight, d_weight, d_bias, None, None
+        d_weight = (ctx.later or weight_gradient)(x, grad)
+        return grad @ weight, d_weight, d_bias, None, None, None
 
 
 class SumOverGroup(torch.autograd.Function):
@@ -209,9 +222,32 @@ def cut_parameter(p: nn.Parameter, dim: int, parts: int | tuple[int, ...], group
     return new
 
 
-class ColumnParallelLinear(nn.Module):
+class Linear(nn.Module):
+    """What the two kinds share. A pipeline that takes backwards apart gives the module a
+    `weight_grad_queue`: there the weight's gradient is left, as a function to be called, which adds
+    to weight.grad by a backward of its own, so that hooks on the weight see no difference."""
+
+    weight_grad_queue: list | None = None
+    function: type[torch.autograd.Function]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, queue = self.weight, self.weight_grad_queue
+        if queue is None or not (x.requires_grad and weight.requires_grad):
+            later = None
+        else:  # detached: the hooks of a weight in the graph would be called, with nothing in it
+            weight = weight.detach()
+
+            def later(x: Tensor, *args) -> None:  # detached: without the graph that x hangs on
+                queue.append(functools.partial(finish, self.weight, x.detach(), *args))
+
+        return self.function.apply(x, weight, self.bias, self.group, self.sequence, later)
+
+
+class ColumnParallelLinear(Linear):
     """x [b, s, in] -> this rank's columns [b, s, out/t]. Matrices that read the same x are best
     fused into one, with `parts`: one f, so one all-reduce in backward and not one for each."""
+
+    function = ColumnLinear
 
     def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
@@ -220,21 +256,17 @@ class ColumnParallelLinear(nn.Module):
         bias = linear.bias
         self.bias = None if bias is None else cut_parameter(bias, 0, parts, group)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ColumnLinear.apply(x, self.weight, self.bias, self.group, self.sequence)
 
-
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(Linear):
     """This rank's columns [b, s, in/t] -> y [b, s, out], the same on every rank, or a shard."""
+
+    function = RowLinear
 
     def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
         self.group, self.sequence = group, sequence
         self.weight = cut_parameter(linear.weight, 1, parts, group)  # [out, in/t]
         self.bias = linear.bias  # whole, and added once: after the sum
-
-    def forward(self, x: Tensor) -> Tensor:
-        return RowLinear.apply(x, self.weight, self.bias, self.group, self.sequence)
 
 
 class VocabParallelEmbedding(nn.Module):

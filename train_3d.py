@@ -25,11 +25,15 @@ Narayanan et al. 2021, Megatron-LM on GPU clusters (arXiv 2104.04473), sections 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import math
 import os
+import re
+import statistics
 import sys
 from collections.abc import Callable
 
@@ -113,15 +117,18 @@ def parser() -> Parser:
     add("--zero-shard-size", type=natural, metavar="K", help="hybrid: shard within K of the d")
     add("--zero-reshard-after-forward", type=int, choices=(0, 1), default=1,
         help="ZeRO-3; 0: parameters stay whole until the step's last backward")  # fmt: skip
-    add("--schedule", choices=pipeline.SCHEDULES, default="1f1b")
+    add("--schedule", default="1f1b", metavar="NAME|FILE", help=f"{', '.join(pipeline.SCHEDULES)}; "
+        "or a file: a line for each pp rank, as make draw prints it: F0 F1 B0 W0 f0 (or F0.1) ...")
+    add("--chunks", type=natural, metavar="V", help="stages a rank, of interleaved (default 2)")
     add("--recompute", choices=activation_ckpt.POLICIES, default="none")
     add("--recompute-every", type=natural, default=1, metavar="K", help="checkpoint 1 block of K")
-    add("--recompute-layers", type=natural, metavar="N", help="only among a stage's first N")
+    add("--recompute-layers", type=natural, metavar="N", help="only among a rank's first N")
     add("--val-every", type=at_least(0), default=100, metavar="N", help="steps; 0: never")
     add("--val-batches", type=natural, default=4, help="global batches in a validation")
     add("--print-every", type=natural, default=10, metavar="N", help="steps")
     add("--sample", type=at_least(0), default=0, metavar="N", help="tokens to generate at the end")
     add("--log", metavar="FILE", help="one JSON object a line: a step, or a validation")
+    add("--trace", metavar="FILE", help="what each rank did, for ui.perfetto.dev; and the bubble")
     return p
 
 
@@ -161,9 +168,72 @@ def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    pipeline.split_layers(config.n_layer, p)
+    schedule = make_schedule(args, batch // (d * rows))
+    pipeline.split_layers(config.n_layer, sum(map(len, pipeline.stages_of(schedule))))
     tensor_parallel.check_width("--vocab-size", config.vocab_size, t)
     return config
+
+
+def make_schedule(args: argparse.Namespace, m: int) -> pipeline.Schedule:
+    """The one that --schedule and --chunks ask for, of m microbatches."""
+    name, v = args.schedule, args.chunks
+    if name not in pipeline.SCHEDULES:
+        if v:
+            raise ValueError(f"--chunks {v} with a schedule from a file: leave it out")
+        return read_schedule(name, args.pp, m)
+    own = {"interleaved": v or 2, "zb-v": 2}.get(name, 1)
+    if v not in (None, own):
+        raise ValueError(f"--chunks {v} with --schedule {name}, which has {own} a rank: leave it "
+                         "out, or give --schedule interleaved")  # fmt: skip
+    return pipeline.SCHEDULES[name](args.pp, m, own)
+
+
+def read_schedule(path: str, p: int, m: int) -> pipeline.Schedule:
+    """A line for each of p ranks: F, B or W, a microbatch, and the chunk, if not the first; small
+    letters are short for chunk 1. Chunk c of rank r is stage c p + r, unless the line begins with
+    its stages, as in `0 3: F0 f0 ...`. What follows # is a comment. Raises ValueError."""
+
+    def wrong(number: int, column: int, what: str) -> ValueError:
+        return ValueError(f"--schedule {path}, line {number}, column {column}: {what}")
+
+    try:
+        with open(path) as file:
+            lines = [line.partition("#")[0].rstrip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(pipeline.SCHEDULES)
+        raise ValueError(f"--schedule {path} is none of {known}, and no file that can be read: "
+                         f"{error}") from None  # fmt: skip
+    schedule, places = [], []
+    for number, line in enumerate(lines, 1):
+        head, colon, _ = line.rpartition(":")
+        if not line:
+            continue
+        if not re.fullmatch(r"[\d\s,]*", head):
+            raise wrong(number, 1, f"{head!r} are no stages: expected numbers, like 0 3:")
+        stages = sorted(int(k) for k in re.findall(r"\d+", head))
+        row, columns = [], []
+        for word in re.compile(r"\S+").finditer(line, len(head + colon)):
+            columns.append((number, word.start() + 1))
+            parts = re.fullmatch(r"([FBWfbw])(\d+)(?:\.(\d+))?", word.group())
+            if not parts:
+                raise wrong(*columns[-1], f"{word.group()!r} is no action: expected F, B or W, a "
+                            "microbatch, and perhaps a chunk, like B0 or B0.1")  # fmt: skip
+            kind, i, chunk = parts[1], int(parts[2]), int(parts[3] or parts[1].islower())
+            if i >= m or (stages and chunk >= len(stages)):
+                raise wrong(*columns[-1], f"{word.group()}: expected a microbatch of 0..{m - 1}"
+                            + f" and a chunk of 0..{len(stages) - 1}" * bool(stages))  # fmt: skip
+            stage = stages[chunk] if stages else chunk * p + len(schedule)
+            row.append(pipeline.Action(kind.upper(), i, stage))
+        places.append([*columns, (number, len(line) + 1)])
+        schedule.append(row)
+    if len(schedule) != p:
+        what = f"{len(schedule)} ranks: expected a line for each of --pp {p}"
+        raise wrong(max(1, len(lines)), 1, what)
+    try:
+        pipeline.check(schedule, m)
+    except pipeline.ScheduleError as error:
+        raise wrong(*places[error.rank][error.place], str(error)) from None
+    return schedule
 
 
 def pick_device(name: str) -> tuple[torch.device, str]:
@@ -202,12 +272,20 @@ class Trainer:
         t, p = args.tp, args.pp
         d = dist.get_world_size() // (t * p)
         self.m = args.global_batch_size // (d * args.micro_batch_size)
-        self._make_groups(p, d, args.zero_shard_size or (d if args.zero else 1), t)
-        self.stage = self.pp_group.rank()
+        self.schedule = schedule(p, self.m) if schedule else make_schedule(args, self.m)
+        pipeline.check(self.schedule, self.m)
+        stages = pipeline.stages_of(self.schedule)
+        n = sum(map(len, stages))
+        ends = [rank for rank in range(p) if 0 in stages[rank] or n - 1 in stages[rank]]
+        self._make_groups(p, d, args.zero_shard_size or (d if args.zero else 1), t, ends)
+        self.pp_rank = self.pp_group.rank()
+        self.stages = stages[self.pp_rank]
 
         with torch.device("meta"):  # a whole model that takes no memory
             stage = model() if model else gpt.GPT(config)
-        pipeline.take_stage(stage, self.stage, p)
+        embedding, block, head = gpt.flops_per_token(config)
+        split = pipeline.split_layers(len(stage.h), n, embedding / block, head / block)
+        pipeline.take_stages(stage, self.stages, split)
         tensor_parallel.parallelize(stage, plan, self.tp_group, args.sequence_parallel)
         draw = draw or functools.partial(gpt.gpt2_draw, n_layer=config.n_layer)
         gpt.init_weights(stage, args.seed, self.dtype, device, draw)
@@ -218,41 +296,42 @@ class Trainer:
         )
         self.model = stage
 
-        self.pipe = pipeline.Pipeline([stage], self.pp_group, self.dtype, device)
-        actions = (schedule or pipeline.SCHEDULES[args.schedule])(p, self.m)
-        self.program = pipeline.derive_programs(actions)[self.stage]
-        backwards = sum(action.kind == "B" for action in actions[self.stage])
-        self.sync = self._attach(sync, backwards)
+        chunks, mine = pipeline.chunks_of(stage, self.stages, split), self.schedule[self.pp_rank]
+        deferred = any(action.kind == "W" for action in mine)
+        self.pipe = pipeline.Pipeline(chunks, n, self.pp_group, self.dtype, device, deferred)
+        self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
+        self.sync = self._attach(sync, pipeline.accumulations(mine, chunks))
+        self.span: Callable = lambda name: contextlib.nullcontext()  # who looks: see watch()
         # Their gradients meet over tp: the tp ranks must hold the same pieces of them.
         partial = [(f"{n}[{at}:]", t) for n, t, p, at in self.sync.pieces() if p.partial]
         ddp.check_same_parameters(partial, self.tp_group)
         self.optimizer = self._make_optimizer()
 
-    def _make_groups(self, p: int, d: int, k: int, t: int) -> None:
+    def _make_groups(self, p: int, d: int, k: int, t: int, ends: list[int]) -> None:
         names = ("pp", "replica", "shard", "tp")  # dp is replica x shard
         mesh = dist.init_device_mesh(self.device.type, (p, d // k, k, t), mesh_dim_names=names)
         groups = (mesh[name].get_group() for name in names)
         self.pp_group, self.replica_group, self.shard_group, self.tp_group = groups
         self.dp_group = self._my_group(mesh.mesh.movedim(3, 1).flatten(2).flatten(0, 1))
-        # First and last stage of one pipeline: the holders of a tied wte.
-        self.tied_group = self._my_group(mesh.mesh[[0, -1]].flatten(1).T)
+        # The ranks with first and last stage of one pipeline: the holders of a tied wte.
+        self.tied_group = self._my_group(mesh.mesh[ends].flatten(1).T)
 
     @staticmethod
     def _my_group(groups: Tensor) -> dist.ProcessGroup | None:
         mine = None
         for ranks in groups.tolist():
-            group = dist.new_group(sorted(set(ranks)))  # every rank must make every group
+            group = dist.new_group(ranks)  # every rank must make every group
             mine = group if dist.get_rank() in ranks else mine
         return mine
 
-    def _attach(self, sync: Callable | None, backwards: int):
+    def _attach(self, sync: Callable | None, accumulations: dict[nn.Parameter, int]):
         stage, options = self.args.zero, {"grad_dtype": DTYPES.get(self.args.grad_dtype)}
         if sync or stage == 0:
-            return (sync or ddp.DDP)(self.model, self.dp_group, backwards, **options)
+            return (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **options)
         options["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
         if stage == 3:
             options["reshard_after_forward"] = self.args.zero_reshard_after_forward == 1
-        return zero.STAGES[stage](self.model, self.shard_group, backwards, **options)
+        return zero.STAGES[stage](self.model, self.shard_group, accumulations, **options)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """Over the pieces that this rank updates; weight decay on matrices, embeddings included,
@@ -266,6 +345,15 @@ class Trainer:
             return torch.optim.SGD(groups, lr=0.0, foreach=True)
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=True)
 
+    def watch(self, trace: measure.Trace) -> None:
+        """From now on, what this rank does goes into `trace`."""
+
+        def span(action: pipeline.Action):
+            step = {"step": self.current} if self.model.training else {}
+            return trace.span(pipeline.spell(action, self.stages), action=action, **step)
+
+        self.span, self.pipe.watch = trace.span, span
+
     def learning_rate(self, step: int) -> float:
         return gpt.learning_rate(step, self.args.steps, self.args.warmup_steps, self.args.lr)
 
@@ -273,23 +361,26 @@ class Trainer:
         """One optimizer step on the global batch `step`. Returns [loss, gradient norm]: the mean
         over the batch's valid tokens, before the update, and the norm before clipping; the same
         numbers on every rank."""
+        self.current = step
         self.sync.start()
         loss = self._run(self.program, self.read, step)
-        self.sync.finish()  # gradients have met over dp; then over tp, then a tied wte's two
-        self.sync.before_step()
-        pieces = self.sync.pieces()
-        partial = [piece.grad for _, piece, p, _ in pieces if p.partial]
-        tensor_parallel.all_reduce_partial(partial, self.tp_group)
-        tied = [piece.grad for _, piece, p, _ in pieces if hasattr(p, "tied_name")]
-        pipeline.all_reduce_tied(tied, self.tied_group)
-        stats = self._global_stats(loss, pieces)
-        if self.args.clip > 0:
-            factor = (self.args.clip / (stats[1] + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([piece.grad for _, piece, _, _ in pieces], factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        self.optimizer.step()
-        self.sync.after_step()
+        with self.span("gradients meet"):
+            self.sync.finish()  # over dp; then over tp, then a tied wte's two
+            self.sync.before_step()
+            pieces = self.sync.pieces()
+            partial = [piece.grad for _, piece, p, _ in pieces if p.partial]
+            tensor_parallel.all_reduce_partial(partial, self.tp_group)
+            tied = [piece.grad for _, piece, p, _ in pieces if hasattr(p, "tied_name")]
+            pipeline.all_reduce_tied(tied, self.tied_group)
+            stats = self._global_stats(loss, pieces)
+        with self.span("optimizer"):
+            if self.args.clip > 0:
+                factor = (self.args.clip / (stats[1] + 1e-6)).clamp(max=1.0)
+                torch._foreach_mul_([piece.grad for _, piece, _, _ in pieces], factor)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(step)
+            self.optimizer.step()
+            self.sync.after_step()
         return stats
 
     def _run(self, program: pipeline.Program, read: Callable, step: int) -> Tensor:
@@ -326,7 +417,7 @@ class Trainer:
             for _, piece, p, _ in pieces
             if (hasattr(p, "cut") or first_tp)
             and first_replica
-            and not (hasattr(p, "tied_name") and self.stage > 0)
+            and not (hasattr(p, "tied_name") and 0 not in self.stages)
         ]
         norms = torch._foreach_norm(mine) if mine else [loss.new_zeros(())]
         stats = torch.stack([loss * first_tp, torch.stack(norms).square().sum()])
@@ -334,10 +425,14 @@ class Trainer:
         stats[1].sqrt_()
         return stats
 
+    def _forward_program(self, m: int) -> pipeline.Program:
+        forwards = pipeline.forward_only(self.schedule, m)
+        return pipeline.derive_programs(forwards)[self.pp_rank]
+
     @torch.no_grad()
     def validate(self, read: Callable) -> Tensor:
         """Mean loss over `val_batches` global batches read(index, rows) of held-out text."""
-        program = pipeline.derive_programs(pipeline.forward_only(self.args.pp, self.m))[self.stage]
+        program = self._forward_program(self.m)
         loss = 0.0
         self.model.eval()
         for index in range(self.args.val_batches):
@@ -350,7 +445,7 @@ class Trainer:
     @torch.no_grad()
     def sample(self, prompt: Tensor, n: int, temperature: float = 0.8) -> Tensor:
         """`prompt` [k] and n tokens more, one forward of the pipeline each; same on all ranks."""
-        program = pipeline.derive_programs(pipeline.forward_only(self.args.pp, 1))[self.stage]
+        program = self._forward_program(1)
         generator, tokens = torch.Generator().manual_seed(self.args.seed), prompt.to(self.device)
         self.model.eval()
         for _ in range(n):
@@ -372,6 +467,31 @@ class Trainer:
             tokens = torch.cat([tokens, token.to(self.device)])
         self.model.train()
         return tokens
+
+
+def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:
+    """From the spans of all ranks: what an action takes in rank 0's pipeline, on average without
+    the first step, and the bubble that follows if transfers took no time, beside the real one."""
+    steps: dict[int, list[pipeline.Span]] = {}
+    for pp_rank, rank in enumerate(dist.get_process_group_ranks(trainer.pp_group)):
+        for _, start, end, known in everyone[rank]:
+            if "step" in known:
+                span = pipeline.Span(pp_rank, known["action"], start, end)
+                steps.setdefault(known["step"], []).append(span)
+    if len(steps) > 1:
+        del steps[min(steps)]
+    took: dict[tuple[int, str], list[float]] = {}
+    for span in itertools.chain(*steps.values()):
+        took.setdefault((span.action.stage, span.action.kind), []).append(span.end - span.start)
+    mean = {key: statistics.mean(seconds) for key, seconds in took.items()}
+    spans = pipeline.simulate(trainer.schedule, lambda a: mean[a.stage, a.kind])
+    simulated = pipeline.bubble(spans)
+    measured = statistics.median(pipeline.bubble(step) for step in steps.values())
+    lines = ["stage" + "".join(f"{kind + ' ms':>9s}" for kind in "FBW")]
+    for k in range(trainer.pipe.last + 1):
+        lines.append(f"{k:5d}" + "".join(f"{1e3 * mean.get((k, kind), 0):9.2f}" for kind in "FBW"))
+    lines.append(f"bubble: with these times {simulated:.3f} | measured {measured:.3f}")
+    return "\n".join(lines)
 
 
 # --- loop -----------------------------------------------------------------------------------------
@@ -420,7 +540,9 @@ def train(
         logger.say("--recompute selective: sdpa keeps no s x s, so this saves a log-sum-exp")
     if args.recompute == "offload" and device.type == "cpu":
         logger.say("--recompute offload: device and host are one here, so this gains nothing")
-    val_loss = None
+    val_loss, trace = None, measure.Trace(device) if args.trace else None
+    if trace:
+        trainer.watch(trace)
     logger.start()
     for step in range(args.steps):
         logger.step(step, trainer.step(step), trainer.learning_rate(step))
@@ -428,6 +550,10 @@ def train(
             logger.flush()
             val_loss = trainer.validate(read_held_out)
             logger.validation(step, val_loss)
+    if trace:
+        t, p, d = (g.rank() for g in (trainer.tp_group, trainer.pp_group, trainer.dp_group))
+        spans = trace.write(args.trace, f"pp {p}, dp {d}, tp {t}")
+        logger.say(bubble_table(trainer, spans) if spans else "")
     if args.sample:
         prompt = torch.from_numpy(held_out[:16].astype("int64"))
         tokens = trainer.sample(prompt, args.sample).tolist()
@@ -444,6 +570,7 @@ def main() -> None:
         device, device_line = pick_device(args.device)
         corpus = data.load(args.data, config.seq_len, config.vocab_size)
         tokens_per_step = args.global_batch_size * config.seq_len
+        measure.check_writable("--trace", args.trace)
         logger = measure.Logger(args.log, args.steps, args.print_every, tokens_per_step)
     except ValueError as error:
         parser().error(str(error))

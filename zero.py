@@ -156,7 +156,7 @@ class Zero1:
     """Attaches to the model by hooks; its parameters now live in flat buffers.
 
     model: the same on every rank of `group`, over which state is sharded.
-    accumulations: how often each gradient is accumulated to in a step.
+    accumulations: how often each gradient is accumulated to in a step, or by parameter how often.
     replicas: hybrid: the ranks that hold the same shard in other groups.
     grad_dtype: in which the gradients of bf16 parameters add up over microbatches; default: fp32.
         Between ranks they travel in the parameters' dtype.
@@ -168,10 +168,14 @@ class Zero1:
     whole_parameters = whole_gradients = True
 
     def __init__(
-        self, model: nn.Module, group: dist.ProcessGroup, accumulations: int,
+        self, model: nn.Module, group: dist.ProcessGroup,
+        accumulations: int | dict[nn.Parameter, int],
         replicas: dist.ProcessGroup | None = None, grad_dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        self.group, self.replicas, self.accumulations = group, replicas, accumulations
+        self.group, self.replicas = group, replicas
+        if isinstance(accumulations, int):
+            accumulations = dict.fromkeys(model.parameters(), accumulations)
+        self.accumulations = accumulations
         self.units: list[Unit] = []  # in forward order
         self.unit_of: dict[nn.Parameter, Unit] = {}
         self.needs: list[list[Unit]] = []  # by layer
@@ -197,7 +201,7 @@ class Zero1:
             p.register_post_accumulate_grad_hook(lambda p: me()._accumulated(p))
         # How often gradients travel in a step. In this order and no other, though another unit may
         # fill first on some rank: collectives are matched by order, and the ranks must agree on it.
-        rounds = 1 if self.whole_gradients else accumulations
+        rounds = self.rounds = 1 if self.whole_gradients else min(accumulations.values())
         self.launches = [(i + 1, unit) for i in range(rounds) for unit in reversed(self.units)]
         self.start()
 
@@ -218,15 +222,16 @@ class Zero1:
 
     def _accumulated(self, p: nn.Parameter) -> None:
         self.done[p] += 1
-        assert self.done[p] <= self.accumulations, (
-            f"more than {self.accumulations} accumulations in a step"
+        assert self.done[p] <= self.accumulations[p], (
+            f"more than {self.accumulations[p]} accumulations in a step"
         )
         while self.launched < len(self.launches) and self._full(*self.launches[self.launched]):
             self._launch()
 
     def _full(self, round_: int, unit: Unit) -> bool:
-        every = self.accumulations * len(self.units) // len(self.launches)
-        return min(self.done[p] for p in unit.place) >= round_ * every
+        return all(
+            self.done[p] * self.rounds >= round_ * self.accumulations[p] for p in unit.place
+        )
 
     def _launch(self) -> None:
         self._land()
@@ -378,7 +383,7 @@ class Zero3(Zero2):
     def _accumulated(self, p: nn.Parameter) -> None:
         super()._accumulated(p)
         unit = self.unit_of[p]
-        if min(self.done[q] for q in unit.place) == self.accumulations:
+        if all(self.done[q] == self.accumulations[q] for q in unit.place):
             unit.reshard()  # the last use in this step
 
     def finish(self) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import gc
 import weakref
@@ -79,7 +80,7 @@ def test_bytes_kept_and_flops_are_as_predicted(attention, dropout, policy, every
     predicted = ckpt.predicted_blocks_bytes(
         L, policy, every, layers, itemsize=dtype.itemsize, **sizes
     )
-    assert saved.bytes == predicted, saved.by_shape()
+    assert saved.peak == predicted
     if attention == "explicit":  # torch's counter counts 0 for sdpa on the CPU
         expected = ckpt.predicted_flops(L, B, S, H, policy, every, layers, dropout > 0)
         assert flops.get_total_flops() == expected
@@ -99,40 +100,40 @@ def test_korthikantis_34_and_what_is_more():
 
 
 def stage_bytes(case: Case):
-    """(predicted, counted) of what this rank's stage keeps when its microbatches are in flight."""
+    """(predicted, counted) of the most that this rank keeps between actions: of microbatches in
+    flight, and of weight gradients that wait."""
     args = train_3d.parser().parse_args(case.arguments())
     config, device = train_3d.check(args, case.world_size), torch.device("cpu")
     trainer = train_3d.Trainer(args, config, reader(case), device)
-    p, rank = case.p, trainer.stage
-    saved, most = measure.SavedActivations(trainer.model), []
-    seen, forward = {}, trainer.pipe._forward
+    saved, most, pipe = measure.SavedActivations(trainer.model), 0, trainer.pipe
 
-    def watched(microbatch, chunk):
-        with saved:
-            forward(microbatch, chunk)
-        seen[microbatch] = saved._seen
-        saved._seen = {}
+    @contextlib.contextmanager
+    def watch(action):
+        nonlocal most
+        queues = pipe.pending.values()
+        waiting = [t for queue in queues for finish in queue for t in finish.args[1:3]]
+        most = max(most, saved.bytes(waiting))  # after the action before
+        with saved if action.kind == "F" else contextlib.nullcontext():
+            yield
+        most = max(most, saved.bytes(waiting) if action.kind == "F" else 0)
 
-    trainer.pipe._forward = watched
-    backward = trainer.pipe._backward
-
-    def before_backward(microbatch, chunk):
-        tensors = [t for kept in seen.values() for t in kept.values()]
-        most.append(measure.bytes_held(tensors))
-        del seen[microbatch]
-        backward(microbatch, chunk)
-
-    trainer.pipe._backward = before_backward
+    pipe.watch = watch
     trainer.step(0)
-    head = getattr(trainer.model.lm_head, "weight", torch.empty(0))  # of the last stage only
-    predicted = ckpt.predicted_activation_bytes(
-        len(trainer.model.h), case.b, case.seq_len, case.n_embd, head.size(0),
-        trainer.dtype.itemsize, first=rank == 0, last=rank == p - 1,
-        in_flight=pipeline.predicted_in_flight(case.schedule, p, case.m, rank), t=case.t,
-        sequence=case.sequence, dropout=case.dropout > 0, a=case.n_head, policy=case.recompute,
-        every=case.every, layers=case.layers, attention=case.attention,
-    )  # fmt: skip
-    return predicted, max(most)
+    head = getattr(trainer.model.lm_head, "weight", torch.empty(0)).size(0)  # of the last stage
+    sizes = dict(b=case.b, s=case.seq_len, h=case.n_embd, itemsize=trainer.dtype.itemsize,
+                 t=case.t, sequence=case.sequence)  # fmt: skip
+    flying, waiting = {}, {}
+    for k, chunk in pipe.chunks.items():
+        first, last = k == 0, k == pipe.last
+        flying[k] = ckpt.predicted_activation_bytes(
+            len(chunk.h), v=head, first=first, last=last, dropout=case.dropout > 0, a=case.n_head,
+            policy=case.recompute, every=case.every, layers=case.layers, attention=case.attention,
+            **sizes
+        ) - 8 * last  # fmt: skip
+        waiting[k] = pipeline.predicted_queue_bytes(len(chunk.h), head=head * last, **sizes)
+    once = 8 * (pipe.last in pipe.chunks)
+    actions = trainer.schedule[trainer.pp_rank]
+    return pipeline.peak_held(actions, flying, waiting) + once, most
 
 
 @pytest.mark.parametrize("policy", ckpt.POLICIES)
@@ -142,6 +143,10 @@ def stage_bytes(case: Case):
         Case(), Case(attention="explicit"), Case(dropout=0.2), Case(t=2), Case(t=2, sequence=True),
         Case(t=3, dropout=0.2, sequence=True), Case(t=2, dropout=0.2, dtype="bf16"),
         Case(p=2, m=4), Case(p=3, m=4, schedule="gpipe", attention="explicit", dtype="float32"),
+        Case(p=2, m=4, schedule="zb-h1"), Case(p=2, m=4, schedule="zb-v", dtype="bf16", n_layer=6),
+        Case(p=2, m=4, schedule="interleaved", chunks=3, n_layer=7), Case(m=2, schedule="zb-v"),
+        Case(t=2, p=2, m=3, schedule="zb-v", sequence=True, dropout=0.2),
+        Case(t=3, p=2, m=3, schedule="zb-h1", attention="explicit", dtype="float32"),
         Case(t=2, p=2, m=5, dropout=0.2, sequence=True), Case(d=2, zero=3, attention="explicit"),
     ],
     ids=str,

@@ -19,11 +19,15 @@ from tools.oracle import Case, judge, launch
 
 
 def waves(p: int, m: int, w: int = 2) -> list[list[Action]]:
-    actions = []
-    for first in range(0, m, w):
-        wave = range(first, min(m, first + w))
-        actions += [Action("F", i) for i in wave] + [Action("B", i) for i in reversed(wave)]
-    return [actions] * p
+    def actions(stage: int) -> list[Action]:
+        actions = []
+        for first in range(0, m, w):
+            wave = range(first, min(m, first + w))
+            actions += [Action("F", i, stage) for i in wave]
+            actions += [Action("B", i, stage) for i in reversed(wave)]
+        return actions
+
+    return [actions(stage) for stage in range(p)]
 
 
 def test_a_schedule_of_ones_own():

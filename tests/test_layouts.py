@@ -21,7 +21,10 @@ FACTORS = {
     ],
     "m": [1, 2, "p", 5],
     "sequence": [False, True],
-    "schedule": ["gpipe", "1f1b"],
+    "schedule": [  # and chunks
+        ("gpipe", None), ("1f1b", None), ("interleaved", 2), ("interleaved", 3), ("zb-h1", None),
+        ("zb-v", None),
+    ],
     "zero": [  # stage, --zero-shard-size, --zero-reshard-after-forward
         (0, None, 1), (1, None, 1), (2, None, 1), (3, None, 1), (3, None, 0),
         (1, "d/2", 1), (2, "d/2", 1), (3, "d/2", 1),
@@ -77,9 +80,13 @@ def case_of(row: dict) -> Case:
     m = p if row["m"] == "p" else row["m"]
     zero, shard_size, reshard = row["zero"]
     shard_size = max(1, d // 2) if shard_size and d % 2 == 0 else None
+    schedule, chunks = row["schedule"]
+    stages = p * (chunks or (2 if schedule == "zb-v" else 1))
     rest = {k: v for k, v in row.items() if k not in ("layout", "m", "recompute", "zero")}
-    return Case(t=t, p=p, d=d, m=m, seq_len=12, recompute=recompute, every=every, layers=layers,
-                zero=zero, shard_size=shard_size, reshard=reshard, **rest)  # fmt: skip
+    rest |= {"schedule": schedule, "n_layer": max(row["n_layer"], stages + row["n_layer"] - 4)}
+    rest |= {"recompute": recompute, "every": every, "layers": layers}
+    rest |= {"zero": zero, "shard_size": shard_size, "reshard": reshard}
+    return Case(t=t, p=p, d=d, m=m, seq_len=12, chunks=chunks, **rest)
 
 
 @pytest.mark.parametrize("case", [case_of(row) for row in pairwise(FACTORS)], ids=str)

@@ -69,11 +69,14 @@ def test_saved_activations_count_storages_and_not_weights():
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     x = torch.randn(5, 3)
     with measure.SavedActivations(net) as saved:
-        net(x)
-    assert saved.bytes == 4 * (5 * 3 + 5 * 4)  # the first input; ReLU's output, for two layers
+        y = net(x)
+    assert saved.bytes() == 4 * (5 * 3 + 5 * 4)  # the first input; ReLU's output, for two layers
+    assert saved.by_shape() == {((5, 3), torch.float32): 1, ((5, 4), torch.float32): 1}
+    del y
+    assert saved.bytes() == 4 * 5 * 3 and saved.peak == 4 * (5 * 3 + 5 * 4)  # x is ours
     with measure.SavedActivations(net, ignore=[x]) as saved:
         net(x)
-    assert saved.bytes == 4 * 5 * 4
+    assert saved.peak == 4 * 5 * 4
 
 
 def test_relative_errors():

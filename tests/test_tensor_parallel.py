@@ -19,7 +19,7 @@ def conjugates_leave_their_arguments_alone(sequence: bool):
     x = torch.arange(shard, dtype=D).view(1, -1, 1).requires_grad_()
     kept, seed = x.detach().clone(), torch.full((1, 3 * t, 1), rank + 1.0, dtype=D)
     given = seed.clone()
-    y = tp.ColumnLinear.apply(x, one, None, group, sequence)
+    y = tp.ColumnLinear.apply(x, one, None, group, sequence, None)
     y.backward(given)
     whole = torch.cat([kept] * t, 1) if sequence else kept
     assert torch.equal(y, whole) and torch.equal(x, kept)

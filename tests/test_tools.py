@@ -86,15 +86,15 @@ def test_fuzz_reports_a_failure_with_its_replay_line(monkeypatch, capsys):
 
 
 def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
-    cases = parity.cases(8, n_head=24, n_layer=9)
+    cases = parity.cases(8, n_head=24, n_layer=17)
     sizes = {(c.t, c.p, c.d) for c in cases}
     assert len(sizes) == 10 and all(t * p * d == 8 for t, p, d in sizes)
-    assert len({str(c) for c in cases}) == len(cases) == 63
+    assert len({str(c) for c in cases}) == len(cases) == 117
     monkeypatch.setattr("sys.argv", ["parity", "--nproc", "2"])
     with pytest.raises(SystemExit) as exit_:
         parity.main()
     out = capsys.readouterr().out
-    assert exit_.value.code == 0 and out.count(" ok\n") == 8 and "0 mismatches" in out
+    assert exit_.value.code == 0 and out.count(" ok\n") == 11 and "0 mismatches" in out
     monkeypatch.setattr(parity, "judge", lambda case: judge(case)._replace(loss=float("nan")))
     with pytest.raises(SystemExit) as exit_:
         parity.main()

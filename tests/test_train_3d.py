@@ -1,6 +1,7 @@
 """The command line: what it refuses, what it logs, and that a launched run is the one process."""
 
 import gc
+import itertools
 import json
 import os
 import re
@@ -20,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import gpt
 import measure
+import pipeline
 import tensor_parallel
 import train_3d
 import zero
-from tools.oracle import Case, launch, reader
+from tools.oracle import Case, judge, launch, reader
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -65,7 +67,7 @@ def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
         ("--tp 2 --pp 2", 6, "world size 6 is not divisible by --tp 2 x --pp 2: .* multiple of 4"),
         ("--tp 3", 3, "--n-head 4 is not divisible by --tp 3"),
         ("--n-embd 30", 1, "--n-embd 30 is not divisible by --n-head 4"),
-        ("--pp 5", 5, "5 stages for 4 blocks: lower --pp or raise --n-layer"),
+        ("--pp 5", 5, "5 stages for 4 blocks: lower --pp or --chunks, or raise --n-layer"),
         ("--global-batch-size 30", 4, "30 is not divisible by d 4 x --micro-batch-size 4: .* 16"),
         ("--tp 4 --vocab-size 5", 4, "--vocab-size: 5 rows .* t = 4 ranks with none"),
         ("--data /no/such/file", 1, "--data /no/such/file does not exist"),
@@ -73,7 +75,14 @@ def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
         ("--data {text} --seq-len 4000", 1, "holds 2520 tokens and needs 8002"),
         ("--data {text} --vocab-size 100", 1, "holds token id 117, outside the vocabulary 0..99"),
         ("--dtype float8", 1, "--dtype: invalid choice: 'float8'.*float32.*float64"),
-        ("--schedule zb-v", 1, "--schedule: invalid choice: 'zb-v'.*gpipe.*1f1b"),
+        ("--schedule zb-h2", 1, "--schedule zb-h2 is none of gpipe, 1f1b, .*, zb-v, and no file"),
+        ("--schedule 1f1b --chunks 2", 1, "--chunks 2 with --schedule 1f1b, which has 1 a rank"),
+        ("--schedule zb-v --chunks 3", 1, "--chunks 3 with --schedule zb-v, which has 2 a rank"),
+        ("--schedule zb-v --pp 3", 3, "6 stages for 4 blocks: lower --pp or --chunks"),
+        ("--pp 2 --schedule interleaved --chunks 3", 2, "6 stages for 4 blocks"),
+        ("--chunks 0 --schedule interleaved", 1, "--chunks: is 0: give at least 1"),
+        ("--schedule {text}", 1, "--schedule .*text, line 1, column 1: 'to' is no action"),
+        ("--schedule {text} --chunks 2", 1, "--chunks 2 with a schedule from a file"),
         ("--model gpt-5", 1, "--model: invalid choice: 'gpt-5'.*gpt2-xl"),
         ("--zero 4", 1, "--zero: invalid choice: 4"),
         ("--zero 0 --zero-shard-size 2", 4, "--zero-shard-size 2 with --zero 0"),
@@ -97,6 +106,7 @@ def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
         ("--dropout -0.1", 1, "--dropout: is -0.1: give at least 0"),
         ("--dropout nan", 1, "--dropout: is nan: give at least 0"),
         ("--log /no/such/folder/log", 1, "--log /no/such/folder/log cannot be written"),
+        ("--trace /no/such/folder/t", 1, "--trace /no/such/folder/t cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_before_any_collective(
@@ -112,8 +122,8 @@ def test_bad_input_is_one_line_before_any_collective(
         monkeypatch.setattr("data.read", lambda path: np.zeros(1000, dtype=np.uint8))
     for rank, lines in ((0, 1), (1, 0)):
         monkeypatch.setenv("RANK", str(rank))
-        if rank and "--log" in arguments:
-            continue  # only rank 0 has a log
+        if rank and {"--log", "--trace"} & {*arguments}:
+            continue  # only rank 0 writes
         with pytest.raises(SystemExit) as exit_:
             train_3d.main()
         assert exit_.value.code == 2
@@ -132,6 +142,60 @@ def test_a_gpu_for_every_local_rank_or_none(monkeypatch):
         assert str(device) == expected and f"4 GPUs for {ranks} local ranks" in line
     with pytest.raises(ValueError, match="5 local ranks and 4 GPUs"):
         train_3d.pick_device("cuda")
+
+
+# A schedule from a file: 1F1B on rank 0 and ZB-H1's on the others would do; this one has it all.
+OWN = """# two chunks on rank 0, in a V, and one on rank 1
+0 2: F0 F1 f0 b0 w0 F2 f1 b1 B0 W0 w1 B1 f2 b2 w2 W1 B2 W2
+1:   F0 F1 B0 W0 F2 B1 W1 B2 W2   # in its own numbers
+"""
+
+
+def test_a_schedule_from_a_file(tmp_path):
+    path = tmp_path / "own"
+    path.write_text(OWN)
+    sizes = dict(p=2, m=3, schedule=str(path))
+    for case in (Case(**sizes), Case(t=2, d=2, zero=3, recompute="full", **sizes)):
+        assert judge(case).worst <= measure.TOLERANCE
+    schedule = train_3d.read_schedule(str(path), 2, 3)
+    assert pipeline.stages_of(schedule) == [[0, 2], [1]]
+    long = re.sub(r"([fbw])(\d)", lambda match: match[1].upper() + match[2] + ".1", OWN)
+    path.write_text(long)
+    assert "F0.1" in long and train_3d.read_schedule(str(path), 2, 3) == schedule
+    path.write_text("\n".join(
+        " ".join(pipeline.spell(a, stages) for a in row)
+        for row, stages in zip(pipeline.interleaved(2, 4, 3), ([0, 2, 4], [1, 3, 5]), strict=True)
+    ))  # fmt: skip
+    assert "F0.2" in path.read_text()
+    assert train_3d.read_schedule(str(path), 2, 4) == pipeline.interleaved(2, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("F0 F1 X0\nF0", "line 1, column 7: 'X0' is no action: expected F, B or W, a microbatch"),
+        ("F0 F1 B0 B1\nF0 F-1", "line 2, column 4: 'F-1' is no action"),
+        ("F0 B0 F1 B1\n\n  F0 B0 F2 B2", "line 3, column 9: F2: expected a microbatch of 0..1"),
+        ("0 1: F0 F0.2\n2: F0", r"line 1, column 9: F0.2: expected .* and a chunk of 0..1"),
+        ("0 x: F0\n1: F0", "line 1, column 1: '0 x' are no stages: expected numbers, like 0 3:"),
+        ("F0 F1 B0 B1\n", "line 1, column 1: 1 ranks: expected a line for each of --pp 2"),
+        ("F0 F1 B0 B1\nF0 B0 F1", "line 2, column 9: B1 is missing"),
+        ("F0 F1 B0 B1\nF0 B0 F1 F1 B1", "line 2, column 10: F1 is there twice"),
+        ("F0 F1 B1 B0\nF0 B0 F1 B1 W0", "line 1, column 12: W0 is missing"),
+        ("F0 B0 F1 B1 # waits\nF0 F1 B0 B1", "line 1, column 4: rank 0 at B0 waits for B0 of rank "
+         "1; rank 1 at F1 waits for F1 of rank 0"),
+        ("F0 F1 B0 B1\n0: F0 B0 F1 B1", r"line 1, column 1: stages by rank are \[\[0\], \[0\]\]"),
+        ("", "line 1, column 1: 0 ranks: expected a line for each of --pp 2"),
+        ("\xff", "is none of gpipe, .* and no file that can be read: 'utf-8' codec"),
+    ],
+)  # fmt: skip
+def test_a_wrong_schedule_file_says_where_and_what(text, message, tmp_path):
+    path = tmp_path / "own"
+    path.write_text(text, encoding="latin-1")
+    flags = f"--pp 2 --global-batch-size 2 --micro-batch-size 1 --schedule {path}"
+    with pytest.raises(ValueError, match=message) as error:
+        train_3d.check(train_3d.parser().parse_args(flags.split()), 2)
+    assert "\n" not in str(error.value)
 
 
 def test_refused_under_torchrun_too():
@@ -181,6 +245,35 @@ def test_launched_runs_are_the_plain_one(text, tmp_path):
         for row, plain in zip(rows, logs["plain"], strict=True):
             for key in row.keys() - {"tokens_per_s"}:
                 assert row[key] == pytest.approx(plain[key], rel=1e-12, abs=0), (name, key)
+
+
+def test_a_trace_has_what_every_rank_did(text, tmp_path):
+    path = tmp_path / "trace.json"
+    flags = ["--data", text, "--pp", 2, "--schedule", "zb-h1", "--trace", path]
+    result = run(4, "train_3d.py", *TINY, *flags)
+    assert result.returncode == 0, result.stderr
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert names == {rank: f"rank {rank}: pp {rank // 2}, dp {rank % 2}, tp 0" for rank in range(4)}
+    expected = pipeline.zb_h1(2, 2)
+    for rank in range(4):
+        mine = [e for e in events if e["pid"] == rank and e["ph"] == "X"]
+        for step in range(4):
+            spans = [e for e in mine if e["args"].get("step") == step]
+            assert [tuple(e["args"]["action"]) for e in spans] == expected[rank // 2]
+        assert sum(e["name"] == "optimizer" for e in mine) == 4
+        for before, after in zip(mine, mine[1:], strict=False):
+            assert before["ts"] + before["dur"] <= after["ts"]  # one at a time
+    at = {(e["pid"], e["args"]["step"], e["name"]): (e["ts"], e["ts"] + e["dur"])
+          for e in events if "step" in e.get("args", ())}  # fmt: skip
+    for rank in (0, 1):  # on one clock: nothing is used before it is made
+        for step, i in itertools.product(range(4), range(2)):
+            assert at[rank, step, f"F{i}"][1] <= at[rank + 2, step, f"F{i}"][0]
+            assert at[rank + 2, step, f"B{i}"][1] <= at[rank, step, f"B{i}"][0]
+    table = re.search(r"stage +F ms +B ms +W ms\n(.*\n)+bubble: with these times (\S+) \| measured "
+                      r"(\S+)\n", result.stdout)  # fmt: skip
+    assert table and float(table[2]) >= 0 and float(table[3]) > 0
+    assert len(re.findall(r"^ +[01]( +\d+\.\d\d){3}$", table[0], re.MULTILINE)) == 2
 
 
 def test_a_plain_run_is_this_loop(text, tmp_path):

@@ -14,6 +14,7 @@ import time
 
 import activation_ckpt
 import measure
+import pipeline
 import train_3d
 from tools.oracle import Case, judge
 
@@ -25,8 +26,12 @@ def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
         t, p, d = (rng.choice(sizes) for _ in range(3))
         if t * p * d <= largest_world:
             break
-    n_head = rng.choice((1, 2, 3, 4)) if rng.random() < 0.15 else t * rng.randint(1, 3)
-    n_layer = rng.randint(1, 6) if rng.random() < 0.15 else p + rng.randint(0, 3)
+    n_head = rng.choice((1, 2, 3, 4)) if rng.random() < 0.1 else t * rng.randint(1, 3)
+    schedule = rng.choice(list(pipeline.SCHEDULES))
+    chunks = {"interleaved": rng.choice((None, 1, 2, 3)), "zb-v": rng.choice((None, 2))}
+    chunks = rng.randint(1, 2) if rng.random() < 0.05 else chunks.get(schedule)
+    stages = p * (chunks or (2 if schedule in ("interleaved", "zb-v") else 1))
+    n_layer = rng.randint(1, 6) if rng.random() < 0.1 else stages + rng.randint(0, 3)
     zero = rng.randint(0, 3)
     return Case(
         t=t, p=p, d=d,
@@ -34,9 +39,11 @@ def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
         b=rng.randint(1, 3),
         sequence=(sequence := rng.random() < 0.5),
         zero=zero,
-        shard_size=rng.choice((None, 1, 2)) if zero else None,
+        shard_size=rng.choice((None, 1, 2 if d % 2 == 0 or rng.random() < 0.2 else None))
+        if zero else None,
         reshard=rng.randint(0, 1) if zero == 3 else 1,
-        schedule=rng.choice(("gpipe", "1f1b")),
+        schedule=schedule,
+        chunks=chunks,
         recompute=rng.choice(activation_ckpt.POLICIES),
         layers=rng.choice((None, 1, 2)),
         every=rng.randint(1, 2 if n_layer > 1 else 1),

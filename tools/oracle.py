@@ -67,6 +67,7 @@ class Case:
     shard_size: int | None = None
     reshard: int = 1
     schedule: str = "1f1b"
+    chunks: int | None = None
     recompute: str = "none"
     every: int = 1
     layers: int | None = None
@@ -102,6 +103,7 @@ class Case:
             "seed": self.seed, "steps": STEPS, "lr": 1e-3, "device": "cpu",
         }  # fmt: skip
         flags = [f"--{name}={value}" for name, value in pairs.items()]
+        flags += [] if self.chunks is None else [f"--chunks={self.chunks}"]
         flags += [] if self.shard_size is None else [f"--zero-shard-size={self.shard_size}"]
         flags += [] if self.layers is None else [f"--recompute-layers={self.layers}"]
         flags += [] if self.reshard else ["--zero-reshard-after-forward=0"]

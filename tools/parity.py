@@ -13,6 +13,7 @@ import sys
 import time
 
 import measure
+import pipeline
 from tools.oracle import Case, judge
 
 
@@ -23,7 +24,7 @@ def cases(nproc: int, n_head: int, n_layer: int) -> list[Case]:
         (t, p, nproc // (t * p))
         for t in range(1, nproc + 1)
         for p in range(1, nproc + 1)
-        if nproc % (t * p) == 0 and n_head % t == 0 and p <= n_layer
+        if nproc % (t * p) == 0 and n_head % t == 0 and 2 * p <= n_layer
     ]
     return [
         Case(t=t, p=p, d=d, m=max(2, p - 1), sequence=sequence, zero=z, shard_size=k,
@@ -31,8 +32,8 @@ def cases(nproc: int, n_head: int, n_layer: int) -> list[Case]:
              seq_len=nproc)
         for t, p, d in sizes
         for z, k in stages(d)
-        for schedule in (("gpipe", "1f1b") if p > 1 else ("1f1b",))
-        for sequence in ((False, True) if t > 1 and schedule == "1f1b" else (False,))
+        for schedule in (pipeline.SCHEDULES if p > 1 else ("1f1b",))
+        for sequence in ((False, True) if t > 1 and schedule in ("1f1b", "zb-v") else (False,))
     ]  # fmt: skip
 
 
@@ -47,9 +48,9 @@ def main() -> None:
     arguments.add_argument("--nproc", type=int, default=8, metavar="N", help="ranks")
     nproc = arguments.parse_args().nproc
     columns = "     loss     norm  gradient parameter"
-    print(f" t  p  d  SP  zero schedule | float64{columns} | float32{columns}")
+    print(f" t  p  d  SP  zero schedule    | float64{columns} | float32{columns}")
     failed, since = 0, time.monotonic()
-    for case in cases(nproc, n_head=24, n_layer=9):
+    for case in cases(nproc, n_head=24, n_layer=17):
         errors = judge(case)
         case.dtype = "float32"
         rounding = judge(case)
@@ -62,7 +63,7 @@ def main() -> None:
         ]
         sp = "SP" if case.sequence else ""
         print(
-            f"{case.t:2d} {case.p:2d} {case.d:2d}  {sp:2s}  {zero_name:>4s} {case.schedule:8s} "
+            f"{case.t:2d} {case.p:2d} {case.d:2d}  {sp:2s}  {zero_name:>4s} {case.schedule:11s} "
             f"|       {numbers[0]} |       {numbers[1]}  {'ok' if ok else 'MISMATCH'}",
             flush=True,
         )
