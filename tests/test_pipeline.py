@@ -208,6 +208,30 @@ def test_200_broken_schedules_are_refused_and_what_can_run_is_not():
     assert passed > 20
 
 
+def test_receives_ahead_keep_the_order_between_two_ranks():
+    rng = random.Random(3)
+    schedules = [pipeline.one_f_one_b(4, 6), pipeline.zb_v(3, 7)]
+    schedules += [random_schedule(rng, rng.randint(2, 4))[0] for _ in range(50)]
+    for schedule in schedules:
+        for rank, program in enumerate(derive_programs(schedule)):
+            ahead = pipeline.receive_ahead(program, rank)
+            assert [a for a in ahead if isinstance(a, Action)] == schedule[rank]
+            places = []
+            for steps in (program, ahead):
+                places.append({t: i for i, s in enumerate(s for s in steps if s)
+                               for t in (() if isinstance(s, Action) else s)})  # fmt: skip
+            was, now = places
+            for lane in {t[3:] for t in was}:
+                assert [t for t in was if t[3:] == lane] == [t for t in now if t[3:] == lane]
+            actions = [[a for a in steps[:place] if isinstance(a, Action)] for steps, places_ in
+                       ((program, was), (ahead, now)) for place in places_.values()]  # fmt: skip
+            before = dict(zip([*((0, t) for t in was), *((1, t) for t in now)],
+                              map(len, actions), strict=True))  # fmt: skip
+            for t in was:
+                sent = t.src == rank
+                assert before[1, t] == before[0, t] if sent else before[1, t] <= before[0, t]
+
+
 # --- from a model to stages -----------------------------------------------------------------------
 
 
@@ -228,7 +252,7 @@ def test_layers_are_split_by_cost():
     assert 4.9 < head / block < 5 and embedding / block < 1e-4
     parts = pipeline.split_layers(12, 4, embedding / block, head / block)
     assert [len(part) for part in parts] == [3, 4, 4, 1]
-    assert [len(part) for part in pipeline.split_layers(8, 3, first=2)] == [1, 4, 3]
+    assert [len(part) for part in pipeline.split_layers(8, 3, first=2)] == [2, 3, 3]
 
 
 # --- the executor ---------------------------------------------------------------------------------

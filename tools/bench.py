@@ -2,6 +2,7 @@
 
     python -m tools.bench dp --out bench.json          2 ranks x 1 thread, gloo, float32, AdamW
     python -m tools.bench tp                           ranks share the matrices and not the rows
+    python -m tools.bench pp                           8 microbatches of a row through 2 ranks
     python -m tools.bench ckpt                         one rank, explicit attention
 
 Every variant trains the same model from the same weights on the same global batches, in processes
@@ -13,6 +14,8 @@ rounds of the median step (of the slower rank); the spread is over rounds.
     ratio        our step over the best of PyTorch's settings for the same strategy; below 1: faster
     efficiency   step of one process over (ranks x step); of ckpt, the share that is not recompute
     by FLOPs     the efficiency that would be, were every FLOP as quick (ckpt)
+    bubble       idle over busy time: simulated with the mean F, B and W of the same step, transfers
+                 taking no time, and measured (pp)
     none         ranks that never speak (and so drift apart): what two ranks can reach at best
     links        what the collectives would take if nothing ran beside them, by tools/links.py: with
                  one core a rank, gloo's threads take it from the computation, hidden or not
@@ -37,6 +40,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -52,6 +63,7 @@ import activation_ckpt
 import ddp
 import gpt
 import measure
+import pipeline
 import tensor_parallel
 import zero
 from tools import links
@@ -213,6 +225,61 @@ def torch_tp(model: nn.Module, sequence: bool) -> Callable:
     return step
 
 
+def ours_pp(model: nn.Module, name: str, m: int = ROWS) -> Callable:
+    group, p, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    schedule = pipeline.SCHEDULES[name](p, m)
+    stages = pipeline.stages_of(schedule)
+    n = sum(map(len, stages))
+    split = pipeline.split_layers(len(model.h), n)
+    width, dtype = model.wte.embedding_dim, torch.float32
+    pipeline.take_stages(model, stages[rank], split)
+    chunks, program = (pipeline.chunks_of(model, stages[rank], split),
+                       pipeline.derive_programs(schedule)[rank])  # fmt: skip
+    deferred = any(action.kind == "W" for action in schedule[rank])
+    pipe = pipeline.Pipeline(chunks, n, group, dtype, "cpu", deferred)
+    optimizer = adamw(model.parameters())
+
+    def step(batch: list, valid: int) -> Tensor:
+        optimizer.zero_grad()
+        xs, ys = zip(*batch, strict=True)
+        shape = (*xs[0].shape, width)
+        loss = pipe.run(program, xs, lambda y, i: gpt.cross_entropy(y, ys[i]) / valid, shape)
+        optimizer.step()
+        return loss
+
+    step.pipe, step.schedule = pipe, schedule
+    return step
+
+
+def torch_pp(model: nn.Module, kind: type, v: int, fold: bool, m: int = ROWS) -> Callable:
+    """Stages looped over the ranks, or folded to a V."""
+    p, rank = dist.get_world_size(), dist.get_rank()
+    mine = [rank, 2 * p - 1 - rank] if fold else range(rank, v * p, p)
+    split = pipeline.split_layers(len(model.h), v * p)
+    chunks = pipeline.chunks_of(pipeline.take_stages(model, mine, split), mine, split)
+    stages = [PipelineStage(chunk, k, v * p, torch.device("cpu"), group=dist.group.WORLD)
+              for k, chunk in chunks.items()]  # fmt: skip
+    optimizer, tokens = adamw(model.parameters()), 0
+
+    def loss_fn(logits: Tensor, y: Tensor) -> Tensor:
+        return gpt.cross_entropy(logits, y) / tokens
+
+    schedule = kind(stages if issubclass(kind, PipelineScheduleMulti) else stages[0], m,
+                    loss_fn=loss_fn, scale_grads=False)  # fmt: skip
+
+    def step(batch: list, valid: int) -> Tensor:
+        nonlocal tokens
+        tokens, losses = valid, []
+        optimizer.zero_grad()
+        x, y = (torch.cat(parts) for parts in zip(*batch, strict=True))
+        last = {"target": y, "losses": losses} if v * p - 1 in mine else {}
+        schedule.step(*([x] if 0 in mine else []), **last)
+        optimizer.step()
+        return sum((loss.detach() for loss in losses), torch.zeros(()))
+
+    return step
+
+
 def ours_ckpt(model: nn.Module, policy: str) -> Callable:
     activation_ckpt.checkpoint_blocks(model.h, policy)
     return one_process(model)
@@ -280,6 +347,20 @@ TP_THEIRS = {
                              [(kind, m)])
     for (kind, m), (build, _) in TP_OURS.items()
 }  # fmt: skip
+PP_OURS = {
+    (name, f"m {ROWS}"): (ROWS, functools.partial(ours_pp, name=name))
+    for name in pipeline.SCHEDULES
+}
+PP_THEIRS = {
+    f"pipelining {kind.__name__.removeprefix('Schedule')}": (
+        ROWS, functools.partial(torch_pp, kind=kind, v=v, fold=fold),
+        [(name, f"m {ROWS}") for name in names])
+    for kind, v, fold, names in (
+        (ScheduleGPipe, 1, False, ["gpipe"]), (Schedule1F1B, 1, False, ["1f1b", "zb-h1"]),
+        (ScheduleInterleaved1F1B, 2, False, ["interleaved"]),
+        (ScheduleZBVZeroBubble, 2, True, ["zb-v"]),
+    )
+}  # fmt: skip
 CKPT_OURS = {
     ("recompute", policy): (1, functools.partial(ours_ckpt, policy=policy))
     for policy in ("full", "selective", "offload")
@@ -299,12 +380,23 @@ class Suite(NamedTuple):
     theirs: dict
     ranks: int = RANKS
     split_rows: bool = False
+    parts: bool = False  # of the loss: a part of it on each rank
     attention: str = "sdpa"
+    stages: int = 1  # the model has at least so many blocks
+    microbatches: int = 1  # of the one process
+
+
+    def config(self, h: int) -> gpt.GPTConfig:
+        n, pipelined = max(SIZES[h].n_layer, self.stages), self.stages > 1
+        return dataclasses.replace(
+            SIZES[h], attention=self.attention, n_layer=n, tied=not pipelined
+        )
 
 
 SUITES = {
-    "dp": Suite(OURS, THEIRS, split_rows=True),
+    "dp": Suite(OURS, THEIRS, split_rows=True, parts=True),
     "tp": Suite(TP_OURS, TP_THEIRS),
+    "pp": Suite(PP_OURS, PP_THEIRS, parts=True, stages=2 * RANKS, microbatches=ROWS),
     "ckpt": Suite(CKPT_OURS, CKPT_THEIRS, ranks=1, attention="explicit"),
 }
 
@@ -315,20 +407,25 @@ SUITES = {
 def on_rank(suite: Suite, build: Callable, m: int, h: int, steps: int, count: bool) -> dict:
     """Train on this rank's rows. Seconds and losses by step, CPU seconds per second; if `count`,
     calls and wire bytes of one more step, by collective."""
-    config = dataclasses.replace(SIZES[h], attention=suite.attention)
+    config = suite.config(h)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     bind()
     model = gpt.build(config, seed=0)
     step = build(model)
     share = ROWS // ranks if suite.split_rows else ROWS
     mine = slice(rank * share, (rank + 1) * share) if suite.split_rows else slice(ROWS)
-    seconds, losses, cpu = [], [], 0.0
+    seconds, losses, cpu, spans = [], [], 0.0, []
+    pipe = getattr(step, "pipe", None)
     seen = measure.Collectives()
     for i in range(WARMUP + steps + count):
         generator = torch.Generator().manual_seed(i)
         tokens = torch.randint(config.vocab_size, (ROWS, config.seq_len + 1), generator=generator)
         x, y = tokens[mine, :-1], tokens[mine, 1:]
         batch = list(zip(x.chunk(m), y.chunk(m), strict=True))
+        if pipe:
+            trace = measure.Trace(torch.device("cpu"))
+            pipe.watch = lambda action, trace=trace: trace.span("", action=action)
+            spans.append(trace.spans)
         dist.barrier()
         start, cpu_start = time.perf_counter(), time.process_time()
         with seen if i == WARMUP + steps else contextlib.nullcontext():
@@ -347,7 +444,8 @@ def on_rank(suite: Suite, build: Callable, m: int, h: int, steps: int, count: bo
             sent += links.WIRE[operation](call.ranks) * call.payload * call.dtype.itemsize
             wire[operation] = (calls + 1, sent)
     return {"seconds": seconds, "losses": [float(loss) for loss in losses],
-            "cpu": cpu / sum(seconds), "wire": wire}  # fmt: skip
+            "cpu": cpu / sum(seconds), "wire": wire,
+            "pipeline": (step.schedule, spans[WARMUP:][:steps]) if pipe else None}  # fmt: skip
 
 
 def cores() -> list[int]:
@@ -390,12 +488,46 @@ def run(
     each = [max(times) for times in zip(*(r["seconds"] for r in results), strict=True)]
     return {
         "ms": 1e3 * statistics.median(each),
-        "losses": [sum(parts) if suite.split_rows else parts[0]
+        "losses": [sum(parts) if suite.parts else parts[0]
                    for parts in zip(*(r["losses"] for r in results), strict=True)],
         "cpu": statistics.mean(r["cpu"] for r in results),
         "wire": results[0]["wire"],
         "foreign": max(0.0, foreign / wall),
+        "bubble": bubbles(*zip(*(r["pipeline"] for r in results), strict=True))
+        if results[0]["pipeline"] else None,
     }  # fmt: skip
+
+
+def bubbles(schedules: tuple, spans: tuple) -> tuple[float, float]:
+    """Medians over steps: (simulated, measured). spans: [rank][step]."""
+    both = []
+    for ranks in zip(*spans, strict=True):
+        step = [pipeline.Span(rank, known["action"], start, end) for rank, mine in enumerate(ranks)
+                for _, start, end, known in mine]  # fmt: skip
+        took: dict[tuple, list[float]] = {}
+        for _, action, start, end in step:
+            took.setdefault((action.kind, action.stage), []).append(end - start)
+        mean = {key: statistics.mean(seconds) for key, seconds in took.items()}
+        simulated = pipeline.simulate(schedules[0], lambda a, mean=mean: mean[a.kind, a.stage])
+        both.append((pipeline.bubble(simulated), pipeline.bubble(step)))
+    return tuple(statistics.median(side) for side in zip(*both, strict=True))
+
+
+def overhead(name: str, m: int = 64) -> float:
+    """Microseconds an action, of a pipeline whose stages compute next to nothing."""
+    p, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
+    schedule = pipeline.SCHEDULES[name](p, m)
+    split = any(action.kind == "W" for action in schedule[rank])
+    bind()
+    pipe = pipeline.Pipeline({rank: nn.Linear(1, 1)}, p, group, torch.float32, "cpu", split)
+    program, x = pipeline.derive_programs(schedule)[rank], torch.ones(m, 1, 1, requires_grad=True)
+    each = []
+    for _ in range(10):
+        dist.barrier()
+        start = time.perf_counter()
+        pipe.run(program, x, lambda y, i: y.sum(), (1, 1))
+        each.append(1e6 * (time.perf_counter() - start) / len(schedule[rank]))
+    return statistics.median(each)
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -417,7 +549,7 @@ def collect(
             order = order[rounds % 2 :: 2] + order[1 - rounds % 2 :: 2]  # another one before it
             for j, key in enumerate(order):
                 for name in [key] if j % 8 else [BASELINE, key]:
-                    m, build = variants.get(name, (1, one_process))
+                    m, build = variants.get(name, (suite.microbatches, one_process))
                     ranks = 1 if name == BASELINE else suite.ranks
                     result = run(suite, build, m, h, steps, ranks, count=rounds == 0)
                     runs[h][name].append(result)
@@ -442,6 +574,7 @@ def rows_of(
             for op, (calls, sent) in wire.items()
         )
         losses = (r["losses"] for r in runs[key])
+        bubble = [r["bubble"] for r in runs[key] if r["bubble"]]
         return {
             "spread_ms": max(times) - min(times),
             "efficiency": one / (suite.ranks * ms[key]),
@@ -450,6 +583,7 @@ def rows_of(
             "links_ms": None if unseen else 1e3 * links_s,
             "cpu_share": statistics.median(r["cpu"] for r in runs[key]),
             "foreign_cpu": statistics.median(r["foreign"] for r in runs[key]),
+            "bubble": [statistics.median(side) for side in zip(*bubble, strict=True)],
             "max_loss_difference": max(abs(a - b) for ls in losses
                                        for a, b in zip(ls, expected, strict=True)),
         }  # fmt: skip
@@ -464,7 +598,7 @@ def rows_of(
             "ratio": ms[key] / ms[best] if best else None,
         } | describe(key))  # fmt: skip
         if key[0] == "recompute":
-            c = SIZES[h]
+            c = suite.config(h)
             flops = [activation_ckpt.predicted_flops(c.n_layer, ROWS, c.seq_len, h, policy)
                      + 6 * ROWS * c.seq_len * h * c.vocab_size for policy in ("none", key[1])]
             rows[-1]["efficiency_by_flops"] = flops[0] / flops[1]  # fmt: skip
@@ -477,7 +611,8 @@ def rows_of(
 
 
 COLUMNS = ("strategy", "variant", "h", "step", "+-", "PyTorch's best", "its step", "ratio",
-           "efficiency", "by FLOPs", "wire", "links", "CPU", "others' CPU", "d loss")  # fmt: skip
+           "efficiency", "by FLOPs", "bubble", "wire", "links", "CPU", "others' CPU",
+           "d loss")  # fmt: skip
 
 
 def markdown(rows: list[dict]) -> str:
@@ -490,6 +625,7 @@ def markdown(rows: list[dict]) -> str:
             r["torch"] if beside else "", f"{r['torch_ms']:.0f} ms" if beside else "",
             f"{r['ratio']:.2f}" if beside else "", f"{r['efficiency']:.2f}",
             f"{r['efficiency_by_flops']:.2f}" if "efficiency_by_flops" in r else "",
+            "{:.3f}, {:.3f}".format(*r["bubble"]) if r["bubble"] else "",
             "" if r["links_ms"] is None else f"{r['wire_bytes'] / 1e6:.1f} MB",
             "" if r["links_ms"] is None else f"{r['links_ms']:.0f} ms", f"{r['cpu_share']:.2f}",
             f"{r['foreign_cpu']:.2f}", f"{r['max_loss_difference']:.0e}",
@@ -516,6 +652,10 @@ def main() -> None:
     say(f"{suite.ranks} ranks x 1 thread on {len(cores())} cores, gloo, torch {torch.__version__}, "
         f"float32, global batch {ROWS} rows")  # fmt: skip
     costs, rows = launch(RANKS, link_costs)[0], []
+    for name in ("1f1b", "zb-h1") if suite.stages > 1 else ():
+        us = [max(launch(p, overhead, name)) for p in (1, RANKS)]
+        say(f"executor, {name}: {us[0]:.0f} us an action with autograd's share; {us[1]:.0f} with "
+            f"transfers between {RANKS} ranks")  # fmt: skip
     for h, runs in collect(suite, args.sizes, args.minutes, args.steps, say).items():
         one = [r["ms"] for r in runs[BASELINE]]
         say(f"h {h}: one process {statistics.median(one):.0f} ms, from {min(one):.0f} to "

@@ -50,7 +50,7 @@ def main() -> None:
     columns = "     loss     norm  gradient parameter"
     print(f" t  p  d  SP  zero schedule    | float64{columns} | float32{columns}")
     failed, since = 0, time.monotonic()
-    for case in cases(nproc, n_head=24, n_layer=17):
+    for case in cases(nproc, n_head=24, n_layer=2 * nproc + 1):
         errors = judge(case)
         case.dtype = "float32"
         rounding = judge(case)
