@@ -7,6 +7,9 @@
 NPROC  = 8
 TP     = 2
 PP     = 2
+P      = 4
+M      = 8
+SCHEDULE = 1f1b
 N      = 20
 SEED   = 0
 ARGS   =
@@ -25,7 +28,7 @@ export OMP_NUM_THREADS = 1
 TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test ddp zero tp pp ckpt links memory bench-dp bench-tp bench-ckpt parity fuzz lint clean
+.PHONY: help setup train test ddp zero tp pp ckpt links memory bench-dp bench-tp bench-pp bench-ckpt draw parity fuzz lint clean
 
 help:  ## this
 	@echo "make TARGET [PYTHON=...] [PIP_FLAGS=...]; launching targets take NPROC TP PP ARGS"
@@ -41,7 +44,7 @@ setup: $(SETUP)  ## .venv with torch, numpy, pytest (unless PYTHON is given)
 	@touch $@
 
 train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 2 cores)
-	$(TORCHRUN) $(NPROC) -- train_3d.py --tp $(TP) --pp $(PP) --zero 1 --schedule 1f1b \
+	$(TORCHRUN) $(NPROC) -- train_3d.py --tp $(TP) --pp $(PP) --zero 1 --schedule $(SCHEDULE) \
 	  --steps 200 --sample 100 $(ARGS)
 
 test: $(SETUP)  ## the whole suite (6 min)
@@ -67,6 +70,9 @@ ckpt: NPROC = 2
 ckpt: $(SETUP)  ## proof of activation_ckpt.py (10 s)
 	$(TORCHRUN) $(NPROC) activation_ckpt.py
 
+draw: $(SETUP)  ## a schedule's timeline, bubble and memory: P=4 M=8 SCHEDULE=zb-v (a name, a file, all)
+	@$(PY) -m tools.draw $(SCHEDULE) --p $(P) --m $(M) $(ARGS)
+
 links: NPROC = 2
 links: $(SETUP)  ## what each collective costs here, by size; OUT=FILE for JSON (10 s)
 	$(TORCHRUN) $(NPROC) -m tools.links $(if $(OUT),--out $(OUT))
@@ -75,7 +81,7 @@ memory: NPROC = 4
 memory: $(SETUP)  ## resident memory by ZeRO stage and recompute policy, beside the formulas (Linux, 1 min)
 	$(PY) -m tools.memory --nproc $(NPROC)
 
-bench-dp bench-tp bench-ckpt: $(SETUP)  ## ours beside PyTorch's own; OUT=FILE for JSON (9 min)
+bench-dp bench-tp bench-pp bench-ckpt: $(SETUP)  ## ours beside PyTorch's own; OUT=FILE for JSON (9 min)
 	$(PY) -m tools.bench $(@:bench-%=%) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 parity: $(SETUP)  ## every layout of NPROC ranks beside one process, one table (2 min)

@@ -287,12 +287,12 @@ def draw(schedule: Schedule, columns: int = 10**6) -> str:
             fill_ = "-" if span.end - span.start > 1 else " "
             text = text[:start] + names[span].ljust(end - start - 1, fill_) + " " + text[end:]
         lines.append(text)
-    step = max(1, (columns - 8) // width) * width
-    staves = (
+    staves = -(-length // max(1, (columns - 8) // width))
+    step = -(-length // staves) * width
+    return "\n\n".join(
         "\n".join(f"rank {r} |{line[at : at + step]}".rstrip() for r, line in enumerate(lines))
         for at in range(0, width * length, step)
     )
-    return "\n\n".join(staves)
 
 
 # From the lists to transfers, in an order that cannot deadlock.

@@ -1,4 +1,4 @@
-"""Every valid (t, p, d, ZeRO, schedule) on NPROC ranks beside one process: one table.
+"""The valid (t, p, d, ZeRO, schedule) on NPROC ranks beside one process: one table.
 
 Left, in float64: the layout's largest relative error. It is a few roundings; a bug is not. Right,
 the same layout in float32 beside one process in float32: what rounding alone does, sums being in
@@ -17,22 +17,23 @@ import pipeline
 from tools.oracle import Case, judge
 
 
-def cases(nproc: int, n_head: int, n_layer: int) -> list[Case]:
-    """Every way to write nproc = t p d with whole heads and no empty stage; every option that means
-    something there."""
+def cases(nproc: int, n_head: int) -> list[Case]:
+    """Every way to write nproc = t p d with whole heads; every option that means something there,
+    but that schedules other than 1F1B meet ZeRO's first and last stage alone."""
     sizes = [
         (t, p, nproc // (t * p))
         for t in range(1, nproc + 1)
         for p in range(1, nproc + 1)
-        if nproc % (t * p) == 0 and n_head % t == 0 and 2 * p <= n_layer
+        if nproc % (t * p) == 0 and n_head % t == 0
     ]
     return [
         Case(t=t, p=p, d=d, m=max(2, p - 1), sequence=sequence, zero=z, shard_size=k,
-             schedule=schedule, n_head=n_head, n_embd=2 * n_head, n_layer=n_layer, vocab_size=45,
+             schedule=schedule, n_head=n_head, n_embd=2 * n_head, n_layer=2 * p + 1, vocab_size=45,
              seq_len=nproc)
         for t, p, d in sizes
         for z, k in stages(d)
         for schedule in (pipeline.SCHEDULES if p > 1 else ("1f1b",))
+        if schedule == "1f1b" or (z, k) in ((0, None), (3, None))
         for sequence in ((False, True) if t > 1 and schedule in ("1f1b", "zb-v") else (False,))
     ]  # fmt: skip
 
@@ -50,7 +51,7 @@ def main() -> None:
     columns = "     loss     norm  gradient parameter"
     print(f" t  p  d  SP  zero schedule    | float64{columns} | float32{columns}")
     failed, since = 0, time.monotonic()
-    for case in cases(nproc, n_head=24, n_layer=2 * nproc + 1):
+    for case in cases(nproc, n_head=24):
         errors = judge(case)
         case.dtype = "float32"
         rounding = judge(case)

@@ -1,0 +1,73 @@
+"""A schedule in the terminal: its timeline, bubble and memory. Nothing is run.
+
+    python -m tools.draw zb-v --p 4 --m 8
+    python -m tools.draw my_schedule.txt --p 2 --m 4         a file, as train_3d.py --schedule reads
+    python -m tools.draw interleaved --chunks 3 --text       as such a file, to be changed
+    python -m tools.draw all --p 4 --m 8                     the five, side by side
+
+F forward, B backward (of the input alone, if there are W), W weights' gradient; small letters: of a
+rank's second chunk. One column is a forward of a chunk. On a terminal kinds have colors, and the
+letters, which these say already, are left out.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+
+import pipeline
+import train_3d
+
+COLORS = {"F": 44, "B": 42, "W": 43, "f": 46, "b": 102, "w": 103}  # backgrounds
+
+
+def in_color(timeline: str) -> str:
+    def paint(match: re.Match) -> str:
+        letter, rest = match[0][0], match[0][1:].replace("-", " ")
+        return f"\033[30;{COLORS[letter]}m{rest}\033[0m "
+
+    # An action without its letter, on a ground as wide as it takes.
+    return re.sub(r"[FBWfbw]\d+(?:\.\d+)?-*", paint, timeline)
+
+
+def numbers(name: str, schedule: pipeline.Schedule) -> str:
+    stages = pipeline.stages_of(schedule)
+    one = {k: 1.0 / len(row) for row in stages for k in row}
+    held = [pipeline.peak_held(row, one, one) for row in schedule]
+    sends = [pipeline.predicted_sends(stages, r, 1, 1, 1, 1)[0] for r in range(len(schedule))]
+    bubble = pipeline.bubble(pipeline.simulate(schedule))
+    return (f"{name:12s} bubble {bubble:.3f}   sends {max(sends)} a microbatch   holds at most, in "
+            f"microbatches, by rank: {' '.join(f'{h:g}' for h in held)}")  # fmt: skip
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = arguments.add_argument
+    add("schedule", help=f"{', '.join(pipeline.SCHEDULES)}, all, or a file")
+    add("--p", type=train_3d.at_least(1), default=4, help="ranks")
+    add("--m", type=train_3d.at_least(1), default=8, help="microbatches")
+    add("--chunks", type=train_3d.at_least(1), help="stages a rank, of interleaved")
+    add("--text", action="store_true", help="as a file for train_3d.py --schedule")
+    args = arguments.parse_args()
+    names = list(pipeline.SCHEDULES) if args.schedule == "all" else [args.schedule]
+    for name in names:
+        asked = argparse.Namespace(schedule=name, chunks=args.chunks, pp=args.p)
+        try:
+            schedule = train_3d.make_schedule(asked, args.m)
+        except ValueError as error:
+            arguments.error(str(error))
+        stages = pipeline.stages_of(schedule)
+        if args.text:
+            for row, mine in zip(schedule, stages, strict=True):
+                actions = " ".join(pipeline.spell(action, mine) for action in row)
+                print(f"{' '.join(map(str, mine))}: {actions}")
+            continue
+        if args.schedule != "all":
+            tty = sys.stdout.isatty()
+            timeline = pipeline.draw(schedule, shutil.get_terminal_size((160, 24)).columns)
+            print((in_color(timeline) if tty else timeline) + "\n")
+        print(numbers(name, schedule))
+
+
+if __name__ == "__main__":
+    main()
