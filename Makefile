@@ -84,7 +84,7 @@ memory: $(SETUP)  ## resident memory by ZeRO stage and recompute policy, beside 
 bench-dp bench-tp bench-pp bench-ckpt: $(SETUP)  ## ours beside PyTorch's own; OUT=FILE for JSON (9 min)
 	$(PY) -m tools.bench $(@:bench-%=%) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-parity: $(SETUP)  ## every layout of NPROC ranks beside one process, one table (2 min)
+parity: $(SETUP)  ## the layouts of NPROC ranks beside one process, one table (4 min)
 	$(PY) -m tools.parity --nproc $(NPROC)
 
 fuzz: $(SETUP)  ## N layouts drawn at random beside one process, from SEED (20 s)

@@ -10,8 +10,8 @@
 
 The model is plain; the strategies transform it in one order, each seeing what the one before left:
 
-    GPT on meta -> take_stage -> parallelize -> weights drawn -> checkpoint_blocks -> DDP | ZeRO
-                   pipeline      tensor_parallel                 activation_ckpt     ddp | zero
+    GPT on meta -> take_stages -> parallelize -> weights drawn -> checkpoint_blocks -> DDP | ZeRO
+                   pipeline       tensor_parallel                 activation_ckpt     ddp | zero
 
 global_batch_size = d * m * micro_batch_size; m microbatches per step is derived, and is both the
 gradient accumulation and what fills the pipeline. What crosses axes stands here and nowhere else:
@@ -219,9 +219,9 @@ def read_schedule(path: str, p: int, m: int) -> pipeline.Schedule:
                 raise wrong(*columns[-1], f"{word.group()!r} is no action: expected F, B or W, a "
                             "microbatch, and perhaps a chunk, like B0 or B0.1")  # fmt: skip
             kind, i, chunk = parts[1], int(parts[2]), int(parts[3] or parts[1].islower())
-            if i >= m or (stages and chunk >= len(stages)):
-                raise wrong(*columns[-1], f"{word.group()}: expected a microbatch of 0..{m - 1}"
-                            + f" and a chunk of 0..{len(stages) - 1}" * bool(stages))  # fmt: skip
+            if stages and chunk >= len(stages):
+                what = f"{word.group()}: expected a chunk of 0..{len(stages) - 1}"
+                raise wrong(*columns[-1], what)
             stage = stages[chunk] if stages else chunk * p + len(schedule)
             row.append(pipeline.Action(kind.upper(), i, stage))
         places.append([*columns, (number, len(line) + 1)])
@@ -300,7 +300,7 @@ class Trainer:
         deferred = any(action.kind == "W" for action in mine)
         self.pipe = pipeline.Pipeline(chunks, n, self.pp_group, self.dtype, device, deferred)
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
-        self.sync = self._attach(sync, pipeline.accumulations(mine, chunks))
+        self.sync = self._attach(sync, self.pipe.accumulations(mine), chunks)
         self.span: Callable = lambda name: contextlib.nullcontext()  # who looks: see watch()
         # Their gradients meet over tp: the tp ranks must hold the same pieces of them.
         partial = [(f"{n}[{at}:]", t) for n, t, p, at in self.sync.pieces() if p.partial]
@@ -324,13 +324,17 @@ class Trainer:
             mine = group if dist.get_rank() in ranks else mine
         return mine
 
-    def _attach(self, sync: Callable | None, accumulations: dict[nn.Parameter, int]):
+    def _attach(
+        self, sync: Callable | None, accumulations: dict[nn.Parameter, int],
+        chunks: dict[int, nn.Module],
+    ):  # fmt: skip
         stage, options = self.args.zero, {"grad_dtype": DTYPES.get(self.args.grad_dtype)}
         if sync or stage == 0:
             return (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **options)
         options["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
         if stage == 3:
             options["reshard_after_forward"] = self.args.zero_reshard_after_forward == 1
+            options["starts"] = [zero.layers(chunk)[0] for chunk in chunks.values()]
         return zero.STAGES[stage](self.model, self.shard_group, accumulations, **options)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:

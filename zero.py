@@ -34,7 +34,7 @@ FSDP (arXiv 2304.11277), sections 3.2 (flat, padded buffers; hybrid) and 3.3 (pr
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -330,13 +330,20 @@ class Zero3(Zero2):
     is the middle way: whole from the first forward of a step to the last backward, one all-gather,
     whatever the schedule; between steps a shard. Gathers and sums are matched by order, so ranks
     must run the same layers in the same order, and all have a gradient for each parameter. An
-    nn.Embedding, and what takes token ids, must be a table: its backward gets no weight."""
+    nn.Embedding, and what takes token ids, must be a table: its backward gets no weight. starts:
+    layers at which a chain begins that runs by itself, if the model has several (of a pipeline);
+    there is nothing to be had ahead of time beyond its ends."""
 
     whole_parameters = False
 
-    def __init__(self, model: nn.Module, *args, reshard_after_forward: bool = True, **kwargs):
+    def __init__(
+        self, model: nn.Module, *args, reshard_after_forward: bool = True,
+        starts: Collection[nn.Module] = (), **kwargs,
+    ):  # fmt: skip
         super().__init__(model, *args, **kwargs)
         self.reshard_after_forward = reshard_after_forward
+        self.starts = {i for i, layer in enumerate(layers(model)) if layer in starts}
+        self.starts |= {0, len(self.needs)}
         me = weakref.ref(self)
         self.is_table: list[bool] = []  # by layer: its backward reads no weight
         for i, layer in enumerate(layers(model)):
@@ -345,17 +352,17 @@ class Zero3(Zero2):
         for unit in self.units:
             unit.reshard()
 
-    def _use(self, i: int, following: int) -> None:
+    def _use(self, i: int, following: int | None) -> None:
         for unit in self.needs[i]:
             unit.unshard()
-        if 0 <= following < len(self.needs):
+        if following is not None:
             for unit in self.needs[following]:
                 unit.unshard()  # arrives while layer i computes
         for unit in self.needs[i]:
             unit.wait()
 
     def _before_forward(self, i: int) -> None:
-        self._use(i, following=i + 1)
+        self._use(i, following=None if i + 1 in self.starts else i + 1)
 
     def _after_forward(self, i: int, x: Tensor, y: Tensor) -> None:
         me = weakref.ref(self)
@@ -364,13 +371,13 @@ class Zero3(Zero2):
             y.register_hook(lambda _: me()._before_backward(i))
         if x.requires_grad:
             x.register_hook(lambda _: me()._after_backward(i))
-        training, last = y.requires_grad, i + 1 == len(self.needs)
+        training, last = y.requires_grad, i + 1 in self.starts
         if not training or (self.reshard_after_forward and not last):  # backward begins with it
             self._reshard(i)
 
     def _before_backward(self, i: int) -> None:
-        above_table = i > 0 and self.is_table[i - 1]
-        self._use(i, following=-1 if above_table else i - 1)
+        first = i in self.starts or self.is_table[i - 1]  # in a backward nothing comes behind it
+        self._use(i, following=None if first else i - 1)
 
     def _after_backward(self, i: int) -> None:
         if self.reshard_after_forward:

@@ -150,7 +150,7 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
     assert "| ddp | naive | 256 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tp", "ckpt"])
+@pytest.mark.parametrize("name", ["tp", "pp", "ckpt"])
 def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
     out, suite = tmp_path / "bench.json", bench.SUITES[name]
@@ -163,6 +163,8 @@ def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch):
         assert row["max_loss_difference"] < 1e-5, row
         ours = row["strategy"] != "torch"
         assert (row["ratio"] is not None) == (ours and row["variant"] != "offload"), row
+    if name == "pp":
+        assert all(len(r["bubble"]) == (2 if r["strategy"] != "torch" else 0) for r in rows)
     if name == "tp":  # 10 (t-1)/t of [b, s, h] in a block with its sequence cut, 8 without
         sent = {r["strategy"]: r["wire_bytes"] for r in rows if r["variant"] == "m 1"}
         assert 1.1 < sent["tp+sp"] / sent["tp"] < 1.4

@@ -6,7 +6,8 @@
     python -m tools.bench ckpt                         one rank, explicit attention
 
 Every variant trains the same model from the same weights on the same global batches, in processes
-of its own, once a round, in turn with the others; the one-process baseline runs between them. There
+of its own (pp: all in the same ones, step by step in turn: a launch is 5% faster or slower than the
+next), once a round, in turn with the others; the one-process baseline runs between them. There
 are as many rounds as fit into `--minutes`, and at least two. Where there are enough cores, each
 rank, with the threads of its collectives, is bound to one of its own. A number is the median over
 rounds of the median step (of the slower rank); the spread is over rounds.
@@ -31,7 +32,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -384,6 +385,7 @@ class Suite(NamedTuple):
     attention: str = "sdpa"
     stages: int = 1  # the model has at least so many blocks
     microbatches: int = 1  # of the one process
+    together: bool = False  # all variants in one launch
 
 
     def config(self, h: int) -> gpt.GPTConfig:
@@ -396,7 +398,7 @@ class Suite(NamedTuple):
 SUITES = {
     "dp": Suite(OURS, THEIRS, split_rows=True, parts=True),
     "tp": Suite(TP_OURS, TP_THEIRS),
-    "pp": Suite(PP_OURS, PP_THEIRS, parts=True, stages=2 * RANKS, microbatches=ROWS),
+    "pp": Suite(PP_OURS, PP_THEIRS, parts=True, stages=2 * RANKS, microbatches=ROWS, together=True),
     "ckpt": Suite(CKPT_OURS, CKPT_THEIRS, ranks=1, attention="explicit"),
 }
 
@@ -404,37 +406,49 @@ SUITES = {
 # --- one launch -----------------------------------------------------------------------------------
 
 
-def on_rank(suite: Suite, build: Callable, m: int, h: int, steps: int, count: bool) -> dict:
-    """Train on this rank's rows. Seconds and losses by step, CPU seconds per second; if `count`,
-    calls and wire bytes of one more step, by collective."""
+def on_rank(suite: Suite, variants: dict, h: int, steps: int, count: bool) -> dict:
+    """Train on this rank's rows, every variant in turn at each step. By variant: seconds and losses
+    by step, CPU seconds per second; if `count`, calls and wire bytes of one more step."""
     config = suite.config(h)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     bind()
-    model = gpt.build(config, seed=0)
-    step = build(model)
     share = ROWS // ranks if suite.split_rows else ROWS
     mine = slice(rank * share, (rank + 1) * share) if suite.split_rows else slice(ROWS)
-    seconds, losses, cpu, spans = [], [], 0.0, []
-    pipe = getattr(step, "pipe", None)
-    seen = measure.Collectives()
+    built = {key: (m, build(gpt.build(config, seed=0))) for key, (m, build) in variants.items()}
+    results = {key: {"seconds": [], "losses": [], "cpu": 0.0, "wire": {},
+                     "spans": [] if hasattr(step, "pipe") else None}
+               for key, (_, step) in built.items()}  # fmt: skip
     for i in range(WARMUP + steps + count):
         generator = torch.Generator().manual_seed(i)
         tokens = torch.randint(config.vocab_size, (ROWS, config.seq_len + 1), generator=generator)
         x, y = tokens[mine, :-1], tokens[mine, 1:]
-        batch = list(zip(x.chunk(m), y.chunk(m), strict=True))
-        if pipe:
-            trace = measure.Trace(torch.device("cpu"))
-            pipe.watch = lambda action, trace=trace: trace.span("", action=action)
-            spans.append(trace.spans)
-        dist.barrier()
-        start, cpu_start = time.perf_counter(), time.process_time()
-        with seen if i == WARMUP + steps else contextlib.nullcontext():
-            loss = step(batch, ROWS * config.seq_len)
-        if i < WARMUP + steps:
-            losses.append(loss)
+        for key, (m, step) in built.items():
+            result, seen = results[key], measure.Collectives()
+            batch = list(zip(x.chunk(m), y.chunk(m), strict=True))
+            if WARMUP <= i < WARMUP + steps and result["spans"] is not None:
+                trace = measure.Trace(torch.device("cpu"))
+                step.pipe.watch = lambda action, trace=trace: trace.span("", action=action)
+                result["spans"].append(trace.spans)
+            dist.barrier()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            with seen if i == WARMUP + steps else contextlib.nullcontext():
+                loss = step(batch, ROWS * config.seq_len)
+            if i == WARMUP + steps:
+                result["wire"] = wire_of(seen)
+                continue
+            result["losses"].append(float(loss))
             if i >= WARMUP:
-                seconds.append(time.perf_counter() - start)
-                cpu += time.process_time() - cpu_start
+                result["seconds"].append(time.perf_counter() - start)
+                result["cpu"] += (time.process_time() - cpu_start) / steps
+    for key, (_, step) in built.items():
+        results[key]["cpu"] /= statistics.mean(results[key]["seconds"])
+        if results[key]["spans"] is not None:
+            results[key]["schedule"] = step.schedule
+    return results
+
+
+def wire_of(seen: measure.Collectives) -> dict[str, tuple[int, float]]:
+    """(calls, bytes that a ring sends) by collective."""
     wire: dict[str, tuple[int, float]] = {}
     for call in seen.calls:
         if call.ranks > 1:
@@ -443,9 +457,7 @@ def on_rank(suite: Suite, build: Callable, m: int, h: int, steps: int, count: bo
             calls, sent = wire.get(operation, (0, 0.0))
             sent += links.WIRE[operation](call.ranks) * call.payload * call.dtype.itemsize
             wire[operation] = (calls + 1, sent)
-    return {"seconds": seconds, "losses": [float(loss) for loss in losses],
-            "cpu": cpu / sum(seconds), "wire": wire,
-            "pipeline": (step.schedule, spans[WARMUP:][:steps]) if pipe else None}  # fmt: skip
+    return wire
 
 
 def cores() -> list[int]:
@@ -476,39 +488,41 @@ def other_cpu_seconds() -> float:
     return 0.0
 
 
-def run(
-    suite: Suite, build: Callable, m: int, h: int, steps: int, ranks: int, count: bool
-) -> dict:
-    """One launch: the slower rank's median step and what else is reported."""
+def run(suite: Suite, variants: dict, h: int, steps: int, ranks: int, count: bool) -> dict:
+    """One launch. By variant: the slower rank's median step and what else is reported."""
     before, children = other_cpu_seconds(), sum(os.times()[2:4])
     start = time.perf_counter()
-    results = launch(ranks, on_rank, suite, build, m, h, steps, count)
+    launched = launch(ranks, on_rank, suite, variants, h, steps, count, timeout=600)
     wall = time.perf_counter() - start
     foreign = other_cpu_seconds() - before - (sum(os.times()[2:4]) - children)
-    each = [max(times) for times in zip(*(r["seconds"] for r in results), strict=True)]
-    return {
-        "ms": 1e3 * statistics.median(each),
-        "losses": [sum(parts) if suite.parts else parts[0]
-                   for parts in zip(*(r["losses"] for r in results), strict=True)],
-        "cpu": statistics.mean(r["cpu"] for r in results),
-        "wire": results[0]["wire"],
-        "foreign": max(0.0, foreign / wall),
-        "bubble": bubbles(*zip(*(r["pipeline"] for r in results), strict=True))
-        if results[0]["pipeline"] else None,
-    }  # fmt: skip
+
+    def summary(results: list[dict]) -> dict:
+        each = [max(times) for times in zip(*(r["seconds"] for r in results), strict=True)]
+        losses, spans = (zip(*(r[kind] or () for r in results), strict=True)
+                         for kind in ("losses", "spans"))  # fmt: skip
+        return {
+            "ms": 1e3 * statistics.median(each),
+            "losses": [sum(parts) if suite.parts else parts[0] for parts in losses],
+            "cpu": statistics.mean(r["cpu"] for r in results),
+            "wire": results[0]["wire"],
+            "foreign": max(0.0, foreign / wall),
+            "bubble": bubbles(results[0]["schedule"], spans) if results[0]["spans"] else None,
+        }
+
+    return {key: summary([r[key] for r in launched]) for key in variants}
 
 
-def bubbles(schedules: tuple, spans: tuple) -> tuple[float, float]:
-    """Medians over steps: (simulated, measured). spans: [rank][step]."""
+def bubbles(schedule: pipeline.Schedule, spans: Iterable) -> tuple[float, float]:
+    """Medians over steps: (simulated, measured). spans: [step][rank]."""
     both = []
-    for ranks in zip(*spans, strict=True):
+    for ranks in spans:
         step = [pipeline.Span(rank, known["action"], start, end) for rank, mine in enumerate(ranks)
                 for _, start, end, known in mine]  # fmt: skip
         took: dict[tuple, list[float]] = {}
         for _, action, start, end in step:
             took.setdefault((action.kind, action.stage), []).append(end - start)
         mean = {key: statistics.mean(seconds) for key, seconds in took.items()}
-        simulated = pipeline.simulate(schedules[0], lambda a, mean=mean: mean[a.kind, a.stage])
+        simulated = pipeline.simulate(schedule, lambda a, mean=mean: mean[a.kind, a.stage])
         both.append((pipeline.bubble(simulated), pipeline.bubble(step)))
     return tuple(statistics.median(side) for side in zip(*both, strict=True))
 
@@ -547,12 +561,15 @@ def collect(
         for h in sizes:
             order = sorted(variants, key=str)
             order = order[rounds % 2 :: 2] + order[1 - rounds % 2 :: 2]  # another one before it
-            for j, key in enumerate(order):
-                for name in [key] if j % 8 else [BASELINE, key]:
-                    m, build = variants.get(name, (suite.microbatches, one_process))
-                    ranks = 1 if name == BASELINE else suite.ranks
-                    result = run(suite, build, m, h, steps, ranks, count=rounds == 0)
-                    runs[h][name].append(result)
+            alone = {BASELINE: (suite.microbatches, one_process)}
+            launches = [order] if suite.together else [[key] for key in order]
+            for j, keys in enumerate(launches):
+                for group, ranks in [({key: variants[key] for key in keys}, suite.ranks)] + [
+                    (alone, 1)
+                ] * (j % 8 == 0):
+                    results = run(suite, group, h, steps, ranks, count=rounds == 0)
+                    for key, result in results.items():
+                        runs[h][key].append(result)
             say(f"round {rounds + 1}, h {h}: done after {time.perf_counter() - start:.0f} s")
         rounds, longest = rounds + 1, max(longest, time.perf_counter() - began)
     return runs
