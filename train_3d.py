@@ -118,7 +118,7 @@ def parser() -> Parser:
     add("--zero-reshard-after-forward", type=int, choices=(0, 1), default=1,
         help="ZeRO-3; 0: parameters stay whole until the step's last backward")  # fmt: skip
     add("--schedule", default="1f1b", metavar="NAME|FILE", help=f"{', '.join(pipeline.SCHEDULES)}; "
-        "or a file: a line for each pp rank, as make draw prints it: F0 F1 B0 W0 f0 (or F0.1) ...")
+        "or a file, a line for each pp rank, as tools.draw --text writes it: F0 F1 B0 W0 F0.1 ...")
     add("--chunks", type=natural, metavar="V", help="stages a rank, of interleaved (default 2)")
     add("--recompute", choices=activation_ckpt.POLICIES, default="none")
     add("--recompute-every", type=natural, default=1, metavar="K", help="checkpoint 1 block of K")
@@ -484,16 +484,14 @@ def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:
                 steps.setdefault(known["step"], []).append(span)
     if len(steps) > 1:
         del steps[min(steps)]
-    took: dict[tuple[int, str], list[float]] = {}
-    for span in itertools.chain(*steps.values()):
-        took.setdefault((span.action.stage, span.action.kind), []).append(span.end - span.start)
-    mean = {key: statistics.mean(seconds) for key, seconds in took.items()}
-    spans = pipeline.simulate(trainer.schedule, lambda a: mean[a.stage, a.kind])
-    simulated = pipeline.bubble(spans)
+    mean = pipeline.mean_times(itertools.chain(*steps.values()))
+    simulated = pipeline.bubble(
+        pipeline.simulate(trainer.schedule, lambda a: mean[a.kind, a.stage])
+    )
     measured = statistics.median(pipeline.bubble(step) for step in steps.values())
     lines = ["stage" + "".join(f"{kind + ' ms':>9s}" for kind in "FBW")]
     for k in range(trainer.pipe.last + 1):
-        lines.append(f"{k:5d}" + "".join(f"{1e3 * mean.get((k, kind), 0):9.2f}" for kind in "FBW"))
+        lines.append(f"{k:5d}" + "".join(f"{1e3 * mean.get((kind, k), 0):9.2f}" for kind in "FBW"))
     lines.append(f"bubble: with these times {simulated:.3f} | measured {measured:.3f}")
     return "\n".join(lines)
 

@@ -518,10 +518,7 @@ def bubbles(schedule: pipeline.Schedule, spans: Iterable) -> tuple[float, float]
     for ranks in spans:
         step = [pipeline.Span(rank, known["action"], start, end) for rank, mine in enumerate(ranks)
                 for _, start, end, known in mine]  # fmt: skip
-        took: dict[tuple, list[float]] = {}
-        for _, action, start, end in step:
-            took.setdefault((action.kind, action.stage), []).append(end - start)
-        mean = {key: statistics.mean(seconds) for key, seconds in took.items()}
+        mean = pipeline.mean_times(step)
         simulated = pipeline.simulate(schedule, lambda a, mean=mean: mean[a.kind, a.stage])
         both.append((pipeline.bubble(simulated), pipeline.bubble(step)))
     return tuple(statistics.median(side) for side in zip(*both, strict=True))
