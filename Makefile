@@ -47,7 +47,7 @@ train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 
 	$(TORCHRUN) $(NPROC) -- train_3d.py --tp $(TP) --pp $(PP) --zero 1 --schedule $(SCHEDULE) \
 	  --steps 200 --sample 100 $(ARGS)
 
-test: $(SETUP)  ## the whole suite (6 min)
+test: $(SETUP)  ## the whole suite (7 min)
 	$(PY) -m pytest -q $(ARGS)
 
 ddp: NPROC = 2
@@ -84,7 +84,7 @@ memory: $(SETUP)  ## resident memory by ZeRO stage and recompute policy, beside 
 bench-dp bench-tp bench-pp bench-ckpt: $(SETUP)  ## ours beside PyTorch's own; OUT=FILE for JSON (9 min)
 	$(PY) -m tools.bench $(@:bench-%=%) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-parity: $(SETUP)  ## the layouts of NPROC ranks beside one process, one table (4 min)
+parity: $(SETUP)  ## the layouts of NPROC ranks beside one process, one table (3 min)
 	$(PY) -m tools.parity --nproc $(NPROC)
 
 fuzz: $(SETUP)  ## N layouts drawn at random beside one process, from SEED (20 s)
