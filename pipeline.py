@@ -496,7 +496,7 @@ def defer_weight_gradients(model: nn.Module, queue: list) -> None:
 
 
 # 6. The executor: one for every schedule. Measured (2 ranks x 1 thread, 2 cores, gloo, h 256 and
-# 768, 8 microbatches): of 1F1B's step interleaved takes 0.94 to 0.99, zb-h1 0.94 to 1.03, zb-v 0.93
+# 768, 8 microbatches): of 1F1B's step interleaved takes 0.94 to 0.99, zb-h1 0.94 to 1.03, zb-v 0.91
 # to 0.96. W reads inputs and gradients that have left the cache: part of the gain goes there.
 
 
