@@ -31,7 +31,7 @@ TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 .PHONY: help setup train test ddp zero tp pp ckpt links memory bench-dp bench-tp bench-pp bench-ckpt draw parity fuzz lint clean
 
 help:  ## this
-	@echo "make TARGET [PYTHON=...] [PIP_FLAGS=...]; launching targets take NPROC TP PP ARGS"
+	@echo "make TARGET [PYTHON=...] [PIP_FLAGS=...]; launching targets take NPROC TP PP ARGS, train SCHEDULE too"
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP)  ## .venv with torch, numpy, pytest (unless PYTHON is given)

@@ -83,6 +83,11 @@ def stages_of(schedule: Schedule) -> list[list[int]]:
     return [sorted({action.stage for action in row}) for row in schedule]
 
 
+def splits(actions: list[Action]) -> bool:
+    """Whether these take backwards apart. Wherever one stage does, all do (see check)."""
+    return any(action.kind == "W" for action in actions)
+
+
 def spell(action: Action, stages: Sequence[int]) -> str:
     """How pictures, files and errors write an action of a rank with these stages: F0; f0, the same
     of its second chunk; F0.2 of the third."""
@@ -196,7 +201,7 @@ def following(made: Action) -> Action:
 
 def unit_time(schedule: Schedule) -> Callable[[Action], float]:
     """F 1, B 1, W 1; a B that is the whole backward 2: it has twice a forward's matmuls."""
-    whole = 1.0 if any(a.kind == "W" for row in schedule for a in row) else 2.0
+    whole = 1.0 if any(map(splits, schedule)) else 2.0
     return lambda action: whole if action.kind == "B" else 1.0
 
 
@@ -253,7 +258,7 @@ def check(schedule: Schedule, m: int) -> None:
     n = sum(map(len, stages))
     if not n or sorted(itertools.chain(*stages)) != [*range(n)]:
         raise ScheduleError(0, 0, f"stages by rank are {stages}: each of 0..{n - 1} belongs on one")
-    kinds = "FBW" if any(action.kind == "W" for row in schedule for action in row) else "FB"
+    kinds = "FBW" if any(map(splits, schedule)) else "FB"
     for rank, row in enumerate(schedule):
         whole = {Action(*action) for action in itertools.product(kinds, range(m), stages[rank])}
         for place, action in enumerate(row):
@@ -502,20 +507,21 @@ def defer_weight_gradients(model: nn.Module, queue: list) -> None:
 
 class Pipeline:
     """Runs schedules. chunks: this rank's pieces of the model, by stage, of n_stages in all. dtype,
-    device: of what crosses a boundary. split: a backward is B and W. watch(action) -> a context
+    device: of what crosses a boundary. apart: a backward is B and W. watch(action) -> a context
     around its computation, for who wants to look. The group's first call must not be a transfer
     that some ranks skip (NCCL would wait for all of them), hence the all-reduce here."""
 
     def __init__(
         self, chunks: dict[int, nn.Module], n_stages: int, group: dist.ProcessGroup,
-        dtype: torch.dtype, device: torch.device | str, split: bool = False,
+        dtype: torch.dtype, device: torch.device | str, apart: bool = False,
     ):  # fmt: skip
         self.chunks, self.last, self.group = chunks, n_stages - 1, group
         self.dtype, self.device = dtype, device
+        # See receive_ahead. NCCL takes the programs as they are.
         self.by_pair = dist.get_backend(group) == "gloo"
         self.watch: Callable = lambda action: contextlib.nullcontext()
         self.queue: list[Callable] = []  # what the B that runs now leaves to its W
-        for chunk in chunks.values() if split else ():
+        for chunk in chunks.values() if apart else ():
             defer_weight_gradients(chunk, self.queue)
         dist.all_reduce(torch.zeros(1, device=device), group=group)  # payload: 1, once
 
@@ -662,10 +668,9 @@ def peak_held(
 ) -> int:
     """The most that a rank with these actions holds after one of them: in_flight[stage] for each
     microbatch forwarded and not backwarded, waiting[stage] for each whose W is to come."""
-    split = any(action.kind == "W" for action in actions)
-    held = peak = 0
+    apart, held, peak = splits(actions), 0, 0
     for kind, _, k in actions:
-        held += {"F": in_flight[k], "B": waiting[k] * split - in_flight[k], "W": -waiting[k]}[kind]
+        held += {"F": in_flight[k], "B": waiting[k] * apart - in_flight[k], "W": -waiting[k]}[kind]
         peak = max(peak, held)
     return peak
 
@@ -719,8 +724,8 @@ def main() -> None:
                 split = split_layers(config.n_layer, n)
                 take_stages(model, stages[rank], split)
                 chunks = chunks_of(model, stages[rank], split)
-                deferred = any(action.kind == "W" for action in schedule[rank])
-                pipe = Pipeline(chunks, n, group, torch.float64, "cpu", deferred)
+                apart = splits(schedule[rank])
+                pipe = Pipeline(chunks, n, group, torch.float64, "cpu", apart)
                 program = derive_programs(schedule)[rank]
                 holders = [r for r in range(p) if {0, n - 1} & {*stages[r]}]
                 tied_group = dist.new_group(holders)

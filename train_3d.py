@@ -118,7 +118,7 @@ def parser() -> Parser:
     add("--zero-reshard-after-forward", type=int, choices=(0, 1), default=1,
         help="ZeRO-3; 0: parameters stay whole until the step's last backward")  # fmt: skip
     add("--schedule", default="1f1b", metavar="NAME|FILE", help=f"{', '.join(pipeline.SCHEDULES)}; "
-        "or a file, a line for each pp rank, as tools.draw --text writes it: F0 F1 B0 W0 F0.1 ...")
+        "or a file, a line for each pp rank, as make draw ARGS=--text writes it: F0 B0 W0 F0.1 ...")
     add("--chunks", type=natural, metavar="V", help="stages a rank, of interleaved (default 2)")
     add("--recompute", choices=activation_ckpt.POLICIES, default="none")
     add("--recompute-every", type=natural, default=1, metavar="K", help="checkpoint 1 block of K")
@@ -297,10 +297,10 @@ class Trainer:
         self.model = stage
 
         chunks, mine = pipeline.chunks_of(stage, self.stages, split), self.schedule[self.pp_rank]
-        deferred = any(action.kind == "W" for action in mine)
-        self.pipe = pipeline.Pipeline(chunks, n, self.pp_group, self.dtype, device, deferred)
+        apart = pipeline.splits(mine)
+        self.pipe = pipeline.Pipeline(chunks, n, self.pp_group, self.dtype, device, apart)
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
-        self.sync = self._attach(sync, self.pipe.accumulations(mine), chunks)
+        self.sync = self._attach(sync, self.pipe.accumulations(mine))
         self.span: Callable = lambda name: contextlib.nullcontext()  # who looks: see watch()
         # Their gradients meet over tp: the tp ranks must hold the same pieces of them.
         partial = [(f"{n}[{at}:]", t) for n, t, p, at in self.sync.pieces() if p.partial]
@@ -324,17 +324,14 @@ class Trainer:
             mine = group if dist.get_rank() in ranks else mine
         return mine
 
-    def _attach(
-        self, sync: Callable | None, accumulations: dict[nn.Parameter, int],
-        chunks: dict[int, nn.Module],
-    ):  # fmt: skip
+    def _attach(self, sync: Callable | None, accumulations: dict[nn.Parameter, int]):
         stage, options = self.args.zero, {"grad_dtype": DTYPES.get(self.args.grad_dtype)}
         if sync or stage == 0:
             return (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **options)
         options["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
         if stage == 3:
             options["reshard_after_forward"] = self.args.zero_reshard_after_forward == 1
-            options["starts"] = [zero.layers(chunk)[0] for chunk in chunks.values()]
+            options["starts"] = [zero.layers(chunk)[0] for chunk in self.pipe.chunks.values()]
         return zero.STAGES[stage](self.model, self.shard_group, accumulations, **options)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:

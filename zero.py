@@ -199,8 +199,9 @@ class Zero1:
             layer.register_forward_pre_hook(lambda *_, i=i: me()._before_forward(i))
         for p in self.unit_of:
             p.register_post_accumulate_grad_hook(lambda p: me()._accumulated(p))
-        # How often gradients travel in a step. In this order and no other, though another unit may
-        # fill first on some rank: collectives are matched by order, and the ranks must agree on it.
+        # How often gradients travel in a step: once, or m times (a tied matrix may be added to 2 m
+        # times). In this order and no other, though another unit may fill first on some rank:
+        # collectives are matched by order, and the ranks must agree on it.
         rounds = self.rounds = 1 if self.whole_gradients else min(accumulations.values())
         self.launches = [(i + 1, unit) for i in range(rounds) for unit in reversed(self.units)]
         self.start()

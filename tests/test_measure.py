@@ -1,3 +1,6 @@
+import json
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -77,6 +80,28 @@ def test_saved_activations_count_storages_and_not_weights():
     with measure.SavedActivations(net, ignore=[x]) as saved:
         net(x)
     assert saved.peak == 4 * 5 * 4
+
+
+def spans_on_one_clock(path: str):
+    """Rank 1's clock is 5 s ahead, as another machine's may be."""
+    rank, real = dist.get_rank(), time.perf_counter
+    time.perf_counter = lambda: real() + 5 * rank
+    trace = measure.Trace(torch.device("cpu"))
+    dist.barrier()
+    with trace.span("together", who=rank):
+        dist.barrier()
+    return trace.write(path, f"the {rank}th")
+
+
+def test_a_trace_puts_all_ranks_on_one_clock(tmp_path):
+    path = tmp_path / "trace.json"
+    everyone, nothing = launch(2, spans_on_one_clock, str(path))
+    assert nothing == []
+    ((a, start_a, end_a, _),), ((b, start_b, end_b, known),) = everyone
+    assert a == b == "together" and known == {"who": 1}
+    assert max(abs(start_a - start_b), abs(end_a - end_b)) < 1.0 and end_b > start_b
+    spans = [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert [e["pid"] for e in spans] == [0, 1] and max(e["ts"] for e in spans) < 1e6
 
 
 def test_relative_errors():

@@ -60,6 +60,12 @@ def test_a_transfer_takes_its_time():
     assert pipeline.bubble(alone) == pytest.approx(0.0)
 
 
+def test_mean_times_are_by_kind_and_stage():
+    spans = simulate(pipeline.zb_v(2, 3), lambda a: 1.0 + a.microbatch + 10.0 * a.stage)
+    mean = pipeline.mean_times(spans)
+    assert mean == {(kind, k): 2.0 + 10.0 * k for kind in "FBW" for k in range(4)}
+
+
 def test_a_long_timeline_goes_on_below():
     schedule = pipeline.zb_v(2, 3)
     whole, narrow = pipeline.draw(schedule), pipeline.draw(schedule, columns=38)
@@ -286,8 +292,8 @@ def run_schedules(p: int, count: int, seed: int) -> tuple[float, int]:
         pipeline.take_stages(mine, stages, split)
         gpt.init_weights(mine, 0, torch.float64, "cpu", draw)
         chunks = pipeline.chunks_of(mine, stages, split)
-        deferred = any(a.kind == "W" for a in schedule[rank])
-        pipe = pipeline.Pipeline(chunks, n, pp, torch.float64, "cpu", deferred)
+        apart = pipeline.splits(schedule[rank])
+        pipe = pipeline.Pipeline(chunks, n, pp, torch.float64, "cpu", apart)
         program, counted = derive_programs(schedule)[rank], {}
         for q in mine.parameters():
             q.register_post_accumulate_grad_hook(

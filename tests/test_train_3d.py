@@ -11,6 +11,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -274,6 +275,30 @@ def test_a_trace_has_what_every_rank_did(text, tmp_path):
                       r"(\S+)\n", result.stdout)  # fmt: skip
     assert table and float(table[2]) >= 0 and float(table[3]) > 0
     assert len(re.findall(r"^ +[01]( +\d+\.\d\d){3}$", table[0], re.MULTILINE)) == 2
+
+
+def table_of_what_never_was() -> tuple[str, float]:
+    """Steps in which a message takes half as long as an action, after a first one that is slow."""
+    schedule, everyone = pipeline.zb_h1(2, 4), [[("F0", 0.0, 9.0, {"action": None})], []]
+    spans = pipeline.simulate(schedule, transfer=0.5)
+    for step, ms in enumerate((7e-3, 1e-3, 1e-3)):
+        for rank, action, start, end in spans:
+            known = {"action": action, "step": step}
+            everyone[rank].append(("", ms * start, ms * end, known))
+    pipe = SimpleNamespace(last=1)
+    trainer = SimpleNamespace(pp_group=torch.distributed.group.WORLD, schedule=schedule, pipe=pipe)
+    return train_3d.bubble_table(trainer, everyone), pipeline.bubble(spans)
+
+
+def test_the_bubble_table_is_of_the_steps_after_the_first():
+    table, measured = launch(2, table_of_what_never_was)[0]
+    assert measured > 2 / 12
+    assert table.splitlines() == [
+        "stage     F ms     B ms     W ms",
+        "    0     1.00     1.00     1.00",
+        "    1     1.00     1.00     1.00",
+        f"bubble: with these times 0.083 | measured {measured:.3f}",
+    ]
 
 
 def test_a_plain_run_is_this_loop(text, tmp_path):

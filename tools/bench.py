@@ -236,8 +236,8 @@ def ours_pp(model: nn.Module, name: str, m: int = ROWS) -> Callable:
     pipeline.take_stages(model, stages[rank], split)
     chunks, program = (pipeline.chunks_of(model, stages[rank], split),
                        pipeline.derive_programs(schedule)[rank])  # fmt: skip
-    deferred = any(action.kind == "W" for action in schedule[rank])
-    pipe = pipeline.Pipeline(chunks, n, group, dtype, "cpu", deferred)
+    apart = pipeline.splits(schedule[rank])
+    pipe = pipeline.Pipeline(chunks, n, group, dtype, "cpu", apart)
     optimizer = adamw(model.parameters())
 
     def step(batch: list, valid: int) -> Tensor:
@@ -528,9 +528,9 @@ def overhead(name: str, m: int = 64) -> float:
     """Microseconds an action, of a pipeline whose stages compute next to nothing."""
     p, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
     schedule = pipeline.SCHEDULES[name](p, m)
-    split = any(action.kind == "W" for action in schedule[rank])
+    apart = pipeline.splits(schedule[rank])
     bind()
-    pipe = pipeline.Pipeline({rank: nn.Linear(1, 1)}, p, group, torch.float32, "cpu", split)
+    pipe = pipeline.Pipeline({rank: nn.Linear(1, 1)}, p, group, torch.float32, "cpu", apart)
     program, x = pipeline.derive_programs(schedule)[rank], torch.ones(m, 1, 1, requires_grad=True)
     each = []
     for _ in range(10):
