@@ -14,15 +14,20 @@ predicts its costs by formulas; these instruments are the other side of each `pr
 
 import collections
 import contextlib
+import functools
 import json
+import linecache
 import os
+import re
 import time
+import traceback
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import OpType  # what dist.Work says of itself
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -256,10 +261,10 @@ class Trace:
 
 
 def check_writable(flag: str, path: str | None) -> None:
-    """Raises ValueError on rank 0, who would write, if it cannot. Leaves an empty file."""
+    """Raises ValueError on rank 0, who would write, if it cannot. Leaves a file."""
     try:
         if path and int(os.environ.get("RANK", 0)) == 0:
-            open(path, "w").close()
+            open(path, "a").close()
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written: {error.strerror}") from None
 
@@ -268,20 +273,25 @@ class Logger:
     """Rank 0's progress lines and JSON rows. It reads numbers off the device every `print_every`
     steps, and is the only one who does: a step never waits for its own loss."""
 
-    def __init__(self, path: str | None, steps: int, print_every: int, tokens_per_step: int):
+    def __init__(self, path: str | None, steps: int, print_every: int, tokens_per_step: int,
+                 stop: int | None = None, append: bool = False):  # fmt: skip
+        """stop: the step at which this process ends, if not at the last. append: go on with the
+        rows that are there; a step that a lost process had begun comes twice."""
         self.steps, self.print_every, self.tokens_per_step = steps, print_every, tokens_per_step
+        self.stop = steps if stop is None else stop
         self.is_main = int(os.environ.get("RANK", 0)) == 0
         check_writable("--log", path)
-        self.file = open(path, "w", buffering=1) if path and self.is_main else None
+        mode = "a" if append else "w"
+        self.file = open(path, mode, buffering=1) if path and self.is_main else None
         self.pending: list[tuple[int, Tensor, float]] = []
 
     def start(self) -> None:
         self.since = time.perf_counter()
 
     def step(self, step: int, stats: Tensor, lr: float) -> None:
-        """`stats`: [loss, gradient norm], on whatever device they are."""
+        """`stats`: [loss, gradient norm, ...], on whatever device they are."""
         self.pending.append((step, stats, lr))
-        if len(self.pending) == self.print_every or step + 1 == self.steps:
+        if len(self.pending) == self.print_every or step + 1 == self.stop:
             self.flush()
 
     def flush(self) -> None:
@@ -290,9 +300,9 @@ class Logger:
         rows = torch.stack([stats for _, stats, _ in self.pending]).tolist()
         seconds = (time.perf_counter() - self.since) / len(rows)
         speed = self.tokens_per_step / seconds
-        for (step, _, lr), (loss, norm) in zip(self.pending, rows, strict=True):
+        for (step, _, lr), (loss, norm, *_) in zip(self.pending, rows, strict=True):
             self._write(step=step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed)
-        left = seconds * (self.steps - step - 1)
+        left = seconds * (self.stop - step - 1)
         self.say(f"step {step + 1:5d}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.1e}  "
                  f"{speed:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
         self.pending = []
@@ -303,6 +313,16 @@ class Logger:
         self.say(f"step {step + 1:5d}/{self.steps}  val loss {loss.item():.4f}")
         self.start()  # validation is not training time
 
+    def saved(self, save: NamedTuple) -> None:
+        """What became of a save: checkpoint.Saved."""
+        step, size, pause, seconds, failed = save
+        self._write(step=step - 1, saved=failed is None, save_pause_s=pause, save_s=seconds)
+        what = f"{size / 1e6:.1f} MB in {seconds:.2f} s"
+        if failed:
+            what = f"FAILED, what was saved before stays: {failed}"
+        self.say(f"step {step:5d}/{self.steps}  saved  {what}; training stood still for "
+                 f"{1e3 * pause:.0f} ms")  # fmt: skip
+
     def say(self, line: str) -> None:
         if self.is_main:
             print(line, flush=True)
@@ -310,6 +330,41 @@ class Logger:
     def _write(self, **row) -> None:
         if self.file:
             self.file.write(json.dumps(row) + "\n")
+
+
+def lost_collective(error: BaseException) -> str | None:
+    """One line on an error that a collective ended with because a rank did not come: which
+    operation, over which group, and where in our files. None if it is another error."""
+    if not re.search("[Tt]imed? ?out|[Cc]onnection|pair closure", str(error)):
+        return None
+    here = os.path.dirname(os.path.abspath(__file__))
+    frames = [(frame, number) for frame, number in traceback.walk_tb(error.__traceback__)
+              if os.path.dirname(os.path.abspath(frame.f_code.co_filename)) == here]  # fmt: skip
+    if not frames:
+        return None
+    frame, number = frames[-1]
+    line = linecache.getline(frame.f_code.co_filename, number).strip()
+
+    def value(name: str, frame=frame):
+        first, *rest = name.split(".")
+        return functools.reduce(lambda x, n: getattr(x, n, None), rest, frame.f_locals.get(first))
+
+    operation, group = line, dist.group.WORLD
+    if called := re.search(r"(?:dist\.|^|= )(\w+)\(", line):
+        operation = called[1]
+        if given := re.search(r"group=([\w.]+)", line):
+            group = value(given[1])
+    elif waited := re.search(r"([\w.]+)\.wait\(\)", line):
+        if isinstance(work := value(waited[1]), dist.Work):
+            operation = OpType(work._get_op_type()).name.strip("_").lower()
+        names = ("group", "self.group", "ctx.group")
+        known = [value(name, f) for f, _ in reversed(frames) for name in names]
+        group = next((g for g in known if isinstance(g, dist.ProcessGroup)), group)
+    ranks = dist.get_process_group_ranks(group)
+    name = "the world" if len(ranks) == dist.get_world_size() else f"{group.group_desc} {ranks}"
+    file = os.path.basename(frame.f_code.co_filename)
+    return (f"{operation} over {name} failed, since a rank did not come: {file}:{number}, "
+            f"{frame.f_code.co_name}: {line}")  # fmt: skip
 
 
 TOLERANCE = 1e-12  # of float64; rounding of sums in another order stays below, bugs do not

@@ -38,7 +38,7 @@ Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3; Korthikanti et a
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 
 import torch
@@ -199,12 +199,17 @@ class Cut:
     size: int
 
     def __call__(self, whole: Tensor) -> Tensor:
-        """This rank's part. Chunks as torch.chunk's: as long as the first, but for the last."""
-        pieces = []
-        for part in whole.split(self.parts, self.dim):
-            start, stop = self.range(part.size(self.dim))
-            pieces.append(part.narrow(self.dim, start, stop - start))
-        return torch.cat(pieces, self.dim)
+        """This rank's part."""
+        return torch.cat([whole.narrow(self.dim, i, n) for _, i, n in self.places()], self.dim)
+
+    def places(self) -> Iterator[tuple[int, int, int]]:
+        """Of each fused matrix: where its part begins here, and in the whole, and how long it is.
+        Chunks as torch.chunk's: as long as the first, but for the last."""
+        here = there = 0
+        for n in self.parts:
+            start, stop = self.range(n)
+            yield here, there + start, stop - start
+            here, there = here + stop - start, there + n
 
     def range(self, n: int) -> tuple[int, int]:
         chunk = -(-n // self.size)

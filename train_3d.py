@@ -27,14 +27,17 @@ Narayanan et al. 2021, Megatron-LM on GPU clusters (arXiv 2104.04473), sections 
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import gc
 import itertools
 import math
 import os
 import re
+import signal
 import statistics
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -42,6 +45,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import activation_ckpt
+import checkpoint
 import data
 import ddp
 import gpt
@@ -51,7 +55,10 @@ import tensor_parallel
 import zero
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
-SIZES = ("n-layer", "n-head", "n-embd", "vocab-size", "seq-len")
+SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len")
+# What makes a run what it is; the rest of the flags says how and where it is computed.
+RUN = ("untied", "attention", "dropout", "data", "global_batch_size", "steps", "lr", "warmup_steps",
+       "optimizer", "weight_decay", "clip", "seed", "dtype", "grad_dtype")  # fmt: skip
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -63,6 +70,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train_3d.py: error: {message}", file=sys.stderr, flush=True)
+        elif dist.is_torchelastic_launched():
+            time.sleep(3)  # when a rank leaves, torchrun ends the others: rank 0 speaks first
         sys.exit(2)
 
 
@@ -84,9 +93,9 @@ def probability(text: str) -> float:
 def parser() -> Parser:
     p = Parser("train_3d.py", description="Train a GPT over TP x PP x DP.", allow_abbrev=False)
     add, natural, amount = p.add_argument, at_least(1), at_least(0, float)
-    add("--model", default="nano", choices=gpt.MODELS, help="named sizes, which these override:")
+    add("--model", choices=gpt.MODELS, help="named sizes (default nano), which these override:")
     for size in SIZES:
-        add(f"--{size}", type=natural, metavar="N")
+        add(f"--{size.replace('_', '-')}", type=natural, metavar="N")
     add("--untied", action="store_true", help="a head of its own, not the embedding's matrix")
     add("--attention", choices=("sdpa", "explicit"), default="sdpa")
     add("--dropout", type=probability, default=0.0, metavar="P",
@@ -129,18 +138,38 @@ def parser() -> Parser:
     add("--sample", type=at_least(0), default=0, metavar="N", help="tokens to generate at the end")
     add("--log", metavar="FILE", help="one JSON object a line: a step, or a validation")
     add("--trace", metavar="FILE", help="what each rank did, for ui.perfetto.dev; and the bubble")
+    add("--timeout", type=natural, default=600, metavar="SECONDS",
+        help="that a rank waits for another in a collective, before the job ends with an error")
+    add("--checkpoint-dir", metavar="DIR", help="save there (default: nothing is saved)")
+    add("--save-every", type=at_least(0), default=100, metavar="N", help="steps; 0: at the end")
+    add("--keep", type=natural, default=2, metavar="K", help="checkpoints, the newest")
+    add("--resume", action="store_true", help="from the newest checkpoint (default DIR: "
+        "checkpoints), in whatever layout; what makes the run (model, data, batch, optimizer) is "
+        "as it was, where it is not given")  # fmt: skip
+    add("--stop-after", type=natural, metavar="N", help="end, saved, after step N of --steps")
+    add("--init-from", metavar="DIR", help="begin with the GPT-2 of a Hugging Face folder")
+    add("--export", metavar="DIR", help="with --resume: write the checkpoint as such a folder; end")
     return p
 
 
-def check(args: argparse.Namespace, world_size: int) -> gpt.GPTConfig:
-    """The model's configuration. Raises ValueError, from the configuration and the world size
-    alone, for everything that would otherwise fail later on some ranks and hang the others."""
-    sizes = (size.replace("-", "_") for size in SIZES)
-    given = {size: n for size in sizes if (n := getattr(args, size)) is not None}
-    config = dataclasses.replace(
-        gpt.MODELS[args.model], tied=not args.untied, attention=args.attention,
-        dropout=args.dropout, **given
-    )  # fmt: skip
+def check(
+    args: argparse.Namespace, world_size: int, source: checkpoint.GPT2Folder | None = None
+) -> gpt.GPTConfig:
+    """The model's configuration, that of `source` if there is one. Raises ValueError, from the
+    configuration and the world size alone, for everything that would otherwise fail later on some
+    ranks and hang the others."""
+    given = {size: n for size in SIZES if (n := getattr(args, size)) is not None}
+    own = source.sizes if source else dataclasses.asdict(gpt.MODELS[args.model or "nano"])
+    args.untied |= not own["tied"]
+    config = gpt.GPTConfig(**own | given | {"tied": not args.untied, "attention": args.attention,
+                                            "dropout": args.dropout})  # fmt: skip
+    for size, n in given.items() if source else ():
+        if n != own[size] and not (size == "seq_len" and n < own[size]):
+            raise ValueError(f"--{size.replace('_', '-')} {n}, and --init-from {args.init_from} "
+                             f"has {own[size]}: leave it out")  # fmt: skip
+    if source:
+        with torch.device("meta"):
+            source.check(gpt.GPT(config))
     t, p, rows, k = args.tp, args.pp, args.micro_batch_size, args.zero_shard_size
     d, batch, every = max(1, world_size // (t * p)), args.global_batch_size, args.recompute_every
     for wrong, message in (
@@ -251,6 +280,54 @@ def pick_device(name: str) -> tuple[torch.device, str]:
     return device, f"device cuda ({gpus} GPUs for {ranks} local ranks)"
 
 
+# --- before the first step ------------------------------------------------------------------------
+
+
+def look_back(args: argparse.Namespace) -> tuple[argparse.Namespace, list[checkpoint.Found], list]:
+    """(arguments, completed by what the run was; checkpoints to go on from, newest first; what to
+    say of others). Without a checkpoint the run begins. Raises ValueError."""
+    folder = args.checkpoint_dir or ("checkpoints" if args.resume or args.export else None)
+    try:
+        found, wrong = checkpoint.find(folder) if folder else ([], [])
+    except FileNotFoundError as error:
+        # Where torchrun starts a run again by itself, it has the flag from the beginning.
+        if args.resume and not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise ValueError(f"--resume: {error}; leave it out to begin") from None
+        found, wrong = [], []
+    if found and not args.resume:
+        raise ValueError(f"--checkpoint-dir {folder} holds {found[0].path.name}: give --resume to "
+                         "go on from it, or another directory to begin")  # fmt: skip
+    if args.export and not found:
+        raise ValueError("--export writes a checkpoint: give --resume")
+    if found:
+        was, complete = found[0].about, parser()
+        complete.set_defaults(**was["arguments"], **({} if args.model else was["sizes"]))
+        args = complete.parse_args()
+    args.checkpoint_dir = folder
+    return args, found, wrong
+
+
+def run_of(args: argparse.Namespace, config: gpt.GPTConfig) -> dict:
+    """What a checkpoint says of the run."""
+    return {"sizes": {size: getattr(config, size) for size in SIZES},
+            "arguments": {name: getattr(args, name) for name in RUN}}  # fmt: skip
+
+
+def compare(run: dict, was: dict) -> list[str]:
+    """What to say of a run that goes on as another. Raises ValueError if it cannot."""
+    for name in ("optimizer", "untied"):
+        if run["arguments"][name] != was["arguments"][name]:
+            raise ValueError(f"--resume: {name} is {run['arguments'][name]}, and the checkpoint is "
+                             f"of {was['arguments'][name]}")  # fmt: skip
+    if run["sizes"] != was["sizes"]:
+        mine, theirs = (", ".join(f"{k} {v}" for k, v in x["sizes"].items()) for x in (run, was))
+        raise ValueError(f"--resume: the model has {mine}, and the checkpoint {theirs}: leave the "
+                         "sizes out")  # fmt: skip
+    changed = [f"--{name.replace('_', '-')} {was['arguments'][name]} -> {value}"
+               for name, value in run["arguments"].items() if value != was["arguments"][name]]
+    return [f"--resume: as before but for {', '.join(changed)}"] if changed else []
+
+
 # --- trainer --------------------------------------------------------------------------------------
 
 
@@ -269,6 +346,7 @@ class Trainer:
     ):  # fmt: skip
         self.args, self.config, self.read, self.device = args, config, read, device
         self.dtype = DTYPES[args.dtype]
+        self.asked_to_stop = False  # by a signal
         t, p = args.tp, args.pp
         d = dist.get_world_size() // (t * p)
         self.m = args.global_batch_size // (d * args.micro_batch_size)
@@ -308,19 +386,19 @@ class Trainer:
         self.optimizer = self._make_optimizer()
 
     def _make_groups(self, p: int, d: int, k: int, t: int, ends: list[int]) -> None:
-        names = ("pp", "replica", "shard", "tp")  # dp is replica x shard
-        mesh = dist.init_device_mesh(self.device.type, (p, d // k, k, t), mesh_dim_names=names)
-        groups = (mesh[name].get_group() for name in names)
-        self.pp_group, self.replica_group, self.shard_group, self.tp_group = groups
-        self.dp_group = self._my_group(mesh.mesh.movedim(3, 1).flatten(2).flatten(0, 1))
+        ranks = torch.arange(p * d * t).view(p, d // k, k, t)  # tp innermost: neighbours
+        self.pp_group = self._my_group("pp", ranks.movedim(0, 3).flatten(0, 2))
+        self.replica_group = self._my_group("replica", ranks.movedim(1, 3).flatten(0, 2))
+        self.shard_group = self._my_group("shard", ranks.movedim(2, 3).flatten(0, 2))
+        self.tp_group = self._my_group("tp", ranks.flatten(0, 2))
+        self.dp_group = self._my_group("dp", ranks.movedim(3, 1).flatten(2).flatten(0, 1))
         # The ranks with first and last stage of one pipeline: the holders of a tied wte.
-        self.tied_group = self._my_group(mesh.mesh[ends].flatten(1).T)
+        self.tied_group = self._my_group("tied", ranks[ends].flatten(1).T)
 
-    @staticmethod
-    def _my_group(groups: Tensor) -> dist.ProcessGroup | None:
-        mine = None
+    def _my_group(self, name: str, groups: Tensor) -> dist.ProcessGroup | None:
+        mine, limit = None, datetime.timedelta(seconds=self.args.timeout)
         for ranks in groups.tolist():
-            group = dist.new_group(ranks)  # every rank must make every group
+            group = dist.new_group(ranks, limit, group_desc=name)  # every rank must make every one
             mine = group if dist.get_rank() in ranks else mine
         return mine
 
@@ -359,9 +437,9 @@ class Trainer:
         return gpt.learning_rate(step, self.args.steps, self.args.warmup_steps, self.args.lr)
 
     def step(self, step: int) -> Tensor:
-        """One optimizer step on the global batch `step`. Returns [loss, gradient norm]: the mean
-        over the batch's valid tokens, before the update, and the norm before clipping; the same
-        numbers on every rank."""
+        """One optimizer step on the global batch `step`. Returns [loss, gradient norm, asked]: the
+        mean over the batch's valid tokens, before the update; the norm before clipping; how many
+        ranks were asked to stop. The same numbers on every rank."""
         self.current = step
         self.sync.start()
         loss = self._run(self.program, self.read, step)
@@ -410,21 +488,38 @@ class Trainer:
 
     def _global_stats(self, loss: Tensor, pieces: list) -> Tensor:
         """Each rank adds what it alone answers for, and the world's sum is the whole: a gradient
-        that t ranks or d / k replicas hold alike counts on the first of them, a shard where it is,
-        a tied matrix on the first stage. The loss is alike on the tp ranks of the last stage."""
+        that d / k replicas hold alike counts on the first of them. The loss is alike on the tp
+        ranks of the last stage."""
         first_tp, first_replica = self.tp_group.rank() == 0, self.replica_group.rank() == 0
-        mine = [
-            piece.grad
-            for _, piece, p, _ in pieces
-            if (hasattr(p, "cut") or first_tp)
-            and first_replica
-            and not (hasattr(p, "tied_name") and 0 not in self.stages)
-        ]
+        mine = [piece.grad for _, piece, p, _ in pieces if first_replica and self._answers_for(p)]
         norms = torch._foreach_norm(mine) if mine else [loss.new_zeros(())]
-        stats = torch.stack([loss * first_tp, torch.stack(norms).square().sum()])
-        dist.all_reduce(stats)  # payload: 2, over the world
+        asked = loss.new_full((), float(self.asked_to_stop))
+        stats = torch.stack([loss * first_tp, torch.stack(norms).square().sum(), asked])
+        dist.all_reduce(stats)  # payload: 3, over the world
         stats[1].sqrt_()
         return stats
+
+    def _answers_for(self, p: nn.Parameter) -> bool:
+        """A parameter that is whole on t ranks is the first one's, a tied matrix the first stage's;
+        what is cut is where it is. (On each replica: these are not looked at.)"""
+        alone = hasattr(p, "cut") or self.tp_group.rank() == 0
+        return alone and not (hasattr(p, "tied_name") and 0 not in self.stages)
+
+    # A checkpoint: pieces and their moments, by where they lie in whole tensors.
+
+    def state_to_save(self) -> tuple[list[checkpoint.Rectangle], dict]:
+        """(what this rank writes, the optimizer's numbers)."""
+        pieces = [piece for piece in self.sync.pieces() if self._answers_for(piece[2])]
+        held, numbers = checkpoint.state_of(pieces, self.optimizer)
+        return checkpoint.share(held, self.replica_group.rank(), self.replica_group.size()), numbers
+
+    def state_to_load(self, numbers: dict) -> list[checkpoint.Rectangle]:
+        """What this rank needs; call loaded() when it is there."""
+        checkpoint.begin_state(self.sync.pieces(), self.optimizer, numbers)
+        return checkpoint.state_of(self.sync.pieces(), self.optimizer)[0]
+
+    def loaded(self) -> None:
+        self.sync.after_step()  # from pieces to parameters
 
     def _forward_program(self, m: int) -> pipeline.Program:
         forwards = pipeline.forward_only(self.schedule, m)
@@ -496,21 +591,45 @@ def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:
 # --- loop -----------------------------------------------------------------------------------------
 
 
-def join_ranks(device: torch.device) -> None:
+def join_ranks(device: torch.device, timeout: int) -> None:
     """The process group of torchrun's ranks, or of this one process alone."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    backend = "nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, device_id=device if on_gpu else None, **alone)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout),
+        device_id=device if on_gpu else None, **alone,
+    )  # fmt: skip
+
+
+def describe(trainer: Trainer, logger: measure.Logger) -> None:
+    """What runs; and of options that have no effect here, that."""
+    args, config, d = trainer.args, trainer.config, trainer.dp_group.size()
+    with torch.device("meta"):
+        size = sum(p.numel() for p in gpt.GPT(config).parameters())
+    logger.say(
+        f"{size / 1e6:.2f} M parameters in {args.dtype}; t={args.tp} p={args.pp} d={d}; "
+        f"{trainer.m} microbatches of {args.micro_batch_size} x {config.seq_len} tokens; "
+        f"{args.schedule}, ZeRO-{args.zero}, recompute {args.recompute}"
+    )
+    if args.zero and d == 1:
+        logger.say(f"--zero {args.zero}: d is 1, so there is nobody to share with: as --zero 0")
+    if args.sequence_parallel and args.tp == 1:
+        logger.say("--sequence-parallel: t is 1, so there is nothing to shard: as without it")
+    if args.dropout and args.attention == "sdpa":
+        logger.say("--dropout: attention is explicit, since the fused kernel takes no mask of ours")
+    if args.recompute == "selective" and args.attention == "sdpa" and not args.dropout:
+        logger.say("--recompute selective: sdpa keeps no s x s, so this saves a log-sum-exp")
+    if args.recompute == "offload" and trainer.device.type == "cpu":
+        logger.say("--recompute offload: device and host are one here, so this gains nothing")
 
 
 def train(
     args: argparse.Namespace, config: gpt.GPTConfig, corpus: tuple, device: torch.device,
-    logger: measure.Logger,
-) -> None:  # fmt: skip
-    """The whole run, from the mesh to the sample."""
+    logger: measure.Logger, draw: Callable | None, found: list[checkpoint.Found],
+) -> bool:  # fmt: skip
+    """The whole run, from the mesh to the sample. False if its end could not be saved."""
     tokens, held_out = corpus
 
     def read(step: int, rows: range) -> tuple[Tensor, Tensor]:
@@ -521,34 +640,54 @@ def train(
         shifted = range(start + rows.start, start + rows.stop)
         return data.validation_batch(held_out, shifted, config.seq_len)
 
-    trainer = Trainer(args, config, read, device)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in gpt.GPT(config).parameters())
-    logger.say(
-        f"{size / 1e6:.2f} M parameters in {args.dtype}; t={args.tp} p={args.pp} "
-        f"d={trainer.dp_group.size()}; {trainer.m} microbatches of {args.micro_batch_size} x "
-        f"{config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, recompute {args.recompute}"
-    )
-    if args.zero and trainer.dp_group.size() == 1:
-        logger.say(f"--zero {args.zero}: d is 1, so there is nobody to share with: as --zero 0")
-    if args.sequence_parallel and args.tp == 1:
-        logger.say("--sequence-parallel: t is 1, so there is nothing to shard: as without it")
-    if args.dropout and args.attention == "sdpa":
-        logger.say("--dropout: attention is explicit, since the fused kernel takes no mask of ours")
-    if args.recompute == "selective" and args.attention == "sdpa" and not args.dropout:
-        logger.say("--recompute selective: sdpa keeps no s x s, so this saves a log-sum-exp")
-    if args.recompute == "offload" and device.type == "cpu":
-        logger.say("--recompute offload: device and host are one here, so this gains nothing")
+    trainer = Trainer(args, config, read, device, draw)
+    describe(trainer, logger)
+    run, disk, first = run_of(args, config) | {"corpus": data.fingerprint(tokens)}, None, 0
+    if args.checkpoint_dir:
+        limit = datetime.timedelta(seconds=args.timeout)
+        group = dist.new_group(None, limit, "gloo", group_desc="checkpoint")
+        disk = checkpoint.Checkpoints(args.checkpoint_dir, args.keep, group)
+    if found:
+        newest, wrong = checkpoint.newest_whole(found, disk.group)
+        checkpoint.read(newest.path, trainer.state_to_load(newest.about["optimizer"]), disk.group)
+        trainer.loaded()
+        first, other = newest.about["step"], newest.about["corpus"] != run["corpus"]
+        for line in wrong:
+            logger.say(f"--resume: {line}; so from the one before")
+        logger.say(f"--resume: {newest.path} after step {first}"
+                   + (", on another corpus than before" if other else ""))  # fmt: skip
+
     val_loss, trace = None, measure.Trace(device) if args.trace else None
     if trace:
         trainer.watch(trace)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: setattr(trainer, "asked_to_stop", True))
+    asked, stop = torch.zeros(()), min(args.steps, args.stop_after or args.steps)
     logger.start()
-    for step in range(args.steps):
-        logger.step(step, trainer.step(step), trainer.learning_rate(step))
+    for step in range(first, stop):
+        stats = trainer.step(step)
+        logger.step(step, stats, trainer.learning_rate(step))
+        # Asked in the step before: that is over, so nothing waits for this number.
+        stopped = step + 1 < stop and asked.item() > 0
+        asked, last = stats[2], stopped or step + 1 == stop
         if args.val_every and ((step + 1) % args.val_every == 0 or step + 1 == args.steps):
             logger.flush()
             val_loss = trainer.validate(read_held_out)
             logger.validation(step, val_loss)
+        if disk and (last or (args.save_every and (step + 1) % args.save_every == 0)):
+            logger.flush()
+            mine, numbers = trainer.state_to_save()
+            disk.save(step + 1, mine, run | {"optimizer": numbers})
+        if disk and last:
+            disk.wait()
+        for saved in disk.news() if disk else ():
+            logger.saved(saved)
+        if stopped:
+            logger.flush()
+            logger.say(f"stopped by a signal after step {step + 1}")
+            return disk is None or disk.failed is None
+    if first >= stop:
+        logger.say(f"step {first} of {stop} is done: nothing to train")
     if trace:
         t, p, d = (g.rank() for g in (trainer.tp_group, trainer.pp_group, trainer.dp_group))
         spans = trace.write(args.trace, f"pp {p}, dp {d}, tp {t}")
@@ -560,25 +699,57 @@ def train(
         logger.say(f"--- sample after {prompt!r} ---\n{text}\n--------------")
     if val_loss is not None:
         logger.say(f"val loss {val_loss.item():.2f}")
+    return disk is None or disk.failed is None
+
+
+def export(args: argparse.Namespace, found: list[checkpoint.Found]) -> None:
+    join_ranks(torch.device("cpu"), args.timeout)
+    newest, wrong = checkpoint.newest_whole(found, dist.group.WORLD)
+    checkpoint.export_gpt2(newest, args.export, dist.group.WORLD)
+    print(*wrong, f"{args.export} is {newest.path} as Hugging Face's GPT2LMHeadModel", sep="\n")
 
 
 def main() -> None:
     args = parser().parse_args()
     try:
-        config = check(args, int(os.environ.get("WORLD_SIZE", 1)))
+        args, found, notes = look_back(args)
+        source = checkpoint.GPT2Folder(args.init_from) if args.init_from else None
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        config = check(args, world_size, source)
+        if found:
+            notes += compare(run_of(args, config), found[0].about)
+        if args.export:
+            if world_size > 1:
+                raise ValueError(f"--export with {world_size} ranks: start one process")
+            return export(args, found)
         device, device_line = pick_device(args.device)
         corpus = data.load(args.data, config.seq_len, config.vocab_size)
-        tokens_per_step = args.global_batch_size * config.seq_len
         measure.check_writable("--trace", args.trace)
-        logger = measure.Logger(args.log, args.steps, args.print_every, tokens_per_step)
+        checkpoint.check_writable(args.checkpoint_dir)
+        logger = measure.Logger(
+            args.log, args.steps, args.print_every, args.global_batch_size * config.seq_len,
+            args.stop_after, append=bool(found),
+        )  # fmt: skip
     except ValueError as error:
         parser().error(str(error))
-    logger.say(device_line)
-    join_ranks(device)
-    train(args, config, corpus, device, logger)
-    gc.collect()  # the trainer with its groups: gloo's threads must not outlive the interpreter
-    dist.barrier()  # a rank that leaves early would break the others' connections
+    for line in (device_line, *notes):
+        logger.say(line)
+    try:
+        join_ranks(device, args.timeout)
+        draw = source.draw if source else None
+        good = train(args, config, corpus, device, logger, draw, found)
+        gc.collect()  # the trainer with its groups: gloo's threads must not outlive the interpreter
+        dist.barrier()  # a rank that leaves early would break the others' connections
+    except RuntimeError as error:
+        if (line := measure.lost_collective(error)) is None:
+            raise
+        print(f"train_3d.py: rank {dist.get_rank()}: {line}", file=sys.stderr, flush=True)
+        os._exit(1)  # what is under way waits for nobody
+    except ValueError as error:
+        parser().error(str(error))
     dist.destroy_process_group()
+    if not good:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
     python -m tools.fuzz --n 20 --seed 0
     python -m tools.fuzz --case '{"t": 2, "d": 2, "zero": 1}'
 
-One in eight or so of the configurations drawn is invalid; it must be refused with a ValueError.
+One in four is saved on the way and resumed in another layout. One in eight or so of the
+configurations drawn is invalid; it must be refused with a ValueError.
 """
 
 import argparse
+import dataclasses
 import json
 import random
 import sys
@@ -16,10 +18,26 @@ import activation_ckpt
 import measure
 import pipeline
 import train_3d
-from tools.oracle import Case, judge
+from tools.oracle import STEPS, Case, judge
+
+# What may be another after a save and a resume; and the rows of a microbatch, and how many.
+LAYOUT = ("t", "p", "d", "zero", "shard_size", "reshard", "schedule", "chunks", "sequence",
+          "recompute", "layers", "every", "bucket_bytes")  # fmt: skip
 
 
-def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
+def draw_resume(rng: random.Random, case: Case, largest_world: int = 8) -> dict:
+    """For Case.resume: a layout in which the same run can go on."""
+    while True:
+        other = draw_case(rng, largest_world, resumes=0.0)
+        fields = {name: getattr(other, name) for name in LAYOUT}
+        rows, uneven = divmod(case.d * case.m * case.b, other.d)
+        fields["b"] = rng.choice([b for b in (1, 2, 3) if rows % b == 0] or [1])
+        fields["m"] = rows // fields["b"]
+        if not uneven and refusal(dataclasses.replace(case, **fields)) is None:
+            return {"at": rng.randint(1, STEPS - 1), **fields}
+
+
+def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25) -> Case:
     """Uniform over shapes rather than over layouts: odd sizes are as likely as even ones."""
     sizes = (1, 1, 2, 2, 3, 4)
     while True:
@@ -33,7 +51,7 @@ def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
     stages = p * (chunks or (2 if schedule in ("interleaved", "zb-v") else 1))
     n_layer = rng.randint(1, 6) if rng.random() < 0.1 else stages + rng.randint(0, 3)
     zero = rng.randint(0, 3)
-    return Case(
+    case = Case(
         t=t, p=p, d=d,
         m=rng.randint(1, 6),
         b=rng.randint(1, 3),
@@ -64,6 +82,9 @@ def draw_case(rng: random.Random, largest_world: int = 8) -> Case:
         bucket_bytes=rng.choice((1, 500, 3000, 10**9)),
         seed=rng.randint(0, 10**6),
     )  # fmt: skip
+    if rng.random() < resumes and refusal(case) is None:
+        case.resume = draw_resume(rng, case, largest_world)
+    return case
 
 
 def refusal(case: Case) -> str | None:
@@ -106,7 +127,9 @@ def main() -> None:
         failed += not ok
         refused += line.startswith("refused")
         state = "ok  " if ok else "FAIL"
-        print(f"{i + 1:4d}/{len(drawn)} {state} t{case.t} p{case.p} d{case.d}  {line}", flush=True)
+        then = "then t{t} p{p} d{d}".format(**case.resume) if case.resume else ""
+        print(f"{i + 1:4d}/{len(drawn)} {state} t{case.t} p{case.p} d{case.d} {then:13s}  {line}",
+              flush=True)  # fmt: skip
         if not ok:
             print(f"     replay: python -m tools.fuzz --case '{case}'", flush=True)
     print(f"{len(drawn) - failed - refused} equal to one process, {refused} refused, "

@@ -27,6 +27,7 @@ import torch._dynamo  # optimizers import it at their first step: once here, not
 import torch.distributed as dist
 from torch import Tensor
 
+import checkpoint
 import ddp
 import gpt
 import measure
@@ -55,7 +56,8 @@ class Errors(NamedTuple):
 
 @dataclasses.dataclass
 class Case:
-    """A layout and a model. m microbatches of b rows on each of d replicas."""
+    """A layout and a model. m microbatches of b rows on each of d replicas. resume: the run is
+    saved after step `at` and goes on with these fields replaced, of the same model and batch."""
 
     t: int = 1
     p: int = 1
@@ -85,10 +87,21 @@ class Case:
     bucket_bytes: int = 3000  # a few buckets at these sizes; the default would always be one
     dtype: str = "float64"
     seed: int = 0
+    resume: dict | None = None
 
     @property
     def world_size(self) -> int:
         return self.t * self.p * self.d
+
+    @property
+    def parts(self) -> list[tuple["Case", int, int]]:
+        """(layout, first step, step at which it ends), one after the other."""
+        if self.resume is None:
+            return [(self, 0, STEPS)]
+        changed = {k: v for k, v in self.resume.items() if k != "at"}
+        first = dataclasses.replace(self, resume=None)
+        at = self.resume["at"]
+        return [(first, 0, at), (dataclasses.replace(first, **changed), at, STEPS)]
 
     def arguments(self) -> list[str]:
         """The command line of train_3d.py."""
@@ -249,8 +262,10 @@ def reference(case: Case, model: Callable | None = None) -> dict:
     }
 
 
-def layout(case: Case, expected: dict, seams: dict) -> dict:
-    """On each rank: train, and compare all that this rank holds."""
+def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder: str) -> dict:
+    """On each rank: train from step `first` to `end`, and compare all that this rank holds (before
+    the last step, only loss and norm). Begins with the checkpoint in `folder` and leaves one
+    there, where the steps are not all of them."""
     args = train_3d.parser().parse_args(case.arguments())
     config = train_3d.check(args, case.world_size)
     small = functools.partial(ddp.DDP, bucket_bytes=case.bucket_bytes)
@@ -258,7 +273,24 @@ def layout(case: Case, expected: dict, seams: dict) -> dict:
     trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"), **seams)
     for group in trainer.optimizer.param_groups:
         group["eps"] = EPS
-    stats = torch.stack([trainer.step(step) for step in range(STEPS)])
+    disk = checkpoint.Checkpoints(folder, 1, dist.group.WORLD)
+    if first:
+        (path, about), _ = checkpoint.newest_whole(checkpoint.find(folder)[0], dist.group.WORLD)
+        assert about["step"] == first
+        checkpoint.read(path, trainer.state_to_load(about["optimizer"]), dist.group.WORLD)
+        trainer.loaded()
+    stats = torch.stack([trainer.step(step) for step in range(first, end)])
+    if end < STEPS:
+        mine, numbers = trainer.state_to_save()
+        disk.save(end, mine, {"optimizer": numbers})
+        disk.wait()
+        assert disk.failed is None, disk.failed
+    errors = {
+        kind: measure.relative_errors({"": stats[:, i]}, {"": expected[kind][first:end]})
+        for i, kind in enumerate(("loss", "norm"))
+    }
+    if end < STEPS:
+        return errors
     pieces = trainer.sync.pieces()
     trainer.sync.gather()
     parts = dict(gpt.named_parameters(trainer.model))
@@ -271,9 +303,7 @@ def layout(case: Case, expected: dict, seams: dict) -> dict:
     }
     gradients = {n: piece.grad.flatten() for n, piece, _, _ in pieces}
     same = {n: part_of["gradient"][n].flatten()[at : at + t.numel()] for n, t, _, at in pieces}
-    return {
-        "loss": measure.relative_errors({"": stats[:, 0]}, {"": expected["loss"]}),
-        "norm": measure.relative_errors({"": stats[:, 1]}, {"": expected["norm"]}),
+    return errors | {
         "gradient": measure.relative_errors(gradients, same),
         "parameter": measure.relative_errors(parts, part_of["parameter"]),
     }
@@ -282,13 +312,17 @@ def layout(case: Case, expected: dict, seams: dict) -> dict:
 def judge(case: Case, seams: dict | None = None) -> Errors:
     """One process, then the layout. `seams`: arguments of train_3d.Trainer. Raises AssertionError
     where some gradient was compared by nobody, RuntimeError where a rank failed."""
-    seams = seams or {}
+    seams, ranks = seams or {}, []
     expected = launch(1, reference, case, seams.get("model"))[0]
-    ranks = launch(case.world_size, layout, case, expected, seams)
-    missing = set(expected["gradient"]).difference(*(r["gradient"] for r in ranks))
+    with tempfile.TemporaryDirectory() as folder:
+        for part, first, end in case.parts:
+            ranks += launch(part.world_size, layout, part, expected, seams, first, end, folder)
+    missing = set(expected["gradient"]).difference(*(r.get("gradient", ()) for r in ranks))
     assert not missing, f"no rank has the gradients of {sorted(missing)}"
     worst = {
-        kind: max((error, f"{kind} {name}") for r in ranks for name, error in r[kind].items())
+        kind: max(
+            (error, f"{kind} {name}") for r in ranks for name, error in r.get(kind, {}).items()
+        )
         for kind in ("loss", "norm", "gradient", "parameter")
     }
     return Errors(*(error for error, _ in worst.values()), where=max(worst.values())[1])

@@ -1,0 +1,562 @@
+"""Checkpoints that fit any layout: on disk, every tensor is a set of rectangles of one named whole.
+
+       rank 0   [ wq | wk | wv ]  its columns of         parameter/h.0.attn.c_attn.weight [3h, h]
+       rank 1   [ wq | wk | wv ]  three fused matrices     rows 0..h/2, h..3h/2, ...   from rank 0
+                                                           rows h/2..h, 3h/2..2h, ...  from rank 1
+    ZeRO's piece of a matrix, a range of it flattened: the end of a row, whole rows, the
+    beginning of one, so at most three rectangles
+
+A rank knows which part of what it holds (`cut`, and the offset of an optimizer's piece), and that
+is all that is written down: no mesh, no rank, no schedule. So a run may go on in any other layout,
+which asks for rectangles of its own; torch.distributed.checkpoint, which does the disk, reads what
+meets them. Nothing is gathered, ever.
+
+    DIR/step-20/              there when it is complete, and not before: see Checkpoints
+        __0_0.distcp ...      a file of each rank                               (torch's format)
+        .metadata             which rectangle lies where                        (torch's format)
+        checkpoint.json       step, optimizer's scalars, what the run was; size and crc32 of each
+
+A save costs a pause, in which the state is copied (bytes held / memory bandwidth); it is written
+while training goes on. Ranks that hold the same share the writing out among them.
+
+GPT-2's weights in Hugging Face's format are read into any layout and written from any, see the end.
+
+Lian et al. 2024, Universal Checkpointing (arXiv 2406.18820); Wan et al. 2024, ByteCheckpoint
+(arXiv 2407.20143), on rectangles of flattened shards.
+"""
+
+import json
+import math
+import os
+import pickle
+import shutil
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata as Stored
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+FORMAT = 1  # of checkpoint.json and of the names
+
+# --- what a rank holds, as rectangles -------------------------------------------------------------
+
+
+class Rectangle(NamedTuple):
+    name: str  # on disk, of the whole
+    shape: tuple[int, ...]  # of the whole
+    offsets: tuple[int, ...]  # where in it `tensor` begins
+    tensor: Tensor
+
+    @property
+    def index(self) -> MetadataIndex:
+        return MetadataIndex(self.name, self.offsets)
+
+    @property
+    def chunk(self) -> dcp.ChunkStorageMetadata:
+        return dcp.ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.size())
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple, tuple]]:
+    """Elements start..stop of a flattened tensor, in order, as boxes (offsets, sizes) of it."""
+    row = math.prod(shape[1:])
+    while start < stop:
+        i, at = divmod(start, row)
+        rows = (stop - start) // row
+        if at == 0 and rows > 0:
+            yield (i, *(0 for _ in shape[1:])), (rows, *shape[1:])
+            start += rows * row
+        else:
+            end = min(row, at + stop - start)
+            for offsets, sizes in boxes(shape[1:], at, end):
+                yield (i, *offsets), (1, *sizes)
+            start += end - at
+
+
+def rectangles(name: str, tensor: Tensor, parameter: Tensor, offset: int) -> Iterator[Rectangle]:
+    """`tensor`, which is a range of the flattened `parameter` from `offset` on (ddp.py and zero.py
+    call it a piece), by where it lies in the whole that `parameter` may have been cut from. The
+    rectangles are views of `tensor`."""
+    cut = getattr(parameter, "cut", None)
+    shape, dim = (cut.shape, cut.dim) if cut else (parameter.shape, 0)
+    places = list(cut.places()) if cut else [(0, 0, shape[0])]
+    flat, at = tensor.detach().flatten(), 0
+    assert flat.data_ptr() == tensor.data_ptr(), f"{name} is not contiguous"
+    for offsets, sizes in boxes(tuple(parameter.shape), offset, offset + flat.numel()):
+        box = flat[at : (at := at + math.prod(sizes))].view(sizes)
+        first, last = offsets[dim], offsets[dim] + sizes[dim]
+        for here, there, length in places:
+            start, stop = max(first, here), min(last, here + length)
+            if start < stop:
+                whole = (*offsets[:dim], there + start - here, *offsets[dim + 1 :])
+                yield Rectangle(name, tuple(shape), whole, box.narrow(dim, start - first,
+                                                                      stop - start))  # fmt: skip
+
+
+Pieces = Iterable[tuple[str, Tensor, nn.Parameter, int]]
+
+
+def state_of(pieces: Pieces, optimizer: torch.optim.Optimizer) -> tuple[list[Rectangle], dict]:
+    """(parameters and moments, the optimizer's numbers): what continues a run. The numbers (AdamW's
+    step) must be the same for all pieces."""
+    found: list[Rectangle] = []
+    numbers: dict = {"moments": [], "scalars": {}}
+    for name, piece, parameter, offset in pieces:
+        found += rectangles(f"parameter/{name}", piece, parameter, offset)
+        for key, value in optimizer.state.get(piece, {}).items():
+            if value.dim():
+                found += rectangles(f"{key}/{name}", value, parameter, offset)
+                numbers["moments"] = sorted({*numbers["moments"], key})
+            else:
+                known = numbers["scalars"].setdefault(key, value.item())
+                assert known == value.item(), f"{key} is {known} and {value.item()}"
+    return found, numbers
+
+
+def begin_state(pieces: Pieces, optimizer: torch.optim.Optimizer, numbers: dict) -> None:
+    """An optimizer state like that which `numbers` is from, with zeros for moments."""
+    for _, piece, _, _ in pieces:
+        moments = {key: torch.zeros_like(piece) for key in numbers["moments"]}
+        scalars = {key: torch.tensor(value) for key, value in numbers["scalars"].items()}
+        optimizer.state[piece] = {**scalars, **moments}
+
+
+def share(held: list[Rectangle], rank: int, size: int) -> list[Rectangle]:
+    """What the rank-th of `size` ranks writes, which all hold `held`: about the same bytes each."""
+    loads, mine = [0] * size, []
+    for r in sorted(held, key=lambda r: -r.tensor.nbytes):
+        least = loads.index(min(loads))
+        loads[least] += r.tensor.nbytes
+        if least == rank:
+            mine.append(r)
+    return mine
+
+
+# --- torch's side ---------------------------------------------------------------------------------
+
+
+class Writes(dcp.DefaultSavePlanner):
+    """The plan to write these rectangles, which no other rank writes."""
+
+    def __init__(self, mine: list[Rectangle]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.mine = {r.index: r for r in mine}
+
+    def create_local_plan(self) -> dcp.SavePlan:
+        items = []
+        for r in self.mine.values():
+            properties = TensorProperties.create_from_tensor(r.tensor)
+            data = TensorWriteData(r.chunk, properties, torch.Size(r.shape))
+            kind = WriteItemType.SHARD
+            items.append(dcp.WriteItem(r.index, kind, tensor_data=data))
+        self.plan = dcp.SavePlan(items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.mine[index].tensor
+
+
+class Reads(dcp.DefaultLoadPlanner):
+    """The plan to fill these rectangles with what was written, however that was cut."""
+
+    def __init__(self, wanted: list[Rectangle]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.wanted = {r.index: r for r in wanted}
+
+    def create_local_plan(self) -> dcp.LoadPlan:
+        items, by_name = [], {}
+        for r in self.wanted.values():
+            by_name.setdefault(r.name, []).append(r)
+        for name, mine in by_name.items():
+            stored = self.metadata.state_dict_metadata.get(name)
+            if not isinstance(stored, Stored):
+                raise ValueError(f"{name} is missing")
+            if tuple(stored.size) != mine[0].shape:
+                raise ValueError(f"{name} is {list(stored.size)}: expected {list(mine[0].shape)}")
+            new = create_read_items_for_chunk_list(name, stored, [r.chunk for r in mine])
+            there = sum(math.prod(item.lengths) for item in new)
+            if there != sum(r.tensor.numel() for r in mine):
+                raise ValueError(f"{name} is there in part only")
+            items += new
+        return dcp.LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.wanted[index].tensor
+
+
+class Unpickler(pickle.Unpickler):
+    """torch's .metadata is a pickle, and a pickle may name any function to be called. This one
+    knows the few names that torch writes, and no other."""
+
+    allowed = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch": {"Size", "float32", "float64", "bfloat16"},
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath", "WindowsPath"},
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str):
+        if name not in self.allowed.get(module, ()):
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which torch never does")
+        return super().find_class(module, name)
+
+
+class Writer(dcp.FileSystemWriter):
+    """`files`: size and crc32 of what this rank has written."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner):
+        written = super().write_data(plan, planner)
+        mine = Path(self.path).glob(f"{plan.storage_data.prefix}*")
+        self.files = {path.name: _size_and_crc(path) for path in mine}
+        return written
+
+
+class Reader(dcp.FileSystemReader):
+    """The tensors themselves torch reads with weights_only."""
+
+    def read_metadata(self, *args, **kwargs) -> dcp.Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            return Unpickler(file).load()
+
+
+# --- a directory of them --------------------------------------------------------------------------
+
+
+class Damaged(ValueError):
+    """Names the file, and what is wrong with it."""
+
+
+class Found(NamedTuple):
+    """A checkpoint, as far as checkpoint.json tells."""
+
+    path: Path
+    about: dict
+
+
+def find(directory: str) -> tuple[list[Found], list[str]]:
+    """(checkpoints, newest first; a line on each that can not be one). Looks at checkpoint.json
+    alone. Raises ValueError where there is none that this version reads."""
+    steps = sorted(Path(directory).glob("step-*"), key=lambda p: (len(p.name), p.name))
+    found, wrong = [], []
+    for path in reversed(steps):
+        try:
+            found.append(Found(path, _read_about(path)))
+        except Damaged as error:
+            wrong.append(str(error))
+    if wrong and not found:
+        raise ValueError(f"no checkpoint in {directory} is whole: {wrong[0]}")
+    if not found:
+        inside = sorted(p.name for p in Path(directory).glob("*"))
+        what = f"holds {', '.join(inside[:3])}, and no step-N" if inside else "is empty"
+        what = what if Path(directory).exists() else "does not exist"
+        raise FileNotFoundError(f"{directory} {what}: there is nothing to resume")
+    return found, wrong
+
+
+def _read_about(path: Path) -> dict:
+    name = path / "checkpoint.json"
+    try:
+        about = json.loads(name.read_bytes())
+        written = about.pop("crc")
+    except FileNotFoundError:
+        raise Damaged(f"{name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{name} cannot be read: {error or type(error).__name__}") from None
+    if about.get("format", 0) > FORMAT:
+        raise Damaged(f"{name} has format {about['format']}, of a newer version than this one, "
+                      f"which reads up to {FORMAT}")  # fmt: skip
+    if written != _crc_of(about):
+        raise Damaged(f"{name} was changed: its crc32 is {_crc_of(about)}, not {written}")
+    return about
+
+
+def _crc_of(about: dict) -> int:
+    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
+
+
+def _size_and_crc(path: Path) -> list[int]:
+    size = crc = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**22):
+            size, crc = size + len(part), zlib.crc32(part, crc)
+    return [size, crc]
+
+
+def verify(found: Found, rank: int, size: int) -> None:
+    """Reads every size-th file, from the rank-th on. Raises Damaged."""
+    for name, written in sorted(found.about["files"].items())[rank::size]:
+        path = found.path / name
+        if not path.exists():
+            raise Damaged(f"{path} is missing")
+        if path.stat().st_size != written[0]:
+            raise Damaged(f"{path} has {path.stat().st_size} bytes of {written[0]}")
+        if _size_and_crc(path) != written:
+            raise Damaged(f"{path} was changed: its crc32 is another")
+
+
+def check_writable(directory: str | None) -> None:
+    """Makes the directory. Raises ValueError, on rank 0, if nothing can be written to it."""
+    if directory is None or int(os.environ.get("RANK", 0)) > 0:
+        return
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        problem = f"--checkpoint-dir {directory} cannot be written: {error.strerror}"
+        raise ValueError(problem) from None
+
+
+class Saved(NamedTuple):
+    """What became of a save. bytes: on rank 0, of all ranks. pause, seconds: that training stood
+    still, and that writing took. failed: why it is not there, or None."""
+
+    step: int
+    bytes: int
+    pause: float
+    seconds: float
+    failed: str | None
+
+
+class Checkpoints:
+    """Saves, by all ranks of `group` together. `group` is a CPU one, and nobody else's: a save
+    talks there while training goes on.
+
+    A save is written to DIR/tmp-step-N, and renamed at the very end: a kill or a full disk on the
+    way leaves what was there before. The newest `keep` stay."""
+
+    def __init__(self, directory: str, keep: int, group: dist.ProcessGroup):
+        self.directory, self.keep, self.group = Path(directory), keep, group
+        self.buffers: list[Tensor] = []
+        self.thread: threading.Thread | None = None
+        self.failed: str | None = None  # why the last save is not there
+        self.ended: list[Saved] = []
+
+    def save(self, step: int, mine: list[Rectangle], about: dict) -> None:
+        """Copy, and begin to write what this rank writes of the state after `step` steps. A save
+        that is still under way is waited for first. The buffers for the copies are kept."""
+        start = time.perf_counter()
+        self.wait()
+        if len(self.buffers) != len(mine):
+            on_gpu = bool(mine) and mine[0].tensor.is_cuda
+            self.buffers = [torch.empty(r.tensor.shape, dtype=r.tensor.dtype, pin_memory=on_gpu)
+                            for r in mine]  # fmt: skip
+        copies = [r._replace(tensor=buffer.copy_(r.tensor))
+                  for r, buffer in zip(mine, self.buffers, strict=True)]  # fmt: skip
+        # On a GPU copy_ has waited for the copy. The thread works on nothing that training changes.
+        self.thread = threading.Thread(target=self._write, args=(step, copies, about), daemon=True)
+        self.thread.start()
+        self.pause = time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Until the save that is under way has ended."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def news(self) -> list[Saved]:
+        """The saves that have ended since this was asked last."""
+        news = [saved._replace(pause=self.pause) for saved in self.ended]
+        self.ended = self.ended[len(news) :]
+        return news
+
+    def _write(self, step: int, mine: list[Rectangle], about: dict) -> None:
+        start, size, self.failed = time.perf_counter(), 0, None
+        first, path = self.group.rank() == 0, self.directory / f"tmp-step-{step}"
+        try:
+            if first:
+                for old in self.directory.glob("tmp-*"):  # of a save that was cut short
+                    shutil.rmtree(old, ignore_errors=True)
+            dist.barrier(self.group)
+            writer = Writer(path)
+            dcp.save({}, storage_writer=writer, planner=Writes(mine), process_group=self.group)
+            everyone = [None] * self.group.size() if first else None
+            dist.gather_object(writer.files, everyone, group=self.group, group_dst=0)
+            if first:
+                everyone.append({".metadata": _size_and_crc(path / ".metadata")})
+                files = {name: value for each in everyone for name, value in each.items()}
+                size = sum(size for size, _ in files.values())
+                self._finish(path, step, {**about, "format": FORMAT, "step": step, "files": files})
+        except (Exception, dcp.CheckpointException) as error:  # training goes on, whatever it is
+            self.failed = _first_line(error)
+        seconds = time.perf_counter() - start
+        self.ended.append(Saved(step, size, 0.0, seconds, self.failed))
+
+    def _finish(self, path: Path, step: int, about: dict) -> None:
+        with open(path / "checkpoint.json", "w") as file:
+            json.dump({**about, "crc": _crc_of(about)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(path)
+        final = self.directory / f"step-{step}"
+        if final.exists():  # it was damaged, so the run went on from one before
+            shutil.rmtree(final)
+        os.rename(path, final)
+        _sync_folder(self.directory)
+        steps = sorted(self.directory.glob("step-*"), key=lambda p: (len(p.name), p.name))
+        for old in steps[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def newest_whole(candidates: list[Found], group: dist.ProcessGroup) -> tuple[Found, list[str]]:
+    """The newest of `candidates` (see find) whose files are as they were written, and a line on
+    each that was passed over. The ranks of `group` share the reading, and agree. Raises ValueError
+    if none is whole."""
+    wrong: list[str] = []
+    for found in candidates:
+        problem = None
+        try:
+            verify(found, group.rank(), group.size())
+        except (Damaged, OSError) as error:
+            problem = str(error)
+        everyone = [None] * group.size()
+        dist.all_gather_object(everyone, problem, group=group)
+        if not any(everyone):
+            return found, wrong
+        wrong.append(next(filter(None, everyone)))
+    raise ValueError(f"no checkpoint is whole: {'; '.join(wrong)}")
+
+
+def read(path: Path, wanted: list[Rectangle], group: dist.ProcessGroup) -> None:
+    """Fill `wanted`, by all ranks of `group` together. Raises ValueError."""
+    try:
+        dcp.load({}, storage_reader=Reader(path), planner=Reads(wanted), process_group=group)
+    except dcp.CheckpointException as error:
+        raise ValueError(f"{path}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    """Of torch's exception, which is of many lines and ranks, what the first rank to fail said."""
+    for wrapped in getattr(error, "failures", {}).values():
+        error = wrapped[0]
+        break
+    return f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+# --- GPT-2's weights, as Hugging Face keeps them --------------------------------------------------
+
+
+class GPT2Folder:
+    """A folder with `config.json` and `model.safetensors`: any GPT-2, as `transformers` saves it or
+    as OpenAI published it. Raises ValueError for what is not one. `sizes`: GPTConfig's."""
+
+    def __init__(self, directory: str):
+        self.path = Path(directory)
+        try:
+            config = json.loads((self.path / "config.json").read_bytes())
+        except (OSError, ValueError) as error:
+            problem = f"--init-from {directory}: config.json cannot be read: {error}"
+            raise ValueError(problem) from None
+        h = config.get("n_embd")
+        for key, known in GPT2_FIXED.items():
+            if (value := config.get(key, known[0])) not in known:
+                raise ValueError(f"--init-from {directory}: config.json has {key} {value}: "
+                                 f"expected {known[0]}")  # fmt: skip
+        if config.get("n_inner") not in (None, 4 * h):
+            raise ValueError(f"--init-from {directory}: config.json has n_inner {config['n_inner']}"
+                             f": expected 4 n_embd, {4 * h}")  # fmt: skip
+        try:
+            self.sizes = {"n_layer": config["n_layer"], "n_head": config["n_head"], "n_embd": h,
+                          "vocab_size": config["vocab_size"], "seq_len": config["n_positions"],
+                          "tied": config.get("tie_word_embeddings", True)}  # fmt: skip
+        except KeyError as error:
+            raise ValueError(f"--init-from {directory}: config.json lacks {error}") from None
+        self.file = safetensors("--init-from").safe_open(self._tensors(), framework="pt")
+        self.keys = set(self.file.keys())
+
+    def _tensors(self) -> Path:
+        path = self.path / "model.safetensors"
+        if not path.exists():
+            inside = ", ".join(sorted(p.name for p in self.path.iterdir())[:4])
+            raise ValueError(f"--init-from {self.path} holds {inside}, and no model.safetensors")
+        return path
+
+    def _key(self, name: str) -> str:
+        """lm_head.weight is not there where it is the embedding's."""
+        for key in (f"transformer.{name}", name):
+            if key in self.keys:
+                return key
+        if name == "lm_head.weight":
+            return self._key("wte.weight")
+        raise ValueError(f"--init-from {self.path}: {name} is missing in model.safetensors")
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError if some parameter of the whole model is not there in its shape. Of the
+        positions there may be more."""
+        for name, p in model.named_parameters():
+            there = list(self.file.get_slice(self._key(name)).get_shape())
+            there = there[::-1] if name.endswith(GPT2_TRANSPOSED) else there
+            wanted = list(p.shape)
+            if there != wanted and not (name == "wpe.weight" and there[0] > wanted[0]):
+                raise ValueError(f"--init-from {self.path}: {name} is {there}: expected {wanted}")
+
+    def draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """For gpt.init_weights: the whole tensor, read and not drawn."""
+        whole = self.file.get_tensor(self._key(name))
+        whole = whole.T if name.endswith(GPT2_TRANSPOSED) else whole
+        return whole[: shape[0]]
+
+
+GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # theirs are [in, out]
+GPT2_FIXED = {  # what there is one of here, and its other names
+    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+}  # fmt: skip
+
+
+def export_gpt2(found: Found, directory: str, group: dist.ProcessGroup) -> None:
+    """Writes a checkpoint's parameters, whatever layout they are from, as a folder that
+    `transformers.GPT2LMHeadModel.from_pretrained` reads. By one process."""
+    save_file, sizes = safetensors("--export").torch.save_file, found.about["sizes"]
+    stored = Reader(found.path).read_metadata().state_dict_metadata
+    whole = [
+        Rectangle(name, tuple(s.size), (0,) * len(s.size), torch.empty(s.size))
+        for name, s in stored.items()
+        if name.startswith("parameter/")
+    ]
+    read(found.path, whole, group)
+    tensors = {}
+    for r in whole:
+        name = r.name.removeprefix("parameter/")
+        tensor = r.tensor.T.contiguous() if name.endswith(GPT2_TRANSPOSED) else r.tensor
+        tensors[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor
+    config = {key: known[0] for key, known in GPT2_FIXED.items()} | {
+        "architectures": ["GPT2LMHeadModel"], "dtype": "float32",
+        "tie_word_embeddings": not found.about["arguments"]["untied"],
+        "n_positions": sizes["seq_len"], "bos_token_id": None, "eos_token_id": None,
+        **{key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
+    }  # fmt: skip
+    os.makedirs(directory, exist_ok=True)
+    save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+    (Path(directory) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def safetensors(flag: str):
+    """The package. Raises ValueError where it is not installed."""
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError:
+        raise ValueError(f"{flag} needs a package: pip install safetensors") from None
+    return safetensors
