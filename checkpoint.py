@@ -211,7 +211,7 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if name not in self.allowed.get(module, ()):
-            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which torch never does")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which torch never does")
         return super().find_class(module, name)
 
 
@@ -219,7 +219,10 @@ class Writer(dcp.FileSystemWriter):
     """`files`: size and crc32 of what this rank has written."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner):
-        written = super().write_data(plan, planner)
+        try:
+            written = super().write_data(plan, planner)
+        except RuntimeError as error:  # torch.save's own, which hides a full disk
+            raise error.__context__ or error from None
         mine = Path(self.path).glob(f"{plan.storage_data.prefix}*")
         self.files = {path.name: _size_and_crc(path) for path in mine}
         return written
@@ -297,7 +300,7 @@ def _size_and_crc(path: Path) -> list[int]:
 
 
 def verify(found: Found, rank: int, size: int) -> None:
-    """Reads every size-th file, from the rank-th on. Raises Damaged."""
+    """Reads every size-th file, from the rank-th on, and what .metadata says. Raises Damaged."""
     for name, written in sorted(found.about["files"].items())[rank::size]:
         path = found.path / name
         if not path.exists():
@@ -306,6 +309,10 @@ def verify(found: Found, rank: int, size: int) -> None:
             raise Damaged(f"{path} has {path.stat().st_size} bytes of {written[0]}")
         if _size_and_crc(path) != written:
             raise Damaged(f"{path} was changed: its crc32 is another")
+    try:
+        Reader(found.path).read_metadata()
+    except Exception as error:  # who knows what a pickle does that nobody wrote
+        raise Damaged(f"{found.path / '.metadata'} cannot be read: {error}") from None
 
 
 def check_writable(directory: str | None) -> None:
@@ -393,6 +400,8 @@ class Checkpoints:
                 self._finish(path, step, {**about, "format": FORMAT, "step": step, "files": files})
         except (Exception, dcp.CheckpointException) as error:  # training goes on, whatever it is
             self.failed = _first_line(error)
+            if first:
+                shutil.rmtree(path, ignore_errors=True)
         seconds = time.perf_counter() - start
         self.ended.append(Saved(step, size, 0.0, seconds, self.failed))
 

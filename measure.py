@@ -356,12 +356,13 @@ def lost_collective(error: BaseException) -> str | None:
             group = value(given[1])
     elif waited := re.search(r"([\w.]+)\.wait\(\)", line):
         if isinstance(work := value(waited[1]), dist.Work):
-            operation = OpType(work._get_op_type()).name.strip("_").lower()
+            name = OpType(work._get_op_type()).name.lower()
+            operation = (_OPERATIONS.get(f"{name}_") or _OPERATIONS.get(name) or (name,))[0]
         names = ("group", "self.group", "ctx.group")
         known = [value(name, f) for f, _ in reversed(frames) for name in names]
         group = next((g for g in known if isinstance(g, dist.ProcessGroup)), group)
     ranks = dist.get_process_group_ranks(group)
-    name = "the world" if len(ranks) == dist.get_world_size() else f"{group.group_desc} {ranks}"
+    name = "all ranks" if group is dist.group.WORLD else f"{group.group_desc} {ranks}"
     file = os.path.basename(frame.f_code.co_filename)
     return (f"{operation} over {name} failed, since a rank did not come: {file}:{number}, "
             f"{frame.f_code.co_name}: {line}")  # fmt: skip

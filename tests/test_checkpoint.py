@@ -1,0 +1,445 @@
+"""Checkpoints: any layout loads any other, nothing damaged is loaded, nothing good is lost."""
+
+import dataclasses
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+import checkpoint
+import data
+import gpt
+import measure
+import tensor_parallel
+import train_3d
+from tests.test_train_3d import ROOT, TINY, command_line, environment, read_log, run, text  # noqa: F401
+from tools.fuzz import draw_resume
+from tools.oracle import STEPS, Case, judge, launch, reader
+
+# --- rectangles -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 6), (4, 1), (2, 3, 4)])
+def test_boxes_are_the_range(shape):
+    """Every range of a small tensor: the boxes hold its elements, in order, and no box too many."""
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    for start in range(whole.numel() + 1):
+        for stop in range(start, whole.numel() + 1):
+            parts = []
+            for offsets, sizes in checkpoint.boxes(shape, start, stop):
+                box = whole
+                for dim, (o, n) in enumerate(zip(offsets, sizes, strict=True)):
+                    box = box.narrow(dim, o, n)
+                parts += box.flatten().tolist()
+            assert parts == list(range(start, stop))
+            assert len(list(checkpoint.boxes(shape, start, stop))) <= 2 * len(shape) - 1
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("parts, t", [((12,), 1), ((12,), 5), ((4, 4, 4), 2), ((6, 3, 3), 2)])
+def test_rectangles_of_all_pieces_fill_the_whole(parts, t, dim):
+    """Matrices fused in one (also of other widths: grouped-query attention), cut over t ranks, each
+    part flattened and cut in three: every element of the whole is there once."""
+    shape = torch.Size((12, 5) if dim == 0 else (5, 12))
+    whole = torch.arange(60, dtype=torch.float64).view(shape)
+    rebuilt, times = torch.zeros(shape), torch.zeros(shape)
+    for rank in range(t):
+        cut = tensor_parallel.Cut(shape, dim, parts, rank, t)
+        parameter = torch.nn.Parameter(cut(whole))
+        parameter.cut = cut
+        flat = parameter.detach().flatten()
+        n = max(1, -(-flat.numel() // 3))  # a fifth rank has none of 12
+        for start in range(0, flat.numel(), n):
+            piece = flat[start : start + n]
+            for name, size, offsets, tensor in checkpoint.rectangles("w", piece, parameter, start):
+                assert (name, size) == ("w", tuple(shape))
+                place = tuple(slice(o, o + k) for o, k in zip(offsets, tensor.shape, strict=True))
+                rebuilt[place], times[place] = tensor.float(), times[place] + 1
+    assert torch.equal(rebuilt, whole.float()) and times.min() == times.max() == 1
+
+
+def test_replicas_share_the_writing():
+    held = [checkpoint.Rectangle(str(i), (n,), (0,), torch.zeros(n))
+            for i, n in enumerate((100, 30, 40, 30, 7, 1))]  # fmt: skip
+    shares = [checkpoint.share(held, rank, 2) for rank in range(2)]
+    assert sorted(r.name for mine in shares for r in mine) == [r.name for r in held]
+    assert [sum(r.tensor.numel() for r in mine) for mine in shares] == [107, 101]
+
+
+# --- any layout loads any other -------------------------------------------------------------------
+
+WIDE = dict(n_layer=8, seq_len=12, vocab_size=41)
+PAIRS = [
+    Case(t=2, p=2, d=2, zero=1, resume=dict(at=1, t=1, p=1, d=1, m=4, zero=0), **WIDE),
+    Case(m=4, tied=False, resume=dict(at=2, t=2, d=2, m=2, zero=3, sequence=True), **WIDE),
+    Case(p=2, d=2, m=3, zero=3, schedule="zb-v", dropout=0.1,
+         resume=dict(at=1, t=3, p=2, d=1, m=6, zero=0, schedule="interleaved"), **WIDE),
+]  # fmt: skip
+
+
+def drawn_pairs(seed: int, n: int) -> list[Case]:
+    """Two layouts of one run, up to 4 in each direction."""
+    rng, found = random.Random(seed), []
+    while len(found) < n:
+        case = Case(m=12, b=1, tied=rng.random() < 0.5, dropout=rng.choice((0.0, 0.1)), **WIDE)
+        first, second = (draw_resume(rng, case) for _ in range(2))
+        fields = {k: v for k, v in first.items() if k != "at"}
+        if first["t"] * first["p"] * first["d"] * second["t"] * second["p"] * second["d"] > 1:
+            found.append(dataclasses.replace(case, **fields, resume=second))
+    return found
+
+
+@pytest.mark.parametrize("case", PAIRS + drawn_pairs(int(os.environ.get("SEED", 7)),
+                                                     int(os.environ.get("PAIRS", 0))), ids=str)  # fmt: skip
+def test_saved_in_one_layout_and_resumed_in_another_is_the_undisturbed_run(case):
+    errors = judge(case)
+    assert errors.worst <= measure.TOLERANCE, errors
+
+
+@pytest.mark.parametrize(
+    "case", [Case(t=2, p=2, d=2, m=3, zero=2, schedule="zb-v", n_layer=6, dropout=0.1)], ids=str
+)
+def test_the_same_layout_goes_on_bit_by_bit(case, tmp_path):
+    undisturbed = launch(case.world_size, steps_of, case, "", 0, STEPS)
+    for at in range(1, STEPS):
+        folder = str(tmp_path / str(at))
+        before = launch(case.world_size, steps_of, case, folder, 0, at)
+        after = launch(case.world_size, steps_of, case, folder, at, STEPS)
+        for whole, a, b in zip(undisturbed, before, after, strict=True):
+            assert torch.equal(whole[0], torch.cat([a[0], b[0]]))
+            assert all(torch.equal(x, y) for x, y in zip(whole[1], b[1], strict=True))
+
+
+def steps_of(case: Case, folder: str, first: int, end: int) -> tuple[torch.Tensor, list]:
+    """(stats of the steps, parameters afterwards)."""
+    args = train_3d.parser().parse_args(case.arguments())
+    config = train_3d.check(args, case.world_size)
+    trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"))
+    if first:
+        load(trainer, folder)
+    stats = torch.stack([trainer.step(step) for step in range(first, end)])
+    if end < STEPS:
+        assert save(trainer, folder, end) is None
+    trainer.sync.gather()
+    return stats, [p.detach().clone() for p in trainer.model.parameters()]
+
+
+def save(trainer: train_3d.Trainer, folder: str, step: int) -> str | None:
+    disk = checkpoint.Checkpoints(folder, 2, dist.group.WORLD)
+    mine, numbers = trainer.state_to_save()
+    disk.save(step, mine, {"optimizer": numbers})
+    disk.wait()
+    return disk.failed
+
+
+def load(trainer: train_3d.Trainer, folder: str) -> None:
+    found, _ = checkpoint.newest_whole(checkpoint.find(folder)[0], dist.group.WORLD)
+    checkpoint.read(
+        found.path, trainer.state_to_load(found.about["optimizer"]), dist.group.WORLD
+    )
+    trainer.loaded()
+
+
+# --- nothing damaged is loaded, nothing good is lost ----------------------------------------------
+
+SMALL = Case(d=2, n_layer=2)
+
+
+def two_saves(case: Case, folder: str) -> None:
+    args = train_3d.parser().parse_args(case.arguments())
+    config = train_3d.check(args, case.world_size)
+    trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"))
+    for step in (1, 2):
+        trainer.step(step - 1)
+        assert save(trainer, folder, step) is None
+
+
+@pytest.fixture(scope="module")
+def saves(tmp_path_factory) -> Path:
+    """step-1 and step-2, from two ranks; not to be changed."""
+    folder = tmp_path_factory.mktemp("saves")
+    launch(2, two_saves, SMALL, str(folder))
+    return folder
+
+
+def newest(folder: str) -> tuple[int, list[str]]:
+    found, wrong = checkpoint.find(folder)
+    whole, more = checkpoint.newest_whole(found, dist.group.WORLD)
+    return whole.about["step"], wrong + more
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def change(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace(old: str, new: str):
+    def do(path: Path) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    return do
+
+
+@pytest.mark.parametrize(
+    "file, damage, message",
+    [
+        ("__1_0.distcp", truncate, r"__1_0.distcp has \d+ bytes of \d+"),
+        ("__0_0.distcp", change, "__0_0.distcp was changed"),
+        ("__0_0.distcp", os.remove, "__0_0.distcp is missing"),
+        (".metadata", change, ".metadata was changed"),
+        (".metadata", os.remove, ".metadata is missing"),
+        ("checkpoint.json", os.remove, "checkpoint.json is missing"),
+        ("checkpoint.json", truncate, "checkpoint.json cannot be read"),
+        ("checkpoint.json", replace('"step": 2', '"step": 3'), "checkpoint.json was changed"),
+        ("checkpoint.json", replace("{", "["), "checkpoint.json cannot be read"),
+        ("checkpoint.json", replace('"format": 1', '"format": 2'),
+         "has format 2, of a newer version than this one, which reads up to 1"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_and_the_one_before_is_taken(saves, file, damage, message, tmp_path):
+    folder = tmp_path / "saves"
+    shutil.copytree(saves, folder)
+    assert launch(2, newest, str(folder)) == [(2, [])] * 2
+    damage(folder / "step-2" / file)
+    (step, wrong), other = launch(2, newest, str(folder))
+    assert step == 1 and len(wrong) == 1 and re.search(message, wrong[0]), wrong
+    assert other == (step, wrong)  # the ranks agree
+
+
+def refusal_of(folder: str) -> str:
+    with pytest.raises(ValueError) as error:
+        newest(folder)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("file", ["__1_0.distcp", "checkpoint.json"])
+def test_when_all_are_damaged_all_ranks_say_so(saves, file, tmp_path):
+    folder = tmp_path / "saves"
+    shutil.copytree(saves, folder)
+    for step in (1, 2):
+        truncate(folder / f"step-{step}" / file)
+    one, other = launch(2, refusal_of, str(folder))
+    assert one == other and re.search(f"no checkpoint .*is whole: .*{file}", one) and "\n" not in one
+
+
+class Hostile:
+    """What unpickling this calls."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_hostile_checkpoint_runs_no_code(saves, tmp_path):
+    """A .metadata that calls os.system; one whose tensor is bytes, which torch would unpickle
+    without asking; and a tensor file with such a pickle in it. Sizes and crc32 all as they should
+    be. torch's own reader does call: the attack is real."""
+    folder, mark = tmp_path / "saves", tmp_path / "mark"
+    shutil.copytree(saves, folder)
+    path = folder / "step-2"
+
+    def sign() -> None:
+        about = json.loads((path / "checkpoint.json").read_text())
+        del about["crc"]
+        about["files"] = {name: checkpoint._size_and_crc(path / name) for name in about["files"]}
+        (path / "checkpoint.json").write_text(
+            json.dumps(about | {"crc": checkpoint._crc_of(about)})
+        )
+
+    good = (path / ".metadata").read_bytes()
+    (path / ".metadata").write_bytes(pickle.dumps(Hostile(mark)))
+    with pytest.raises(AttributeError):
+        dcp.FileSystemReader(path).read_metadata()
+    assert mark.exists()
+    mark.unlink()
+    sign()
+    ((step, wrong),) = launch(1, newest, str(folder))
+    assert step == 1 and re.search(r"it names \w+.system, which torch never does", wrong[0])
+    assert not mark.exists()
+
+    metadata = pickle.loads(good)
+    name = "parameter/wpe.weight"
+    stored = metadata.state_dict_metadata[name]
+    metadata.state_dict_metadata[name] = dcp.BytesStorageMetadata()
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign()
+    ((step, wrong),) = launch(1, newest, str(folder))
+    assert step == 1 and "BytesStorageMetadata, which torch never does" in wrong[0]
+
+    metadata.state_dict_metadata[name] = stored
+    index = dcp.metadata.MetadataIndex(name, (0, 0))
+    where = metadata.storage_data[index]
+    with open(path / where.relative_path, "ab") as file:
+        where.offset = file.tell()
+        torch.save(Hostile(mark), file)
+        where.length = file.tell() - where.offset
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign()
+    (message,) = launch(1, what_loading_says, SMALL, str(folder))
+    assert "Weights only load failed" in message and not mark.exists()
+
+
+def what_loading_says(case: Case, folder: str) -> str:
+    case = dataclasses.replace(case, d=1)
+    args = train_3d.parser().parse_args(case.arguments())
+    trainer = train_3d.Trainer(args, train_3d.check(args, 1), None, torch.device("cpu"))
+    with pytest.raises(ValueError) as error:
+        load(trainer, folder)
+    return str(error.value)
+
+
+def fill_the_disk(case: Case, folder: str) -> list:
+    """A save for which one rank finds no room, and one after it for which there is."""
+    args = train_3d.parser().parse_args(case.arguments())
+    trainer = train_3d.Trainer(args, train_3d.check(args, 2), reader(case), torch.device("cpu"))
+    said, limit = [save(trainer, folder, 1)], resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step, room in ((2, 20_000), (3, limit[0])):
+        if dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+        trainer.step(step)
+        said.append(save(trainer, folder, step))
+        dist.barrier()
+        said.append(sorted(os.listdir(folder)))
+        dist.barrier()
+    return said
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    for said in launch(2, fill_the_disk, SMALL, str(tmp_path)):
+        assert said[0] is None and "File too large" in said[1] and said[2] == ["step-1"]
+        assert said[3] is None and said[4] == ["step-1", "step-3"]
+
+
+def killed_in_mid_save(case: Case, folder: str) -> None:
+    args = train_3d.parser().parse_args(case.arguments())
+    trainer = train_3d.Trainer(args, train_3d.check(args, 2), reader(case), torch.device("cpu"))
+    trainer.step(0)
+    assert save(trainer, folder, 1) is None
+    finish = checkpoint.Checkpoints._finish
+    checkpoint.Checkpoints._finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    del finish
+    save(trainer, folder, 2)
+
+
+def test_a_kill_at_the_very_end_of_a_save_leaves_the_one_before(tmp_path):
+    with pytest.raises(RuntimeError, match="rank 0 died with exit code -9|rank 1"):
+        launch(2, killed_in_mid_save, SMALL, str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["step-1", "tmp-step-2"]
+    assert launch(1, newest, str(tmp_path)) == [(1, [])]
+    launch(2, two_saves, SMALL, str(tmp_path))  # and the rest of it does not stay
+    assert sorted(os.listdir(tmp_path)) == ["step-1", "step-2"]
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def launched(ranks: int, *flags) -> subprocess.Popen:
+    return subprocess.Popen(
+        command_line(ranks, "train_3d.py", *TINY, *flags), cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def by_step(path) -> dict[int, tuple]:
+    """(loss, norm) by step; that of a step which is there twice is the same."""
+    rows: dict[int, tuple] = {}
+    for row in read_log(path):
+        if "loss" in row:
+            both = row["loss"], row["grad_norm"]
+            assert rows.setdefault(row["step"], both) == both
+    return rows
+
+
+def test_a_run_in_three_parts_and_three_layouts(text, tmp_path):  # noqa: F811
+    """--stop-after, another layout, a damaged newest checkpoint, the end; what makes the run is
+    not given again. Then there is nothing left to do."""
+    plain, log, folder = tmp_path / "plain", tmp_path / "log", tmp_path / "saves"
+    base = ["--data", text, "--steps", 6, "--val-every", 0, "--print-every", 1]
+    assert run(0, "train_3d.py", *TINY, *base, "--log", plain).returncode == 0
+    keep = ["--checkpoint-dir", folder, "--save-every", 1, "--log", log]
+    first = run(4, "train_3d.py", *TINY, *base, *keep, "--tp", 2, "--pp", 2, "--stop-after", 3)
+    assert first.returncode == 0 and sorted(os.listdir(folder)) == ["step-2", "step-3"], first
+    assert len(re.findall(r"^step +\d/6  saved  .* MB in .* training stood still for \d+ ms$",
+                          first.stdout, re.MULTILINE)) == 3  # fmt: skip
+    truncate(folder / "step-3" / "__2_0.distcp")
+    here = ["--device", "cpu", "--micro-batch-size", 1, "--val-every", 0, "--print-every", 1]
+    rest = run(2, "train_3d.py", *here, *keep, "--resume", "--zero", 3, "--recompute", "full")
+    assert rest.returncode == 0, rest.stderr
+    assert re.search("--resume: .*step-3/__2_0.distcp has .* bytes.*; so from the one before\n"
+                     "--resume: .*step-2 after step 2\n", rest.stdout), rest.stdout  # fmt: skip
+    expected, seen = by_step(plain), {}
+    for row in read_log(log):
+        if "loss" in row:
+            seen.setdefault(row["step"], []).append((row["loss"], row["grad_norm"]))
+    assert [len(seen[step]) for step in range(6)] == [1, 1, 2, 1, 1, 1]
+    for step, rows in seen.items():
+        for row in rows:
+            assert row == pytest.approx(expected[step], rel=1e-12, abs=0)
+    last = run(0, "train_3d.py", *here, *keep, "--resume")
+    assert last.returncode == 0 and "step 6 of 6 is done: nothing to train" in last.stdout
+
+
+@pytest.mark.parametrize("ranks, number", [(0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_ends_the_run_saved(ranks, number, text, tmp_path):  # noqa: F811
+    """torchrun passes the signal on, and returns 1 itself."""
+    folder = tmp_path / "saves"
+    job = launched(ranks, "--data", text, "--steps", 100_000, "--val-every", 0, "--print-every", 1,
+                   "--checkpoint-dir", folder, "--save-every", 0)  # fmt: skip
+    try:
+        for line in job.stdout:
+            if line.startswith("step"):
+                break
+        job.send_signal(number)
+        out, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    stopped = int(re.search(r"stopped by a signal after step (\d+)", out)[1])
+    assert os.listdir(folder) == [f"step-{stopped}"]
+    assert job.returncode == (1 if ranks else 0), errors
+    assert "Traceback" not in errors or ranks
+    if ranks:
+        assert "exitcode  : 0" not in errors and "FAILED" not in errors  # no rank has failed
+
+
+def test_a_hung_collective_ends_with_its_name(text):  # noqa: F811
+    flags = "--steps 100000 --tp 2 --val-every 0 --print-every 1 --timeout 3 --data".split()
+    job = launched(2, *flags, text)
+    try:
+        for line in job.stdout:
+            if line.startswith("step"):
+                break
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        ranks = {re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())[1]: pid
+                 for pid in children}  # fmt: skip
+        start = time.monotonic()
+        os.kill(int(ranks[b"1"]), signal.SIGSTOP)
+        ours = next(line for line in job.stderr if line.startswith("train_3d.py:"))
+        assert 2 < time.monotonic() - start < 20
+        os.kill(int(ranks[b"1"]), signal.SIGKILL)  # torchrun would ask it first, for half a minute
+        _, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == 1 and "train_3d.py:" not in errors.replace("train_3d.py FAILED", "")
+    assert re.match(r"train_3d.py: rank 0: all_reduce over (tp \[0, 1\]|all ranks) failed, since a "
+                    r"rank did not come: \w+.py:\d+, \w+: ", ours), ours  # fmt: skip
