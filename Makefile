@@ -12,6 +12,10 @@ M      = 8
 SCHEDULE = 1f1b
 N      = 20
 SEED   = 0
+DRILLS = 20
+CHECKPOINT = checkpoints
+RUNS   = run.jsonl
+OUT    =
 ARGS   =
 
 ifdef PYTHON
@@ -28,11 +32,12 @@ export OMP_NUM_THREADS = 1
 TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test ddp zero tp pp ckpt links memory bench-dp bench-tp bench-pp bench-ckpt draw parity fuzz lint clean
+.PHONY: help setup train test sample ddp zero tp pp ckpt draw links memory parity fuzz drill plot lint clean
+.PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint
 
 help:  ## this
 	@echo "make TARGET [PYTHON=...] [PIP_FLAGS=...]; launching targets take NPROC TP PP ARGS, train SCHEDULE too"
-	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP)  ## .venv with torch, numpy, pytest (unless PYTHON is given)
 
@@ -46,6 +51,9 @@ setup: $(SETUP)  ## .venv with torch, numpy, pytest (unless PYTHON is given)
 train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 2 cores)
 	$(TORCHRUN) $(NPROC) -- train_3d.py --tp $(TP) --pp $(PP) --zero 1 --schedule $(SCHEDULE) \
 	  --steps 200 --sample 100 $(ARGS)
+
+sample: $(SETUP)  ## text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def ' --top-k 40 --n 200"
+	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
 test: $(SETUP)  ## the whole suite (7 min)
 	$(PY) -m pytest -q $(ARGS)
@@ -81,14 +89,22 @@ memory: NPROC = 4
 memory: $(SETUP)  ## resident memory by ZeRO stage and recompute policy, beside the formulas (Linux, 1 min)
 	$(PY) -m tools.memory --nproc $(NPROC)
 
-bench-dp bench-tp bench-pp bench-ckpt: $(SETUP)  ## ours beside PyTorch's own; OUT=FILE for JSON (9 min)
-	$(PY) -m tools.bench $(@:bench-%=%) $(if $(OUT),--out $(OUT)) $(ARGS)
+bench-checkpoint: BENCH = tools.bench_checkpoint
+bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETUP)  ## ours beside PyTorch's own; OUT=FILE (9 min)
+	$(PY) -m $(or $(BENCH),tools.bench $(@:bench-%=%)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 parity: $(SETUP)  ## the layouts of NPROC ranks beside one process, one table (3 min)
 	$(PY) -m tools.parity --nproc $(NPROC)
 
 fuzz: $(SETUP)  ## N layouts drawn at random beside one process, from SEED (20 s)
 	$(PY) -m tools.fuzz --n $(N) --seed $(SEED)
+
+drill: NPROC = 4
+drill: $(SETUP)  ## DRILLS ranks of a run killed at random; its losses stay those of one left alone (5 min)
+	$(PY) -m tools.drill --drills $(DRILLS) --nproc $(NPROC) $(ARGS)
+
+plot: $(SETUP)  ## losses over tokens: RUNS="a.jsonl b.jsonl" OUT=runs.png, if matplotlib is installed
+	$(PY) -m tools.plot $(RUNS) $(if $(OUT),--out $(OUT))
 
 lint: $(SETUP)  ## ruff, if it is installed
 	@$(PY) -m ruff --version > /dev/null || (echo "ruff is optional: $(PY) -m pip install ruff"; exit 1)

@@ -41,6 +41,9 @@ _OPERATIONS = {
     "send": ("send", 0),
     "recv_": ("recv", 0),
 }
+# what a handle says of itself; on gloo a reduce-scatter does not know
+_WORKS = {"ALLREDUCE": "all_reduce", "ALLGATHER": "all_gather", "_ALLGATHER_BASE": "all_gather",
+          "_REDUCE_SCATTER_BASE": "reduce_scatter", "UNKNOWN": "reduce_scatter"}  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -301,7 +304,7 @@ class Logger:
         seconds = (time.perf_counter() - self.since) / len(rows)
         speed = self.tokens_per_step / seconds
         for (step, _, lr), (loss, norm, *_) in zip(self.pending, rows, strict=True):
-            self._write(step=step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed)
+            self._write(step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed)
         left = seconds * (self.stop - step - 1)
         self.say(f"step {step + 1:5d}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.1e}  "
                  f"{speed:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
@@ -309,14 +312,14 @@ class Logger:
         self.start()
 
     def validation(self, step: int, loss: Tensor) -> None:
-        self._write(step=step, val_loss=loss.item())
+        self._write(step, val_loss=loss.item())
         self.say(f"step {step + 1:5d}/{self.steps}  val loss {loss.item():.4f}")
         self.start()  # validation is not training time
 
     def saved(self, save: NamedTuple) -> None:
         """What became of a save: checkpoint.Saved."""
         step, size, pause, seconds, failed = save
-        self._write(step=step - 1, saved=failed is None, save_pause_s=pause, save_s=seconds)
+        self._write(step - 1, saved=failed is None, save_pause_s=pause, save_s=seconds)
         what = f"{size / 1e6:.1f} MB in {seconds:.2f} s"
         if failed:
             what = f"FAILED, what was saved before stays: {failed}"
@@ -327,9 +330,10 @@ class Logger:
         if self.is_main:
             print(line, flush=True)
 
-    def _write(self, **row) -> None:
+    def _write(self, step: int, **row) -> None:
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
+            seen = {"step": step, "tokens": (step + 1) * self.tokens_per_step}
+            self.file.write(json.dumps(seen | row) + "\n")
 
 
 def lost_collective(error: BaseException) -> str | None:
@@ -356,13 +360,13 @@ def lost_collective(error: BaseException) -> str | None:
             group = value(given[1])
     elif waited := re.search(r"([\w.]+)\.wait\(\)", line):
         if isinstance(work := value(waited[1]), dist.Work):
-            name = OpType(work._get_op_type()).name.lower()
-            operation = (_OPERATIONS.get(f"{name}_") or _OPERATIONS.get(name) or (name,))[0]
+            name = OpType(work._get_op_type()).name
+            operation = _WORKS.get(name, name.lower())
         names = ("group", "self.group", "ctx.group")
         known = [value(name, f) for f, _ in reversed(frames) for name in names]
         group = next((g for g in known if isinstance(g, dist.ProcessGroup)), group)
-    ranks = dist.get_process_group_ranks(group)
-    name = "all ranks" if group is dist.group.WORLD else f"{group.group_desc} {ranks}"
+    alike = group is dist.group.WORLD  # None, where there is none yet
+    name = "all ranks" if alike else f"{group.group_desc} {dist.get_process_group_ranks(group)}"
     file = os.path.basename(frame.f_code.co_filename)
     return (f"{operation} over {name} failed, since a rank did not come: {file}:{number}, "
             f"{frame.f_code.co_name}: {line}")  # fmt: skip

@@ -283,9 +283,12 @@ def pick_device(name: str) -> tuple[torch.device, str]:
 # --- before the first step ------------------------------------------------------------------------
 
 
-def look_back(args: argparse.Namespace) -> tuple[argparse.Namespace, list[checkpoint.Found], list]:
+def look_back(
+    argv: list[str] | None = None,
+) -> tuple[argparse.Namespace, list[checkpoint.Found], list[str]]:
     """(arguments, completed by what the run was; checkpoints to go on from, newest first; what to
     say of others). Without a checkpoint the run begins. Raises ValueError."""
+    args = parser().parse_args(argv)
     folder = args.checkpoint_dir or ("checkpoints" if args.resume or args.export else None)
     try:
         found, wrong = checkpoint.find(folder) if folder else ([], [])
@@ -302,7 +305,7 @@ def look_back(args: argparse.Namespace) -> tuple[argparse.Namespace, list[checkp
     if found:
         was, complete = found[0].about, parser()
         complete.set_defaults(**was["arguments"], **({} if args.model else was["sizes"]))
-        args = complete.parse_args()
+        args = complete.parse_args(argv)
     args.checkpoint_dir = folder
     return args, found, wrong
 
@@ -539,8 +542,11 @@ class Trainer:
         return loss / self.args.val_batches
 
     @torch.no_grad()
-    def sample(self, prompt: Tensor, n: int, temperature: float = 0.8) -> Tensor:
-        """`prompt` [k] and n tokens more, one forward of the pipeline each; same on all ranks."""
+    def sample(
+        self, prompt: Tensor, n: int, temperature: float = 0.8, top_k: int | None = None
+    ) -> Tensor:
+        """`prompt` [k] and n tokens more, one forward of the pipeline each; same on all ranks.
+        top_k: of the likeliest alone. Temperature 0: the likeliest."""
         program = self._forward_program(1)
         generator, tokens = torch.Generator().manual_seed(self.args.seed), prompt.to(self.device)
         self.model.eval()
@@ -558,8 +564,9 @@ class Trainer:
 
             self.pipe.run(program, [x], place, self._boundary(*x.shape))
             dist.all_reduce(logits)  # payload: v, over the world
-            p = torch.softmax(logits.double().cpu() / temperature, dim=0)
-            token = torch.multinomial(p, 1, generator=generator)
+            best, which = logits.double().cpu().topk(min(top_k or len(logits), len(logits)))
+            p = torch.softmax((best - best[0]) / max(temperature, 1e-9), dim=0)
+            token = which[torch.multinomial(p, 1, generator=generator)]
             tokens = torch.cat([tokens, token.to(self.device)])
         self.model.train()
         return tokens
@@ -596,10 +603,16 @@ def join_ranks(device: torch.device, timeout: int) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    store, rank, world_size = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun's store outlives a restart, with the addresses of ranks that are dead
+            # (pytorch#135712). With several nodes this count differs between them: see the README.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout),
-        device_id=device if on_gpu else None, **alone,
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout), device_id=device if on_gpu else None,
     )  # fmt: skip
 
 
@@ -663,6 +676,7 @@ def train(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(trainer, "asked_to_stop", True))
     asked, stop = torch.zeros(()), min(args.steps, args.stop_after or args.steps)
+    gc.freeze()  # what is here now stays, so a collection need not look at it (0.1 s each)
     logger.start()
     for step in range(first, stop):
         stats = trainer.step(step)
@@ -710,9 +724,8 @@ def export(args: argparse.Namespace, found: list[checkpoint.Found]) -> None:
 
 
 def main() -> None:
-    args = parser().parse_args()
     try:
-        args, found, notes = look_back(args)
+        args, found, notes = look_back()
         source = checkpoint.GPT2Folder(args.init_from) if args.init_from else None
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         config = check(args, world_size, source)
@@ -738,12 +751,14 @@ def main() -> None:
         join_ranks(device, args.timeout)
         draw = source.draw if source else None
         good = train(args, config, corpus, device, logger, draw, found)
+        gc.unfreeze()
         gc.collect()  # the trainer with its groups: gloo's threads must not outlive the interpreter
         dist.barrier()  # a rank that leaves early would break the others' connections
     except RuntimeError as error:
         if (line := measure.lost_collective(error)) is None:
             raise
-        print(f"train_3d.py: rank {dist.get_rank()}: {line}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", 0)
+        print(f"train_3d.py: rank {rank}: {line}", file=sys.stderr, flush=True)
         os._exit(1)  # what is under way waits for nobody
     except ValueError as error:
         parser().error(str(error))

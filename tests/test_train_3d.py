@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import checkpoint
 import data
 import gpt
 import measure
@@ -108,13 +109,34 @@ def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
         ("--dropout nan", 1, "--dropout: is nan: give at least 0"),
         ("--log /no/such/folder/log", 1, "--log /no/such/folder/log cannot be written"),
         ("--trace /no/such/folder/t", 1, "--trace /no/such/folder/t cannot be written"),
+        ("--timeout 0", 1, "--timeout: is 0: give at least 1"),
+        ("--keep 0", 1, "--keep: is 0: give at least 1"),
+        ("--checkpoint-dir {text}/x", 1, "--checkpoint-dir .*text/x cannot be written: Not a dir"),
+        ("--resume --checkpoint-dir /no/such", 1, "--resume: /no/such does not exist: there is no"),
+        ("--resume --checkpoint-dir {saves}/none", 1, "--resume: .*none is empty: there is no"),
+        ("--resume --checkpoint-dir {saves}/alien", 1, "alien holds model.pt, and no step-N: ther"),
+        ("--resume --checkpoint-dir {saves}/new", 1, "no checkpoint .*is whole: .*step-3/checkpoin"
+         "t.json has format 2, of a newer version than this one, which reads up to 1"),
+        ("--checkpoint-dir {saves}/good", 1, "good holds step-7: give --resume to go on from it"),
+        ("--resume --checkpoint-dir {saves}/good --n-layer 9", 1, "the model has n_layer 9, n_head "
+         "4, .*seq_len 128, and the checkpoint n_layer 4, n_head 4, .*: leave the sizes out"),
+        ("--resume --checkpoint-dir {saves}/good --model gpt2", 1, "has n_layer 12, .*t n_layer 4"),
+        ("--resume --checkpoint-dir {saves}/good --optimizer sgd", 1, "optimizer is sgd, and the ch"
+         "eckpoint is of adamw"),
+        ("--resume --checkpoint-dir {saves}/good --untied", 1, "untied is True, and .*of False"),
+        ("--export out", 1, "--export writes a checkpoint: give --resume"),
+        ("--export out --resume --checkpoint-dir {saves}/good", 2, "--export with 2 ranks: start"),
+        ("--init-from {saves}", 1, "--init-from .* config.json cannot be read"),
     ],
 )
 def test_bad_input_is_one_line_before_any_collective(
     arguments, world_size, message, text, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "empty").touch()
-    arguments = arguments.format(text=text, empty=tmp_path / "empty").split()
+    make_saves(tmp_path / "saves")
+    arguments = arguments.format(
+        text=text, empty=tmp_path / "empty", saves=tmp_path / "saves"
+    ).split()
     monkeypatch.setattr(sys, "argv", ["train_3d.py", *arguments])
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr(train_3d, "join_ranks", lambda device: pytest.fail("it went on"))
@@ -123,7 +145,7 @@ def test_bad_input_is_one_line_before_any_collective(
         monkeypatch.setattr("data.read", lambda path: np.zeros(1000, dtype=np.uint8))
     for rank, lines in ((0, 1), (1, 0)):
         monkeypatch.setenv("RANK", str(rank))
-        if rank and {"--log", "--trace"} & {*arguments}:
+        if rank and ({"--log", "--trace"} & {*arguments} or "/x" in arguments[-1]):
             continue  # only rank 0 writes
         with pytest.raises(SystemExit) as exit_:
             train_3d.main()
@@ -132,6 +154,21 @@ def test_bad_input_is_one_line_before_any_collective(
         assert captured.out == "" and captured.err.count("\n") == lines
         if lines:
             assert re.match(f"train_3d.py: error: .*{message}", captured.err), captured.err
+
+
+def make_saves(folder: Path) -> None:
+    """Directories to resume from: none, what is no checkpoint, one of a newer version, a good one
+    (as far as its checkpoint.json goes)."""
+    args = train_3d.parser().parse_args([])
+    about = train_3d.run_of(args, gpt.GPTConfig()) | {"step": 7, "files": {}, "format": 1}
+    for name, step, changes in (("new", 3, {"format": 2}), ("good", 7, {})):
+        (folder / name / f"step-{step}").mkdir(parents=True)
+        mine = about | changes
+        text = json.dumps(mine | {"crc": checkpoint._crc_of(mine)})
+        (folder / name / f"step-{step}" / "checkpoint.json").write_text(text)
+    (folder / "none").mkdir()
+    (folder / "alien").mkdir()
+    (folder / "alien" / "model.pt").touch()
 
 
 def test_a_gpu_for_every_local_rank_or_none(monkeypatch):
@@ -238,8 +275,8 @@ def test_launched_runs_are_the_plain_one(text, tmp_path):
         assert result.stdout.splitlines()[-1] == f"val loss {val_loss:.2f}"
     for name, rows in logs.items():
         assert [set(row) for row in rows] == [
-            {"step", "val_loss"} if i in (2, 5) else
-            {"step", "loss", "grad_norm", "lr", "tokens_per_s"} for i in range(6)
+            {"step", "tokens", "val_loss"} if i in (2, 5) else
+            {"step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s"} for i in range(6)
         ]  # fmt: skip
         assert [row["step"] for row in rows] == [0, 1, 1, 2, 3, 3]
         assert samples[name] == samples["plain"]
@@ -613,9 +650,10 @@ def test_make_alone_is_help():
         )
         return result.stdout
 
-    targets = re.findall(r"^  ([a-z-]+) +\S", make(), re.MULTILINE)
+    targets = re.findall(r"^  ([a-z0-9-]+) +\S", make(), re.MULTILINE)
     assert len(targets) <= 20
-    for target in "train test ddp zero tp pp ckpt links memory bench-dp parity fuzz".split():
+    named = "train sample test ddp zero tp pp ckpt links memory bench-dp parity fuzz drill plot"
+    for target in named.split():
         assert target in targets
     line = make("-n", "train", "PYTHON=py", "NPROC=4", "TP=4", "PP=1", "ARGS=--steps 7")
     assert line.startswith("py -m torch.distributed.run --standalone --nproc-per-node 4 -- train")

@@ -1,0 +1,127 @@
+"""What a checkpoint costs, beside torch.save of the same bytes by one process.
+
+    python -m tools.bench_checkpoint --out checkpoint.json
+
+For each layout, in turn, ROUNDS times: torch.save of one state_dict of the same tensors, with
+fsync, by one process while the others wait; a save that is waited for; and steps of training while
+nothing, and while a save is written. Medians.
+
+    per byte   a save's time over torch.save's, per byte of tensors: below 1, ranks write together
+    pause      how long training stands still for an asynchronous save, and its share of a save that
+               is waited for
+    slower     a step during a save over a step without: the disk's work takes the same cores
+"""
+
+import argparse
+import functools
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import gpt
+import train_3d
+from tools.bench import bind, cores
+from tools.oracle import Case, launch, reader
+
+ROUNDS = 5
+CASES = {
+    "one rank": Case(),
+    "d 2, DDP": Case(d=2),
+    "d 2, ZeRO-1": Case(d=2, zero=1),
+    "t 2": Case(t=2),
+}
+SIZES = {256: (8, 4, 256), 768: (4, 12, 768)}  # h: layers, heads, h
+
+
+def measure(name: str, h: int, folder: str) -> dict[str, float]:
+    """On each rank: medians in seconds, and the bytes of all tensors."""
+    bind()
+    case, (layers, heads, _) = CASES[name], SIZES[h]
+    flags = [*case.arguments(), f"--n-layer={layers}", f"--n-head={heads}", f"--n-embd={h}",
+             "--vocab-size=256", "--seq-len=64", "--dtype=float32"]  # fmt: skip
+    args = train_3d.parser().parse_args(flags)
+    case.seq_len = 64
+    trainer = train_3d.Trainer(
+        args, train_3d.check(args, case.world_size), reader(case), torch.device("cpu")
+    )
+    trainer.step(0)
+    gc.freeze()  # as the loop does
+    disk = checkpoint.Checkpoints(folder, 1, dist.new_group(backend="gloo"))
+    mine, numbers = trainer.state_to_save()
+    size = torch.tensor(float(sum(r.tensor.nbytes for r in mine)))
+    dist.all_reduce(size)
+    with torch.device("meta"):
+        shapes = [p.shape for p in gpt.GPT(trainer.config).parameters()]
+    whole = [torch.empty(shape) for shape in 3 * shapes]  # parameters and two moments
+    assert sum(t.nbytes for t in whole) == size
+    seconds: dict[str, list[float]] = {
+        kind: [] for kind in ("torch", "save", "pause", "step", "step during a save")
+    }
+
+    about = {"optimizer": numbers}
+
+    def timed(kind: str, function) -> None:
+        dist.barrier()
+        start = time.perf_counter()
+        function()
+        dist.barrier()
+        seconds[kind].append(time.perf_counter() - start)
+
+    def by_torch() -> None:
+        if dist.get_rank() == 0:
+            path = os.path.join(folder, "torch.pt")
+            with open(path, "wb") as file:
+                torch.save(whole, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.remove(path)
+
+    for i in range(1, ROUNDS + 2):
+        timed("torch", by_torch)
+        timed("step", functools.partial(trainer.step, i))
+        disk.save(2 * i, mine, about)
+        seconds["pause"].append(disk.pause)
+        timed("step during a save", functools.partial(trainer.step, i))
+        disk.wait()
+        timed("save", lambda i=i: (disk.save(2 * i + 1, mine, about), disk.wait()))
+        assert disk.failed is None, disk.failed
+    return {"bytes": size.item()} | {
+        kind: statistics.median(times[1:]) for kind, times in seconds.items()
+    }
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = arguments.add_argument
+    add("--sizes", type=int, nargs="+", default=list(SIZES), choices=SIZES, metavar="H")
+    add("--folder", help="on the disk to be measured (default: a temporary one)")
+    add("--out", metavar="FILE", help="the rows as JSON")
+    args = arguments.parse_args()
+    print(f"{len(cores())} cores, gloo, torch {torch.__version__}, float32, AdamW; with fsync")
+    print("| layout | h | state | torch.save | save | per byte | pause | of a save | slower |")
+    print("|" + " --- |" * 9)
+    rows = []
+    for h in args.sizes:
+        for name, case in CASES.items():
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+                ranks = launch(case.world_size, measure, name, h, folder, timeout=300)
+            row = {kind: max(r[kind] for r in ranks) for kind in ranks[0]}
+            rows.append({"layout": name, "h": h} | row)
+            print(f"| {name} | {h} | {row['bytes'] / 1e6:.0f} MB | {1e3 * row['torch']:.0f} ms | "
+                  f"{1e3 * row['save']:.0f} ms | {row['save'] / row['torch']:.2f} | "
+                  f"{1e3 * row['pause']:.0f} ms | {row['pause'] / row['save']:.0%} | "
+                  f"{row['step during a save'] / row['step']:.2f} |", flush=True)  # fmt: skip
+    if args.out:
+        with open(args.out, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
