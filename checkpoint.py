@@ -1,23 +1,24 @@
 """Checkpoints that fit any layout: on disk, every tensor is a set of rectangles of one named whole.
 
-       rank 0   [ wq | wk | wv ]  its columns of         parameter/h.0.attn.c_attn.weight [3h, h]
-       rank 1   [ wq | wk | wv ]  three fused matrices     rows 0..h/2, h..3h/2, ...   from rank 0
-                                                           rows h/2..h, 3h/2..2h, ...  from rank 1
+       rank 0   [ q | k | v ]  its rows of each of   --->   parameter/h.0.attn.c_attn.weight [3h, h]
+       rank 1   [ q | k | v ]  three fused matrices           rows 0..h/2, h..3h/2, ...   of rank 0
+                                                              rows h/2..h, 3h/2..2h, ...  of rank 1
     ZeRO's piece of a matrix, a range of it flattened: the end of a row, whole rows, the
-    beginning of one, so at most three rectangles
+    beginning of one, so at most three rectangles; or five, if three matrices are fused
 
 A rank knows which part of what it holds (`cut`, and the offset of an optimizer's piece), and that
 is all that is written down: no mesh, no rank, no schedule. So a run may go on in any other layout,
 which asks for rectangles of its own; torch.distributed.checkpoint, which does the disk, reads what
-meets them. Nothing is gathered, ever.
+meets them. No tensor is ever gathered.
 
     DIR/step-20/              there when it is complete, and not before: see Checkpoints
         __0_0.distcp ...      a file of each rank                               (torch's format)
         .metadata             which rectangle lies where                        (torch's format)
-        checkpoint.json       step, optimizer's scalars, what the run was; size and crc32 of each
+        checkpoint.json       step, optimizer's numbers, what the run was; size and crc32 of files
 
-A save costs a pause, in which the state is copied (bytes held / memory bandwidth); it is written
-while training goes on. Ranks that hold the same share the writing out among them.
+A save costs a pause, in which the state is copied (bytes held / memory bandwidth), and as much host
+memory as this rank writes; it is written while training goes on. Ranks that hold the same share the
+writing out among them.
 
 GPT-2's weights in Hugging Face's format are read into any layout and written from any, see the end.
 
@@ -29,6 +30,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import threading
@@ -86,7 +88,7 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple
 def rectangles(name: str, tensor: Tensor, parameter: Tensor, offset: int) -> Iterator[Rectangle]:
     """`tensor`, which is a range of the flattened `parameter` from `offset` on (ddp.py and zero.py
     call it a piece), by where it lies in the whole that `parameter` may have been cut from. The
-    rectangles are views of `tensor`."""
+    rectangles are views of `tensor`. A parameter has at least one dim."""
     cut = getattr(parameter, "cut", None)
     shape, dim = (cut.shape, cut.dim) if cut else (parameter.shape, 0)
     places = list(cut.places()) if cut else [(0, 0, shape[0])]
@@ -132,7 +134,8 @@ def begin_state(pieces: Pieces, optimizer: torch.optim.Optimizer, numbers: dict)
 
 
 def share(held: list[Rectangle], rank: int, size: int) -> list[Rectangle]:
-    """What the rank-th of `size` ranks writes, which all hold `held`: about the same bytes each."""
+    """What the rank-th of `size` ranks writes, which all hold `held`: about the same bytes each, if
+    no rectangle is larger than that."""
     loads, mine = [0] * size, []
     for r in sorted(held, key=lambda r: -r.tensor.nbytes):
         least = loads.index(min(loads))
@@ -146,7 +149,8 @@ def share(held: list[Rectangle], rank: int, size: int) -> list[Rectangle]:
 
 
 class Writes(dcp.DefaultSavePlanner):
-    """The plan to write these rectangles, which no other rank writes."""
+    """The plan to write these rectangles, which no other rank writes: torch adds all ranks' up, and
+    fails where they overlap or leave some of a tensor out."""
 
     def __init__(self, mine: list[Rectangle]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -157,8 +161,7 @@ class Writes(dcp.DefaultSavePlanner):
         for r in self.mine.values():
             properties = TensorProperties.create_from_tensor(r.tensor)
             data = TensorWriteData(r.chunk, properties, torch.Size(r.shape))
-            kind = WriteItemType.SHARD
-            items.append(dcp.WriteItem(r.index, kind, tensor_data=data))
+            items.append(dcp.WriteItem(r.index, WriteItemType.SHARD, tensor_data=data))
         self.plan = dcp.SavePlan(items)
         return self.plan
 
@@ -196,27 +199,29 @@ class Reads(dcp.DefaultLoadPlanner):
 
 class Unpickler(pickle.Unpickler):
     """torch's .metadata is a pickle, and a pickle may name any function to be called. This one
-    knows the few names that torch writes, and no other."""
+    knows the few names that are in ours, and no other."""
 
     allowed = {
         "torch.distributed.checkpoint.metadata": {
             "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+            "MetadataIndex", "_MEM_FORMAT_ENCODING",
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch": {"Size", "float32", "float64", "bfloat16"},
         "torch.serialization": {"_get_layout"},
-        "pathlib": {"PosixPath", "WindowsPath"},
     }  # fmt: skip
 
     def find_class(self, module: str, name: str):
         if name not in self.allowed.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which torch never does")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does")
         return super().find_class(module, name)
 
 
 class Writer(dcp.FileSystemWriter):
     """`files`: size and crc32 of what this rank has written."""
+
+    def storage_meta(self) -> None:
+        """No path of this machine, and no object for one, in .metadata."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner):
         try:
@@ -231,12 +236,13 @@ class Writer(dcp.FileSystemWriter):
 class Reader(dcp.FileSystemReader):
     """The tensors themselves torch reads with weights_only."""
 
-    def read_metadata(self, *args, **kwargs) -> dcp.Metadata:
+    def read_metadata(self) -> dcp.Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
             return Unpickler(file).load()
 
 
 # --- a directory of them --------------------------------------------------------------------------
+# To go on: find(), on each rank; newest_whole(), all together; then read() fills what a rank holds.
 
 
 class Damaged(ValueError):
@@ -251,11 +257,10 @@ class Found(NamedTuple):
 
 
 def find(directory: str) -> tuple[list[Found], list[str]]:
-    """(checkpoints, newest first; a line on each that can not be one). Looks at checkpoint.json
-    alone. Raises ValueError where there is none that this version reads."""
-    steps = sorted(Path(directory).glob("step-*"), key=lambda p: (len(p.name), p.name))
+    """(checkpoints, newest first; a line on each that cannot be one). Looks at checkpoint.json
+    alone. Raises FileNotFoundError where there is none, ValueError where none can be read."""
     found, wrong = [], []
-    for path in reversed(steps):
+    for path in reversed(_steps(directory)):
         try:
             found.append(Found(path, _read_about(path)))
         except Damaged as error:
@@ -270,16 +275,21 @@ def find(directory: str) -> tuple[list[Found], list[str]]:
     return found, wrong
 
 
+def _steps(directory: str | Path) -> list[Path]:
+    named = [p for p in Path(directory).glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(named, key=lambda p: int(p.name[5:]))
+
+
 def _read_about(path: Path) -> dict:
     name = path / "checkpoint.json"
     try:
         about = json.loads(name.read_bytes())
-        written = about.pop("crc")
+        written, newer = about.pop("crc"), about["format"] > FORMAT
     except FileNotFoundError:
         raise Damaged(f"{name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{name} cannot be read: {error or type(error).__name__}") from None
-    if about.get("format", 0) > FORMAT:
+        raise Damaged(f"{name} cannot be read: {type(error).__name__} {error}") from None
+    if newer:
         raise Damaged(f"{name} has format {about['format']}, of a newer version than this one, "
                       f"which reads up to {FORMAT}")  # fmt: skip
     if written != _crc_of(about):
@@ -299,10 +309,11 @@ def _size_and_crc(path: Path) -> list[int]:
     return [size, crc]
 
 
-def verify(found: Found, rank: int, size: int) -> None:
-    """Reads every size-th file, from the rank-th on, and what .metadata says. Raises Damaged."""
-    for name, written in sorted(found.about["files"].items())[rank::size]:
-        path = found.path / name
+def verify(found: Found, rank: int, ranks: int) -> None:
+    """Reads the rank-th file and every ranks-th after it, and .metadata. Raises Damaged."""
+    files = found.about["files"]
+    for name, written in sorted(files.items())[rank::ranks]:
+        path = found.path / Path(name).name  # and nowhere else
         if not path.exists():
             raise Damaged(f"{path} is missing")
         if path.stat().st_size != written[0]:
@@ -310,9 +321,11 @@ def verify(found: Found, rank: int, size: int) -> None:
         if _size_and_crc(path) != written:
             raise Damaged(f"{path} was changed: its crc32 is another")
     try:
-        Reader(found.path).read_metadata()
+        stored = Reader(found.path).read_metadata().storage_data.values()
     except Exception as error:  # who knows what a pickle does that nobody wrote
         raise Damaged(f"{found.path / '.metadata'} cannot be read: {error}") from None
+    if other := {info.relative_path for info in stored} - files.keys():
+        raise Damaged(f"{found.path / '.metadata'} names {min(other)}, a file of unknown crc32")
 
 
 def check_writable(directory: str | None) -> None:
@@ -344,7 +357,7 @@ class Checkpoints:
     talks there while training goes on.
 
     A save is written to DIR/tmp-step-N, and renamed at the very end: a kill or a full disk on the
-    way leaves what was there before. The newest `keep` stay."""
+    way leaves what was there before. Of a save and those before it, `keep` stay."""
 
     def __init__(self, directory: str, keep: int, group: dist.ProcessGroup):
         self.directory, self.keep, self.group = Path(directory), keep, group
@@ -358,16 +371,17 @@ class Checkpoints:
         that is still under way is waited for first. The buffers for the copies are kept."""
         start = time.perf_counter()
         self.wait()
-        if len(self.buffers) != len(mine):
+        if [b.shape for b in self.buffers] != [r.tensor.shape for r in mine]:
             on_gpu = bool(mine) and mine[0].tensor.is_cuda
             self.buffers = [torch.empty(r.tensor.shape, dtype=r.tensor.dtype, pin_memory=on_gpu)
                             for r in mine]  # fmt: skip
         copies = [r._replace(tensor=buffer.copy_(r.tensor))
                   for r, buffer in zip(mine, self.buffers, strict=True)]  # fmt: skip
-        # On a GPU copy_ has waited for the copy. The thread works on nothing that training changes.
-        self.thread = threading.Thread(target=self._write, args=(step, copies, about), daemon=True)
+        pause = time.perf_counter() - start
+        # It works on nothing that training changes: the copies are its own until it has ended.
+        arguments = step, copies, about, pause
+        self.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self.thread.start()
-        self.pause = time.perf_counter() - start
 
     def wait(self) -> None:
         """Until the save that is under way has ended."""
@@ -377,67 +391,77 @@ class Checkpoints:
 
     def news(self) -> list[Saved]:
         """The saves that have ended since this was asked last."""
-        news = [saved._replace(pause=self.pause) for saved in self.ended]
-        self.ended = self.ended[len(news) :]
-        return news
+        return [self.ended.pop(0) for _ in range(len(self.ended))]
 
-    def _write(self, step: int, mine: list[Rectangle], about: dict) -> None:
+    def _write(self, step: int, mine: list[Rectangle], about: dict, pause: float) -> None:
         start, size, self.failed = time.perf_counter(), 0, None
         first, path = self.group.rank() == 0, self.directory / f"tmp-step-{step}"
         try:
             if first:
-                for old in self.directory.glob("tmp-*"):  # of a save that was cut short
+                for old in self.directory.glob("tmp-step-*"):  # of a save that was cut short
                     shutil.rmtree(old, ignore_errors=True)
             dist.barrier(self.group)
-            writer = Writer(path)
+            writer = Writer(path, per_thread_copy_ahead=0)  # all is on the CPU already
             dcp.save({}, storage_writer=writer, planner=Writes(mine), process_group=self.group)
             everyone = [None] * self.group.size() if first else None
             dist.gather_object(writer.files, everyone, group=self.group, group_dst=0)
             if first:
                 everyone.append({".metadata": _size_and_crc(path / ".metadata")})
                 files = {name: value for each in everyone for name, value in each.items()}
-                size = sum(size for size, _ in files.values())
+                size = sum(n for n, _ in files.values())
                 self._finish(path, step, {**about, "format": FORMAT, "step": step, "files": files})
         except (Exception, dcp.CheckpointException) as error:  # training goes on, whatever it is
             self.failed = _first_line(error)
             if first:
                 shutil.rmtree(path, ignore_errors=True)
         seconds = time.perf_counter() - start
-        self.ended.append(Saved(step, size, 0.0, seconds, self.failed))
+        self.ended.append(Saved(step, size, pause, seconds, self.failed))
 
     def _finish(self, path: Path, step: int, about: dict) -> None:
+        if elsewhere := [name for name in about["files"] if not (path / name).exists()]:
+            raise OSError(f"{path / elsewhere[0]} was written, and is not here: ranks must see "
+                          "the directory under one path")  # fmt: skip
         with open(path / "checkpoint.json", "w") as file:
             json.dump({**about, "crc": _crc_of(about)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(path)
         final = self.directory / f"step-{step}"
-        if final.exists():  # it was damaged, so the run went on from one before
-            shutil.rmtree(final)
+        if final.exists():  # it was passed over, and the run went on from one before
+            aside = self.directory / f"passed-over-step-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(final, aside)
         os.rename(path, final)
         _sync_folder(self.directory)
-        steps = sorted(self.directory.glob("step-*"), key=lambda p: (len(p.name), p.name))
-        for old in steps[: -self.keep]:
-            shutil.rmtree(old)
+        steps = _steps(self.directory)
+        for old in steps[: max(0, steps.index(final) + 1 - self.keep)]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def newest_whole(candidates: list[Found], group: dist.ProcessGroup) -> tuple[Found, list[str]]:
+def newest_whole(
+    candidates: list[Found], group: dist.ProcessGroup
+) -> tuple[Found | None, list[str]]:
     """The newest of `candidates` (see find) whose files are as they were written, and a line on
-    each that was passed over. The ranks of `group` share the reading, and agree. Raises ValueError
-    if none is whole."""
+    each that was passed over; None without candidates. The ranks of `group` share the reading, and
+    agree. Raises ValueError if none is whole, or the ranks have different candidates."""
+    everyone: list = [None] * group.size()
+    dist.all_gather_object(everyone, [found.path.name for found in candidates], group=group)
+    if other := [names for names in everyone if names != everyone[0]]:
+        raise ValueError(f"the ranks see different checkpoints, {everyone[0]} and {other[0]}")
     wrong: list[str] = []
     for found in candidates:
         problem = None
         try:
             verify(found, group.rank(), group.size())
-        except (Damaged, OSError) as error:
-            problem = str(error)
-        everyone = [None] * group.size()
+        except Exception as error:  # whatever it is, the others must hear of it
+            problem = f"{error}"
         dist.all_gather_object(everyone, problem, group=group)
         if not any(everyone):
             return found, wrong
         wrong.append(next(filter(None, everyone)))
-    raise ValueError(f"no checkpoint is whole: {'; '.join(wrong)}")
+    if wrong:
+        raise ValueError(f"no checkpoint is whole: {'; '.join(wrong)}")
+    return None, []
 
 
 def read(path: Path, wanted: list[Rectangle], group: dist.ProcessGroup) -> None:
@@ -476,20 +500,21 @@ class GPT2Folder:
         except (OSError, ValueError) as error:
             problem = f"--init-from {directory}: config.json cannot be read: {error}"
             raise ValueError(problem) from None
-        h = config.get("n_embd")
         for key, known in GPT2_FIXED.items():
             if (value := config.get(key, known[0])) not in known:
                 raise ValueError(f"--init-from {directory}: config.json has {key} {value}: "
                                  f"expected {known[0]}")  # fmt: skip
-        if config.get("n_inner") not in (None, 4 * h):
-            raise ValueError(f"--init-from {directory}: config.json has n_inner {config['n_inner']}"
-                             f": expected 4 n_embd, {4 * h}")  # fmt: skip
         try:
-            self.sizes = {"n_layer": config["n_layer"], "n_head": config["n_head"], "n_embd": h,
-                          "vocab_size": config["vocab_size"], "seq_len": config["n_positions"],
-                          "tied": config.get("tie_word_embeddings", True)}  # fmt: skip
+            names = ("n_layer", "n_head", "n_embd", "vocab_size")
+            self.sizes = {name: config[name] for name in names} | {
+                "seq_len": config["n_positions"], "tied": config.get("tie_word_embeddings", True)
+            }  # fmt: skip
         except KeyError as error:
             raise ValueError(f"--init-from {directory}: config.json lacks {error}") from None
+        wide = 4 * self.sizes["n_embd"]
+        if config.get("n_inner") not in (None, wide):
+            raise ValueError(f"--init-from {directory}: config.json has n_inner {config['n_inner']}"
+                             f": expected 4 n_embd, {wide}")  # fmt: skip
         self.file = safetensors("--init-from").safe_open(self._tensors(), framework="pt")
         self.keys = set(self.file.keys())
 

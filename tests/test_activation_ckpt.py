@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import activation_ckpt as ckpt
 import gpt
 import measure
+import options
 import pipeline
 import train_3d
 from tools.oracle import Case, launch, reader
@@ -102,8 +103,8 @@ def test_korthikantis_34_and_what_is_more():
 def stage_bytes(case: Case):
     """(predicted, counted) of the most that this rank keeps between actions: of microbatches in
     flight, and of weight gradients that wait."""
-    args = train_3d.parser().parse_args(case.arguments())
-    config, device = train_3d.check(args, case.world_size), torch.device("cpu")
+    args = options.parser().parse_args(case.arguments())
+    config, device = options.check(args, case.world_size), torch.device("cpu")
     trainer = train_3d.Trainer(args, config, reader(case), device)
     saved, most, pipe = measure.SavedActivations(trainer.model), 0, trainer.pipe
 

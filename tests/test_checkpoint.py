@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -21,9 +22,11 @@ import torch.distributed.checkpoint as dcp
 import checkpoint
 import gpt
 import measure
+import options
 import tensor_parallel
 import train_3d
 from tests.test_train_3d import ROOT, TINY, command_line, environment, read_log, run, text  # noqa: F401
+from tools.drill import ranks_of
 from tools.fuzz import draw_resume
 from tools.oracle import STEPS, Case, judge, launch, reader
 
@@ -125,8 +128,8 @@ def test_the_same_layout_goes_on_bit_by_bit(case, tmp_path):
 
 def steps_of(case: Case, folder: str, first: int, end: int) -> tuple[torch.Tensor, list]:
     """(stats of the steps, parameters afterwards)."""
-    args = train_3d.parser().parse_args(case.arguments())
-    config = train_3d.check(args, case.world_size)
+    args = options.parser().parse_args(case.arguments())
+    config = options.check(args, case.world_size)
     trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"))
     if first:
         load(trainer, folder)
@@ -159,8 +162,8 @@ SMALL = Case(d=2, n_layer=2)
 
 
 def two_saves(case: Case, folder: str) -> None:
-    args = train_3d.parser().parse_args(case.arguments())
-    config = train_3d.check(args, case.world_size)
+    args = options.parser().parse_args(case.arguments())
+    config = options.check(args, case.world_size)
     trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"))
     for step in (1, 2):
         trainer.step(step - 1)
@@ -226,10 +229,46 @@ def test_a_damaged_file_is_named_and_passed_over(saves, file, damage, message, t
     assert other == (step, wrong)  # the ranks agree
 
 
-def refusal_of(folder: str) -> str:
+def refusal_of(*folders: str) -> str:
     with pytest.raises(ValueError) as error:
-        newest(folder)
+        newest(folders[min(dist.get_rank(), len(folders) - 1)])
     return str(error.value)
+
+
+def test_ranks_that_see_different_directories_say_so(saves, tmp_path):
+    shutil.copytree(saves / "step-1", tmp_path / "step-1")
+    for one in launch(2, refusal_of, str(saves), str(tmp_path)):
+        assert "see different checkpoints, ['step-2', 'step-1'] and ['step-1']" in one
+
+
+def saves_at(case: Case, folder: str, keep: int, steps: list[int]) -> None:
+    args = options.parser().parse_args(case.arguments())
+    trainer = train_3d.Trainer(args, options.check(args, 2), reader(case), torch.device("cpu"))
+    disk = checkpoint.Checkpoints(folder, keep, dist.new_group(backend="gloo"))
+    for step in steps:
+        mine, numbers = trainer.state_to_save()
+        disk.save(step, mine, {"optimizer": numbers})
+    disk.wait()
+    news = disk.news()
+    assert [(n.step, n.failed) for n in news] == [(step, None) for step in steps]
+    assert all(n.pause < n.seconds for n in news[:1])
+
+
+def test_the_newest_are_kept_and_nothing_of_anybody_elses_goes(tmp_path):
+    """By number, not by name. A save that comes after a damaged one of a later step is not the
+    oldest; one that was passed over is put aside when its step comes again."""
+    for name in ("step-9.bak", "tmp-mine", "step-x"):
+        (tmp_path / name).mkdir()
+    theirs = sorted(os.listdir(tmp_path))
+    launch(2, saves_at, SMALL, str(tmp_path), 2, [8, 9, 10, 100])
+    assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "step-10", "step-100"])
+    truncate(tmp_path / "step-100" / "__1_0.distcp")
+    launch(2, saves_at, SMALL, str(tmp_path), 1, [20])
+    assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "step-100", "step-20"])
+    assert launch(1, newest, str(tmp_path))[0][0] == 20
+    launch(2, saves_at, SMALL, str(tmp_path), 1, [100])
+    assert sorted(os.listdir(tmp_path)) == sorted([*theirs, "passed-over-step-100", "step-100"])
+    assert launch(1, newest, str(tmp_path)) == [(100, [])]
 
 
 @pytest.mark.parametrize("file", ["__1_0.distcp", "checkpoint.json"])
@@ -277,7 +316,7 @@ def test_a_hostile_checkpoint_runs_no_code(saves, tmp_path):
     mark.unlink()
     sign()
     ((step, wrong),) = launch(1, newest, str(folder))
-    assert step == 1 and re.search(r"it names \w+.system, which torch never does", wrong[0])
+    assert step == 1 and re.search(r"it names \w+.system, which no checkpoint does", wrong[0])
     assert not mark.exists()
 
     metadata = pickle.loads(good)
@@ -287,7 +326,7 @@ def test_a_hostile_checkpoint_runs_no_code(saves, tmp_path):
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     sign()
     ((step, wrong),) = launch(1, newest, str(folder))
-    assert step == 1 and "BytesStorageMetadata, which torch never does" in wrong[0]
+    assert step == 1 and "BytesStorageMetadata, which no checkpoint does" in wrong[0]
 
     metadata.state_dict_metadata[name] = stored
     index = dcp.metadata.MetadataIndex(name, (0, 0))
@@ -304,8 +343,8 @@ def test_a_hostile_checkpoint_runs_no_code(saves, tmp_path):
 
 def what_loading_says(case: Case, folder: str) -> str:
     case = dataclasses.replace(case, d=1)
-    args = train_3d.parser().parse_args(case.arguments())
-    trainer = train_3d.Trainer(args, train_3d.check(args, 1), None, torch.device("cpu"))
+    args = options.parser().parse_args(case.arguments())
+    trainer = train_3d.Trainer(args, options.check(args, 1), None, torch.device("cpu"))
     with pytest.raises(ValueError) as error:
         load(trainer, folder)
     return str(error.value)
@@ -313,8 +352,8 @@ def what_loading_says(case: Case, folder: str) -> str:
 
 def fill_the_disk(case: Case, folder: str) -> list:
     """A save for which one rank finds no room, and one after it for which there is."""
-    args = train_3d.parser().parse_args(case.arguments())
-    trainer = train_3d.Trainer(args, train_3d.check(args, 2), reader(case), torch.device("cpu"))
+    args = options.parser().parse_args(case.arguments())
+    trainer = train_3d.Trainer(args, options.check(args, 2), reader(case), torch.device("cpu"))
     said, limit = [save(trainer, folder, 1)], resource.getrlimit(resource.RLIMIT_FSIZE)
     for step, room in ((2, 20_000), (3, limit[0])):
         if dist.get_rank() == 1:
@@ -333,14 +372,49 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
         assert said[3] is None and said[4] == ["step-1", "step-3"]
 
 
+def trained_during_a_save(case: Case, folder: str) -> bool:
+    """The state is what it was at save(), though the disk is slow and two steps come meanwhile."""
+    args = options.parser().parse_args(case.arguments())
+    trainer = train_3d.Trainer(args, options.check(args, 2), reader(case), torch.device("cpu"))
+    write, training = checkpoint.Writer.write_data, threading.Event()
+
+    def slow(*args):
+        assert training.wait(30)
+        return write(*args)
+
+    checkpoint.Writer.write_data = slow
+    trainer.step(0)
+    mine, numbers = trainer.state_to_save()
+    then = [r.tensor.clone() for r in mine]
+    disk = checkpoint.Checkpoints(folder, 1, dist.new_group(backend="gloo"))
+    disk.save(1, mine, {"optimizer": numbers})
+    assert disk.news() == [] and os.listdir(folder) != ["step-1"]
+    trainer.step(1)
+    trainer.step(2)
+    training.set()
+    disk.wait()
+    dist.barrier()  # rank 0 has renamed it
+    ((step, size, pause, seconds, failed),) = disk.news()
+    assert (step, failed) == (1, None) and seconds > pause > 0 == size * dist.get_rank()
+    changed = [not torch.equal(a, r.tensor) for a, r in zip(then, mine, strict=True)]
+    for r in mine:
+        r.tensor.zero_()
+    checkpoint.read(Path(folder, "step-1"), mine, dist.group.WORLD)
+    return all(changed) and all(torch.equal(a, r.tensor) for a, r in zip(then, mine, strict=True))
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_what_is_written_is_the_state_at_the_save(zero, tmp_path):
+    case = dataclasses.replace(SMALL, zero=zero)
+    assert launch(2, trained_during_a_save, case, str(tmp_path)) == [True, True]
+
+
 def killed_in_mid_save(case: Case, folder: str) -> None:
-    args = train_3d.parser().parse_args(case.arguments())
-    trainer = train_3d.Trainer(args, train_3d.check(args, 2), reader(case), torch.device("cpu"))
+    args = options.parser().parse_args(case.arguments())
+    trainer = train_3d.Trainer(args, options.check(args, 2), reader(case), torch.device("cpu"))
     trainer.step(0)
     assert save(trainer, folder, 1) is None
-    finish = checkpoint.Checkpoints._finish
     checkpoint.Checkpoints._finish = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-    del finish
     save(trainer, folder, 2)
 
 
@@ -349,7 +423,7 @@ def test_a_kill_at_the_very_end_of_a_save_leaves_the_one_before(tmp_path):
         launch(2, killed_in_mid_save, SMALL, str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["step-1", "tmp-step-2"]
     assert launch(1, newest, str(tmp_path)) == [(1, [])]
-    launch(2, two_saves, SMALL, str(tmp_path))  # and the rest of it does not stay
+    launch(2, saves_at, SMALL, str(tmp_path), 2, [2])  # and the rest of it does not stay
     assert sorted(os.listdir(tmp_path)) == ["step-1", "step-2"]
 
 
@@ -402,9 +476,12 @@ def test_a_run_in_three_parts_and_three_layouts(text, tmp_path):  # noqa: F811
     assert last.returncode == 0 and "step 6 of 6 is done: nothing to train" in last.stdout
 
 
-@pytest.mark.parametrize("ranks, number", [(0, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_signal_ends_the_run_saved(ranks, number, text, tmp_path):  # noqa: F811
-    """torchrun passes the signal on, and returns 1 itself."""
+@pytest.mark.parametrize(
+    "ranks, number, to", [(0, signal.SIGINT, "it"), (2, signal.SIGTERM, "torchrun"),
+                          (2, signal.SIGTERM, "one rank")],
+)  # fmt: skip
+def test_a_signal_ends_the_run_saved(ranks, number, to, text, tmp_path):  # noqa: F811
+    """torchrun passes the signal on, and returns 1 itself. One rank alone tells the others."""
     folder = tmp_path / "saves"
     job = launched(ranks, "--data", text, "--steps", 100_000, "--val-every", 0, "--print-every", 1,
                    "--checkpoint-dir", folder, "--save-every", 0)  # fmt: skip
@@ -412,16 +489,15 @@ def test_a_signal_ends_the_run_saved(ranks, number, text, tmp_path):  # noqa: F8
         for line in job.stdout:
             if line.startswith("step"):
                 break
-        job.send_signal(number)
+        os.kill(ranks_of(job)[1] if to == "one rank" else job.pid, number)
         out, errors = job.communicate(timeout=60)
     finally:
         job.kill()
     stopped = int(re.search(r"stopped by a signal after step (\d+)", out)[1])
     assert os.listdir(folder) == [f"step-{stopped}"]
-    assert job.returncode == (1 if ranks else 0), errors
-    assert "Traceback" not in errors or ranks
-    if ranks:
-        assert "exitcode  : 0" not in errors and "FAILED" not in errors  # no rank has failed
+    assert job.returncode == (1 if to == "torchrun" else 0), errors
+    assert "Traceback" not in errors or to == "torchrun"
+    assert "FAILED" not in errors  # no rank has
 
 
 def test_a_hung_collective_ends_with_its_name(text):  # noqa: F811
@@ -431,14 +507,12 @@ def test_a_hung_collective_ends_with_its_name(text):  # noqa: F811
         for line in job.stdout:
             if line.startswith("step"):
                 break
-        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-        ranks = {re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes())[1]: pid
-                 for pid in children}  # fmt: skip
         start = time.monotonic()
-        os.kill(int(ranks[b"1"]), signal.SIGSTOP)
+        rank_1 = ranks_of(job)[1]
+        os.kill(rank_1, signal.SIGSTOP)
         ours = next(line for line in job.stderr if line.startswith("train_3d.py:"))
         assert 2 < time.monotonic() - start < 20
-        os.kill(int(ranks[b"1"]), signal.SIGKILL)  # torchrun would ask it first, for half a minute
+        os.kill(rank_1, signal.SIGKILL)  # torchrun would ask it first, for half a minute
         _, errors = job.communicate(timeout=60)
     finally:
         job.kill()
@@ -475,9 +549,9 @@ def first_loss(case: Case, folder: str, seq_len: int) -> float:
     flags = f"--seq-len {seq_len} --tp {case.t} --pp {case.p} --zero {case.zero} --dtype float64"
     flags += f" --global-batch-size 4 --micro-batch-size 1 --device cpu --init-from {folder}"
     flags += " --sequence-parallel" if case.sequence else ""
-    args = train_3d.parser().parse_args(flags.split())
+    args = options.parser().parse_args(flags.split())
     source = checkpoint.GPT2Folder(folder)
-    config = train_3d.check(args, case.world_size, source)
+    config = options.check(args, case.world_size, source)
     read = reader(dataclasses.replace(case, vocab_size=256, seq_len=seq_len))
     trainer = train_3d.Trainer(args, config, read, torch.device("cpu"), source.draw)
     return trainer.step(0)[0].item()
@@ -558,10 +632,10 @@ def test_a_gpt2_that_does_not_fit_is_refused(theirs, flags, damage, message, mon
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config))
     flags = f"--init-from {folder} {flags} --global-batch-size 4"
-    args = train_3d.parser().parse_args(flags.split())
+    args = options.parser().parse_args(flags.split())
 
     def read() -> gpt.GPTConfig:
-        return train_3d.check(args, 1, checkpoint.GPT2Folder(str(folder)))
+        return options.check(args, 1, checkpoint.GPT2Folder(str(folder)))
 
     if message is None:
         assert read().n_embd == 24

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import tempfile
 import time
@@ -19,6 +20,7 @@ import checkpoint
 import data
 import ddp
 import gpt
+import options
 import pipeline
 import train_3d
 import zero
@@ -156,9 +158,9 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
     assert "| ddp | naive | 256 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tp", "pp", "ckpt"])
-def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
+@pytest.mark.parametrize("name", ["tp", "pp", "ckpt", "3d"])
+def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 256, 8)})
     out, suite = tmp_path / "bench.json", bench.SUITES[name]
     arguments = f"bench {name} --sizes 256 --minutes 0 --steps 1 --out {out}"
     monkeypatch.setattr("sys.argv", arguments.split())
@@ -174,6 +176,9 @@ def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch):
     if name == "tp":  # 10 (t-1)/t of [b, s, h] in a block with its sequence cut, 8 without
         sent = {r["strategy"]: r["wire_bytes"] for r in rows if r["variant"] == "m 1"}
         assert 1.1 < sent["tp+sp"] / sent["tp"] < 1.4
+    share = re.findall(r"h 256: loop ([\d.]+)% of .*: data [\d.]+%, norm [\d.]+%, log [\d.]+%",
+                       capsys.readouterr().out)  # fmt: skip
+    assert [0 < float(s) < 100 for s in share] == [True] * (name == "3d")
 
 
 def links_table():
@@ -223,9 +228,9 @@ def test_a_schedule_is_drawn_and_written_as_a_file(monkeypatch, capsys, tmp_path
     path = tmp_path / "own"
     flags = "interleaved --p 2 --chunks 3 --text".split()
     path.write_text(drawn(monkeypatch, capsys, *flags))
-    assert train_3d.read_schedule(str(path), 2, 8) == pipeline.interleaved(2, 8, 3)
+    assert options.read_schedule(str(path), 2, 8) == pipeline.interleaved(2, 8, 3)
     path.write_text(drawn(monkeypatch, capsys, "zb-v", "--text"))
-    assert train_3d.read_schedule(str(path), 4, 8) == pipeline.zb_v(4, 8)
+    assert options.read_schedule(str(path), 4, 8) == pipeline.zb_v(4, 8)
     assert drawn(monkeypatch, capsys, str(path)).count("F7") == 4
     assert [line.split()[0] for line in drawn(monkeypatch, capsys, "all").splitlines()] == [
         *pipeline.SCHEDULES
@@ -296,8 +301,8 @@ def sampled(folder: str, *flags: str) -> str:
 
 
 def trained(case: Case, folder: str, text: str) -> None:
-    args = train_3d.parser().parse_args([*case.arguments(), "--data", text, "--lr", "1e-2"])
-    config = train_3d.check(args, case.world_size)
+    args = options.parser().parse_args([*case.arguments(), "--data", text, "--lr", "1e-2"])
+    config = options.check(args, case.world_size)
     tokens = np.frombuffer(b"abcdefgh" * 100, dtype=np.uint8)
 
     def read(step: int, rows: range):
@@ -309,7 +314,7 @@ def trained(case: Case, folder: str, text: str) -> None:
         trainer.step(step)
     disk = checkpoint.Checkpoints(folder, 1, dist.group.WORLD)
     mine, numbers = trainer.state_to_save()
-    disk.save(60, mine, train_3d.run_of(args, config) | {"optimizer": numbers})
+    disk.save(60, mine, options.run_of(args, config) | {"optimizer": numbers})
     disk.wait()
     assert disk.failed is None
 

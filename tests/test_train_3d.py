@@ -23,10 +23,12 @@ import checkpoint
 import data
 import gpt
 import measure
+import options
 import pipeline
 import tensor_parallel
 import train_3d
 import zero
+from tools.drill import ranks_of
 from tools.oracle import Case, judge, launch, reader
 
 ROOT = Path(__file__).parent.parent
@@ -159,8 +161,8 @@ def test_bad_input_is_one_line_before_any_collective(
 def make_saves(folder: Path) -> None:
     """Directories to resume from: none, what is no checkpoint, one of a newer version, a good one
     (as far as its checkpoint.json goes)."""
-    args = train_3d.parser().parse_args([])
-    about = train_3d.run_of(args, gpt.GPTConfig()) | {"step": 7, "files": {}, "format": 1}
+    args = options.parser().parse_args([])
+    about = options.run_of(args, gpt.GPTConfig()) | {"step": 7, "files": {}, "format": 1}
     for name, step, changes in (("new", 3, {"format": 2}), ("good", 7, {})):
         (folder / name / f"step-{step}").mkdir(parents=True)
         mine = about | changes
@@ -176,10 +178,10 @@ def test_a_gpu_for_every_local_rank_or_none(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     for ranks, expected in ((4, "cuda:3"), (5, "cpu")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        device, line = train_3d.pick_device("auto")
+        device, line = options.pick_device("auto")
         assert str(device) == expected and f"4 GPUs for {ranks} local ranks" in line
     with pytest.raises(ValueError, match="5 local ranks and 4 GPUs"):
-        train_3d.pick_device("cuda")
+        options.pick_device("cuda")
 
 
 # A schedule from a file: 1F1B on rank 0 and ZB-H1's on the others would do; this one has it all.
@@ -195,17 +197,17 @@ def test_a_schedule_from_a_file(tmp_path):
     sizes = dict(p=2, m=3, schedule=str(path))
     for case in (Case(**sizes), Case(t=2, d=2, zero=3, recompute="full", **sizes)):
         assert judge(case).worst <= measure.TOLERANCE
-    schedule = train_3d.read_schedule(str(path), 2, 3)
+    schedule = options.read_schedule(str(path), 2, 3)
     assert pipeline.stages_of(schedule) == [[0, 2], [1]]
     long = re.sub(r"([fbw])(\d)", lambda match: match[1].upper() + match[2] + ".1", OWN)
     path.write_text(long)
-    assert "F0.1" in long and train_3d.read_schedule(str(path), 2, 3) == schedule
+    assert "F0.1" in long and options.read_schedule(str(path), 2, 3) == schedule
     path.write_text("\n".join(
         " ".join(pipeline.spell(a, stages) for a in row)
         for row, stages in zip(pipeline.interleaved(2, 4, 3), ([0, 2, 4], [1, 3, 5]), strict=True)
     ))  # fmt: skip
     assert "F0.2" in path.read_text()
-    assert train_3d.read_schedule(str(path), 2, 4) == pipeline.interleaved(2, 4, 3)
+    assert options.read_schedule(str(path), 2, 4) == pipeline.interleaved(2, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +234,7 @@ def test_a_wrong_schedule_file_says_where_and_what(text, message, tmp_path):
     path.write_text(text, encoding="latin-1")
     flags = f"--pp 2 --global-batch-size 2 --micro-batch-size 1 --schedule {path}"
     with pytest.raises(ValueError, match=message) as error:
-        train_3d.check(train_3d.parser().parse_args(flags.split()), 2)
+        options.check(options.parser().parse_args(flags.split()), 2)
     assert "\n" not in str(error.value)
 
 
@@ -371,8 +373,8 @@ def test_a_plain_run_is_this_loop(text, tmp_path):
 
 
 def groups_of_rank(line: str, *names: str):
-    args = train_3d.parser().parse_args(line.split())
-    config, device = train_3d.check(args, 8), torch.device("cpu")
+    args = options.parser().parse_args(line.split())
+    config, device = options.check(args, 8), torch.device("cpu")
     trainer = train_3d.Trainer(args, config, None, device)
     return [torch.distributed.get_process_group_ranks(getattr(trainer, n)) for n in names]
 
@@ -393,8 +395,8 @@ def test_neighbours_shard_and_the_far_replicate():
 
 def what_outlives_the_trainer(zero_stage: int):
     case = Case(d=2, recompute="full", zero=zero_stage)
-    args = train_3d.parser().parse_args(case.arguments())
-    config, device = train_3d.check(args, 2), torch.device("cpu")
+    args = options.parser().parse_args(case.arguments())
+    config, device = options.check(args, 2), torch.device("cpu")
     trainer = train_3d.Trainer(args, config, reader(case), device)
     trainer.step(0)
     alive = {n: weakref.ref(getattr(trainer, n)) for n in ("model", "sync", "pipe", "optimizer")}
@@ -410,8 +412,8 @@ def test_nothing_outlives_the_trainer(zero_stage):
 
 
 def unshards_of_a_step(case: Case) -> dict:
-    args = train_3d.parser().parse_args(case.arguments())
-    config, device = train_3d.check(args, case.world_size), torch.device("cpu")
+    args = options.parser().parse_args(case.arguments())
+    config, device = options.check(args, case.world_size), torch.device("cpu")
     trainer = train_3d.Trainer(args, config, reader(case), device)
     sync = trainer.sync
     uses = [
@@ -466,8 +468,8 @@ def test_unshards_are_as_predicted_under_pipelines_and_recompute(case):
 
 def accumulations_left(case: Case) -> tuple[int, int]:
     """When the last action of a step is done: (those that no hook has seen, parameters)."""
-    args = train_3d.parser().parse_args(case.arguments())
-    config, device = train_3d.check(args, case.world_size), torch.device("cpu")
+    args = options.parser().parse_args(case.arguments())
+    config, device = options.check(args, case.world_size), torch.device("cpu")
     trainer = train_3d.Trainer(args, config, reader(case), device)
     sync, left = trainer.sync, []
     finish = sync.finish
@@ -505,8 +507,8 @@ class Exponentials(TorchDispatchMode):
 
 
 def dtypes_of_exponentials(case: Case):
-    args = train_3d.parser().parse_args([*case.arguments(), "--dtype", "bf16"])
-    config, device = train_3d.check(args, case.world_size), torch.device("cpu")
+    args = options.parser().parse_args([*case.arguments(), "--dtype", "bf16"])
+    config, device = options.check(args, case.world_size), torch.device("cpu")
     trainer = train_3d.Trainer(args, config, reader(case), device)
     with Exponentials() as mode:
         mode.seen = set()
@@ -526,13 +528,13 @@ def test_softmax_and_loss_are_in_fp32_under_bf16(case):
 def losses(text: str, *arguments: str) -> list[float]:
     line = "--n-layer 2 --n-head 2 --n-embd 64 --seq-len 32 --global-batch-size 8 --steps 300"
     line += " --micro-batch-size 2 --device cpu"
-    args = train_3d.parser().parse_args([*line.split(), *arguments])
+    args = options.parser().parse_args([*line.split(), *arguments])
     tokens = data.load(text, args.seq_len)[0]
 
     def read(step, rows):
         return data.batch(tokens, step, rows, args.seq_len, seed=0)
 
-    trainer = train_3d.Trainer(args, train_3d.check(args, 2), read, torch.device("cpu"))
+    trainer = train_3d.Trainer(args, options.check(args, 2), read, torch.device("cpu"))
     return torch.stack([trainer.step(step)[0] for step in range(args.steps)])
 
 
@@ -593,13 +595,8 @@ def test_a_killed_rank_ends_the_job_and_is_named(text):
         for line in job.stdout:
             if line.startswith("step"):
                 break
-        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-        ranks = {
-            re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes()).group(1): pid
-            for pid in children
-        }
         start = time.monotonic()
-        os.kill(int(ranks[b"1"]), signal.SIGKILL)
+        os.kill(ranks_of(job)[1], signal.SIGKILL)
         _, errors = job.communicate(timeout=60)
         assert job.returncode != 0 and time.monotonic() - start < 60
         assert re.search(r"rank\s*: 1 ", errors) and "Signal 9 (SIGKILL)" in errors, errors

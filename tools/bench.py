@@ -4,6 +4,7 @@
     python -m tools.bench tp                           ranks share the matrices and not the rows
     python -m tools.bench pp                           8 microbatches of a row through 2 ranks
     python -m tools.bench ckpt                         one rank, explicit attention
+    python -m tools.bench 3d                           train_3d.py's loop on t 2 x p 2 x d 2 ranks
 
 Every variant trains the same model from the same weights on the same global batches, in processes
 of its own (pp: all in the same ones, step by step in turn: a launch is 5% faster or slower than the
@@ -13,7 +14,8 @@ rank, with the threads of its collectives, is bound to one of its own. A number 
 rounds of the median step (of the slower rank); the spread is over rounds.
 
     ratio        our step over the best of PyTorch's settings for the same strategy; below 1: faster
-    efficiency   step of one process over (ranks x step); of ckpt, the share that is not recompute
+    efficiency   step of one process over (ranks x step), or, with fewer cores than ranks, over
+                 (cores x step); of ckpt, the share that is not recompute
     by FLOPs     the efficiency that would be, were every FLOP as quick (ckpt)
     bubble       idle over busy time: simulated with the mean F, B and W of the same step, transfers
                  taking no time, and measured (pp)
@@ -22,6 +24,8 @@ rounds of the median step (of the slower rank); the spread is over rounds.
                  one core a rank, gloo's threads take it from the computation, hidden or not
     wire         bytes that a ring sends per rank and step
     CPU          share of a core that a rank used
+    loop         share of what is around the strategies: of the CPU time of a rank's main thread in
+                 a step, since a wait (for the slowest rank, in the norm) is the layout's (3d)
 """
 
 import argparse
@@ -31,6 +35,7 @@ import functools
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -39,6 +44,7 @@ import torch
 import torch._dynamo  # once here, not in every forked rank
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import (
@@ -49,7 +55,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -61,16 +67,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import activation_ckpt
+import data
 import ddp
 import gpt
 import measure
+import options
 import pipeline
 import tensor_parallel
+import train_3d
 import zero
 from tools import links
 from tools.oracle import launch
 
-RANKS, ROWS, WARMUP = 2, 8, 2
+RANKS, ROWS, WARMUP = 2, 8, 2  # ranks: along each axis that there is
 SIZES = {256: gpt.GPTConfig(8, 4, 256, 256, 256), 768: gpt.GPTConfig(2, 12, 768, 256, 128)}
 adamw = functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True)
 
@@ -184,10 +193,10 @@ def ours_tp(model: nn.Module, sequence: bool) -> Callable:
     return step
 
 
-def torch_tp(model: nn.Module, sequence: bool) -> Callable:
-    """DTensor's plan for the same cuts. Its columns are contiguous, so each rank's q, k and v are
-    put side by side first; positions of a shard it has no style for, so ours stands in."""
-    mesh, group = dist.init_device_mesh("cpu", (RANKS,)), dist.group.WORLD
+def distribute(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
+    """DTensor's plan for the same cuts, of the layers that are here. Its columns are contiguous, so
+    each rank's q, k and v are put side by side first; positions of a shard it has no style for, so
+    ours stands in."""
     outside = Shard(1) if sequence else Replicate()
     plan = {
         "wte": RowwiseParallel(input_layouts=Replicate(), output_layouts=outside),
@@ -207,12 +216,24 @@ def torch_tp(model: nn.Module, sequence: bool) -> Callable:
             plan |= {f"h.{name}.{norm}": SequenceParallel() for norm in ("ln_1", "ln_2")}
     if sequence:
         plan["ln_f"] = SequenceParallel()
-        model.wpe = tensor_parallel.PositionShard(model.wpe, 1, group, True)
-    parallelize_module(model, mesh, plan)
+        model.wpe = tensor_parallel.PositionShard(model.wpe, 1, mesh.get_group(), True)
+    here = (name for name, module in model.named_modules() if not isinstance(module, nn.Identity))
+    parallelize_module(model, mesh, {name: plan[name] for name in here if name in plan})
+
+
+def adamw_by_mesh(model: nn.Module) -> torch.optim.Optimizer:
+    """foreach takes DTensors of one mesh at a time."""
+    kinds: dict[DeviceMesh | None, list] = {}
+    for p in model.parameters():
+        kinds.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    return adamw([{"params": ps} for ps in kinds.values()])
+
+
+def torch_tp(model: nn.Module, sequence: bool) -> Callable:
+    group = dist.group.WORLD
+    distribute(model, dist.init_device_mesh("cpu", (RANKS,)), sequence)
     model.lm_head.weight = model.wte.weight
-    parameters = list(model.parameters())
-    kinds = ([p for p in parameters if isinstance(p, DTensor) == which] for which in (True, False))
-    optimizer = adamw([{"params": ps} for ps in kinds if ps])
+    optimizer = adamw_by_mesh(model)
 
     def step(batch: list, valid: int) -> Tensor:
         optimizer.zero_grad()
@@ -260,10 +281,18 @@ def torch_pp(model: nn.Module, kind: type, v: int, fold: bool, m: int = ROWS) ->
     chunks = pipeline.chunks_of(pipeline.take_stages(model, mine, split), mine, split)
     stages = [PipelineStage(chunk, k, v * p, torch.device("cpu"), group=dist.group.WORLD)
               for k, chunk in chunks.items()]  # fmt: skip
-    optimizer, tokens = adamw(model.parameters()), 0
+    return run_stages(stages, kind, m, adamw(model.parameters()))
+
+
+def run_stages(
+    stages: list[PipelineStage], kind: type, m: int, optimizer: torch.optim.Optimizer, d: int = 1
+) -> Callable:
+    """The step of a rank that holds these, in one of d replicas."""
+    tokens = 0
+    first, last = any(stage.is_first for stage in stages), any(stage.is_last for stage in stages)
 
     def loss_fn(logits: Tensor, y: Tensor) -> Tensor:
-        return gpt.cross_entropy(logits, y) / tokens
+        return gpt.cross_entropy(logits, y) / (tokens / d)
 
     schedule = kind(stages if issubclass(kind, PipelineScheduleMulti) else stages[0], m,
                     loss_fn=loss_fn, scale_grads=False)  # fmt: skip
@@ -273,10 +302,10 @@ def torch_pp(model: nn.Module, kind: type, v: int, fold: bool, m: int = ROWS) ->
         tokens, losses = valid, []
         optimizer.zero_grad()
         x, y = (torch.cat(parts) for parts in zip(*batch, strict=True))
-        last = {"target": y, "losses": losses} if v * p - 1 in mine else {}
-        schedule.step(*([x] if 0 in mine else []), **last)
+        goal = {"target": y, "losses": losses} if last else {}
+        schedule.step(*([x] if first else []), **goal)
         optimizer.step()
-        return sum((loss.detach() for loss in losses), torch.zeros(()))
+        return sum((loss.detach() / d for loss in losses), torch.zeros(()))
 
     return step
 
@@ -291,6 +320,41 @@ def torch_ckpt(model: nn.Module, core: bool, reentrant: bool) -> Callable:
         module = block.attn.core if core else block
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=reentrant)
     return one_process(model)
+
+
+def make_trainer(config: gpt.GPTConfig, read: Callable, stage: int) -> train_3d.Trainer:
+    """The real loop's, on microbatches of a row, with the optimizer of the other variants."""
+    flags = f"--tp {RANKS} --pp {RANKS} --zero {stage} --clip 0 --micro-batch-size 1"
+    args = options.parser().parse_args([*flags.split(), f"--global-batch-size={ROWS}"])
+    trainer = train_3d.Trainer(args, config, read, torch.device("cpu"))
+    trainer.optimizer = adamw([piece for _, piece, _, _ in trainer.sync.pieces()])
+    trainer.learning_rate = lambda step: adamw.keywords["lr"]
+    return trainer
+
+
+def ours_3d(model: nn.Module, stage: int) -> Callable:
+    tokens = []  # of this replica
+    trainer = make_trainer(model.config, lambda step, rows: tokens, stage)
+
+    def step(batch: list, valid: int) -> Tensor:
+        tokens[:] = (torch.cat(parts) for parts in zip(*batch, strict=True))
+        return trainer.step(0)[0] / RANKS**2  # the whole loss is on every rank
+
+    return step
+
+
+def torch_3d(model: nn.Module, reshard: bool) -> Callable:
+    """A stage whose layers are cut by DTensor, then sharded by fully_shard, which sums gradients in
+    the last microbatch only, as pipelining tells it to. There is no gradient norm in its step."""
+    mesh = dist.init_device_mesh("cpu", (RANKS,) * 3, mesh_dim_names=("pp", "dp", "tp"))
+    group, k = mesh["pp"].get_group(), mesh["pp"].get_local_rank()
+    pipeline.take_stages(model, [k], pipeline.split_layers(len(model.h), RANKS))
+    distribute(model, mesh["tp"], sequence=False)
+    for module in (*model.h.values(), model):
+        fully_shard(module, mesh=mesh["dp"], reshard_after_forward=reshard)
+    stage = PipelineStage(model, k, RANKS, torch.device("cpu"), group=group)
+    step = run_stages([stage], Schedule1F1B, ROWS // RANKS, adamw_by_mesh(model), d=RANKS)
+    return loss_parallel()(step)
 
 
 def _zero(stage: int, m: int = 1, **options) -> Callable:
@@ -373,33 +437,45 @@ CKPT_THEIRS = {
     for policy, what in (("full", "blocks"), ("selective", "attention"))
     for reentrant in (False, True)
 }  # fmt: skip
+LOOP_OURS = {
+    ("3d", f"ZeRO-{stage}"): (ROWS // RANKS, functools.partial(ours_3d, stage=stage))
+    for stage in (0, 1, 3)
+}
+LOOP_THEIRS = {
+    f"pipelining, DTensor, fully_shard{kept}": (
+        ROWS // RANKS, functools.partial(torch_3d, reshard=not kept), list(LOOP_OURS))
+    for kept in ("", " kept")
+}  # fmt: skip
 BASELINE = "one process"
 
 
 class Suite(NamedTuple):
     ours: dict
     theirs: dict
-    ranks: int = RANKS
-    split_rows: bool = False
-    parts: bool = False  # of the loss: a part of it on each rank
+    t: int = 1
+    p: int = 1
+    d: int = 1
     attention: str = "sdpa"
-    stages: int = 1  # the model has at least so many blocks
-    microbatches: int = 1  # of the one process
     together: bool = False  # all variants in one launch
 
+    @property
+    def ranks(self) -> int:
+        return self.t * self.p * self.d
 
     def config(self, h: int) -> gpt.GPTConfig:
-        n, pipelined = max(SIZES[h].n_layer, self.stages), self.stages > 1
+        """With blocks for two stages a rank, and untied where PyTorch's cannot tie."""
         return dataclasses.replace(
-            SIZES[h], attention=self.attention, n_layer=n, tied=not pipelined
-        )
+            SIZES[h], attention=self.attention, n_layer=max(SIZES[h].n_layer, 2 * self.p),
+            tied=self.p == 1,
+        )  # fmt: skip
 
 
 SUITES = {
-    "dp": Suite(OURS, THEIRS, split_rows=True, parts=True),
-    "tp": Suite(TP_OURS, TP_THEIRS),
-    "pp": Suite(PP_OURS, PP_THEIRS, parts=True, stages=2 * RANKS, microbatches=ROWS, together=True),
-    "ckpt": Suite(CKPT_OURS, CKPT_THEIRS, ranks=1, attention="explicit"),
+    "dp": Suite(OURS, THEIRS, d=RANKS),
+    "tp": Suite(TP_OURS, TP_THEIRS, t=RANKS),
+    "pp": Suite(PP_OURS, PP_THEIRS, p=RANKS, together=True),
+    "ckpt": Suite(CKPT_OURS, CKPT_THEIRS, attention="explicit"),
+    "3d": Suite(LOOP_OURS, LOOP_THEIRS, t=RANKS, p=RANKS, d=RANKS),
 }
 
 
@@ -410,10 +486,10 @@ def on_rank(suite: Suite, variants: dict, h: int, steps: int, count: bool) -> di
     """Train on this rank's rows, every variant in turn at each step. By variant: seconds and losses
     by step, CPU seconds per second; if `count`, calls and wire bytes of one more step."""
     config = suite.config(h)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     bind()
-    share = ROWS // ranks if suite.split_rows else ROWS
-    mine = slice(rank * share, (rank + 1) * share) if suite.split_rows else slice(ROWS)
+    d = min(suite.d, dist.get_world_size())  # 1 of the one process
+    share, replica = ROWS // d, dist.get_rank() // suite.t % d
+    mine = slice(replica * share, (replica + 1) * share)
     built = {key: (m, build(gpt.build(config, seed=0))) for key, (m, build) in variants.items()}
     results = {key: {"seconds": [], "losses": [], "cpu": 0.0, "wire": {},
                      "spans": [] if hasattr(step, "pipe") else None}
@@ -431,7 +507,7 @@ def on_rank(suite: Suite, variants: dict, h: int, steps: int, count: bool) -> di
                 result["spans"].append(trace.spans)
             dist.barrier()
             start, cpu_start = time.perf_counter(), time.process_time()
-            with seen if i == WARMUP + steps else contextlib.nullcontext():
+            with seen if i == WARMUP + steps and not unseen(key) else contextlib.nullcontext():
                 loss = step(batch, ROWS * config.seq_len)
             if i == WARMUP + steps:
                 result["wire"] = wire_of(seen)
@@ -445,6 +521,11 @@ def on_rank(suite: Suite, variants: dict, h: int, steps: int, count: bool) -> di
         if results[key]["spans"] is not None:
             results[key]["schedule"] = step.schedule
     return results
+
+
+def unseen(key) -> bool:
+    """DTensor's collectives are of another kind, which measure.py does not see."""
+    return "DTensor" in str(key)
 
 
 def wire_of(seen: measure.Collectives) -> dict[str, tuple[int, float]]:
@@ -502,7 +583,7 @@ def run(suite: Suite, variants: dict, h: int, steps: int, ranks: int, count: boo
                          for kind in ("losses", "spans"))  # fmt: skip
         return {
             "ms": 1e3 * statistics.median(each),
-            "losses": [sum(parts) if suite.parts else parts[0] for parts in losses],
+            "losses": [sum(parts[:: suite.t]) for parts in losses],  # the same on tp ranks
             "cpu": statistics.mean(r["cpu"] for r in results),
             "wire": results[0]["wire"],
             "foreign": max(0.0, foreign / wall),
@@ -541,6 +622,37 @@ def overhead(name: str, m: int = 64) -> float:
     return statistics.median(each)
 
 
+def loop_shares(config: gpt.GPTConfig, steps: int = 10) -> dict[str, float]:
+    """What reading, norm and log take of this rank's step, with ZeRO-1; every rank logs, though in
+    the real loop only rank 0 does."""
+    tokens, _ = data.load(None, config.seq_len, config.vocab_size)
+    spent: dict[str, float] = {}
+
+    def timed(kind: str, function: Callable) -> Callable:
+        def call(*args):
+            start = time.thread_time()
+            result = function(*args)
+            spent[kind] = spent.get(kind, 0.0) + time.thread_time() - start
+            return result
+
+        return call
+
+    read = functools.partial(data.batch, tokens, seq_len=config.seq_len, seed=0)
+    trainer = make_trainer(config, timed("data", read), stage=1)
+    trainer._global_stats = timed("norm", trainer._global_stats)
+    with tempfile.NamedTemporaryFile("w") as file, contextlib.redirect_stdout(file):
+        logger = measure.Logger(file.name, steps, steps, ROWS * config.seq_len)
+        log = timed("log", logger.step)
+        whole = timed("step", lambda i: log(i, trainer.step(i), trainer.learning_rate(i)))
+        for i in range(WARMUP):
+            trainer.step(i)
+        spent.clear()
+        logger.start()
+        for i in range(steps):
+            whole(i)
+    return {kind: seconds / spent["step"] for kind, seconds in spent.items() if kind != "step"}
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 
@@ -558,7 +670,7 @@ def collect(
         for h in sizes:
             order = sorted(variants, key=str)
             order = order[rounds % 2 :: 2] + order[1 - rounds % 2 :: 2]  # another one before it
-            alone = {BASELINE: (suite.microbatches, one_process)}
+            alone = {BASELINE: (ROWS if suite.p > 1 else 1, one_process)}
             launches = [order] if suite.together else [[key] for key in order]
             for j, keys in enumerate(launches):
                 for group, ranks in [({key: variants[key] for key in keys}, suite.ranks)] + [
@@ -582,7 +694,6 @@ def rows_of(
 
     def describe(key) -> dict:
         wire, times = runs[key][0]["wire"], [r["ms"] for r in runs[key]]
-        unseen = "DTensor" in str(key)
         links_s = sum(
             calls * fit[op][0] + (sent / fit[op][1] / 1e9 if fit[op][1] else 0.0)
             for op, (calls, sent) in wire.items()
@@ -591,10 +702,9 @@ def rows_of(
         bubble = [r["bubble"] for r in runs[key] if r["bubble"]]
         return {
             "spread_ms": max(times) - min(times),
-            "efficiency": one / (suite.ranks * ms[key]),
-            # DTensor's collectives are of another kind, which measure.py does not see.
-            "wire_bytes": None if unseen else sum(sent for _, sent in wire.values()),
-            "links_ms": None if unseen else 1e3 * links_s,
+            "efficiency": one / (min(suite.ranks, len(cores())) * ms[key]),
+            "wire_bytes": None if unseen(key) else sum(sent for _, sent in wire.values()),
+            "links_ms": None if unseen(key) else 1e3 * links_s,
             "cpu_share": statistics.median(r["cpu"] for r in runs[key]),
             "foreign_cpu": statistics.median(r["foreign"] for r in runs[key]),
             "bubble": [statistics.median(side) for side in zip(*bubble, strict=True)],
@@ -666,10 +776,15 @@ def main() -> None:
     say(f"{suite.ranks} ranks x 1 thread on {len(cores())} cores, gloo, torch {torch.__version__}, "
         f"float32, global batch {ROWS} rows")  # fmt: skip
     costs, rows = launch(RANKS, link_costs)[0], []
-    for name in ("1f1b", "zb-h1") if suite.stages > 1 else ():
+    for name in ("1f1b", "zb-h1") if args.suite == "pp" else ():
         us = [max(launch(p, overhead, name)) for p in (1, RANKS)]
         say(f"executor, {name}: {us[0]:.0f} us an action with autograd's share; {us[1]:.0f} with "
             f"transfers between {RANKS} ranks")  # fmt: skip
+    for h in args.sizes if args.suite == "3d" else ():
+        shares = launch(suite.ranks, loop_shares, suite.config(h))
+        most = max(shares, key=lambda of: sum(of.values()))
+        parts = ", ".join(f"{kind} {share:.2%}" for kind, share in most.items())
+        say(f"h {h}: loop {sum(most.values()):.2%} of a step's CPU time, where it is most: {parts}")
     for h, runs in collect(suite, args.sizes, args.minutes, args.steps, say).items():
         one = [r["ms"] for r in runs[BASELINE]]
         say(f"h {h}: one process {statistics.median(one):.0f} ms, from {min(one):.0f} to "

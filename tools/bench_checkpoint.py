@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 import checkpoint
 import gpt
+import options
 import train_3d
 from tools.bench import bind, cores
 from tools.oracle import Case, launch, reader
@@ -46,10 +47,10 @@ def measure(name: str, h: int, folder: str) -> dict[str, float]:
     case, (layers, heads, _) = CASES[name], SIZES[h]
     flags = [*case.arguments(), f"--n-layer={layers}", f"--n-head={heads}", f"--n-embd={h}",
              "--vocab-size=256", "--seq-len=64", "--dtype=float32"]  # fmt: skip
-    args = train_3d.parser().parse_args(flags)
+    args = options.parser().parse_args(flags)
     case.seq_len = 64
     trainer = train_3d.Trainer(
-        args, train_3d.check(args, case.world_size), reader(case), torch.device("cpu")
+        args, options.check(args, case.world_size), reader(case), torch.device("cpu")
     )
     trainer.step(0)
     gc.freeze()  # as the loop does
@@ -87,9 +88,9 @@ def measure(name: str, h: int, folder: str) -> dict[str, float]:
         timed("torch", by_torch)
         timed("step", functools.partial(trainer.step, i))
         disk.save(2 * i, mine, about)
-        seconds["pause"].append(disk.pause)
         timed("step during a save", functools.partial(trainer.step, i))
         disk.wait()
+        seconds["pause"].append(disk.news()[-1].pause)
         timed("save", lambda i=i: (disk.save(2 * i + 1, mine, about), disk.wait()))
         assert disk.failed is None, disk.failed
     return {"bytes": size.item()} | {

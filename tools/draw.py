@@ -15,8 +15,8 @@ import re
 import shutil
 import sys
 
+import options
 import pipeline
-import train_3d
 
 COLORS = {"F": 44, "B": 42, "W": 43, "f": 46, "b": 102, "w": 103}  # backgrounds
 
@@ -44,16 +44,16 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = arguments.add_argument
     add("schedule", help=f"{', '.join(pipeline.SCHEDULES)}, all, or a file")
-    add("--p", type=train_3d.at_least(1), default=4, help="ranks")
-    add("--m", type=train_3d.at_least(1), default=8, help="microbatches")
-    add("--chunks", type=train_3d.at_least(1), help="stages a rank, of interleaved")
+    add("--p", type=options.at_least(1), default=4, help="ranks")
+    add("--m", type=options.at_least(1), default=8, help="microbatches")
+    add("--chunks", type=options.at_least(1), help="stages a rank, of interleaved")
     add("--text", action="store_true", help="as a file for train_3d.py --schedule")
     args = arguments.parse_args()
     names = list(pipeline.SCHEDULES) if args.schedule == "all" else [args.schedule]
     for name in names:
         asked = argparse.Namespace(schedule=name, chunks=args.chunks, pp=args.p)
         try:
-            schedule = train_3d.make_schedule(asked, args.m)
+            schedule = options.make_schedule(asked, args.m)
         except ValueError as error:
             arguments.error(str(error))
         stages = pipeline.stages_of(schedule)

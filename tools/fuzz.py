@@ -16,8 +16,8 @@ import time
 
 import activation_ckpt
 import measure
+import options
 import pipeline
-import train_3d
 from tools.oracle import STEPS, Case, judge
 
 # What may be another after a save and a resume; and the rows of a microbatch, and how many.
@@ -90,7 +90,7 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
 def refusal(case: Case) -> str | None:
     """Why train_3d.py refuses this configuration, or None."""
     try:
-        train_3d.check(train_3d.parser().parse_args(case.arguments()), case.world_size)
+        options.check(options.parser().parse_args(case.arguments()), case.world_size)
     except ValueError as error:
         return str(error)
     return None

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import options
 import train_3d
 from zero import all_gather, reduce_scatter
 
@@ -143,7 +144,7 @@ def main() -> None:
     add("--repeats", type=int, default=30, help="timed calls of each, at least 2")
     add("--out", metavar="FILE", help="the table as JSON")
     args = arguments.parse_args()
-    device, line = train_3d.pick_device("auto")
+    device, line = options.pick_device("auto")
     train_3d.join_ranks(device)
 
     def say(text: str) -> None:

@@ -31,6 +31,7 @@ import checkpoint
 import ddp
 import gpt
 import measure
+import options
 import train_3d
 
 STEPS = 3
@@ -222,11 +223,11 @@ def reader(case: Case) -> Callable:
 
 def reference(case: Case, model: Callable | None = None) -> dict:
     """One process, no strategies: losses, norms, last gradients (clipped), parameters."""
-    args = train_3d.parser().parse_args(case.arguments())
-    config = train_3d.check(args, case.world_size)
+    args = options.parser().parse_args(case.arguments())
+    config = options.check(args, case.world_size)
     with torch.device("meta"):
         whole = model() if model else gpt.GPT(config)
-    dtype = train_3d.DTYPES[case.dtype]
+    dtype = options.DTYPES[case.dtype]
     gpt.init_weights(whole, case.seed, dtype, "cpu", draw)
     named = dict(gpt.named_parameters(whole))
     groups = [
@@ -266,8 +267,8 @@ def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder
     """On each rank: train from step `first` to `end`, and compare all that this rank holds (before
     the last step, only loss and norm). Begins with the checkpoint in `folder` and leaves one
     there, where the steps are not all of them."""
-    args = train_3d.parser().parse_args(case.arguments())
-    config = train_3d.check(args, case.world_size)
+    args = options.parser().parse_args(case.arguments())
+    config = options.check(args, case.world_size)
     small = functools.partial(ddp.DDP, bucket_bytes=case.bucket_bytes)
     seams = {"draw": draw, "sync": None if case.zero else small} | seams
     trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"), **seams)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import checkpoint
 import data
+import options
 import train_3d
 
 
@@ -24,8 +25,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = arguments.add_argument
     add("--n", type=int, default=200, help="tokens")
-    add("--temperature", type=train_3d.at_least(0, float), default=0.8, help="0: the likeliest")
-    add("--top-k", type=train_3d.at_least(1), metavar="K", help="of the K likeliest alone")
+    add("--temperature", type=options.at_least(0, float), default=0.8, help="0: the likeliest")
+    add("--top-k", type=options.at_least(1), metavar="K", help="of the K likeliest alone")
     add("--prompt", default="\n")
     add("--tokenizer", metavar="FILE", help="default: tokenizer.json of --init-from, if it has one")
     mine, rest = arguments.parse_known_args()
@@ -34,14 +35,14 @@ def main() -> None:
     rest += [f"--global-batch-size={world_size}", "--micro-batch-size=1"]
     rest += [] if "--init-from" in rest else ["--resume"]
     try:
-        args, found, wrong = train_3d.look_back(rest)
+        args, found, wrong = options.look_back(rest)
         source = checkpoint.GPT2Folder(args.init_from) if args.init_from else None
-        config = train_3d.check(args, world_size, source)
+        config = options.check(args, world_size, source)
         encode, decode = codec(mine.tokenizer, args)
         prompt = encode(mine.prompt)
         if not prompt or max(prompt) >= config.vocab_size:
             raise ValueError(f"--prompt is {prompt}: give tokens of 0..{config.vocab_size - 1}")
-        device, _ = train_3d.pick_device(args.device)
+        device, _ = options.pick_device(args.device)
     except ValueError as error:
         arguments.error(str(error))
     train_3d.join_ranks(device, args.timeout)
