@@ -515,7 +515,12 @@ class GPT2Folder:
         if config.get("n_inner") not in (None, wide):
             raise ValueError(f"--init-from {directory}: config.json has n_inner {config['n_inner']}"
                              f": expected 4 n_embd, {wide}")  # fmt: skip
-        self.file = safetensors("--init-from").safe_open(self._tensors(), framework="pt")
+        package = safetensors("--init-from")
+        try:
+            self.file = package.safe_open(self._tensors(), framework="pt")
+        except package.SafetensorError as error:
+            problem = f"--init-from {directory}: model.safetensors cannot be read: {error}"
+            raise ValueError(problem) from None
         self.keys = set(self.file.keys())
 
     def _tensors(self) -> Path:

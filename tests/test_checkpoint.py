@@ -619,6 +619,8 @@ def logits_differ_by(saves: str, theirs) -> float:
         ("", lambda c, t: c.update(model_type="llama"), "config.json has model_type llama"),
         ("", lambda c, t: c.update(n_inner=50), "config.json has n_inner 50: expected 4 n_embd"),
         ("", lambda c, t: c.pop("n_head"), "config.json lacks 'n_head'"),
+        ("", lambda c, t: c.pop("n_embd"), "config.json lacks 'n_embd'"),
+        ("", truncate, "model.safetensors cannot be read"),
     ],
 )  # fmt: skip
 def test_a_gpt2_that_does_not_fit_is_refused(theirs, flags, damage, message, monkeypatch):
@@ -627,7 +629,7 @@ def test_a_gpt2_that_does_not_fit_is_refused(theirs, flags, damage, message, mon
     folder = theirs[1]
     tensors = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    if damage:
+    if damage not in (None, truncate):
         damage(config, tensors)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config))
@@ -637,6 +639,8 @@ def test_a_gpt2_that_does_not_fit_is_refused(theirs, flags, damage, message, mon
     def read() -> gpt.GPTConfig:
         return options.check(args, 1, checkpoint.GPT2Folder(str(folder)))
 
+    if damage == truncate:
+        truncate(folder / "model.safetensors")
     if message is None:
         assert read().n_embd == 24
         return

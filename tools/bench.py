@@ -322,9 +322,10 @@ def torch_ckpt(model: nn.Module, core: bool, reentrant: bool) -> Callable:
     return one_process(model)
 
 
-def make_trainer(config: gpt.GPTConfig, read: Callable, stage: int) -> train_3d.Trainer:
-    """The real loop's, on microbatches of a row, with the optimizer of the other variants."""
-    flags = f"--tp {RANKS} --pp {RANKS} --zero {stage} --clip 0 --micro-batch-size 1"
+def make_trainer(config: gpt.GPTConfig, read: Callable, stage: str) -> train_3d.Trainer:
+    """The real loop's, on microbatches of a row, with the optimizer of the other variants. stage:
+    ZeRO's, and perhaps more of its flags."""
+    flags = f"--tp {RANKS} --pp {RANKS} --clip 0 --micro-batch-size 1 --zero {stage}"
     args = options.parser().parse_args([*flags.split(), f"--global-batch-size={ROWS}"])
     trainer = train_3d.Trainer(args, config, read, torch.device("cpu"))
     trainer.optimizer = adamw([piece for _, piece, _, _ in trainer.sync.pieces()])
@@ -332,7 +333,7 @@ def make_trainer(config: gpt.GPTConfig, read: Callable, stage: int) -> train_3d.
     return trainer
 
 
-def ours_3d(model: nn.Module, stage: int) -> Callable:
+def ours_3d(model: nn.Module, stage: str) -> Callable:
     tokens = []  # of this replica
     trainer = make_trainer(model.config, lambda step, rows: tokens, stage)
 
@@ -438,8 +439,10 @@ CKPT_THEIRS = {
     for reentrant in (False, True)
 }  # fmt: skip
 LOOP_OURS = {
-    ("3d", f"ZeRO-{stage}"): (ROWS // RANKS, functools.partial(ours_3d, stage=stage))
-    for stage in (0, 1, 3)
+    ("3d", f"ZeRO-{name}"): (ROWS // RANKS, functools.partial(ours_3d, stage=stage))
+    for name, stage in {
+        "0": "0", "1": "1", "3": "3", "3 kept": "3 --zero-reshard-after-forward 0"
+    }.items()
 }
 LOOP_THEIRS = {
     f"pipelining, DTensor, fully_shard{kept}": (
@@ -638,7 +641,7 @@ def loop_shares(config: gpt.GPTConfig, steps: int = 10) -> dict[str, float]:
         return call
 
     read = functools.partial(data.batch, tokens, seq_len=config.seq_len, seed=0)
-    trainer = make_trainer(config, timed("data", read), stage=1)
+    trainer = make_trainer(config, timed("data", read), stage="1")
     trainer._global_stats = timed("norm", trainer._global_stats)
     with tempfile.NamedTemporaryFile("w") as file, contextlib.redirect_stdout(file):
         logger = measure.Logger(file.name, steps, steps, ROWS * config.seq_len)
