@@ -162,6 +162,12 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
 def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 256, 8)})
     out, suite = tmp_path / "bench.json", bench.SUITES[name]
+    if name == "3d":  # 8 ranks a variant: some of them
+        some = ([("3d", "ZeRO-1"), ("3d", "ZeRO-3 kept")], [list(suite.theirs)[-1]])
+        ours, theirs = ({key: d[key] for key in keys}
+                        for d, keys in zip(suite[:2], some, strict=True))  # fmt: skip
+        suite = suite._replace(ours=ours, theirs=theirs)
+        monkeypatch.setitem(bench.SUITES, name, suite)
     arguments = f"bench {name} --sizes 256 --minutes 0 --steps 1 --out {out}"
     monkeypatch.setattr("sys.argv", arguments.split())
     bench.main()
@@ -325,7 +331,8 @@ def test_sampling_from_a_checkpoint(tmp_path):
                 clip=1.0, masked=False, b=8)  # fmt: skip
     launch(4, trained, case, str(tmp_path), str(tmp_path))
     flags = ["--prompt", "abc", "--n", "9"]
-    for how in (["--temperature", "0"], ["--top-k", "1"], ["--temperature", "0.01"]):
+    for how in (["--temperature", "0"], ["--top-k", "1", "--temperature", "9"],
+                ["--temperature", "0.01"]):
         (text,) = launch(1, sampled, str(tmp_path), *flags, *how)
         assert text == "abcdefghabcd\n", how
     (hot,), (again,) = (launch(1, sampled, str(tmp_path), *flags, "--temperature", "9")

@@ -556,33 +556,34 @@ def test_warmup_and_cosine():
         assert gpt.learning_rate(0, steps, None, 1.0) == pytest.approx(1 / warmup)
 
 
-@pytest.mark.parametrize(
-    "flag, means", [("--sequence-parallel", "t is 1"), ("--zero 2", "d is 1")]
-)
-def test_what_means_nothing_alone_is_said_once_and_changes_nothing(flag, means, text):
-    plain, with_it = (
-        run(0, "train_3d.py", *TINY, "--data", text, *flags) for flags in ((), flag.split())
-    )
-    assert plain.stdout.splitlines()[-1] == with_it.stdout.splitlines()[-1]
-    said = [line for line in with_it.stdout.splitlines() if line.startswith(flag)]
-    assert len(said) == 1 and means in said[0] and means not in plain.stdout
+def described(*flags: str) -> tuple[list[str], torch.Tensor]:
+    """(what is said at the start, loss and norm of two steps), of one process."""
+    args = options.parser().parse_args([*TINY, *flags])
+    config, said = options.check(args, 1), []
+    trainer = train_3d.Trainer(args, config, reader(Case(vocab_size=256, seq_len=16)),
+                               torch.device("cpu"))  # fmt: skip
+    train_3d.describe(trainer, SimpleNamespace(say=said.append))
+    return said[1:], torch.stack([trainer.step(step) for step in range(2)])
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, said, changes",
     [
-        ("--dropout 0.1", "--dropout: attention is explicit"),
-        ("--recompute selective", "--recompute selective: sdpa keeps no s x s"),
-        ("--recompute offload", "--recompute offload: device and host are one here"),
-        ("--dropout 0.1 --attention explicit --recompute selective", None),
+        ("--sequence-parallel", "--sequence-parallel: t is 1", False),
+        ("--zero 2", "--zero 2: d is 1", False),
+        ("--dropout 0.1", "--dropout: attention is explicit", True),
+        ("--recompute selective", "--recompute selective: sdpa keeps no s x s", False),
+        ("--recompute offload", "--recompute offload: device and host are one here", False),
+        ("--dropout 0.1 --attention explicit --recompute selective", None, True),
     ],
 )
-def test_what_a_flag_implies_is_said_once(flags, said, text):
-    result = run(0, "train_3d.py", *TINY, "--data", text, *flags.split())
-    assert result.returncode == 0
-    lines = [line for line in result.stdout.splitlines() if line.startswith("--")
-             and not line.startswith("---")]  # fmt: skip
-    assert len(lines) == (said is not None) and all(line.startswith(said) for line in lines)
+def test_what_a_flag_implies_is_said_once(flags, said, changes):
+    ((nothing, plain),), ((lines, with_it),) = (
+        launch(1, described, *given) for given in ((), flags.split())
+    )
+    assert nothing == [] and len(lines) == (said is not None)
+    assert all(line.startswith(said) for line in lines)
+    assert torch.equal(plain, with_it) != changes
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(text):
