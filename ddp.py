@@ -49,10 +49,11 @@ from torch import Tensor, nn
 
 def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Valid targets (not -1) of the whole batch, known before the first backward: every loss is
-    divided by it. The mean of each rank's mean would weigh ranks and not tokens."""
+    divided by it. The mean of each rank's mean would weigh ranks and not tokens. At least 1: a
+    batch without any has a loss of 0, and not 0/0, which no later step would get rid of."""
     count = (targets >= 0).sum()
     dist.all_reduce(count, group=group)  # payload: 1
-    return count
+    return count.clamp(min=1)
 
 
 def check_same_parameters(
@@ -154,7 +155,7 @@ class DDP:
         # A guess until the first step has shown it: the last layer's gradients are ready first.
         self._lay_out([p for _, p in reversed(self.parameters)])
         self.ready: list[nn.Parameter] = []  # in the order in which gradients were complete
-        self.steps, self.learned = 0, False
+        self.learned = False
         self.start()
 
     def _lay_out(self, order: list[nn.Parameter]) -> None:
@@ -163,7 +164,6 @@ class DDP:
         self.bucket_of: dict[nn.Parameter, int] = {}
         members, size = [], 0
         for i, p in enumerate(order):
-            p.grad = None  # its old bucket can go
             members.append(p)
             size += p.numel() * p.element_size()
             full = size >= (self.bucket_bytes if self.buckets else self.bucket_bytes // 25)
@@ -171,6 +171,9 @@ class DDP:
                 flat = p.new_zeros(sum(q.numel() for q in members), dtype=self.grad_dtype)
                 parts = flat.split([q.numel() for q in members])
                 for q, part in zip(members, parts, strict=True):
+                    if q.grad is not None:  # of the first step, from its old bucket
+                        part.copy_(q.grad.flatten())
+                    q.grad = None
                     q.grad_dtype = self.grad_dtype  # bf16 gradients may add up in fp32
                     q.grad = part.view_as(q)
                     self.bucket_of[q] = len(self.buckets)
@@ -178,8 +181,10 @@ class DDP:
                 members, size = [], 0
 
     def _learn(self) -> None:
-        """After the first step: lay the buckets out anew, in the order seen on the group's first
-        rank; parameters without a gradient in that step come last."""
+        """After the first step's last backward: lay the buckets out anew, in the order seen on the
+        group's first rank; parameters without a gradient in that step come last. Before any has
+        left, so that all steps are summed in one layout: a ring adds in an order that depends on
+        the place in a bucket, and a run that begins again must come to the same bits."""
         number = {p: i for i, (_, p) in enumerate(self.parameters)}
         order = dict.fromkeys([*self.ready, *number])
         numbers = torch.tensor([number[p] for p in order], device=self.buckets[0].device)
@@ -189,8 +194,6 @@ class DDP:
 
     def start(self) -> None:
         """Before the first backward of a step: gradients to zero, counters to the full."""
-        if self.steps == 1 and not self.learned:
-            self._learn()
         for name, p in self.parameters:
             if not p.requires_grad:
                 raise ValueError(f"{name} was frozen: its bucket would leave late, at every step; "
@@ -216,7 +219,8 @@ class DDP:
         self.waiting[self.bucket_of[p]] -= 1
         # In bucket order and no other, though a later bucket may fill first on some rank:
         # collectives are matched by order, and the ranks must agree on it.
-        while len(self.launched) < len(self.buckets) and self.waiting[len(self.launched)] == 0:
+        while (self.learned and len(self.launched) < len(self.buckets)
+               and self.waiting[len(self.launched)] == 0):  # fmt: skip
             self._launch()
 
     def _launch(self) -> None:
@@ -231,13 +235,14 @@ class DDP:
             if p.grad is None or p.grad.untyped_storage().data_ptr() != start:
                 raise ValueError(f"{name}: its .grad was replaced and is in no bucket; start() "
                                  "zeroes gradients, zero_grad() must not")  # fmt: skip
+        if not self.learned:
+            self._learn()
         while len(self.launched) < len(self.buckets):
             self._launch()
         for flat, (sent, handle) in zip(self.buckets, self.launched, strict=True):
             handle.wait()
             flat.copy_(sent)
         self.launched = []
-        self.steps += 1
 
     def pieces(self) -> list[tuple[str, Tensor, nn.Parameter, int]]:
         """What this rank's optimizer updates: (name, tensor, parameter it is of, offset in it). The

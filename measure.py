@@ -223,7 +223,7 @@ class Trace:
         rank, best = dist.get_rank(), (float("inf"), 0.0)
         answer = torch.zeros(1, dtype=torch.float64, device=self.device)
         for other in range(1, dist.get_world_size()):
-            for _ in range(5 if rank in (0, other) else 0):
+            for _ in range(20 if rank in (0, other) else 0):
                 if rank == other:
                     dist.recv(answer, src=0)
                     dist.send(answer.fill_(time.perf_counter()), dst=0)
@@ -375,10 +375,13 @@ def lost_collective(error: BaseException) -> str | None:
 TOLERANCE = 1e-12  # of float64; rounding of sums in another order stays below, bugs do not
 
 
-def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """max|a - b| / max|b| for each name in `actual`. max|b| has a floor of 1e-6 of the largest
-    entry of all: some gradients are truly 0 (a key's bias moves all scores of a row alike)."""
-    floor = 1e-6 * max((t.abs().max().item() for t in expected.values() if t.numel()), default=1.0)
+def relative_errors(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-6
+) -> dict[str, float]:
+    """max|a - b| / max|b| for each name in `actual`. max|b| is taken to be at least `floor` of the
+    largest entry of all: some gradients are truly 0 (a key's bias moves all scores of a row
+    alike), and have rounding left alone."""
+    floor *= max((t.abs().max().item() for t in expected.values() if t.numel()), default=1.0)
     return {
         name: (a - expected[name]).abs().max().item()
         / max(expected[name].abs().max().item(), floor, 1e-300)

@@ -25,10 +25,10 @@ import measure
 import options
 import tensor_parallel
 import train_3d
-from tests.test_train_3d import ROOT, TINY, command_line, environment, read_log, run, text  # noqa: F401
-from tools.drill import ranks_of
+from tests.commands import ROOT, TINY, Forked, command_line, environment, forked, read_log
+from tests.test_train_3d import text  # noqa: F401
 from tools.fuzz import draw_resume
-from tools.oracle import STEPS, Case, judge, launch, reader
+from tools.oracle import STEPS, Case, judge, launch, reader, trainer_of
 
 # --- rectangles -----------------------------------------------------------------------------------
 
@@ -113,7 +113,12 @@ def test_saved_in_one_layout_and_resumed_in_another_is_the_undisturbed_run(case)
 
 
 @pytest.mark.parametrize(
-    "case", [Case(t=2, p=2, d=2, m=3, zero=2, schedule="zb-v", n_layer=6, dropout=0.1)], ids=str
+    "case",
+    [
+        Case(t=2, p=2, d=2, m=3, zero=2, schedule="zb-v", n_layer=6, dropout=0.1),
+        Case(d=4, n_layer=2),  # a ring adds in an order that depends on the place in a bucket
+    ],
+    ids=str,
 )
 def test_the_same_layout_goes_on_bit_by_bit(case, tmp_path):
     undisturbed = launch(case.world_size, steps_of, case, "", 0, STEPS)
@@ -128,9 +133,7 @@ def test_the_same_layout_goes_on_bit_by_bit(case, tmp_path):
 
 def steps_of(case: Case, folder: str, first: int, end: int) -> tuple[torch.Tensor, list]:
     """(stats of the steps, parameters afterwards)."""
-    args = options.parser().parse_args(case.arguments())
-    config = options.check(args, case.world_size)
-    trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"))
+    trainer = trainer_of(case)
     if first:
         load(trainer, folder)
     stats = torch.stack([trainer.step(step) for step in range(first, end)])
@@ -430,13 +433,6 @@ def test_a_kill_at_the_very_end_of_a_save_leaves_the_one_before(tmp_path):
 # --- the command ----------------------------------------------------------------------------------
 
 
-def launched(ranks: int, *flags) -> subprocess.Popen:
-    return subprocess.Popen(
-        command_line(ranks, "train_3d.py", *TINY, *flags), cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 def by_step(path) -> dict[int, tuple]:
     """(loss, norm) by step; that of a step which is there twice is the same."""
     rows: dict[int, tuple] = {}
@@ -452,15 +448,17 @@ def test_a_run_in_three_parts_and_three_layouts(text, tmp_path):  # noqa: F811
     not given again. Then there is nothing left to do."""
     plain, log, folder = tmp_path / "plain", tmp_path / "log", tmp_path / "saves"
     base = ["--data", text, "--steps", 6, "--val-every", 0, "--print-every", 1]
-    assert run(0, "train_3d.py", *TINY, *base, "--log", plain).returncode == 0
+    assert forked(0, train_3d.main, *TINY, *base, "--log", plain).returncode == 0
     keep = ["--checkpoint-dir", folder, "--save-every", 1, "--log", log]
-    first = run(4, "train_3d.py", *TINY, *base, *keep, "--tp", 2, "--pp", 2, "--stop-after", 3)
+    ranks = ["--tp", 2, "--pp", 2, "--stop-after", 3]
+    first = forked(4, train_3d.main, *TINY, *base, *keep, *ranks)
     assert first.returncode == 0 and sorted(os.listdir(folder)) == ["step-2", "step-3"], first
     assert len(re.findall(r"^step +\d/6  saved  .* MB in .* training stood still for \d+ ms$",
                           first.stdout, re.MULTILINE)) == 3  # fmt: skip
     truncate(folder / "step-3" / "__2_0.distcp")
     here = ["--device", "cpu", "--micro-batch-size", 1, "--val-every", 0, "--print-every", 1]
-    rest = run(2, "train_3d.py", *here, *keep, "--resume", "--zero", 3, "--recompute", "full")
+    keep.append("--resume")
+    rest = forked(2, train_3d.main, *here, *keep, "--zero", 3, "--recompute", "full")
     assert rest.returncode == 0, rest.stderr
     assert re.search("--resume: .*step-3/__2_0.distcp has .* bytes.*; so from the one before\n"
                      "--resume: .*step-2 after step 2\n", rest.stdout), rest.stdout  # fmt: skip
@@ -472,7 +470,7 @@ def test_a_run_in_three_parts_and_three_layouts(text, tmp_path):  # noqa: F811
     for step, rows in seen.items():
         for row in rows:
             assert row == pytest.approx(expected[step], rel=1e-12, abs=0)
-    last = run(0, "train_3d.py", *here, *keep, "--resume")
+    last = forked(0, train_3d.main, *here, *keep)
     assert last.returncode == 0 and "step 6 of 6 is done: nothing to train" in last.stdout
 
 
@@ -483,42 +481,50 @@ def test_a_run_in_three_parts_and_three_layouts(text, tmp_path):  # noqa: F811
 def test_a_signal_ends_the_run_saved(ranks, number, to, text, tmp_path):  # noqa: F811
     """torchrun passes the signal on, and returns 1 itself. One rank alone tells the others."""
     folder = tmp_path / "saves"
-    job = launched(ranks, "--data", text, "--steps", 100_000, "--val-every", 0, "--print-every", 1,
-                   "--checkpoint-dir", folder, "--save-every", 0)  # fmt: skip
+    flags = [*TINY, "--data", text, "--steps", 100_000, "--val-every", 0, "--print-every", 1,
+             "--checkpoint-dir", folder, "--save-every", 0]  # fmt: skip
+    if to == "torchrun":
+        out, errors, code = signalled_under_torchrun(ranks, number, *flags)
+    else:
+        with Forked(ranks, train_3d.main, *flags) as job:
+            job.until("step ")
+            os.kill(job.pids[-1], number)
+            code = max(job.wait())
+            out, errors = job.read("out"), job.read("errors")
+        assert "Traceback" not in errors
+    stopped = int(re.search(r"stopped by a signal after step (\d+)", out)[1])
+    assert os.listdir(folder) == [f"step-{stopped}"]
+    assert code == (1 if to == "torchrun" else 0), errors
+    assert "FAILED" not in errors  # no rank has
+
+
+def signalled_under_torchrun(ranks: int, number: int, *flags) -> tuple[str, str, int]:
+    job = subprocess.Popen(
+        command_line(ranks, "train_3d.py", *flags), cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     try:
         for line in job.stdout:
             if line.startswith("step"):
                 break
-        os.kill(ranks_of(job)[1] if to == "one rank" else job.pid, number)
-        out, errors = job.communicate(timeout=60)
+        os.kill(job.pid, number)
+        return *job.communicate(timeout=60), job.returncode
     finally:
         job.kill()
-    stopped = int(re.search(r"stopped by a signal after step (\d+)", out)[1])
-    assert os.listdir(folder) == [f"step-{stopped}"]
-    assert job.returncode == (1 if to == "torchrun" else 0), errors
-    assert "Traceback" not in errors or to == "torchrun"
-    assert "FAILED" not in errors  # no rank has
 
 
 def test_a_hung_collective_ends_with_its_name(text):  # noqa: F811
     flags = "--steps 100000 --tp 2 --val-every 0 --print-every 1 --timeout 3 --data".split()
-    job = launched(2, *flags, text)
-    try:
-        for line in job.stdout:
-            if line.startswith("step"):
-                break
+    with Forked(2, train_3d.main, *TINY, *flags, text) as job:
+        job.until("step ")
         start = time.monotonic()
-        rank_1 = ranks_of(job)[1]
-        os.kill(rank_1, signal.SIGSTOP)
-        ours = next(line for line in job.stderr if line.startswith("train_3d.py:"))
-        assert 2 < time.monotonic() - start < 20
-        os.kill(rank_1, signal.SIGKILL)  # torchrun would ask it first, for half a minute
-        _, errors = job.communicate(timeout=60)
-    finally:
-        job.kill()
-    assert job.returncode == 1 and "train_3d.py:" not in errors.replace("train_3d.py FAILED", "")
-    assert re.match(r"train_3d.py: rank 0: all_reduce over (tp \[0, 1\]|all ranks) failed, since a "
-                    r"rank did not come: \w+.py:\d+, \w+: ", ours), ours  # fmt: skip
+        os.kill(job.pids[1], signal.SIGSTOP)
+        job.processes[0].join(30)
+        errors = job.read("errors")
+        assert job.processes[0].exitcode == 1 and 2 < time.monotonic() - start < 20
+    said = (r"train_3d.py: rank 0: all_reduce over (tp \[0, 1\]|all ranks) failed, since a rank "
+            r"did not come: \w+.py:\d+, \w+: .*\n")  # fmt: skip
+    assert re.fullmatch(said, errors), errors
 
 
 # --- GPT-2 in and out -----------------------------------------------------------------------------
@@ -580,9 +586,9 @@ def test_our_gpt2_is_theirs_again(theirs, text, tmp_path):  # noqa: F811
         flags = ["--data", text, "--device", "cpu", "--val-every", 0, "--lr", lr, "--steps", 2,
                  "--global-batch-size", 4, "--micro-batch-size", 1]  # fmt: skip
         layout = ["--tp", 2, "--pp", 2, "--schedule", "zb-h1", "--checkpoint-dir", saves]
-        result = run(4, "train_3d.py", *flags, *layout, "--init-from", folder)
+        result = forked(4, train_3d.main, *flags, *layout, "--init-from", folder)
         assert result.returncode == 0, result.stderr
-        result = run(0, "train_3d.py", "--resume", "--checkpoint-dir", saves, "--export", out)
+        result = forked(0, train_3d.main, "--resume", "--checkpoint-dir", saves, "--export", out)
         assert result.returncode == 0, result.stderr
         again = transformers.GPT2LMHeadModel.from_pretrained(out).eval()
         assert again.dtype == torch.float32

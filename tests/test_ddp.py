@@ -7,7 +7,7 @@ import torch.distributed as dist
 import ddp
 import measure
 import zero
-from tools.oracle import launch
+from tools.oracle import Case, judge, launch
 
 
 def model() -> torch.nn.Sequential:
@@ -34,10 +34,11 @@ def naive_and_bucketed():
             naive(x).sum().backward()
             with seen:
                 bucketed(x).sum().backward()
-                if i < m - 1:
+                if i < m - 1 or step == 0:
                     assert len(seen.calls) == calls, "met too early"
-        assert len(sync.launched) == len(sync.buckets), "one waited for the end of backward"
-        calls += len(sync.buckets)
+        on_time = len(sync.buckets) if step > 0 else 0  # in the first step the order is learned
+        assert len(sync.launched) == on_time, "one waited for the end of backward"
+        calls = len(seen.calls)
         sync.finish()
         ddp.all_reduce_gradients(naive.parameters(), group)
     for a, b in zip(naive.parameters(), bucketed.parameters(), strict=True):
@@ -51,7 +52,7 @@ def naive_and_bucketed():
 def test_bucketed_equals_naive_and_leaves_during_the_last_backward(d):
     for total, calls in launch(d, naive_and_bucketed):
         psi = sum(p.numel() for p in model().parameters())
-        assert total == (calls, 3 * ddp.predicted_payload(psi)) and calls > 3
+        assert total == (calls, 2 * ddp.predicted_payload(psi)) and calls > 3
 
 
 def unused():
@@ -94,6 +95,17 @@ def count():
 
 def test_the_count_is_of_tokens_and_not_a_mean_of_ranks():
     assert launch(2, count) == [7, 7]
+
+
+def count_of_none():
+    return ddp.global_count(torch.full((2, 3), -1), dist.group.WORLD).item()
+
+
+def test_a_batch_without_a_valid_token_is_not_divided_by_0():
+    """Found by fuzz: one such batch made every parameter NaN."""
+    assert launch(2, count_of_none) == [1, 1]
+    errors = judge(Case(t=2, m=1, b=1, seq_len=2))  # its step 0 has none
+    assert errors.worst <= measure.TOLERANCE, errors
 
 
 def ranks_fill_buckets_in_different_orders(kind):
@@ -144,7 +156,7 @@ def learned_order():
 
 def test_buckets_follow_the_order_that_the_first_step_showed():
     for orders in launch(2, learned_order):
-        assert orders == [list("dcba"), list("acbd"), list("acbd")]
+        assert orders == [list("acbd")] * 3
 
 
 def test_flat_is_one_call():

@@ -19,8 +19,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import activation_ckpt
 import checkpoint
 import data
+import ddp
 import gpt
 import measure
 import options
@@ -28,14 +30,9 @@ import pipeline
 import tensor_parallel
 import train_3d
 import zero
+from tests.commands import ROOT, TINY, command_line, environment, forked, read_log, run
 from tools.drill import ranks_of
 from tools.oracle import Case, judge, launch, reader
-
-ROOT = Path(__file__).parent.parent
-TINY = (
-    "--n-layer 2 --n-head 2 --n-embd 16 --seq-len 16 --global-batch-size 8 --micro-batch-size 2 "
-    "--steps 4 --dtype float64 --val-batches 2 --device cpu"
-).split()
 
 
 @pytest.fixture
@@ -43,23 +40,6 @@ def text(tmp_path) -> str:
     path = tmp_path / "text"
     path.write_bytes(b"to be or not to be, that is the question. " * 60)
     return str(path)
-
-
-def command_line(ranks: int, *script) -> list[str]:
-    """0 ranks: plain. The lone -- keeps torchrun from reading our --log as its own --log-dir."""
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node".split()
-    return [sys.executable, *((*launcher, str(ranks), "--") if ranks else ()), *map(str, script)]
-
-
-def environment(threads: int = 1) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-
-
-def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command_line(ranks, *script), cwd=ROOT, env=environment(threads), capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -250,26 +230,25 @@ def test_refused_under_torchrun_too():
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def read_log(path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 def test_launched_runs_are_the_plain_one(text, tmp_path):
     """The same command, plain with 1 and 2 threads and under torchrun: rows, validation, sample."""
     logs, samples = {}, {}
     launches = {
-        "plain": (0, 1, ""),
-        "two threads": (0, 2, ""),
-        "t2 p2": (4, 1, "--tp 2 --pp 2"),
-        "t2 p2 sp": (4, 1, "--tp 2 --pp 2 --sequence-parallel"),
-        "p2 d2 zero": (4, 1, "--pp 2 --zero 2 --schedule gpipe --recompute full"),
+        "plain": (0, ""),
+        "two threads": (0, ""),
+        "t2 p2": (4, "--tp 2 --pp 2"),
+        "t2 p2 sp": (4, "--tp 2 --pp 2 --sequence-parallel"),
+        "p2 d2 zero": (4, "--pp 2 --zero 2 --schedule gpipe --recompute full"),
     }
-    for name, (ranks, threads, layout) in launches.items():
+    for name, (ranks, layout) in launches.items():
         log = tmp_path / name
         # 18 tokens: while the sample grows to that, it has odd lengths, and t does not divide them.
         flags = ["--data", text, "--sample", 20, "--log", log, "--val-every", 2, "--seq-len", 18]
         flags += layout.split()
-        result = run(ranks, "train_3d.py", *TINY, *flags, threads=threads)
+        if name == "t2 p2":
+            result = run(ranks, "train_3d.py", *TINY, *flags)
+        else:
+            result = forked(ranks, train_3d.main, *TINY, *flags, threads=1 + (name[:3] == "two"))
         assert result.returncode == 0, result.stderr
         logs[name] = read_log(log)
         samples[name] = result.stdout.split("--- sample after")[1].split("val loss")[0]
@@ -290,7 +269,7 @@ def test_launched_runs_are_the_plain_one(text, tmp_path):
 def test_a_trace_has_what_every_rank_did(text, tmp_path):
     path = tmp_path / "trace.json"
     flags = ["--data", text, "--pp", 2, "--schedule", "zb-h1", "--trace", path]
-    result = run(4, "train_3d.py", *TINY, *flags)
+    result = forked(4, train_3d.main, *TINY, *flags)
     assert result.returncode == 0, result.stderr
     events = json.loads(path.read_text())["traceEvents"]
     names = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
@@ -344,7 +323,8 @@ def test_a_plain_run_is_this_loop(text, tmp_path):
     """Which rows of which step are read, and which of the held-out text: launches cannot tell,
     since all of them would read the same wrong ones."""
     log = tmp_path / "log"
-    result = run(0, "train_3d.py", *TINY, "--data", text, "--log", log, "--seed", 5, "--clip", 0.5)
+    flags = ["--data", text, "--log", log, "--seed", 5, "--clip", 0.5]
+    result = forked(0, train_3d.main, *TINY, *flags)
     assert result.returncode == 0, result.stderr
     *steps, validation = read_log(log)
     model = gpt.build(gpt.GPTConfig(2, 2, 16, 256, 16), seed=5, dtype=torch.float64)
@@ -609,30 +589,26 @@ def test_a_killed_rank_ends_the_job_and_is_named(text):
 # --- what it promises about itself ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "file", ["ddp.py", "zero.py", "tensor_parallel.py", "pipeline.py", "activation_ckpt.py"]
-)
-def test_the_proof_of_each_strategy_file(file):
-    result = run(2, file)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "one process" in result.stdout and "predicted" in result.stdout
-    assert "measured" in result.stdout and "MISMATCH" not in result.stdout
+@pytest.mark.parametrize("module", [ddp, zero, tensor_parallel, pipeline, activation_ckpt])
+def test_the_proof_of_each_strategy_file(module):
+    launched = run(2, "ddp.py") if module is ddp else forked(2, module.main)
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    assert "one process" in launched.stdout and "predicted" in launched.stdout
+    assert "measured" in launched.stdout and "MISMATCH" not in launched.stdout
 
 
-def test_a_failed_proof_fails(tmp_path):
-    """The frame of the proofs, with a cost that was predicted wrongly on one rank only."""
-    script = tmp_path / "wrong.py"
-    script.write_text(
-        "import measure\n"
-        "with measure.Proof('wrong.py') as proof:\n"
-        "    proof.equal('calls', 3, 3 + proof.group.rank())\n"
-    )
-    result = run(2, script)
+def proof_of_a_cost_predicted_wrongly_on_one_rank():
+    with measure.Proof("wrong.py") as proof:
+        proof.equal("calls", 3, 3 + proof.group.rank())
+
+
+def test_a_failed_proof_fails():
+    result = forked(2, proof_of_a_cost_predicted_wrongly_on_one_rank)
     assert result.returncode != 0 and "MISMATCH" in result.stdout
 
 
 def test_a_proof_without_torchrun_says_how():
-    result = run(0, "ddp.py")
+    result = forked(0, ddp.main)
     assert result.returncode == 1
     assert result.stderr == (
         "ddp.py: start me with  torchrun --standalone --nproc-per-node 2 ddp.py\n"

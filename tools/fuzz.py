@@ -1,24 +1,26 @@
-"""Layouts drawn at random through the oracle. A failure prints the line that replays it.
+"""Configurations drawn at random, beside one process: losses, norms, every gradient and parameter.
 
-    python -m tools.fuzz --n 20 --seed 0
-    python -m tools.fuzz --case '{"t": 2, "d": 2, "zero": 1}'
+    python -m tools.fuzz --n 50 --seed 0
+    python -m tools.fuzz --case '{"t": 2, "d": 2, "zero": 1}'            replay one
 
-One in four is saved on the way and resumed in another layout. One in eight or so of the
-configurations drawn is invalid; it must be refused with a ValueError.
+One in four is saved on the way and resumed in another layout. One in eight or so is invalid; it
+must be refused in one line. What fails is made as small as can be, step by step, while it goes on
+failing. At the end: which features have met, two by two, in layouts that ran.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import random
 import sys
 import time
+from collections.abc import Iterator
 
 import activation_ckpt
-import measure
 import options
 import pipeline
-from tools.oracle import STEPS, Case, judge
+from tools.oracle import STEPS, TOLERANCES, Case, judge
 
 # What may be another after a save and a resume; and the rows of a microbatch, and how many.
 LAYOUT = ("t", "p", "d", "zero", "shard_size", "reshard", "schedule", "chunks", "sequence",
@@ -80,6 +82,8 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
         # What t does not divide is refused; some of those is tried.
         seq_len=rng.randint(1, 12) * (t if sequence and rng.random() < 0.9 else 1),
         bucket_bytes=rng.choice((1, 500, 3000, 10**9)),
+        dtype=(dtype := rng.choice(("float64",) * 4 + ("float32", "bf16"))),
+        grad_dtype=rng.choice((None, "float32", "bf16")) if dtype == "bf16" else None,
         seed=rng.randint(0, 10**6),
     )  # fmt: skip
     if rng.random() < resumes and refusal(case) is None:
@@ -106,34 +110,143 @@ def verdict(case: Case) -> tuple[bool, str]:
     except (RuntimeError, AssertionError) as error:
         return False, str(error).strip().splitlines()[-1]
     line = "  ".join(f"{kind} {getattr(errors, kind):.0e}" for kind in errors._fields[:4])
-    return errors.worst <= measure.TOLERANCE, f"{line}  largest: {errors.where}"
+    return errors.worst <= TOLERANCES[case.dtype], f"{line}  largest: {errors.where}"
 
 
-def main() -> None:
+# --- a failure, made small ------------------------------------------------------------------------
+
+PLAIN = {"t": 1, "p": 1, "d": 1, "zero": 0, "shard_size": None, "reshard": 1, "sequence": False,
+         "schedule": "1f1b", "chunks": None, "recompute": "none", "every": 1, "layers": None,
+         "dropout": 0.0, "masked": False, "clip": 0.0, "optimizer": "sgd", "attention": "sdpa",
+         "tied": False, "dtype": "float64", "grad_dtype": None, "bucket_bytes": 10**9,
+         "seed": 0}  # fmt: skip
+SMALLEST = {"m": 1, "b": 1, "n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 5, "seq_len": 1}
+
+
+def simpler(case: Case) -> Iterator[Case]:
+    """Cases with one thing less each, the largest steps first; of the same batch, if resumed."""
+    if case.resume:
+        yield dataclasses.replace(case, resume=None)
+        yield dataclasses.replace(case.parts[1][0], resume=None)  # its second layout alone
+    for name, plain in PLAIN.items():
+        if getattr(case, name) != plain:
+            yield dataclasses.replace(case, **{name: plain})
+    for name, least in SMALLEST.items():
+        value = getattr(case, name)
+        # n_embd goes in steps of heads; the rest is halved, or is one less.
+        steps = range(least, value) if name == "n_embd" else (least, value // 2, value - 1)
+        for less in sorted({n for n in steps if least <= n < value}):
+            yield dataclasses.replace(case, **{name: less})
+    for name in ("t", "p", "d"):
+        if getattr(case, name) > 2:
+            yield dataclasses.replace(case, **{name: 2})
+    for name in LAYOUT if case.resume else ():
+        if case.resume[name] != PLAIN[name]:
+            yield dataclasses.replace(case, resume=case.resume | {name: PLAIN[name]})
+
+
+def same_batch(case: Case) -> bool:
+    return len({part.d * part.m * part.b for part, _, _ in case.parts}) == 1
+
+
+def shrink(case: Case, seconds: float = 120, say=print) -> Case:
+    """The smallest case found that fails as well: of the simpler ones the first that does, again
+    and again, until none does or the time is over."""
+    end, tried = time.monotonic() + seconds, 0
+    while True:
+        for other in simpler(case):
+            if time.monotonic() > end:
+                say(f"     shrinking: {seconds:.0f} s are over, after {tried} tries")
+                return case
+            valid = all(refusal(part) is None for part, _, _ in other.parts) and same_batch(other)
+            tried += valid
+            if valid and not verdict(other)[0]:
+                case = other
+                break
+        else:
+            return case
+
+
+# --- what has met ---------------------------------------------------------------------------------
+
+
+def features(case: Case) -> list[str]:
+    """Names of what is special in it, at most 6 letters each."""
+    also = {
+        "tp": case.t > 1, "pp": case.p > 1, "dp": case.d > 1, "m>1": case.m > 1,
+        "b>1": case.b > 1, "sp": case.sequence and case.t > 1,
+        **{f"zero{n}": case.zero == n for n in (1, 2, 3)},
+        "hybrid": case.shard_size not in (None, case.d), "kept": not case.reshard,
+        **{name[:6]: case.schedule == name for name in pipeline.SCHEDULES if name != "1f1b"},
+        **{p[:6]: case.recompute == p for p in activation_ckpt.POLICIES if p != "none"},
+        "drop": case.dropout > 0, "explic": case.attention == "explicit",
+        "untied": not case.tied, "mask": case.masked, "odd v": case.vocab_size % case.t > 0,
+        "clip": case.clip == 0.1, "sgd": case.optimizer == "sgd", "fp32": case.dtype == "float32",
+        "bf16": case.dtype == "bf16", "resume": case.resume is not None,
+    }  # fmt: skip
+    return [name for name, there in also.items() if there]
+
+
+ALL = ["tp", "pp", "dp", "m>1", "b>1", "sp", "zero1", "zero2", "zero3", "hybrid", "kept", "gpipe",
+       "interl", "zb-h1", "zb-v", "select", "full", "offloa", "drop", "explic", "untied", "mask",
+       "odd v", "clip", "sgd", "fp32", "bf16", "resume"]  # fmt: skip
+ONE_OF = [("zero1", "zero2", "zero3"), ("kept", "zero1"), ("kept", "zero2"), ("fp32", "bf16"),
+          ("gpipe", "interl", "zb-h1", "zb-v"), ("select", "full", "offloa")]  # fmt: skip
+
+
+def coverage(cases: list[Case]) -> str:
+    """How often each two features were in one layout; - where they exclude each other."""
+    met = {pair: 0 for pair in itertools.combinations(ALL, 2)}
+    for case in cases:
+        for pair in itertools.combinations(sorted(features(case), key=ALL.index), 2):
+            met[pair] += 1
+    for group in ONE_OF:
+        for pair in itertools.combinations(sorted(group, key=ALL.index), 2):
+            met.pop(pair)
+    lines = []
+    for j, row in enumerate(ALL):
+        cells = (str(min(999, met[pair])) if (pair := (column, row)) in met else "-"
+                 for column in ALL[:j])  # fmt: skip
+        lines.append(f"{row:6s}" + "".join(f"{cell:>4s}" for cell in cells))
+    lines.append(" " * 6 + "".join(f"{name[:3]:>4s}" for name in ALL[:-1]))
+    never = [" and ".join(pair) for pair, n in met.items() if n == 0]
+    lines.append(f"{len(met) - len(never)} of {len(met)} pairs of features have met"
+                 + ("" if not never else "; never: " + ", ".join(never[:12]))
+                 + (f", and {len(never) - 12} more" if len(never) > 12 else ""))  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--n", type=int, default=20, help="layouts")
+    arguments.add_argument("--n", type=int, default=50, help="configurations")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--case", metavar="JSON", help="replay this one")
-    args = arguments.parse_args()
+    args = arguments.parse_args(argv)
     if args.case:
         drawn = [Case(**json.loads(args.case))]
     else:
         rng = random.Random(args.seed)
         drawn = [draw_case(rng) for _ in range(args.n)]
-    failed = refused = 0
-    since = time.monotonic()
+    failed, refused, ran, since = 0, 0, [], time.monotonic()
     for i, case in enumerate(drawn):
         ok, line = verdict(case)
-        failed += not ok
-        refused += line.startswith("refused")
+        refused += ok and line.startswith("refused")
+        ran += [case] if ok and not line.startswith("refused") else []
         state = "ok  " if ok else "FAIL"
         then = "then t{t} p{p} d{d}".format(**case.resume) if case.resume else ""
         print(f"{i + 1:4d}/{len(drawn)} {state} t{case.t} p{case.p} d{case.d} {then:13s}  {line}",
               flush=True)  # fmt: skip
         if not ok:
+            failed += 1
             print(f"     replay: python -m tools.fuzz --case '{case}'", flush=True)
-    print(f"{len(drawn) - failed - refused} equal to one process, {refused} refused, "
-          f"{failed} failed; {time.monotonic() - since:.0f} s")  # fmt: skip
+            small = shrink(case)
+            print(f"     smallest that fails: python -m tools.fuzz --case '{small}'\n"
+                  f"     {verdict(small)[1]}", flush=True)  # fmt: skip
+    seconds = time.monotonic() - since
+    if len(drawn) > 1:
+        print(coverage(ran))
+    print(f"{len(ran)} equal to one process, {refused} refused, {failed} failed; {seconds:.0f} s, "
+          f"{60 * len(drawn) / seconds:.0f} a minute")  # fmt: skip
     sys.exit(1 if failed else 0)
 
 

@@ -38,6 +38,9 @@ STEPS = 3
 # AdamW divides a gradient by its own size + EPS. Where the true gradient is 0 (a key's bias) the
 # update is (rounding, about 1e-17) x lr / EPS: torch's default of 1e-8 would show it as 1e-12.
 EPS = 1e-5
+# By dtype: what rounding stays below and bugs do not, and the floor of measure.relative_errors.
+TOLERANCES = {"float64": measure.TOLERANCE, "float32": 1e-4, "bf16": 0.3}
+FLOORS = {"float64": 1e-6, "float32": 1e-2, "bf16": 0.3}
 
 
 class Errors(NamedTuple):
@@ -87,6 +90,7 @@ class Case:
     seq_len: int = 7
     bucket_bytes: int = 3000  # a few buckets at these sizes; the default would always be one
     dtype: str = "float64"
+    grad_dtype: str | None = None
     seed: int = 0
     resume: dict | None = None
 
@@ -119,6 +123,7 @@ class Case:
         flags = [f"--{name}={value}" for name, value in pairs.items()]
         flags += [] if self.chunks is None else [f"--chunks={self.chunks}"]
         flags += [] if self.shard_size is None else [f"--zero-shard-size={self.shard_size}"]
+        flags += [] if self.grad_dtype is None else [f"--grad-dtype={self.grad_dtype}"]
         flags += [] if self.layers is None else [f"--recompute-layers={self.layers}"]
         flags += [] if self.reshard else ["--zero-reshard-after-forward=0"]
         flags += ["--sequence-parallel"] if self.sequence else []
@@ -222,13 +227,15 @@ def reader(case: Case) -> Callable:
 
 
 def reference(case: Case, model: Callable | None = None) -> dict:
-    """One process, no strategies: losses, norms, last gradients (clipped), parameters."""
+    """One process, no strategies, float64: losses, norms, last gradients (clipped), parameters. In
+    another dtype the layout begins with rounded weights, and so does this."""
     args = options.parser().parse_args(case.arguments())
     config = options.check(args, case.world_size)
     with torch.device("meta"):
         whole = model() if model else gpt.GPT(config)
     dtype = options.DTYPES[case.dtype]
     gpt.init_weights(whole, case.seed, dtype, "cpu", draw)
+    whole.double()
     named = dict(gpt.named_parameters(whole))
     groups = [
         {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": args.weight_decay},
@@ -247,7 +254,7 @@ def reference(case: Case, model: Callable | None = None) -> dict:
             whole.draws.seed = case.seed
             whole.draws.at(step, range(args.global_batch_size))
         optimizer.zero_grad()
-        loss = gpt.cross_entropy(whole(x), y) / (y >= 0).sum()
+        loss = gpt.cross_entropy(whole(x), y) / (y >= 0).sum().clamp(min=1)
         loss.backward()
         clip = args.clip or float("inf")
         norms.append(torch.nn.utils.clip_grad_norm_(named.values(), clip))
@@ -263,10 +270,8 @@ def reference(case: Case, model: Callable | None = None) -> dict:
     }
 
 
-def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder: str) -> dict:
-    """On each rank: train from step `first` to `end`, and compare all that this rank holds (before
-    the last step, only loss and norm). Begins with the checkpoint in `folder` and leaves one
-    there, where the steps are not all of them."""
+def trainer_of(case: Case, **seams) -> train_3d.Trainer:
+    """This rank's, which reads the oracle's rows. seams: arguments of train_3d.Trainer."""
     args = options.parser().parse_args(case.arguments())
     config = options.check(args, case.world_size)
     small = functools.partial(ddp.DDP, bucket_bytes=case.bucket_bytes)
@@ -274,6 +279,14 @@ def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder
     trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"), **seams)
     for group in trainer.optimizer.param_groups:
         group["eps"] = EPS
+    return trainer
+
+
+def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder: str) -> dict:
+    """On each rank: train from step `first` to `end`, and compare all that this rank holds (before
+    the last step, only loss and norm). Begins with the checkpoint in `folder` and leaves one
+    there, where the steps are not all of them."""
+    trainer = trainer_of(case, **seams)
     disk = checkpoint.Checkpoints(folder, 1, dist.group.WORLD)
     if first:
         (path, about), _ = checkpoint.newest_whole(checkpoint.find(folder)[0], dist.group.WORLD)
@@ -305,8 +318,8 @@ def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder
     gradients = {n: piece.grad.flatten() for n, piece, _, _ in pieces}
     same = {n: part_of["gradient"][n].flatten()[at : at + t.numel()] for n, t, _, at in pieces}
     return errors | {
-        "gradient": measure.relative_errors(gradients, same),
-        "parameter": measure.relative_errors(parts, part_of["parameter"]),
+        "gradient": measure.relative_errors(gradients, same, FLOORS[case.dtype]),
+        "parameter": measure.relative_errors(parts, part_of["parameter"], FLOORS[case.dtype]),
     }
 
 

@@ -1,0 +1,145 @@
+"""Commands under test, launched as a user does (torchrun: 3 to 8 s, most of it imports), or forked:
+the same main() with the environment that torchrun gives, in processes that have imported it all."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--n-layer 2 --n-head 2 --n-embd 16 --seq-len 16 --global-batch-size 8 --micro-batch-size 2 "
+    "--steps 4 --dtype float64 --val-batches 2 --device cpu"
+).split()
+
+
+def command_line(ranks: int, *script) -> list[str]:
+    """0 ranks: plain. The lone -- keeps torchrun from reading our --log as its own --log-dir."""
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node".split()
+    return [sys.executable, *((*launcher, str(ranks), "--") if ranks else ()), *map(str, script)]
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+
+
+def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command_line(ranks, *script), cwd=ROOT, env=environment(threads), capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+
+
+def read_log(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Forked:
+    """main() on forked ranks (0: plain, without torchrun's environment), with these arguments.
+    before(rank): in each of them, ahead of it. Use as a context: it leaves no process behind."""
+
+    def __init__(
+        self, ranks: int, main: Callable, *argv, before: Callable = lambda rank: None,
+        threads: int = 1, variables: dict | None = None,
+    ):  # fmt: skip
+        self.folder, self.processes = tempfile.TemporaryDirectory(), []
+        port, context = free_port(), multiprocessing.get_context("fork")
+        for rank in range(max(1, ranks)):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_WORLD_SIZE": 1,
+                   "TORCHELASTIC_RUN_ID": "none"} if ranks else {}  # fmt: skip
+            own |= variables or {}
+            given = own, main, argv, before, rank, threads
+            process = context.Process(target=self._child, args=given)
+            process.start()
+            self.processes.append(process)
+
+    def _child(
+        self, own: dict, main: Callable, argv: tuple, before: Callable, rank: int, threads: int
+    ) -> None:  # fmt: skip
+        code = 1
+        try:
+            for number, name in ((1, "out"), (2, "errors")):
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                os.dup2(os.open(Path(self.folder.name) / name, flags), number)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            os.chdir(ROOT)
+            os.environ.update({name: str(value) for name, value in own.items()})
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            file = Path(sys.modules[main.__module__].__file__).name
+            sys.argv = [file, *map(str, argv)]
+            torch.set_num_threads(threads)
+            before(rank)
+            main()
+            code = 0
+        except SystemExit as end:
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.folder.cleanup()
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes]
+
+    def read(self, name: str) -> str:
+        path = Path(self.folder.name) / name
+        return path.read_text() if path.exists() else ""
+
+    def until(self, text: str, name: str = "out", timeout: float = 30) -> str:
+        """The output, when `text` is in it."""
+        deadline = time.monotonic() + timeout
+        while text not in self.read(name):
+            assert time.monotonic() < deadline, (text, self.read("out"), self.read("errors"))
+            time.sleep(0.02)
+        return self.read(name)
+
+    def wait(self, timeout: float = 60) -> list[int]:
+        """Exit codes by rank."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        assert all(p.exitcode is not None for p in self.processes), "a rank hangs: " + self.read(
+            "errors"
+        )
+        return [process.exitcode for process in self.processes]
+
+
+def forked(ranks: int, main: Callable, *argv, **options) -> subprocess.CompletedProcess:
+    """Like run(): returncode is the largest of the ranks'."""
+    with Forked(ranks, main, *argv, **options) as job:
+        codes = job.wait()
+        return subprocess.CompletedProcess(
+            [main.__module__, *argv], max(codes, key=abs), job.read("out"), job.read("errors")
+        )
