@@ -10,7 +10,7 @@ PP     = 2
 P      = 4
 M      = 8
 SCHEDULE = 1f1b
-N      = 20
+N      = 50
 SEED   = 0
 DRILLS = 20
 CHECKPOINT = checkpoints
@@ -32,7 +32,8 @@ export OMP_NUM_THREADS = 1
 TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test sample ddp zero tp pp ckpt draw links memory parity fuzz drill plot lint clean
+.PHONY: help setup train test sample ddp zero tp pp ckpt draw links memory parity fuzz zoo races drill
+.PHONY: plot lint clean
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint
 
 help:  ## this
@@ -55,28 +56,15 @@ train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 
 sample: $(SETUP)  ## text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def ' --top-k 40 --n 200"
 	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
-test: $(SETUP)  ## the whole suite (7 min)
+test: $(SETUP)  ## the whole suite (8 min)
 	$(PY) -m pytest -q $(ARGS)
 
-ddp: NPROC = 2
-ddp: $(SETUP)  ## proof of ddp.py beside one process (10 s)
-	$(TORCHRUN) $(NPROC) ddp.py
-
-zero: NPROC = 4
-zero: $(SETUP)  ## proof of zero.py (10 s)
-	$(TORCHRUN) $(NPROC) zero.py
-
-tp: NPROC = 2
-tp: $(SETUP)  ## proof of tensor_parallel.py (10 s)
-	$(TORCHRUN) $(NPROC) tensor_parallel.py
-
-pp: NPROC = 2
-pp: $(SETUP)  ## proof of pipeline.py (10 s)
-	$(TORCHRUN) $(NPROC) pipeline.py
-
-ckpt: NPROC = 2
-ckpt: $(SETUP)  ## proof of activation_ckpt.py (10 s)
-	$(TORCHRUN) $(NPROC) activation_ckpt.py
+ddp zero tp pp ckpt: NPROC = $(if $(findstring zero,$@),4,2)
+tp: FILE = tensor_parallel
+pp: FILE = pipeline
+ckpt: FILE = activation_ckpt
+ddp zero tp pp ckpt: $(SETUP)  ## the proof of each strategy file beside one process (10 s)
+	$(TORCHRUN) $(NPROC) $(or $(FILE),$@).py
 
 draw: $(SETUP)  ## a schedule's timeline, bubble and memory: P=4 M=8 SCHEDULE=zb-v (a name, a file, all)
 	@$(PY) -m tools.draw $(SCHEDULE) --p $(P) --m $(M) $(ARGS)
@@ -96,8 +84,15 @@ bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETUP)  ## ou
 parity: $(SETUP)  ## the layouts of NPROC ranks beside one process, one table (3 min)
 	$(PY) -m tools.parity --nproc $(NPROC)
 
-fuzz: $(SETUP)  ## N layouts drawn at random beside one process, from SEED (20 s)
-	$(PY) -m tools.fuzz --n $(N) --seed $(SEED)
+fuzz: $(SETUP)  ## N configurations drawn at random beside one process, from SEED (1 min)
+	$(PY) -m tools.fuzz --n $(N) --seed $(SEED) $(ARGS)
+
+zoo: $(SETUP)  ## known bugs, put into a copy one by one: which test kills each; ARGS="--only 9"
+	$(PY) -m tools.zoo $(ARGS)
+
+races: N = 20
+races: $(SETUP)  ## N runs of each overlapped path under random delays: the same bits (9 min)
+	$(PY) -m tools.races --n $(N) --seed $(SEED)
 
 drill: NPROC = 4
 drill: $(SETUP)  ## DRILLS ranks of a run killed at random; its losses stay those of one left alone (5 min)

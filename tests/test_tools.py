@@ -1,6 +1,7 @@
 """The judge is judged: it must see what is wrong, and end when ranks do not."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -25,7 +26,20 @@ import pipeline
 import train_3d
 import zero
 from measure import TOLERANCE
-from tools import bench, bench_checkpoint, draw, drill, fuzz, links, memory, parity, plot, sample
+from tools import (
+    bench,
+    bench_checkpoint,
+    draw,
+    drill,
+    fuzz,
+    links,
+    memory,
+    parity,
+    plot,
+    races,
+    sample,
+    zoo,
+)  # fmt: skip
 from tools.oracle import Case, judge, launch
 
 
@@ -93,6 +107,75 @@ def test_fuzz_reports_a_failure_with_its_replay_line(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert exit_.value.code == 1 and "FAIL" in out
     assert "replay: python -m tools.fuzz --case '{\"d\": 2}'" in out
+
+
+def test_what_fails_is_made_small(monkeypatch):
+    """Here what fails has two stages, an untied head and more than two blocks."""
+    def fails(case: Case) -> tuple[bool, str]:
+        return not (case.p > 1 and not case.tied and case.n_layer > 2), ""
+
+    monkeypatch.setattr(fuzz, "verdict", fails)
+    large = Case(t=2, p=4, d=1, m=5, zero=0, schedule="zb-h1", recompute="full", tied=False,
+                 n_layer=7, resume=dict(at=1, m=5, b=2, t=1, p=1, d=1))  # fmt: skip
+    small = fuzz.shrink(dataclasses.replace(large, resume=None))
+    assert (small.t, small.p, small.m, small.b, small.n_layer) == (1, 2, 1, 1, 3)
+    assert (small.schedule, small.recompute, small.tied) == ("1f1b", "none", False)
+    assert fuzz.refusal(small) is None and fuzz.same_batch(large)
+    assert not fuzz.same_batch(dataclasses.replace(large, m=4))
+
+
+def test_coverage_counts_pairs_that_met():
+    case = Case(t=2, d=2, zero=3, sequence=True)
+    assert fuzz.features(case)[:2] == ["tp", "dp"] and "zero3" in fuzz.features(case)
+    table = fuzz.coverage([case] * 3).splitlines()
+    assert table[0] == "tp    " and table[2] == "dp       3   0"
+    met = len(fuzz.features(case))
+    assert table[-1].startswith(f"{met * (met - 1) // 2} of 363 pairs of features have met; never")
+
+
+def test_a_slice_of_races(capsys, monkeypatch):
+    some = ("DDP, buckets", "ZeRO-3, kept", "zb-v")
+    monkeypatch.setattr(races, "PATHS", {name: races.PATHS[name] for name in some})
+    with pytest.raises(SystemExit) as end:
+        races.main(["--n", "2"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and out.count("the same to the last bit") == 3, out
+
+
+def test_the_zoo_kills_and_says_by_whom(capsys):
+    """A slice: the others are for `make zoo`; but all must apply, which is checked first."""
+    for bug in zoo.ZOO:
+        for file, old, _ in bug.edits:
+            assert (zoo.ROOT / file).read_text().count(old) == 1, (bug.name, file, old)
+    told = re.findall(r"^### (\d+)\.", (zoo.ROOT / "docs/bugs.md").read_text(), re.MULTILINE)
+    assert {*map(int, told)} == {bug.number for bug in zoo.ZOO}
+    with pytest.raises(SystemExit) as end:
+        zoo.main(["--only", "22", "35"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and out.count("killed") == 3 and "2 of 2 killed" in out, out
+    assert "by tests/test_tensor_parallel.py::test_cuts_are_torch_chunks" in out
+
+
+def test_a_bug_that_nobody_kills_fails_the_zoo(capsys):
+    test = "tests/test_gpt.py -k scales"
+    harmless = zoo.Bug(99, "no bug", [("gpt.py", "# nano trains", "# Nano trains")], test)
+    with pytest.raises(SystemExit) as end:
+        zoo.main([], [harmless], ["tests/test_gpt.py", "-k", "future"])
+    out = capsys.readouterr().out
+    assert end.value.code == 1 and "SURVIVED" in out and "0 of 1 killed" in out, out
+
+
+@pytest.mark.parametrize(
+    "edit, test, message",
+    [
+        (("gpt.py", "no such line", ""), "x", "in gpt.py this is there 0 times, expected once"),
+        (("gpt.py", "# nano trains", "#"), "tests/none.py", "tests/none.py is red without a bug"),
+    ],
+)
+def test_a_zoo_that_rots_is_refused(edit, test, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        zoo.main([], [zoo.Bug(99, "rotten", [edit], test)])
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
