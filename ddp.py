@@ -16,7 +16,8 @@ accumulation they meet once a step, when the last accumulation is in, whoever ma
 Three rungs. (1) `all_reduce_gradients`: after backward, one all-reduce a parameter. The whole idea.
 (2) `all_reduce_flat`: copied into one buffer, one call: latency is paid once.
 (3) `DDP`: gradients live in a few flat buckets, laid out in the order in which backward fills them
-(learned in the first step); a full bucket leaves at once, while backward goes on below it.
+(learned in the first step, at whose end all leave); a full bucket leaves at once from then on,
+while backward goes on below it.
 
     per rank and step   bytes held (AdamW)          payload  calls        after backward (exposed)
     naive               16 Psi (4 + 4 + 8)          Psi      parameters   all of it

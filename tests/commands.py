@@ -29,14 +29,14 @@ def command_line(ranks: int, *script) -> list[str]:
     return [sys.executable, *((*launcher, str(ranks), "--") if ranks else ()), *map(str, script)]
 
 
-def environment(threads: int = 1) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run(ranks: int, *script, threads: int = 1) -> subprocess.CompletedProcess:
+def run(ranks: int, *script) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command_line(ranks, *script), cwd=ROOT, env=environment(threads), capture_output=True,
-        text=True, timeout=120,
+        command_line(ranks, *script), cwd=ROOT, env=environment(), capture_output=True, text=True,
+        timeout=120,
     )  # fmt: skip
 
 
@@ -52,27 +52,20 @@ def free_port() -> int:
 
 class Forked:
     """main() on forked ranks (0: plain, without torchrun's environment), with these arguments.
-    before(rank): in each of them, ahead of it. Use as a context: it leaves no process behind."""
+    Use as a context: it leaves no process behind."""
 
-    def __init__(
-        self, ranks: int, main: Callable, *argv, before: Callable = lambda rank: None,
-        threads: int = 1, variables: dict | None = None,
-    ):  # fmt: skip
+    def __init__(self, ranks: int, main: Callable, *argv, threads: int = 1):
         self.folder, self.processes = tempfile.TemporaryDirectory(), []
         port, context = free_port(), multiprocessing.get_context("fork")
         for rank in range(max(1, ranks)):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_WORLD_SIZE": 1,
                    "TORCHELASTIC_RUN_ID": "none"} if ranks else {}  # fmt: skip
-            own |= variables or {}
-            given = own, main, argv, before, rank, threads
-            process = context.Process(target=self._child, args=given)
+            process = context.Process(target=self._child, args=(own, main, argv, threads))
             process.start()
             self.processes.append(process)
 
-    def _child(
-        self, own: dict, main: Callable, argv: tuple, before: Callable, rank: int, threads: int
-    ) -> None:  # fmt: skip
+    def _child(self, own: dict, main: Callable, argv: tuple, threads: int) -> None:
         code = 1
         try:
             for number, name in ((1, "out"), (2, "errors")):
@@ -86,7 +79,6 @@ class Forked:
             file = Path(sys.modules[main.__module__].__file__).name
             sys.argv = [file, *map(str, argv)]
             torch.set_num_threads(threads)
-            before(rank)
             main()
             code = 0
         except SystemExit as end:
@@ -136,9 +128,9 @@ class Forked:
         return [process.exitcode for process in self.processes]
 
 
-def forked(ranks: int, main: Callable, *argv, **options) -> subprocess.CompletedProcess:
+def forked(ranks: int, main: Callable, *argv, threads: int = 1) -> subprocess.CompletedProcess:
     """Like run(): returncode is the largest of the ranks'."""
-    with Forked(ranks, main, *argv, **options) as job:
+    with Forked(ranks, main, *argv, threads=threads) as job:
         codes = job.wait()
         return subprocess.CompletedProcess(
             [main.__module__, *argv], max(codes, key=abs), job.read("out"), job.read("errors")

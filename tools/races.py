@@ -4,9 +4,9 @@
 
 Each rank sleeps for a random while before each collective, before some of its other operations and
 before it writes its part of a checkpoint (saved after each step, while training goes on); one rank
-of each run sleeps five times as long. Losses, norms, gradients,
-parameters and what is on disk must then be, bit by bit, those of a run without delays: where
-somebody does not wait for what it uses, or changes what is under way, they are not.
+of each run sleeps five times as long. Losses, norms, gradients, parameters and what is on disk must
+then be, bit by bit, those of a run without delays: where somebody does not wait for what it uses,
+or changes what is under way, they are not.
 """
 
 import argparse

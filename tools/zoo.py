@@ -1,6 +1,6 @@
 """The bug zoo: mistakes that projects of this kind have made, put into a copy of ours one by one.
 
-    python -m tools.zoo                  all of them: which test kills each (4 min on 2 cores)
+    python -m tools.zoo                  all of them: which test kills each
     python -m tools.zoo --only 9 norm    these numbers, or with this word in the name
 
 Each is a patch, old text -> new text, and the test that is expected to turn red. If that one stays
