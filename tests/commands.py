@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: whoever is forked makes its own
+
 ROOT = Path(__file__).parent.parent
 TINY = (
     "--n-layer 2 --n-head 2 --n-embd 16 --seq-len 16 --global-batch-size 8 --micro-batch-size 2 "

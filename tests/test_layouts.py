@@ -1,4 +1,4 @@
-"""Layouts beside one process: float64, 1e-12, every gradient and every parameter after 3 steps."""
+"""Layouts beside one process: float64, 1e-12, every gradient and parameter after some steps."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ FACTORS = {
         (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2),
         (4, 1, 1), (1, 4, 1), (1, 1, 4), (3, 2, 1), (1, 3, 2), (1, 2, 4), (2, 1, 4),
     ],
-    "m": [1, 2, "p", 5],
+    "m": [1, 2, "p", 3],
     "sequence": [False, True],
     "schedule": [  # and chunks
         ("gpipe", None), ("1f1b", None), ("interleaved", 2), ("interleaved", 3), ("zb-h1", None),
@@ -40,7 +40,7 @@ FACTORS = {
     "attention": ["sdpa", "explicit"],
     "dropout": [0.0, 0.2],
     "masked": [True, False],
-    "n_layer": [4, 5],
+    "n_layer": [2, 3],
     "vocab_size": [40, 41],
     "bucket_bytes": [1, 3000, 10**9],  # one bucket a parameter, a few, one
 }  # fmt: skip
@@ -83,10 +83,11 @@ def case_of(row: dict) -> Case:
     schedule, chunks = row["schedule"]
     stages = p * (chunks or (2 if schedule == "zb-v" else 1))
     rest = {k: v for k, v in row.items() if k not in ("layout", "m", "recompute", "zero")}
-    rest |= {"schedule": schedule, "n_layer": max(row["n_layer"], stages + row["n_layer"] - 4)}
+    rest |= {"schedule": schedule, "n_layer": max(row["n_layer"], stages + row["n_layer"] - 2)}
     rest |= {"recompute": recompute, "every": every, "layers": layers}
     rest |= {"zero": zero, "shard_size": shard_size, "reshard": reshard}
-    return Case(t=t, p=p, d=d, m=m, seq_len=12, chunks=chunks, **rest)
+    # The second step finds what the first has left; more of them are for `make fuzz`.
+    return Case(t=t, p=p, d=d, m=m, seq_len=12, chunks=chunks, steps=2, **rest)
 
 
 @pytest.mark.parametrize("case", [case_of(row) for row in pairwise(FACTORS)], ids=str)
@@ -146,8 +147,8 @@ def test_gpt2s_own_vocabulary(t, sequence):
 
 def test_a_slice_of_fuzz():
     rng = random.Random(2026)
-    cases = [case for case in (draw_case(rng) for _ in range(12)) if refusal(case) is None]
-    assert len(cases) >= 8
+    cases = [case for case in (draw_case(rng) for _ in range(8)) if refusal(case) is None]
+    assert len(cases) >= 5
     for case in cases:
         ok, line = verdict(case)
         assert ok, (str(case), line)

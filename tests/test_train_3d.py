@@ -1,5 +1,6 @@
 """The command line: what it refuses, what it logs, and that a launched run is the one process."""
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -32,7 +33,7 @@ import train_3d
 import zero
 from tests.commands import ROOT, TINY, command_line, environment, forked, read_log, run
 from tools.drill import ranks_of
-from tools.oracle import Case, judge, launch, reader
+from tools.oracle import Case, judge, launch, reader, trainer_of
 
 
 @pytest.fixture
@@ -357,6 +358,22 @@ def groups_of_rank(line: str, *names: str):
     config, device = options.check(args, 8), torch.device("cpu")
     trainer = train_3d.Trainer(args, config, None, device)
     return [torch.distributed.get_process_group_ranks(getattr(trainer, n)) for n in names]
+
+
+def validated(case: Case) -> torch.Tensor:
+    trainer = trainer_of(case)
+    losses = [trainer.validate(reader(case)) for _ in range(2)]
+    trainer.step(0)
+    return torch.stack([*losses, trainer.validate(reader(case))])
+
+
+@pytest.mark.parametrize("layout", [{}, {"t": 2, "p": 2}], ids=str)
+def test_validation_drops_nothing(layout):
+    case = Case(attention="explicit", **layout)
+    plain = launch(case.world_size, validated, case)[0]
+    assert plain[0] == plain[1] != plain[2]
+    dropped = launch(case.world_size, validated, dataclasses.replace(case, dropout=0.2))[0]
+    assert torch.equal(dropped[:2], plain[:2]) and dropped[2] != plain[2]  # it trains with masks
 
 
 def test_tp_is_innermost_and_pp_outermost():

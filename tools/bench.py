@@ -79,7 +79,7 @@ import zero
 from tools import links
 from tools.oracle import launch
 
-RANKS, ROWS, WARMUP = 2, 8, 2  # ranks: along each axis that there is
+RANKS, ROWS, WARMUP, ROUNDS = 2, 8, 2, 2  # ranks along each axis that there is; rounds at least
 SIZES = {256: gpt.GPTConfig(8, 4, 256, 256, 256), 768: gpt.GPTConfig(2, 12, 768, 256, 128)}
 adamw = functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True)
 
@@ -663,12 +663,12 @@ def collect(
     suite: Suite, sizes: list[int], minutes: float, steps: int, say: Callable
 ) -> dict[int, dict]:
     """All launches, in turn: by size, by variant, one a round. A round that would end after
-    `minutes` is not begun, but for the second."""
+    `minutes` is not begun, once there are ROUNDS of them."""
     variants = {key: (m, build) for key, (m, build) in suite.ours.items()}
     variants |= {name: (m, build) for name, (m, build, _) in suite.theirs.items()}
     runs: dict[int, dict] = {h: {key: [] for key in (BASELINE, *variants)} for h in sizes}
     start, rounds, longest = time.perf_counter(), 0, 0.0
-    while rounds < 2 or time.perf_counter() - start + longest < 60 * minutes:
+    while rounds < ROUNDS or time.perf_counter() - start + longest < 60 * minutes:
         began = time.perf_counter()
         for h in sizes:
             order = sorted(variants, key=str)

@@ -92,6 +92,7 @@ class Case:
     dtype: str = "float64"
     grad_dtype: str | None = None
     seed: int = 0
+    steps: int = STEPS
     resume: dict | None = None
 
     @property
@@ -102,11 +103,11 @@ class Case:
     def parts(self) -> list[tuple["Case", int, int]]:
         """(layout, first step, step at which it ends), one after the other."""
         if self.resume is None:
-            return [(self, 0, STEPS)]
+            return [(self, 0, self.steps)]
         changed = {k: v for k, v in self.resume.items() if k != "at"}
         first = dataclasses.replace(self, resume=None)
         at = self.resume["at"]
-        return [(first, 0, at), (dataclasses.replace(first, **changed), at, STEPS)]
+        return [(first, 0, at), (dataclasses.replace(first, **changed), at, self.steps)]
 
     def arguments(self) -> list[str]:
         """The command line of train_3d.py."""
@@ -118,7 +119,7 @@ class Case:
             "dropout": self.dropout,
             "n-layer": self.n_layer, "n-head": self.n_head, "n-embd": self.n_embd,
             "vocab-size": self.vocab_size, "seq-len": self.seq_len, "dtype": self.dtype,
-            "seed": self.seed, "steps": STEPS, "lr": 1e-3, "device": "cpu",
+            "seed": self.seed, "steps": self.steps, "lr": 1e-3, "device": "cpu",
         }  # fmt: skip
         flags = [f"--{name}={value}" for name, value in pairs.items()]
         flags += [] if self.chunks is None else [f"--chunks={self.chunks}"]
@@ -248,7 +249,7 @@ def reference(case: Case, model: Callable | None = None) -> dict:
         else torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=EPS)
     )
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(case.steps):
         x, y = reader(case)(step, range(args.global_batch_size))
         if case.dropout:
             whole.draws.seed = case.seed
@@ -294,7 +295,7 @@ def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder
         checkpoint.read(path, trainer.state_to_load(about["optimizer"]), dist.group.WORLD)
         trainer.loaded()
     stats = torch.stack([trainer.step(step) for step in range(first, end)])
-    if end < STEPS:
+    if end < case.steps:
         mine, numbers = trainer.state_to_save()
         disk.save(end, mine, {"optimizer": numbers})
         disk.wait()
@@ -303,7 +304,7 @@ def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder
         kind: measure.relative_errors({"": stats[:, i]}, {"": expected[kind][first:end]})
         for i, kind in enumerate(("loss", "norm"))
     }
-    if end < STEPS:
+    if end < case.steps:
         return errors
     pieces = trainer.sync.pieces()
     trainer.sync.gather()

@@ -1,12 +1,14 @@
-"""The overlapped paths under random delays: whoever is late, every bit of the result is the same.
+"""The overlapped paths under delays: whoever is late, every bit of the result is the same.
 
     python -m tools.races --n 20 --seed 0
 
-Each rank sleeps for a random while before each collective, before some of its other operations and
-before it writes its part of a checkpoint (saved after each step, while training goes on); one rank
-of each run sleeps five times as long. Losses, norms, gradients, parameters and what is on disk must
-then be, bit by bit, those of a run without delays: where somebody does not wait for what it uses,
-or changes what is under way, they are not.
+First once with everything as late as can be: what a collective or a receive brings is there when
+somebody waits for it and not before, and what it was given must not have changed until then. Then
+n times at random: each rank sleeps for a while before each collective, before some of its other
+operations and before it writes its part of a checkpoint (saved after each step, while training goes
+on); one rank of each run sleeps five times as long. Losses, norms, gradients, parameters and what
+is on disk must then be, bit by bit, those of a run without delays: where somebody does not wait for
+what it uses, or changes what is under way, they are not.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import gpt
+import tensor_parallel
+import zero
 from tools.oracle import STEPS, Case, launch, trainer_of
 
 SIZES = dict(n_layer=4, n_head=4, n_embd=16, vocab_size=19, seq_len=8, m=4, b=1, dtype="float32")
@@ -55,6 +60,56 @@ class Delays(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Late:
+    """The handle of a collective that brings `arrived` to `to` when it is waited for."""
+
+    changed = 0  # under way
+    waiting = 0  # for somebody who waits
+
+    def __init__(self, work: dist.Work, source: torch.Tensor, to=None, arrived=None):
+        self.work, self.source, self.to, self.arrived = work, source, to, arrived
+        self.before = source.clone()
+        Late.waiting += 1
+
+    def wait(self) -> None:
+        self.work.wait()
+        Late.waiting -= 1
+        Late.changed += not torch.equal(self.source, self.before)
+        if self.to is not None:
+            self.to.copy_(self.arrived)
+
+
+def deliver_late() -> None:
+    """What this process starts from here on."""
+    reduce, batch = dist.all_reduce, dist.batch_isend_irecv
+
+    def all_reduce(x, *args, async_op=False, **kwargs):
+        if not async_op:
+            return reduce(x, *args, **kwargs)
+        arrived = x.clone()
+        return Late(reduce(arrived, *args, async_op=True, **kwargs), x, x, arrived)
+
+    def into(real: Callable) -> Callable:
+        def call(to, x, *args, **kwargs):
+            arrived = torch.empty_like(to)
+            return Late(real(arrived, x, *args, **kwargs), x, to, arrived)
+
+        return call
+
+    def batch_isend_irecv(operations):
+        places = [(o.tensor, None, None) for o in operations]
+        for i, o in enumerate(operations):
+            if o.op is dist.irecv:
+                o.tensor = torch.empty_like(o.tensor)
+                places[i] = (o.tensor.new_empty(0), places[i][0], o.tensor)
+        return [Late(work, *place) for work, place in zip(batch(operations), places, strict=True)]
+
+    dist.all_reduce, dist.batch_isend_irecv = all_reduce, batch_isend_irecv
+    for module in (zero, tensor_parallel):
+        for name in ("all_gather", "reduce_scatter"):
+            setattr(module, name, into(getattr(module, name)))
+
+
 def digest(tensors: dict[str, torch.Tensor]) -> str:
     made = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -62,19 +117,21 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return made.hexdigest()
 
 
-def train(case: Case, seed: int | None, longest: float, folder: str) -> dict[str, str]:
+def train(case: Case, seed: int | None, late: bool, longest: float, folder: str) -> dict[str, str]:
     """On each rank: a few steps, each saved during the next one. What is left, as digests by kind.
-    seed None: without delays."""
+    seed None: without random delays."""
     rank, rng = dist.get_rank(), random.Random(f"{seed} {dist.get_rank()}")
     slow = seed is not None and seed % dist.get_world_size() == rank
     delays = Delays(rng, 0.0 if seed is None else longest * (5 if slow else 1))
     write = checkpoint.Writer.write_data
 
-    def late(*args):
+    def write_slowly(*args):
         time.sleep(100 * rng.random() * delays.longest)
         return write(*args)
 
-    checkpoint.Writer.write_data = late
+    checkpoint.Writer.write_data = write_slowly
+    if late:
+        deliver_late()
     trainer = trainer_of(case)
     disk = checkpoint.Checkpoints(folder, STEPS, dist.new_group(backend="gloo"))
     stats = []
@@ -92,6 +149,8 @@ def train(case: Case, seed: int | None, longest: float, folder: str) -> dict[str
         "losses and norms": digest({"": torch.stack(stats)}),
         "gradients": digest(gradients),
         "parameters": digest(dict(gpt.named_parameters(trainer.model))),
+        "handles that nobody waited for": str(Late.waiting),
+        "tensors changed under way": str(Late.changed),
     }
     for step in range(1, STEPS + 1):
         checkpoint.read(Path(folder) / f"step-{step}", states, dist.group.WORLD)
@@ -99,9 +158,11 @@ def train(case: Case, seed: int | None, longest: float, folder: str) -> dict[str
     return digests
 
 
-def race(case: Case, seed: int | None, longest: float = 1e-3) -> list[dict[str, str]]:
+def race(
+    case: Case, seed: int | None, late: bool = False, longest: float = 1e-3
+) -> list[dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
-        return launch(case.world_size, train, case, seed, longest, folder)
+        return launch(case.world_size, train, case, seed, late, longest, folder)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,12 +173,13 @@ def main(argv: list[str] | None = None) -> None:
     since, wrong = time.monotonic(), 0
     for name, case in PATHS.items():
         expected, differ = race(case, None), set()
-        for i in range(args.n):
-            for rank, kinds in enumerate(race(case, args.n * args.seed + i)):
+        for seed in (None, *range(args.n * args.seed, args.n * (args.seed + 1))):
+            for rank, kinds in enumerate(race(case, seed, late=seed is None)):
                 differ |= {kind for kind in kinds if kinds[kind] != expected[rank][kind]}
         wrong += bool(differ)
         said = f"{', '.join(sorted(differ))} DIFFER" if differ else "the same to the last bit"
-        print(f"{name:16s} {case.world_size} ranks, {args.n} runs with delays: {said}", flush=True)
+        runs = f"{name:16s} {case.world_size} ranks, {args.n} + 1 runs with delays"
+        print(f"{runs}: {said}", flush=True)
     print(f"{len(PATHS) - wrong} of {len(PATHS)} paths; {time.monotonic() - since:.0f} s")
     sys.exit(1 if wrong else 0)
 

@@ -249,7 +249,7 @@ ZOO = [
         "tests/test_activation_ckpt.py::test_nothing_of_the_second_forward_outlives_backward"),
     Bug(37, "validation drops out", [
         ("train_3d.py", "        loss = 0.0\n        self.model.eval()\n", "        loss = 0.0\n")],
-        "tests/test_train_3d.py::test_a_plain_run_is_this_loop"),
+        "tests/test_train_3d.py::test_validation_drops_nothing"),
     Bug(38, "1F1B forwards one microbatch too many", [
         ("pipeline.py", '[(p - 1 - r, "F"), (m, "FB")]', '[(p - r, "F"), (m, "FB")]')],
         "tests/test_pipeline.py::test_bubble_and_memory_are_as_predicted"),
