@@ -41,7 +41,11 @@ class Parser(argparse.ArgumentParser):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train_3d.py: error: {message}", file=sys.stderr, flush=True)
         elif dist.is_torchelastic_launched():
-            time.sleep(3)  # when a rank leaves, torchrun ends the others: rank 0 speaks first
+            # When a rank leaves, torchrun ends the others: rank 0 speaks first. Who is still here
+            # after that is wrong where rank 0 is not; of those the first on each node speaks.
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            time.sleep(3 + local / 4)
+            print(f"train_3d.py: rank {os.environ['RANK']}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -171,6 +175,24 @@ def check(
     pipeline.split_layers(config.n_layer, sum(map(len, pipeline.stages_of(schedule))))
     tensor_parallel.check_width("--vocab-size", config.vocab_size, t)
     return config
+
+
+def check_same(args: argparse.Namespace, about: dict) -> None:
+    """Ends the job, if a rank was asked for another run than rank 0, or sees other data. Over the
+    world, before anything of the run that could hang."""
+    mine = vars(args) | about | {"torch": torch.__version__}
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    wrong = [f"rank {rank} has {name} {theirs[name]}, and rank 0 {everyone[0][name]}"
+             for rank, theirs in enumerate(everyone) for name in mine
+             if theirs.get(name) != everyone[0].get(name)]  # fmt: skip
+    if wrong:
+        if dist.get_rank() == 0:
+            more = f"; and {len(wrong) - 1} more" * (len(wrong) > 1)
+            print(f"train_3d.py: error: {wrong[0]}{more}: start all ranks with one command line "
+                  "and the same files", file=sys.stderr, flush=True)  # fmt: skip
+        dist.barrier()  # it has spoken: when a rank leaves, torchrun ends the others
+        sys.exit(2)
 
 
 def make_schedule(args: argparse.Namespace, m: int) -> pipeline.Schedule:

@@ -319,21 +319,28 @@ def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:
 
 
 def join_ranks(device: torch.device, timeout: int = 600) -> None:
-    """The process group of torchrun's ranks, or of this one process alone."""
-    on_gpu = device.type == "cuda"
+    """The process group of torchrun's ranks, or of this one process alone. Raises SystemExit if
+    they do not all come within `timeout` seconds."""
+    on_gpu, limit = device.type == "cuda", datetime.timedelta(seconds=timeout)
     if on_gpu:
         torch.cuda.set_device(device)
     store, rank, world_size = dist.HashStore(), 0, 1
-    if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun's store outlives a restart, with the addresses of ranks that are dead
-            # (pytorch#135712). With several nodes this count differs between them: see the README.
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
-        timeout=datetime.timedelta(seconds=timeout), device_id=device if on_gpu else None,
-    )  # fmt: skip
+    try:
+        if "RANK" in os.environ:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun's store outlives a restart, with the addresses of ranks that are dead
+                # (pytorch#135712). With several nodes this count differs between them: README.
+                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(restart, store)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
+            timeout=limit, device_id=device if on_gpu else None,
+        )  # fmt: skip
+    except dist.DistError as error:
+        where = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
+        sys.exit(f"train_3d.py: rank {os.environ.get('RANK', 0)}: the ranks did not meet at "
+                 f"{where} within {timeout} s: {str(error).splitlines()[0]}")  # fmt: skip
 
 
 def describe(trainer: Trainer, logger: measure.Logger) -> None:
@@ -484,6 +491,7 @@ def main() -> None:
         logger.say(line)
     try:
         join_ranks(device, args.timeout)
+        options.check_same(args, {"corpus": data.fingerprint(corpus[0])})
         draw = source.draw if source else None
         good = train(args, config, corpus, device, logger, draw, found)
         gc.unfreeze()

@@ -54,20 +54,25 @@ def free_port() -> int:
 
 class Forked:
     """main() on forked ranks (0: plain, without torchrun's environment), with these arguments.
-    Use as a context: it leaves no process behind."""
+    before: called on each rank, to break something. Use as a context: it leaves no process."""
 
-    def __init__(self, ranks: int, main: Callable, *argv, threads: int = 1):
+    def __init__(
+        self, ranks: int, main: Callable, *argv, threads: int = 1,
+        before: Callable = lambda: None, port: int | None = None,
+    ):  # fmt: skip
         self.folder, self.processes = tempfile.TemporaryDirectory(), []
-        port, context = free_port(), multiprocessing.get_context("fork")
+        port, context = port or free_port(), multiprocessing.get_context("fork")
         for rank in range(max(1, ranks)):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_WORLD_SIZE": 1,
                    "TORCHELASTIC_RUN_ID": "none"} if ranks else {}  # fmt: skip
-            process = context.Process(target=self._child, args=(own, main, argv, threads))
+            process = context.Process(target=self._child, args=(own, main, argv, threads, before))
             process.start()
             self.processes.append(process)
 
-    def _child(self, own: dict, main: Callable, argv: tuple, threads: int) -> None:
+    def _child(
+        self, own: dict, main: Callable, argv: tuple, threads: int, before: Callable
+    ) -> None:
         code = 1
         try:
             for number, name in ((1, "out"), (2, "errors")):
@@ -81,6 +86,7 @@ class Forked:
             file = Path(sys.modules[main.__module__].__file__).name
             sys.argv = [file, *map(str, argv)]
             torch.set_num_threads(threads)
+            before()
             main()
             code = 0
         except SystemExit as end:
