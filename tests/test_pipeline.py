@@ -1,14 +1,17 @@
 import doctest
 import graphlib
 import random
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import gpt
 import measure
 import pipeline
+import tensor_parallel
 from pipeline import Action, check, derive_programs, rendezvous, simulate
 from tools.oracle import draw, launch
 
@@ -350,3 +353,21 @@ def test_a_short_last_microbatch_is_refused_where_it_is_made():
     """Bug 16: its receiver expects the shape of the others."""
     with pytest.raises(RuntimeError, match=r"made \(torch.Size\(\[1, 6, 8\]\).*, not \(\(2, 6"):
         launch(2, short_microbatch)
+
+
+def left_of_a_stage_whose_w_waits(plan: dict) -> tuple[int, bool]:
+    """(what waits, whether the stage's input is gone)."""
+    model, queue = nn.ModuleDict({"up": nn.Linear(4, 4)}), []
+    tensor_parallel.parallelize(model, plan, dist.group.WORLD)
+    pipeline.defer_weight_gradients(model, queue)
+    x = torch.randn(1, 2, 4, requires_grad=True)
+    model["up"](x * 2).sum().backward()
+    gone = weakref.ref(x)
+    del x
+    return len(queue), gone() is None
+
+
+@pytest.mark.parametrize("plan", [{}, {"up": "column"}, {"up": "row"}], ids=str)
+def test_what_waits_for_its_w_keeps_no_graph(plan):
+    """A linear's input hangs on a graph, and at its end is what the stage has received."""
+    assert launch(1, left_of_a_stage_whose_w_waits, plan) == [(1, True)]
