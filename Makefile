@@ -91,7 +91,7 @@ zoo: $(SETUP)  ## known bugs, put into a copy one by one: which test kills each;
 	$(PY) -m tools.zoo $(ARGS)
 
 races: N = 20
-races: $(SETUP)  ## N runs of each overlapped path under random delays: the same bits
+races: $(SETUP)  ## N runs of each overlapped path under delays: the same bits
 	$(PY) -m tools.races --n $(N) --seed $(SEED)
 
 drill: NPROC = 4
