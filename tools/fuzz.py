@@ -101,16 +101,22 @@ def refusal(case: Case) -> str | None:
 
 
 def verdict(case: Case) -> tuple[bool, str]:
-    """(whether it is as it should be, one line)."""
+    """(whether it is as it should be, one line). What is beyond the tolerance of a narrow dtype is
+    held against one rank of ours with the same microbatches: where no strategy does anything, an
+    error of that size is rounding (bf16 in a LayerNorm over 4 entries: up to 0.4)."""
     reason = refusal(case)
     if reason is not None:
         return "\n" not in reason, f"refused: {reason}"
+    limit = TOLERANCES[case.dtype]
     try:
         errors = judge(case)
+        if errors.worst > limit and case.dtype != "float64":
+            alone = {name: PLAIN[name] for name in LAYOUT} | {"m": case.d * case.m, "resume": None}
+            limit = max(limit, 2 * judge(dataclasses.replace(case, **alone)).worst)
     except (RuntimeError, AssertionError) as error:
         return False, str(error).strip().splitlines()[-1]
     line = "  ".join(f"{kind} {getattr(errors, kind):.0e}" for kind in errors._fields[:4])
-    return errors.worst <= TOLERANCES[case.dtype], f"{line}  largest: {errors.where}"
+    return errors.worst <= limit, f"{line}  largest: {errors.where}"
 
 
 # --- a failure, made small ------------------------------------------------------------------------
