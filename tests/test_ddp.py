@@ -74,17 +74,36 @@ def test_a_parameter_unused_on_some_ranks():
     launch(2, unused)
 
 
-def too_many():
+def unused_under_zero(kind):
+    group, net = dist.group.WORLD, model()
+    sync = kind(net, group, 1)
+    for _ in range(2):  # in the second step, too, it leaves 0 and not what was there
+        sync.start()
+        (net[0](rows(0, 0)).sum() + (0 if group.rank() else net[2].bias.sum())).backward()
+        sync.finish()
+    sync.before_step()
+    for name, piece, p, _ in sync.pieces():
+        if p is net[2].bias or p is net[2].weight:
+            assert (piece.grad == (name == "2.bias")).all(), name
+
+
+@pytest.mark.parametrize("kind", [zero.Zero1, zero.Zero2])
+def test_a_parameter_unused_under_zero(kind):
+    launch(2, unused_under_zero, kind)
+
+
+def too_many(kind):
     net = model()
-    sync = ddp.DDP(net, dist.group.WORLD, 1)
+    sync = kind(net, dist.group.WORLD, 1)
     sync.start()
     net(rows(0, 0)).sum().backward()
     net(rows(0, 0)).sum().backward()
 
 
-def test_an_accumulation_too_many_is_an_error():
+@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero3])
+def test_an_accumulation_too_many_is_an_error(kind):
     with pytest.raises(RuntimeError, match="more than 1 accumulations in a step"):
-        launch(1, too_many)
+        launch(1, too_many, kind)
 
 
 def count():
@@ -183,9 +202,14 @@ def misuse(how: str, kind=ddp.DDP):
         parts["extra"] = torch.nn.Linear(1, 1, bias=False)
     if how == "frozen before":
         net[2].bias.requires_grad_(False)
+    if how == "two dtypes":
+        net[2].bias.data = net[2].bias.data.float()
     sync = kind(torch.nn.ModuleDict(parts), group, 1)
     if how == "replaced":
         net.zero_grad(set_to_none=True)
+    if how == "gone":
+        net[2].weight.requires_grad_(False)
+        net[2].weight.grad = None
     net(rows(0, 0)).sum().backward()
     sync.finish()
     if how == "frozen":
@@ -208,7 +232,13 @@ def test_misuse_is_refused_and_named(how, message):
 
 
 @pytest.mark.parametrize(
-    "how, message", [("frozen before", "2.bias is frozen"), ("replaced", "0.weight: its .grad")]
+    "how, message",
+    [
+        ("frozen before", "2.bias is frozen, or torch.float64"),
+        ("two dtypes", "2.bias is frozen, or torch.float32 beside torch.float64"),
+        ("replaced", "0.weight: its .grad was replaced"),
+        ("gone", "2.weight: its .grad was replaced"),
+    ],
 )
 def test_misuse_of_zero_is_refused_and_named(how, message):
     """Its optimizer would get zeros for ever."""

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -95,6 +97,7 @@ def test_pieces_own_every_element_once_and_padding_never(world, hybrid, stage, o
         owned = [0] * p.numel()
         for result in results:
             for n, start, length in result["pieces"]:
+                assert length, "an empty piece"
                 if n == name:
                     for i in range(start, start + length):
                         owned[i] += 1
@@ -250,3 +253,18 @@ def test_both_halves_move_what_an_all_reduce_moves():
         payload = zero.predicted_payload([1024], d, [zero.Use(0, matmul=True)])
         wire = sum(WIRE[op](d) * (p.exposed + p.hidden) for op, p in payload.items() if p.calls)
         assert 4 * wire == ddp.predicted_wire_bytes(1024, d, 4)
+
+
+def given_back_on_the_way():
+    sync = zero.Zero3(model(), dist.group.WORLD, 1)
+    unit, waited = sync.units[0], []
+    unit.reshard()
+    unit.unshard()
+    wait = unit.gathering.wait
+    unit.gathering = SimpleNamespace(wait=lambda: waited.append(wait()))
+    unit.reshard()
+    return len(waited), unit.gathering
+
+
+def test_memory_is_not_given_back_under_a_gather():
+    assert launch(2, given_back_on_the_way) == [(1, None)] * 2
