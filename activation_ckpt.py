@@ -256,6 +256,8 @@ def predicted_flops(
 
 
 def main() -> None:
+    import dataclasses
+
     from torch.utils.flop_counter import FlopCounterMode
 
     import data
@@ -272,8 +274,7 @@ def main() -> None:
         rows = range(b * proof.group.rank(), b * (proof.group.rank() + 1))
 
         def train(policy: str, every: int, layers: int | None, dropout: float):
-            config.dropout = dropout
-            model = gpt.build(config, seed=0, dtype=torch.float64)
+            model = gpt.build(dataclasses.replace(config, dropout=dropout), 0, dtype=torch.float64)
             checkpoint_blocks(model.h, policy, every, layers, model.draws.remember)
             optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
             for step in range(steps):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class GPTConfig:
     """Sizes of a GPT. `vocab_size` 256 means bytes; `attention` is "sdpa" (torch's fused kernel) or
     "explicit" (matmul, mask, softmax, dropout, matmul: the one that theory papers count); with
@@ -36,13 +36,25 @@ class GPTConfig:
     dropout: float = 0.0
 
 
-# nano trains on bytes in minutes on a laptop; the others are GPT-2's four (its table 2).
+# nano trains on bytes in minutes on a laptop; then GPT-2's four (its table 2); from gpt-1.7b on
+# Narayanan et al. 2021 (arXiv 2104.04473), table 1, and GPT-3 of their table 2.
 MODELS = {
     "nano": GPTConfig(),
     "gpt2": GPTConfig(12, 12, 768, 50257, 1024),
     "gpt2-medium": GPTConfig(24, 16, 1024, 50257, 1024),
     "gpt2-large": GPTConfig(36, 20, 1280, 50257, 1024),
     "gpt2-xl": GPTConfig(48, 25, 1600, 50257, 1024),
+    "gpt-1.7b": GPTConfig(24, 24, 2304, 51200, 2048),
+    "gpt-3.6b": GPTConfig(30, 32, 3072, 51200, 2048),
+    "gpt-7.5b": GPTConfig(36, 32, 4096, 51200, 2048),
+    "gpt-18b": GPTConfig(40, 48, 6144, 51200, 2048),
+    "gpt-39b": GPTConfig(48, 64, 8192, 51200, 2048),
+    "gpt-76b": GPTConfig(60, 80, 10240, 51200, 2048),
+    "gpt-145b": GPTConfig(80, 96, 12288, 51200, 2048),
+    "gpt-175b": GPTConfig(96, 96, 12288, 51200, 2048),
+    "gpt-310b": GPTConfig(96, 128, 16384, 51200, 2048),
+    "gpt-530b": GPTConfig(105, 128, 20480, 51200, 2048),
+    "gpt-1t": GPTConfig(128, 160, 25600, 51200, 2048),
 }
 
 

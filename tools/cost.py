@@ -1,0 +1,445 @@
+"""What a layout costs: bytes of each rank by kind, and seconds of a step by part.
+
+Composed of the strategy files' `predicted_*`, of a schedule's simulation, and of the constants of
+`Hardware`: of nothing else. `make plan` searches with it, `make published` holds it against
+published tables, `make plan-check` against this machine.
+
+    held = predicted_rank_bytes(config, Layout(tp=8, pp=16, dp=8, microbatches=192), 0)
+    times = predicted_step(config, layout, HARDWARE["a100-80"])    times.total, times.bubble, ...
+
+docs/recipe.md tells what it does not know.
+"""
+
+import functools
+from typing import NamedTuple
+
+import activation_ckpt
+import ddp
+import gpt
+import options
+import pipeline
+import tensor_parallel
+import zero
+
+# --- hardware -------------------------------------------------------------------------------------
+
+
+class Hardware(NamedTuple):
+    """A GPU, its links, and what is reached of both. Bandwidths are of one direction."""
+
+    name: str
+    tflops: float  # of dense bf16 matmuls, as the maker says
+    memory_gb: float  # 1e9 bytes
+    memory_gb_per_s: float
+    link_gb_per_s: float  # of a GPU, inside its machine
+    network_gb_per_s: float  # of a GPU's share of its machine's network
+    # Fitted to the published rows, see tools/published.py:
+    matmul: float = 0.77  # of tflops, by a large matmul
+    ramp_gflop: float = 18.0  # a matmul of this size reaches half of that
+    passes: float = 2.4  # what backward needs crosses memory so often in the forward that makes it
+    link: float = 0.86  # of link_gb_per_s, by a ring
+    network: float = 0.76  # of network_gb_per_s
+    overlap: float = 0.43  # of a collective behind compute is paid nevertheless: they share a GPU
+    # Of one call; inputs of Calculon (Isaev et al. 2023), not measured:
+    link_us: float = 10.0
+    network_us: float = 20.0
+
+
+# NVIDIA's data sheets; the network is a GPU's share of DGX machines: 8 x 100, 200, 200, 400 Gbit/s.
+HARDWARE = {
+    hardware.name: hardware
+    for hardware in (
+        Hardware("v100-32", 125, 32, 900, 150, 12.5),
+        Hardware("a100-40", 312, 40, 1555, 300, 25),
+        Hardware("a100-80", 312, 80, 2039, 300, 25),
+        Hardware("h100-80", 989, 80, 3350, 450, 50),
+    )
+}
+
+
+class Program(NamedTuple):
+    """What a training program does that its layout does not say. The default is ours, in bf16."""
+
+    itemsize: int = 2
+    grad_itemsize: int = 4
+    hides_tp: bool = True  # backward's collectives of tp run beside the weights' gradients
+    hides_dp: bool = True  # gradients meet while backward goes on
+    scatters: bool = False  # of a boundary each tp rank sends its part, and then they gather it
+    waits: bool = False  # for its transfers, instead of computing meanwhile
+
+
+OURS = Program()
+
+
+class Layout(NamedTuple):
+    tp: int
+    pp: int
+    dp: int
+    zero: int = 0
+    micro_batch_size: int = 1
+    microbatches: int = 1
+    recompute: str = "full"
+    schedule: str = "1f1b"
+    chunks: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def cut(config: gpt.GPTConfig, layout: Layout) -> list[range]:
+    """Blocks by stage, as the trainer cuts."""
+    return _cut(config, layout.pp * layout.chunks)
+
+
+@functools.lru_cache(1024)
+def _cut(config: gpt.GPTConfig, n: int) -> list[range]:
+    embedding, block, head = gpt.flops_per_token(config)
+    return pipeline.split_layers(config.n_layer, n, embedding / block, head / block)
+
+
+def stages(layout: Layout, pp_rank: int) -> list[int]:
+    """The stages of a rank: in turn, or down and up again."""
+    p, n = layout.pp, layout.pp * layout.chunks
+    return [pp_rank, n - 1 - pp_rank] if layout.schedule == "zb-v" else [*range(pp_rank, n, p)]
+
+
+def units(config: gpt.GPTConfig, t: int, n_layer: int, first: bool, last: bool) -> list[int]:
+    """Parameters that a tp rank holds of a pp rank's layers, by ZeRO's units: what is cut over tp
+    is 12 h^2 + 7 h of a block and the rows of the two tables; 6 h of a block is whole. (Of an odd
+    vocabulary, the first tp rank's, which has most.)"""
+    h, v = config.n_embd, -(-config.vocab_size // t)
+    table, blocks = v * h, [(12 * h * h + 7 * h) // t + 6 * h] * n_layer
+    ends = [table, config.seq_len * h] * first, [2 * h] + [table] * (not (config.tied and first))
+    return [*ends[0], *blocks, *(ends[1] if last else ())]
+
+
+@functools.lru_cache(4096)
+def rows(name: str, p: int, m: int, v: int) -> pipeline.Schedule:
+    return pipeline.SCHEDULES[name](p, m, v)
+
+
+def enough(layout: Layout) -> int:
+    """Microbatches after which a schedule only repeats itself (those of gpipe never do)."""
+    p, m = layout.pp, layout.microbatches
+    return m if layout.schedule == "gpipe" else min(m, 3 * p + m % p)
+
+
+@functools.lru_cache(1 << 16)
+def states(config: gpt.GPTConfig, layout: Layout, pp_rank: int, program: Program) -> dict[str, int]:
+    """Parameters, gradients, optimizer, and the buffers that come with them: of ZeRO-3 two whole
+    units and the gradients of one. (Of the layout what they depend on, see `lean`.)"""
+    d, split, mine = layout.dp, cut(config, layout), stages(layout, pp_rank)
+    n_layer = sum(len(split[k]) for k in mine)
+    numels = units(config, layout.tp, n_layer, 0 in mine, len(split) - 1 in mine)
+    names = {2: "bf16", 4: "float32", 8: "float64"}
+    dtypes = [options.DTYPES[names[n]] for n in (program.itemsize, program.grad_itemsize)]
+    if layout.zero and d > 1:
+        held = zero.predicted_bytes(numels, d, 0, layout.zero, *dtypes)
+    else:
+        held = ddp.predicted_bytes(sum(numels), *dtypes)
+    whole = max(numels) * (2 * program.itemsize + program.grad_itemsize)
+    return held | {"buffers": whole if layout.zero == 3 and d > 1 else 0}
+
+
+@functools.lru_cache(1 << 16)
+def chunk_bytes(
+    config: gpt.GPTConfig, layout: Layout, program: Program, n_layer: int, first: bool, last: bool
+) -> tuple[int, int, int]:
+    """Of one microbatch of a stage: what is kept for its backward; what waits for its W; what is
+    alive while a block is computed (once more, if it is recomputed), and two transfers each way."""
+    t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
+    sizes = dict(b=b, s=s, h=h, itemsize=program.itemsize, t=t, sequence=layout.sequence_parallel)
+    more = dict(a=config.n_head, attention=config.attention, dropout=config.dropout > 0)
+    head = -(-config.vocab_size // t)
+    flying = activation_ckpt.predicted_activation_bytes(
+        n_layer, v=head, policy=layout.recompute, first=first, last=last, **sizes, **more
+    ) - 8 * last  # fmt: skip
+    waiting = pipeline.predicted_queue_bytes(n_layer, head=head * last, **sizes)
+    block = activation_ckpt.predicted_block_bytes(policy="none", **sizes, **more)
+    boundary = b * s * h // (t if layout.sequence_parallel else 1) * program.itemsize
+    return flying, waiting, block + 4 * boundary * (layout.pp > 1)
+
+
+def lean(layout: Layout) -> tuple[Layout, Layout]:
+    """What `states` and `chunk_bytes` depend on, so that layouts share them."""
+    of_states = layout._replace(micro_batch_size=1, microbatches=1, recompute="none",
+                                sequence_parallel=False)  # fmt: skip
+    of_chunk = Layout(layout.tp, min(2, layout.pp), 1, 0, layout.micro_batch_size, 1,
+                      layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
+    return of_states, of_chunk
+
+
+def predicted_rank_bytes(
+    config: gpt.GPTConfig, layout: Layout, pp_rank: int, program: Program = OURS,
+    simulated: bool = True,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes on a GPU of this stage, by kind. Parameters, gradients, optimizer and activations are
+    what measure.py counts, to the byte; buffers are an estimate. simulated: walk through the
+    schedule for the activations; else they are the least that they can be."""
+    of_states, of_chunk = lean(layout)
+    held = dict(states(config, of_states, pp_rank, program))
+    split, mine = cut(config, layout), stages(layout, pp_rank)
+    end = len(split) - 1
+    chunks = {k: chunk_bytes(config, of_chunk, program, len(split[k]), k == 0, k == end)
+              for k in mine}  # fmt: skip
+    flying, waiting, alive = ({k: three[i] for k, three in chunks.items()} for i in range(3))
+    name, p, v = layout.schedule, layout.pp, layout.chunks
+    if simulated:
+        schedule = rows(name, p, enough(layout), v)
+        held["activations"] = pipeline.peak_held(schedule[pp_rank], flying, waiting)
+    else:
+        n = 1 if name == "zb-v" else pipeline.predicted_held(name, p, layout.microbatches, v, 0)
+        each = [flying] + [waiting] * (name == "zb-v")
+        held["activations"] = n * min(min(bytes_of.values()) for bytes_of in each)
+        held["activations"] *= pp_rank == 0
+    held["activations"] += 8 * (end in mine)
+    held["buffers"] += max(alive.values())
+    return held
+
+
+def worst_rank(config: gpt.GPTConfig, layout: Layout, program: Program = OURS) -> dict[str, int]:
+    """Of all stages the one with most bytes."""
+    ranks = (predicted_rank_bytes(config, layout, r, program) for r in range(layout.pp))
+    return max(ranks, key=lambda held: sum(held.values()))
+
+
+def may_fit(config: gpt.GPTConfig, layout: Layout, limit: float, program: Program = OURS) -> bool:
+    """Not so: worst_rank exceeds `limit`. Cheap; that it does not, only `fits` can say."""
+    ends = (0, layout.pp - 1)
+    return all(sum(predicted_rank_bytes(config, layout, r, program, False).values()) <= limit
+               for r in ends)  # fmt: skip
+
+
+def fits(config: gpt.GPTConfig, layout: Layout, limit: float, program: Program = OURS) -> bool:
+    """worst_rank is within `limit`; stops at the first that is not."""
+    return all(sum(predicted_rank_bytes(config, layout, r, program).values()) <= limit
+               for r in range(layout.pp))  # fmt: skip
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+class Collective(NamedTuple):
+    """Seconds of calls over n ranks, whose neighbours in the ring are `stride` GPUs apart."""
+
+    hardware: Hardware
+    per_node: int
+    ranks: int
+    stride: int
+
+    def seconds(self, operation: str, calls: float, payload_bytes: float) -> float:
+        hardware, n = self.hardware, self.ranks
+        if n == 1 and operation != "send":
+            return 0.0
+        inside = n * self.stride <= self.per_node
+        share, speed = (hardware.link, hardware.link_gb_per_s) if inside else (
+            hardware.network, hardware.network_gb_per_s)  # fmt: skip
+        latency = hardware.link_us if inside else hardware.network_us
+        of_payload = {"all_reduce": 2 * (n - 1) / n, "send": 1.0}.get(operation, (n - 1) / n)
+        return calls * latency * 1e-6 + of_payload * payload_bytes / (share * speed * 1e9)
+
+
+def beside(compute: float, collective: float, overlap: float) -> float:
+    """Seconds of the two at once."""
+    return max(compute, collective) + overlap * min(compute, collective)
+
+
+class Times(NamedTuple):
+    """Of a step, in seconds; the parts add up to `total`, but for rounding."""
+
+    matmul: float
+    memory: float  # what is bound by it: norms, gelu, softmax, residuals
+    tp: float
+    bubble: float  # idle, and waiting for transfers
+    dp: float  # what is exposed of it
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+Parts = dict[str, tuple[float, float, float]]
+
+
+@functools.lru_cache(1 << 16)
+def chunk_seconds(
+    config: gpt.GPTConfig, layout: Layout, hardware: Hardware, per_node: int, program: Program,
+    n: int, first: bool, last: bool,
+) -> Parts:  # fmt: skip
+    """Of one microbatch of a stage with n blocks: {"F" | "B" | "W": seconds of (matmul, memory,
+    tp)}; B without W's matmuls. Under ZeRO-3, tp has what its gathers and sums take beyond the
+    compute beside them."""
+    t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
+    _, block, head = (b * s * flops / t for flops in gpt.flops_per_token(config))
+    core = b * s * 4 * s * h / t  # of block's, what has no weights
+    dropout, policy = config.dropout > 0, layout.recompute
+    again = activation_ckpt.predicted_flops(1, b, s, h, policy, dropout=dropout) / t - 3 * block
+    sizes = (b, s, h, config.n_head, config.attention, program.itemsize)
+    more = (dropout, t, layout.sequence_parallel)
+    kept, left = (activation_ckpt.predicted_block_bytes(*sizes, name, *more)
+                  for name in ("none", "selective"))  # fmt: skip
+    anew = {"full": kept, "selective": kept - left}.get(policy, 0)
+    of_head = b * s * -(-config.vocab_size // t) * (program.itemsize + 4)
+    over_tp = Collective(hardware, per_node, t, 1)
+    over_dp = Collective(hardware, per_node, layout.dp, t)
+
+    def matmul(flops: float, calls: int) -> float:
+        ramp = calls * hardware.ramp_gflop * 1e9
+        return (flops + ramp) / (hardware.matmul * hardware.tflops * 1e12)
+
+    def memory(nbytes: float) -> float:
+        return hardware.passes * nbytes / (hardware.memory_gb_per_s * 1e9)
+
+    comm = {"forward": 0.0, "backward": 0.0, "hidden": 0.0}
+    costs = tensor_parallel.predicted_collectives(
+        n, b, s, h, 1, layout.sequence_parallel, first, last
+    )
+    for (phase, operation), (calls, payload) in costs.items() if t > 1 else ():
+        hidden = phase == "backward" and program.hides_tp
+        seconds = over_tp.seconds(operation, calls, payload * program.itemsize)
+        comm["hidden" if hidden else phase] += seconds
+    w = n * matmul(block - core, 4) + last * matmul(head, 1)
+    tp_b = comm["backward"] + (comm["forward"] if policy == "full" else 0)
+    tp_b += beside(w, comm["hidden"], hardware.overlap) - w
+    calls_again = {"full": 6, "selective": 1}.get(policy, 0)
+    ends = last * matmul(head, 1), last * memory(of_head)
+    f = [n * matmul(block, 6) + ends[0], n * memory(kept) + ends[1], comm["forward"]]
+    bw = [n * matmul(block + core + again, 8 + calls_again) + ends[0],
+          n * memory(kept + anew) + ends[1], tp_b]  # fmt: skip
+    if layout.zero == 3 and layout.dp > 1:
+        psi = sum(units(config, t, n, first, last))
+        gather = over_dp.seconds("all_gather", n + 1, psi * program.itemsize)
+        both = gather + over_dp.seconds("reduce_scatter", n + 1, psi * program.itemsize)
+        for part, collective, beyond in ((f, gather, 0.0), (bw, both, w)):
+            compute = sum(part) + beyond
+            part[2] += beside(compute, collective, hardware.overlap) - compute
+    return {"F": tuple(f), "B": tuple(bw), "W": (w, 0.0, 0.0)}
+
+
+def stage_seconds(
+    config: gpt.GPTConfig, layout: Layout, hardware: Hardware, per_node: int, program: Program,
+    split: list[range],
+) -> list[Parts]:  # fmt: skip
+    """chunk_seconds by stage."""
+    shards = layout.dp if layout.zero == 3 else 1
+    lean = Layout(layout.tp, 1, shards, 3 if shards > 1 else 0, layout.micro_batch_size, 1,
+                  layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
+    of, end = (config, lean, hardware, per_node, program), len(split) - 1
+    return [chunk_seconds(*of, len(mine), k == 0, k == end) for k, mine in enumerate(split)]
+
+
+@functools.lru_cache(1 << 14)
+def makespan(
+    name: str, p: int, m: int, v: int, seconds: tuple[tuple[float, float, float], ...],
+    transfer: float,
+) -> float:  # fmt: skip
+    """Simulated, of m microbatches; (F, B, W) by stage."""
+    schedule = rows(name, p, m, v)
+    apart = any(map(pipeline.splits, schedule))
+    of = {"F": 0, "B": 1, "W": 2}
+
+    def time(action: pipeline.Action) -> float:
+        whole = 0.0 if apart or action.kind != "B" else seconds[action.stage][2]
+        return seconds[action.stage][of[action.kind]] + whole
+
+    return max(span.end for span in pipeline.simulate(schedule, time, transfer))
+
+
+def pipeline_seconds(
+    layout: Layout, seconds: tuple[tuple[float, float, float], ...], transfer: float
+) -> float:
+    """Of all microbatches: simulated until the schedule repeats itself, and p more of them for what
+    each costs from there on."""
+    name, p, m, v = layout.schedule, layout.pp, layout.microbatches, layout.chunks
+    if p == 1 and v == 1:
+        return m * sum(seconds[0])
+    some = enough(layout)
+    end = makespan(name, p, some, v, seconds, transfer)
+    if some == m:
+        return end
+    before = makespan(name, p, some - p, v, seconds, transfer)
+    return end + (m - some) / p * (end - before)
+
+
+def least_seconds(layout: Layout, seconds: list[tuple[float, float, float]]) -> float:
+    """Of all microbatches at least: each rank's work, and what comes before its first forward and,
+    if weight gradients are not put off, after its last backward."""
+    m, put_off = layout.microbatches, layout.schedule.startswith("zb")
+    least, before = 0.0, 0.0
+    for r in range(layout.pp):
+        busy = m * sum(sum(seconds[k]) for k in stages(layout, r))
+        least = max(least, before + busy)
+        before += seconds[r][0] + (0.0 if put_off else seconds[r][1] + seconds[r][2])
+    return least
+
+
+def predicted_step(
+    config: gpt.GPTConfig, layout: Layout, hardware: Hardware, per_node: int = 8,
+    program: Program = OURS, split: list[range] | None = None, round_to: int | None = None,
+    least: bool = False,
+) -> Times:  # fmt: skip
+    """Seconds of a step. split: blocks by stage, if not the trainer's. round_to: digits of a
+    stage's times, so that layouts which are nearly alike share a simulation. least: a bound from
+    below, without a simulation."""
+    t, p, d, m = layout.tp, layout.pp, layout.dp, layout.microbatches
+    split = split or cut(config, layout)
+    parts = stage_seconds(config, layout, hardware, per_node, program, split)
+    seconds = [tuple(sum(part[kind]) for kind in "FBW") for part in parts]
+    boundary = layout.micro_batch_size * config.seq_len * config.n_embd * program.itemsize
+    boundary /= t if layout.sequence_parallel or program.scatters else 1
+    far = Collective(hardware, per_node, p, t * d)
+    transfer = far.seconds("send", 1, boundary) if p > 1 else 0.0
+    if program.scatters:
+        over_tp = Collective(hardware, per_node, t, 1)
+        transfer += over_tp.seconds("all_gather", 1, boundary * t)
+    if program.waits:
+        seconds = [(f + transfer, b + transfer, w) for f, b, w in seconds]
+
+    unit = max(map(sum, seconds))
+    if least:
+        whole = least_seconds(layout, seconds)
+    else:
+        relative = [tuple(x / unit for x in three) for three in seconds]
+        late = transfer / unit
+        if round_to is not None:
+            relative = [tuple(round(x, round_to) for x in three) for three in relative]
+            late = round(late, round_to)
+        whole = unit * pipeline_seconds(layout, tuple(relative), late)
+
+    of_rank = [stages(layout, r) for r in range(p)]
+    # The rank with most to do; the rest of the time it waits.
+    mine = max(of_rank, key=lambda ks: sum(sum(seconds[k]) for k in ks))
+    busy = [m * sum(parts[k][kind][i] for k in mine for kind in "FBW") for i in range(3)]
+
+    numels = max((units(config, t, sum(len(split[k]) for k in ks), 0 in ks, len(split) - 1 in ks)
+                  for ks in (of_rank[0], of_rank[-1])), key=sum)  # fmt: skip
+    psi, over_dp = sum(numels), Collective(hardware, per_node, d, t)
+    backward = sum(sum(seconds[k][1:]) for k in of_rank[0])
+    forward = sum(seconds[k][0] for k in of_rank[0])
+
+    def met(collective: float, compute: float) -> float:
+        hidden = beside(compute, collective, hardware.overlap) - compute
+        return hidden if program.hides_dp else collective
+
+    calls, grads = len(numels), psi * program.grad_itemsize
+    if layout.zero == 0:
+        dp = met(over_dp.seconds("all_reduce", calls, grads), backward)
+    else:
+        times = {1: 1, 2: m, 3: 0}[layout.zero]  # ZeRO-3's are in stage_seconds
+        dp = times * met(over_dp.seconds("reduce_scatter", calls, grads), backward)
+        if layout.zero < 3:
+            gather = over_dp.seconds("all_gather", calls, psi * program.itemsize)
+            dp += met(gather, forward)
+    # AdamW reads and writes its states and writes the parameter; the gradient is read for the norm,
+    # read and written by clipping, read by AdamW, and zeroed.
+    owned, states = psi / (d if layout.zero else 1), 12 if program.itemsize < 4 else 8
+    nbytes = owned * (2 * states + program.itemsize + 5 * program.grad_itemsize)
+    optimizer = nbytes / hardware.memory_gb_per_s / 1e9
+    idle = whole - sum(busy)
+    return Times(*busy, idle if idle > 1e-9 * whole else 0.0, dp, optimizer)

@@ -1,0 +1,332 @@
+"""The cost model beside published tables: published | predicted | error, and what a guess gives.
+
+    python -m tools.published           make published; --fit fits the constants anew, each table in
+                                        turn left out
+
+The guess: every row of a table runs at the same FLOP/s, the mean of its other rows. A model that
+does not beat this is decoration. The constants of tools/cost.py's `Hardware` were fitted, all
+together, to the rows of times here; so each table is also predicted with constants that were fitted
+to the others alone.
+
+Sources: Narayanan et al. 2021 (arXiv 2104.04473), tables 1 and 2, with the microbatch sizes and
+chunks of Megatron-LM's examples/academic_paper_scripts/sc21; Korthikanti et al. 2022 (2205.05198),
+tables 4 and 5; Rajbhandari et al. 2020 (1910.02054), table 1; Qi et al. 2023 (2401.10241), tables 3
+to 5. All on A100s of 80 GB in DGX machines, 8 x 200 Gbit/s (Zero Bubble's: RoCE).
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import gpt
+import zero
+from tools import cost
+from tools.cost import HARDWARE, Hardware, Layout, Program
+
+A100 = HARDWARE["a100-80"]
+SEQ, VOCABULARY = 2048, 51200
+# Megatron-LM in 2021: a rank waits for tp's all-reduces, in backward too, and for its transfers; a
+# boundary is sent in t parts; its own DDP sums after backward, torch's during it.
+LOCAL = Program(hides_tp=False, hides_dp=False, scatters=True, waits=True)
+TORCH = LOCAL._replace(hides_dp=True)
+
+
+class Row(NamedTuple):
+    name: str
+    seconds: float  # of a step (of a block, in Korthikanti's table 4)
+    flops: float  # on all GPUs, as the table's authors count them
+    config: gpt.GPTConfig
+    layout: Layout
+    program: Program = LOCAL
+    split: list[range] | None = None
+    part: str = ""  # of a block: "F", "B"
+
+
+def megatron(n_layer: int, n_head: int, n_embd: int, seq_len: int = SEQ) -> gpt.GPTConfig:
+    """Its attention keeps scores, and drops out."""
+    return gpt.GPTConfig(n_layer, n_head, n_embd, VOCABULARY, seq_len, "explicit", dropout=0.1)
+
+
+def flops(config: gpt.GPTConfig, batch: int, recompute: str) -> float:
+    """2104.04473, equation 3, for full recomputation; 2205.05198, equation 7, for none (of a model:
+    what is recomputed is left out)."""
+    h, s, n = config.n_embd, config.seq_len, config.n_layer
+    dense, head = {"full": (96, 16), "none": (72, 12), "selective": (72, 12)}[recompute]
+    return dense * batch * s * n * h * h * (1 + s / (6 * h) + config.vocab_size / (head * n * h))
+
+
+# billions of parameters, t, p, GPUs, batch, b, chunks, DDP, TFLOP/s per GPU; sizes: gpt.MODELS
+SC21_1 = [
+    ("1.7b", 1, 1, 32, 512, 16, 1, TORCH, 137), ("3.6b", 2, 1, 64, 512, 16, 1, TORCH, 138),
+    ("7.5b", 4, 1, 128, 512, 16, 1, TORCH, 142), ("18b", 8, 1, 256, 1024, 8, 1, TORCH, 135),
+    ("39b", 8, 2, 512, 1536, 4, 1, LOCAL, 138), ("76b", 8, 4, 1024, 1792, 2, 3, LOCAL, 140),
+    ("145b", 8, 8, 1536, 2304, 2, 2, LOCAL, 148), ("310b", 8, 16, 1920, 2160, 1, 2, LOCAL, 155),
+    ("530b", 8, 35, 2520, 2520, 1, 3, LOCAL, 163), ("1t", 8, 64, 3072, 3072, 1, 1, LOCAL, 163),
+]  # fmt: skip
+# model, p (t = 8; 0: ZeRO-3 alone), GPUs, batch, b, TFLOP/s per GPU
+SC21_2 = [
+    ("175b", 0, 384, 1536, 4, 144), ("175b", 0, 768, 1536, 2, 88), ("175b", 0, 1536, 1536, 1, 44),
+    ("530b", 0, 640, 2560, 4, 138), ("530b", 0, 1120, 2240, 2, 98), ("530b", 0, 2240, 2240, 1, 48),
+    ("175b", 12, 384, 1536, 1, 153), ("175b", 12, 768, 1536, 1, 149),
+    ("175b", 12, 1536, 1536, 1, 141), ("530b", 35, 560, 2240, 1, 171),
+    ("530b", 35, 1120, 2240, 1, 167), ("530b", 35, 2240, 2240, 1, 159),
+]  # fmt: skip
+# n_layer, heads, hidden, p (t = 8), chunks, d, batch, b, seconds with full recomputation, seconds
+# with selective and sequence parallelism
+KORTHIKANTI_5 = [
+    ("22B", 48, 64, 6144, 1, 1, 1, 4, 4, 1.42, 1.10),
+    ("175B", 96, 96, 12288, 8, 3, 1, 64, 1, 18.13, 13.75),
+    ("530B", 105, 128, 20480, 35, 3, 1, 280, 1, 49.05, 37.83),
+    ("1T", 128, 160, 25600, 64, 1, 1, 512, 1, 94.42, 71.49),
+    ("530B, d = 8", 105, 128, 20480, 35, 3, 8, 2240, 1, None, 39.15),
+]
+# recompute, sequence parallelism, ms forward, ms backward, of a block of 22B: t = 8, b = 4
+KORTHIKANTI_4 = [
+    ("none", False, 7.7, 11.9), ("none", True, 7.2, 11.8), ("full", False, 7.7, 19.5),
+    ("selective", False, 7.7, 13.2), ("selective", True, 7.2, 13.1),
+]  # fmt: skip
+# n_layer, heads, hidden, p, b; by m: samples per GPU and second of 1F1B, 1F1B-I, ZB-1p (ZB-H1);
+# bubble rates of 1F1B, 1F1B-I, ZB-H1 (table 5: theirs from profiled times, not run)
+ZERO_BUBBLE = [
+    ("1.5B", 22, 24, 2304, 8, 6, {24: (11.8, 13.1, 12.9), 32: (12.5, 13.4, 13.4),
+                                  64: (13.6, 13.9, 14.2)}),
+    ("6.2B", 30, 32, 4096, 8, 3, {24: (3.5, 4.01, 3.88), 32: (3.7, 4.08, 4.0),
+                                  64: (4.03, 4.19, 4.2)}),
+    ("14.6B", 46, 40, 5120, 16, 1, {48: (1.4, 1.54, 1.61), 64: (1.49, 1.59, 1.67),
+                                    128: (1.64, 1.66, 1.76)}),
+    ("28.3B", 62, 48, 6144, 32, 1, {96: (0.76, 0.82, 0.87), 128: (0.8, 0.85, 0.9),
+                                    256: (0.88, 0.9, 0.96)}),
+]  # fmt: skip
+ZERO_BUBBLE_5 = {
+    "1.5B": {24: (0.2431, 0.1055, 0.1585), 32: (0.1985, 0.0818, 0.1242),
+             64: (0.1240, 0.0443, 0.0674)},
+    "6.2B": {24: (0.2347, 0.0808, 0.1323), 32: (0.1898, 0.0628, 0.1045),
+             64: (0.1091, 0.0320, 0.0554)},
+    "14.6B": {48: (0.2552, 0.1104, 0.1397), 64: (0.2082, 0.0852, 0.1088),
+              128: (0.1251, 0.0445, 0.0576)},
+    "28.3B": {96: (0.2646, 0.1493, 0.1421), 128: (0.2168, 0.1164, 0.1106),
+              256: (0.1352, 0.0624, 0.0594)},
+}  # fmt: skip
+# GB by d = 1, 4, 16, 64, 256, 1024: ZeRO-1, 2, 3
+ZERO_1 = {
+    7.5e9: [(120, 120, 120), (52.5, 41.3, 30), (35.6, 21.6, 7.5), (31.4, 16.6, 1.88),
+            (30.4, 15.4, 0.47), (30.1, 15.1, 0.12)],
+    128e9: [(2048, 2048, 2048), (896, 704, 512), (608, 368, 128), (536, 284, 32), (518, 263, 8),
+            (513, 257, 2)],
+    1e12: [(16000, 16000, 16000), (7000, 5500, 4000), (4750, 2875, 1000), (4187, 2218, 250),
+           (4046, 2054, 62.5), (4011, 2013, 15.6)],
+}  # fmt: skip
+
+
+def even(n_layer: int, n: int) -> list[range]:
+    """Theirs are cut evenly, whatever the head costs."""
+    return [range(k * n_layer // n, (k + 1) * n_layer // n) for k in range(n)]
+
+
+def of_models(name: str) -> gpt.GPTConfig:
+    config = gpt.MODELS[f"gpt-{name}"]
+    return megatron(config.n_layer, config.n_head, config.n_embd)
+
+
+def sc21_1() -> list[Row]:
+    found = []
+    for name, t, p, gpus, batch, b, v, program, tflops in SC21_1:
+        config, d = of_models(name), gpus // (t * p)
+        work = flops(config, batch, "full")
+        layout = Layout(t, p, d, 0, b, batch // (d * b), "full",
+                        "interleaved" if v > 1 else "1f1b", v)  # fmt: skip
+        found.append(Row(f"{name}  t={t} p={p} d={d}", work / (gpus * tflops * 1e12), work, config,
+                         layout, program, even(config.n_layer, p * v)))  # fmt: skip
+    return found
+
+
+def sc21_2() -> list[Row]:
+    found = []
+    for name, p, gpus, batch, b, tflops in SC21_2:
+        config, t = of_models(name), 8 if p else 1
+        d = gpus // (t * max(1, p))
+        work = flops(config, batch, "full")
+        layout = Layout(t, max(1, p), d, 0 if p else 3, b, batch // (d * b))
+        what = f"t=8 p={p} d={d}" if p else f"ZeRO-3 d={d}"
+        found.append(Row(f"{name}  {what}", work / (gpus * tflops * 1e12), work, config, layout,
+                         LOCAL if p else TORCH, even(config.n_layer, max(1, p))))  # fmt: skip
+    return found
+
+
+def korthikanti() -> list[Row]:
+    found = []
+    for name, n, a, h, p, v, d, batch, b, full, selective in KORTHIKANTI_5:
+        config = megatron(n, a, h)
+        for policy, seconds in (("full", full), ("selective", selective)):
+            schedule, sequence = "interleaved" if v > 1 else "1f1b", policy == "selective"
+            layout = Layout(8, p, d, 0, b, batch // (d * b), policy, schedule, v, sequence)
+            if seconds:
+                found.append(Row(f"{name}  {policy}", seconds, flops(config, batch, policy), config,
+                                 layout, LOCAL, even(n, p * v)))  # fmt: skip
+    return found
+
+
+def block() -> list[Row]:
+    found, config = [], megatron(48, 64, 6144)
+    for policy, sequence, *both in KORTHIKANTI_4:
+        layout = Layout(8, 1, 1, 0, 4, 1, policy, sequence_parallel=sequence)
+        work = flops(megatron(1, 64, 6144), 4, "none")
+        for part, ms, share in zip("FB", both, (1 / 3, 2 / 3), strict=True):
+            what = f"{policy}{', sequence' * sequence}: {'forward' if part == 'F' else 'backward'}"
+            found.append(Row(what, ms / 1e3, share * work, config, layout, LOCAL, even(48, 48),
+                             part))  # fmt: skip
+    return found
+
+
+def zero_bubble() -> list[Row]:
+    found = []
+    for name, n, a, h, p, b, by_m in ZERO_BUBBLE:
+        config = megatron(n, a, h, 1024)
+        for m, (plain, turns, h1) in by_m.items():
+            for what, v, rate in (("1f1b", 1, plain), ("interleaved", (n + 2) // p, turns),
+                                  ("zb-h1", 1, h1)):  # fmt: skip
+                each = [(n + 2) // (p * v)] * (p * v)
+                each[0] -= 1  # the embedding is counted as a block, and so is the head
+                each[-1] -= 1
+                split = [range(sum(each[:k]), sum(each[: k + 1])) for k in range(p * v)]
+                layout = Layout(1, p, 1, 0, b, m, "none", what, v)
+                work = flops(config, b * m, "none")
+                found.append(Row(f"{name}  m={m} {what}", b * m / (rate * p), work, config, layout,
+                                 LOCAL, split))  # fmt: skip
+    return found
+
+
+TABLES: dict[str, Callable[[], list[Row]]] = {
+    "2104.04473, table 1: step of GPT with t, p and d": sc21_1,
+    "2104.04473, table 2: ZeRO-3 beside t and p": sc21_2,
+    "2205.05198, table 5: step, full and selective recomputation": korthikanti,
+    "2205.05198, table 4: a block": block,
+    "2401.10241, table 4: step of three schedules": zero_bubble,
+}
+
+
+def step(row: Row, hardware: Hardware) -> cost.Times:
+    return cost.predicted_step(row.config, row.layout, hardware, 8, row.program, row.split, 3)
+
+
+def seconds(row: Row, hardware: Hardware) -> float:
+    if row.part:
+        parts = cost.stage_seconds(row.config, row.layout, hardware, 8, row.program, row.split)[1]
+        return sum(sum(parts[kind]) for kind in ("F" if row.part == "F" else "BW"))
+    return step(row, hardware).total
+
+
+def guesses(rows: list[Row]) -> list[float]:
+    """Each row's seconds at the others' mean FLOP/s per GPU."""
+    rates = [row.flops / row.layout.gpus / row.seconds for row in rows]
+    return [row.seconds * rate / ((sum(rates) - rate) / (len(rates) - 1))
+            for row, rate in zip(rows, rates, strict=True)]  # fmt: skip
+
+
+def errors(predicted: list[float], rows: list[Row]) -> list[float]:
+    """In percent."""
+    return [100 * (p / row.seconds - 1) for p, row in zip(predicted, rows, strict=True)]
+
+
+def summary(values: list[float]) -> str:
+    values = [abs(value) for value in values]
+    return f"mean {statistics.fmean(values):5.1f} %   max {max(values):5.1f} %"
+
+
+FITTED = ("matmul", "ramp_gflop", "passes", "link", "network", "overlap")
+
+
+def fit(tables: list[list[Row]], start: Hardware = A100) -> Hardware:
+    """The constants with the least mean square of log(predicted / published), tables weighing
+    alike: by steps along each of them that get smaller."""
+
+    def loss(hardware: Hardware) -> float:
+        return statistics.fmean(
+            statistics.fmean(math.log(seconds(row, hardware) / row.seconds) ** 2 for row in rows)
+            for rows in tables
+        )
+
+    best, step = loss(start), 0.2
+    while step > 0.01:
+        better = False
+        for name in FITTED:
+            for factor in (1 + step, 1 / (1 + step)):
+                other = start._replace(**{name: getattr(start, name) * factor})
+                if name in ("ramp_gflop", "passes") or getattr(other, name) <= 1.0:
+                    if (value := loss(other)) < best:
+                        best, start, better = value, other, True
+        step = step if better else step / 2
+    return start
+
+
+# --- what has no time in it -----------------------------------------------------------------------
+
+
+def zero_memory() -> list[tuple[str, float, float]]:
+    """(what, published GB, ours) of 1910.02054, table 1: 16 bytes a parameter, gradients in 16
+    bits, each state cut by d where the stage says so."""
+    found = []
+    for numel, by_d in ZERO_1.items():
+        for d, published in zip((1, 4, 16, 64, 256, 1024), by_d, strict=True):
+            for stage, gb in zip((1, 2, 3), published, strict=True):
+                held = zero.predicted_bytes([int(numel)], d, 0, stage, torch.bfloat16,
+                                            torch.bfloat16)  # fmt: skip
+                name = f"{numel / 1e9:g}B  d={d} ZeRO-{stage}"
+                found.append((name, gb, sum(held.values()) / 1e9))
+    return found
+
+
+def bubble_rates() -> list[tuple[str, float, float]]:
+    """(what, published, ours) of 2401.10241, table 5: idle over all of a step, from each stage's
+    times under the cost model, simulated; as theirs, which do not wait for transfers."""
+    found, rows = [], iter(zero_bubble())
+    for name, by_m in ZERO_BUBBLE_5.items():
+        for m, rates in by_m.items():
+            for rate, row in zip(rates, rows, strict=False):
+                times = step(row._replace(program=row.program._replace(waits=False)), A100)
+                found.append((f"{name}  m={m} {row.layout.schedule}", rate,
+                              times.bubble / times.total))  # fmt: skip
+    return found
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--fit", action="store_true", help="fit the constants anew (3 min)")
+    args = arguments.parse_args()
+    tables = {title: rows() for title, rows in TABLES.items()}
+    for title, rows in tables.items():
+        predicted = [seconds(row, A100) for row in rows]
+        print(f"\n{title}\n{'':42s}published   predicted   error")
+        for row, ours, error in zip(rows, predicted, errors(predicted, rows), strict=True):
+            print(f"  {row.name:38s}{row.seconds:9.4g} s {ours:9.4g} s {error:+6.1f} %")
+        print(f"  of {len(rows)} rows:     {summary(errors(predicted, rows))}")
+        print(f"  a constant guess: {summary(errors(guesses(rows), rows))}")
+    for title, rows in (("1910.02054, table 1: GB of a rank", zero_memory()),
+                        ("2401.10241, table 5: bubble rate", bubble_rates())):  # fmt: skip
+        print(f"\n{title}\n{'':42s}published   predicted")
+        for name, published, ours in rows:
+            print(f"  {name:38s}{published:9.5g}   {ours:9.5g}")
+    off = [100 * (ours / published - 1) for _, published, ours in zero_memory()]
+    print(f"\n1910.02054, table 1: {summary(off)}, of what is printed with two or three digits")
+    off = [100 * abs(ours - published) for _, published, ours in bubble_rates()]
+    print(f"2401.10241, table 5: mean {statistics.fmean(off):.1f}, max {max(off):.1f} points")
+    if not args.fit:
+        return
+    fitted = fit(list(tables.values()))
+    print(f"\nfitted to all:   {', '.join(f'{n} {getattr(fitted, n):.3g}' for n in FITTED)}")
+    for title, rows in tables.items():
+        other = fit([rest for name, rest in tables.items() if name != title])
+        off = errors([seconds(row, other) for row in rows], rows)
+        print(f"  fitted without this table: {summary(off)}   {title}", flush=True)
+        print(f"    {', '.join(f'{n} {getattr(other, n):.3g}' for n in FITTED)}")
+
+
+if __name__ == "__main__":
+    main()
