@@ -137,7 +137,7 @@ class Collectives(TorchDispatchMode):
 
 
 def _storage(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+    return t.untyped_storage()._cdata
 
 
 def bytes_held(tensors: Iterable[Tensor]) -> int:

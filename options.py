@@ -122,6 +122,10 @@ def parser() -> Parser:
         "as it was, where it is not given")  # fmt: skip
     add("--stop-after", type=natural, metavar="N", help="end, saved, after step N of --steps")
     add("--init-from", metavar="DIR", help="begin with the GPT-2 of a Hugging Face folder")
+    add("--dry-run", action="store_true", help="count what a rank of a step would hold and send")
+    add("--world-size", type=natural, metavar="N", help="of the dry run")
+    add("--rank", type=at_least(0), metavar="R", help="of the dry run (default 0)")
+    add("--all-ranks", action="store_true", help="of the dry run, and that they fit together")
     add("--export", metavar="DIR", help="with --resume: write the checkpoint as such a folder; end")
     return p
 

@@ -31,6 +31,7 @@ import functools
 import gc
 import itertools
 import os
+import runpy
 import signal
 import statistics
 import sys
@@ -466,6 +467,8 @@ def export(args: argparse.Namespace, found: list[checkpoint.Found]) -> None:
 
 
 def main() -> None:
+    if "--dry-run" in sys.argv:
+        return runpy.run_module("tools.dry_run", run_name="__main__") and None
     try:
         args, found, notes = options.look_back()
         source = checkpoint.GPT2Folder(args.init_from) if args.init_from else None

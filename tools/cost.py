@@ -72,6 +72,9 @@ OURS = Program()
 
 
 class Layout(NamedTuple):
+    """As the command line of train_3d.py names it; chunks: stages of a rank. The last four are not
+    searched through."""
+
     tp: int
     pp: int
     dp: int
@@ -82,10 +85,19 @@ class Layout(NamedTuple):
     schedule: str = "1f1b"
     chunks: int = 1
     sequence_parallel: bool = False
+    shard_size: int = 0  # 0: d
+    reshard: bool = True
+    every: int = 1
+    layers: int | None = None
 
     @property
     def gpus(self) -> int:
         return self.tp * self.pp * self.dp
+
+    @property
+    def shards(self) -> int:
+        """Ranks among which ZeRO shares."""
+        return (self.shard_size or self.dp) if self.zero else 1
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -108,12 +120,19 @@ def stages(layout: Layout, pp_rank: int) -> list[int]:
     return [pp_rank, n - 1 - pp_rank] if layout.schedule == "zb-v" else [*range(pp_rank, n, p)]
 
 
-def units(config: gpt.GPTConfig, t: int, n_layer: int, first: bool, last: bool) -> list[int]:
+def words(config: gpt.GPTConfig, t: int, tp_rank: int = 0) -> int:
+    """Rows of the vocabulary on this tp rank: all but the last ranks have the most."""
+    width = -(-config.vocab_size // t)
+    return min(config.vocab_size, (tp_rank + 1) * width) - tp_rank * width
+
+
+def units(
+    config: gpt.GPTConfig, t: int, n_layer: int, first: bool, last: bool, tp_rank: int = 0
+) -> list[int]:
     """Parameters that a tp rank holds of a pp rank's layers, by ZeRO's units: what is cut over tp
-    is 12 h^2 + 7 h of a block and the rows of the two tables; 6 h of a block is whole. (Of an odd
-    vocabulary, the first tp rank's, which has most.)"""
-    h, v = config.n_embd, -(-config.vocab_size // t)
-    table, blocks = v * h, [(12 * h * h + 7 * h) // t + 6 * h] * n_layer
+    is 12 h^2 + 7 h of a block and the rows of the two tables; 6 h of a block is whole."""
+    h = config.n_embd
+    table, blocks = words(config, t, tp_rank) * h, [(12 * h * h + 7 * h) // t + 6 * h] * n_layer
     ends = [table, config.seq_len * h] * first, [2 * h] + [table] * (not (config.tied and first))
     return [*ends[0], *blocks, *(ends[1] if last else ())]
 
@@ -130,34 +149,40 @@ def enough(layout: Layout) -> int:
 
 
 @functools.lru_cache(1 << 16)
-def states(config: gpt.GPTConfig, layout: Layout, pp_rank: int, program: Program) -> dict[str, int]:
+def states(
+    config: gpt.GPTConfig, layout: Layout, pp_rank: int, program: Program, tp_rank: int = 0,
+    shard_rank: int = 0,
+) -> dict[str, int]:  # fmt: skip
     """Parameters, gradients, optimizer, and the buffers that come with them: of ZeRO-3 two whole
     units and the gradients of one. (Of the layout what they depend on, see `lean`.)"""
-    d, split, mine = layout.dp, cut(config, layout), stages(layout, pp_rank)
+    split, mine = cut(config, layout), stages(layout, pp_rank)
     n_layer = sum(len(split[k]) for k in mine)
-    numels = units(config, layout.tp, n_layer, 0 in mine, len(split) - 1 in mine)
+    numels = units(config, layout.tp, n_layer, 0 in mine, len(split) - 1 in mine, tp_rank)
     names = {2: "bf16", 4: "float32", 8: "float64"}
     dtypes = [options.DTYPES[names[n]] for n in (program.itemsize, program.grad_itemsize)]
-    if layout.zero and d > 1:
-        held = zero.predicted_bytes(numels, d, 0, layout.zero, *dtypes)
+    if layout.zero:
+        held = zero.predicted_bytes(numels, layout.shards, shard_rank, layout.zero, *dtypes)
     else:
         held = ddp.predicted_bytes(sum(numels), *dtypes)
     whole = max(numels) * (2 * program.itemsize + program.grad_itemsize)
-    return held | {"buffers": whole if layout.zero == 3 and d > 1 else 0}
+    return held | {"buffers": whole if layout.zero == 3 and layout.shards > 1 else 0}
 
 
 @functools.lru_cache(1 << 16)
 def chunk_bytes(
-    config: gpt.GPTConfig, layout: Layout, program: Program, n_layer: int, first: bool, last: bool
-) -> tuple[int, int, int]:
-    """Of one microbatch of a stage: what is kept for its backward; what waits for its W; what is
-    alive while a block is computed (once more, if it is recomputed), and two transfers each way."""
+    config: gpt.GPTConfig, layout: Layout, program: Program, n_layer: int, first: bool, last: bool,
+    layers: int | None = None, tp_rank: int = 0,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Of one microbatch of a stage: what is kept for its backward, with `layers` of its blocks
+    under the policy (default: all); what waits for its W; what is alive while a block is computed
+    (once more, if it is recomputed), and two transfers each way."""
     t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
     sizes = dict(b=b, s=s, h=h, itemsize=program.itemsize, t=t, sequence=layout.sequence_parallel)
     more = dict(a=config.n_head, attention=config.attention, dropout=config.dropout > 0)
-    head = -(-config.vocab_size // t)
+    head = words(config, t, tp_rank)
     flying = activation_ckpt.predicted_activation_bytes(
-        n_layer, v=head, policy=layout.recompute, first=first, last=last, **sizes, **more
+        n_layer, v=head, policy=layout.recompute, layers=layers, first=first, last=last, **sizes,
+        **more
     ) - 8 * last  # fmt: skip
     waiting = pipeline.predicted_queue_bytes(n_layer, head=head * last, **sizes)
     block = activation_ckpt.predicted_block_bytes(policy="none", **sizes, **more)
@@ -174,23 +199,46 @@ def lean(layout: Layout) -> tuple[Layout, Layout]:
     return of_states, of_chunk
 
 
+def under_policy(layout: Layout, n_layers: list[int]) -> list[int]:
+    """Of a rank's stages with so many blocks: how many are recomputed, every so many of the rank's
+    first so many."""
+    chosen, counts, start = range(sum(n_layers))[: layout.layers : layout.every], [], 0
+    for n in n_layers:
+        counts.append(sum(start <= i < start + n for i in chosen))
+        start += n
+    return counts
+
+
+def recomputed_calls(policy: str, sequence: bool, dropout: bool) -> dict[str, int]:
+    """Collectives over tp of a block's second forward: it ends before its last matmul, and what
+    comes behind that, unless a mask is to be drawn again there."""
+    if policy != "full":
+        return {}
+    if sequence:
+        return {"all_gather": 2, "reduce_scatter": 1 + dropout}
+    return {"all_reduce": 1 + dropout}
+
+
 def predicted_rank_bytes(
     config: gpt.GPTConfig, layout: Layout, pp_rank: int, program: Program = OURS,
-    simulated: bool = True,
+    simulated: bool = True, tp_rank: int = 0, shard_rank: int = 0,
+    schedule: pipeline.Schedule | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes on a GPU of this stage, by kind. Parameters, gradients, optimizer and activations are
     what measure.py counts, to the byte; buffers are an estimate. simulated: walk through the
-    schedule for the activations; else they are the least that they can be."""
+    schedule (the layout's, unless given) for the activations; else the least that they can be."""
     of_states, of_chunk = lean(layout)
-    held = dict(states(config, of_states, pp_rank, program))
+    held = dict(states(config, of_states, pp_rank, program, tp_rank, shard_rank))
     split, mine = cut(config, layout), stages(layout, pp_rank)
-    end = len(split) - 1
-    chunks = {k: chunk_bytes(config, of_chunk, program, len(split[k]), k == 0, k == end)
-              for k in mine}  # fmt: skip
+    end, n_layers = len(split) - 1, [len(split[k]) for k in mine]
+    chunks = {
+        k: chunk_bytes(config, of_chunk, program, n, k == 0, k == end, layers, tp_rank)
+        for k, n, layers in zip(mine, n_layers, under_policy(layout, n_layers), strict=True)
+    }
     flying, waiting, alive = ({k: three[i] for k, three in chunks.items()} for i in range(3))
     name, p, v = layout.schedule, layout.pp, layout.chunks
     if simulated:
-        schedule = rows(name, p, enough(layout), v)
+        schedule = schedule or rows(name, p, enough(layout), v)
         held["activations"] = pipeline.peak_held(schedule[pp_rank], flying, waiting)
     else:
         n = 1 if name == "zb-v" else pipeline.predicted_held(name, p, layout.microbatches, v, 0)

@@ -1,0 +1,390 @@
+"""The step of any rank of any run, on this machine, without the others: bytes, traffic and FLOPs.
+
+    python train_3d.py --dry-run --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 \\
+        --global-batch-size 3072 --micro-batch-size 1
+    python train_3d.py --dry-run --world-size 8 --all-ranks --tp 2 --pp 2      do they fit together?
+
+The rank is real: train_3d.Trainer with its schedule, hooks and groups. What surrounds it is not:
+tensors are on torch's meta device, so they have shapes and no numbers, and collectives are those of
+torch's fake backend, which return at once. What this counts is compared with what the strategy
+files' `predicted_*` and tools/cost.py say of the same rank; a line that differs is marked, and the
+exit code is 1. Activations are compared where attention is explicit: on meta, sdpa runs as other
+kernels than on a CPU or GPU, and keeps other tensors.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import resource
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
+
+import activation_ckpt
+import ddp
+import gpt
+import measure
+import options
+import pipeline
+import tensor_parallel
+import train_3d
+import zero
+from tools import cost
+
+AXES = ("tp", "pp", "dp", "shard", "replica", "tied")
+Traffic = dict[tuple[str, str], tuple[int, int]]  # (group, operation) -> (calls, elements)
+
+
+class Transfer(NamedTuple):
+    operation: str  # send | recv
+    peer: int  # in the world
+    payload: int
+
+
+@dataclasses.dataclass
+class Seen:
+    """What one rank did in a step, and what was predicted of it."""
+
+    trainer: train_3d.Trainer
+    rank: int
+    bytes: dict[str, tuple[int, int]]  # by kind: (counted, predicted)
+    activations: tuple[int, int]
+    traffic: tuple[Traffic, Traffic]
+    flops: tuple[int, int]
+    transfers: list[Transfer]
+    calls: dict[str, list[measure.Call]]  # by group
+    members: dict[str, list[int]]  # of each group that this rank is in
+
+
+class Alone(ddp.DDP):
+    """On meta, an order of buckets cannot be read; the ranks of a group have the same one."""
+
+    def _learn(self) -> None:
+        self._lay_out(list(dict.fromkeys([*self.ready, *(p for _, p in self.parameters)])))
+        self.learned = True
+
+
+# --- one rank -------------------------------------------------------------------------------------
+
+
+def trainer_of(args: argparse.Namespace, config: gpt.GPTConfig) -> train_3d.Trainer:
+    def read(step: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.zeros(len(rows), config.seq_len, dtype=torch.long, device="meta")
+        return tokens, tokens.clone()
+
+    def draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    sync = None if args.zero else Alone
+    return train_3d.Trainer(args, config, read, torch.device("meta"), draw, sync=sync)
+
+
+@contextlib.contextmanager
+def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
+    dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank,
+                            world_size=world_size)  # fmt: skip
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def watched_transfers(seen: list[Transfer]) -> Iterator[None]:
+    """Fills `seen` with what goes through batch_isend_irecv."""
+    plain = dist.batch_isend_irecv
+
+    def watched(operations: list[dist.P2POp]) -> list:
+        for op in operations:
+            name = "send" if op.op is dist.isend else "recv"
+            peer = dist.get_global_rank(op.group, op.group_peer)
+            seen.append(Transfer(name, peer, op.tensor.numel()))
+        return plain(operations)
+
+    dist.batch_isend_irecv = watched
+    try:
+        yield
+    finally:
+        dist.batch_isend_irecv = plain
+
+
+@contextlib.contextmanager
+def watched_activations(trainer: train_3d.Trainer, peak: list[int]) -> Iterator[None]:
+    """Leaves in peak[0] the most bytes that were kept between two actions."""
+    saved, pipe, plain = measure.SavedActivations(trainer.model), trainer.pipe, trainer.pipe.watch
+
+    def now() -> int:
+        queues = pipe.pending.values()
+        return saved.bytes([t for queue in queues for put_off in queue for t in put_off.args[1:3]])
+
+    @contextlib.contextmanager
+    def watch(action: pipeline.Action) -> Iterator[None]:
+        forward = action.kind == "F"
+        peak[0] = max(peak[0], now() if forward else 0)  # after the action before
+        with saved if forward else contextlib.nullcontext():
+            yield
+        peak[0] = max(peak[0], now() if forward else 0)
+
+    pipe.watch = watch
+    try:
+        yield
+    finally:
+        pipe.watch = plain
+
+
+def dry_run(args: argparse.Namespace, config: gpt.GPTConfig, rank: int) -> Seen:
+    """One step of `rank`."""
+    with fake_ranks(args.world_size, rank):
+        trainer = trainer_of(args, config)
+        return observe(trainer, rank)
+
+
+def observe(trainer: train_3d.Trainer, rank: int) -> Seen:
+    """One step of a trainer, real or not, counted and predicted."""
+    groups = {name: getattr(trainer, f"{name}_group") for name in AXES}
+    groups = {name: group for name, group in groups.items() if group} | {"world": dist.group.WORLD}
+    members = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
+    transfers, peak, counter = [], [0], FlopCounterMode(display=False)
+    with (watched_activations(trainer, peak), watched_transfers(transfers), counter,
+          measure.Collectives(groups) as collectives):  # fmt: skip
+        trainer.step(0)
+    calls, counted = collections.defaultdict(list), collections.Counter()
+    for call in collectives.calls:
+        calls[call.group].append(call)
+        counted[call.group, call.operation] += torch.tensor([1, call.payload])
+    counted = {key: tuple(both.tolist()) for key, both in counted.items()}
+    held = measure.bytes_by_kind(trainer.sync.held(), trainer.optimizer)
+    expected = predicted_bytes(trainer)
+    return Seen(
+        trainer, rank, {kind: (n, expected[kind]) for kind, n in held.items()},
+        (peak[0], expected["activations"]), (counted, predicted_traffic(trainer)),
+        (counter.get_total_flops(), predicted_flops(trainer)), transfers, calls, members,
+    )  # fmt: skip
+
+
+# --- predictions ----------------------------------------------------------------------------------
+
+
+def layout_of(trainer: train_3d.Trainer) -> cost.Layout:
+    args = trainer.args
+    return cost.Layout(
+        args.tp, args.pp, trainer.dp_group.size(), args.zero, args.micro_batch_size, trainer.m,
+        args.recompute, args.schedule, len(trainer.stages), args.sequence_parallel,
+        args.zero_shard_size or 0, bool(args.zero_reshard_after_forward), args.recompute_every,
+        args.recompute_layers,
+    )  # fmt: skip
+
+
+def predicted_bytes(trainer: train_3d.Trainer) -> dict[str, int]:
+    layout, grad_dtype = layout_of(trainer), trainer.args.grad_dtype
+    wide = torch.promote_types(trainer.dtype, torch.float32)
+    grad_dtype = options.DTYPES[grad_dtype] if grad_dtype else wide
+    program = cost.Program(trainer.dtype.itemsize, grad_dtype.itemsize)
+    return cost.predicted_rank_bytes(
+        trainer.config, layout, trainer.pp_rank, program, tp_rank=trainer.tp_group.rank(),
+        shard_rank=trainer.shard_group.rank(), schedule=trainer.schedule,
+    )  # fmt: skip
+
+
+def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
+    """Of the shard group, and under "all_reduce" of the replicas."""
+    sync, args = trainer.sync, trainer.args
+    tables = (nn.Embedding, tensor_parallel.VocabParallelEmbedding)
+    uses = [zero.Use(sync.units.index(unit), matmul=True, table=isinstance(layer, tables))
+            for (unit,), layer in zip(sync.needs, zero.layers(trainer.model), strict=True)]
+    numels = [sum(p.numel() for p in unit.place) for unit in sync.units]
+    more = (args.zero, trainer.m, trainer.replica_group.size(),
+            args.zero_reshard_after_forward == 1)  # fmt: skip
+    k = trainer.shard_group.size()
+    predicted = zero.predicted_payload(numels, k, uses, *more)
+    if args.zero == 3:  # every chunk is a chain of its own
+        of_layer = dict(zip(zero.layers(trainer.model), uses, strict=True))
+        each = []
+        for chunk in trainer.pipe.chunks.values():
+            mine = [of_layer[layer] for layer in zero.layers(chunk)]
+            its = sorted({use.unit for use in mine})
+            mine = [use._replace(unit=its.index(use.unit)) for use in mine]
+            payload = zero.predicted_payload([numels[i] for i in its], k, mine, *more)
+            each.append(payload["all_gather"])
+        predicted["all_gather"] = zero.Payload(*(sum(kind) for kind in zip(*each, strict=True)))
+    return predicted
+
+
+def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
+    """Composed of the strategies' own: each knows its axis alone. What a rank sums of partial and
+    tied gradients is what it owns of them, counted from its pieces."""
+    args, config, stages = trainer.args, trainer.config, trainer.stages
+    t, b, s, h, m = args.tp, args.micro_batch_size, config.seq_len, config.n_embd, trainer.m
+    traffic: dict = collections.defaultdict(lambda: torch.zeros(2, dtype=torch.long))
+
+    def add(group: str, operation: str, calls: int, payload: int) -> None:
+        if calls:
+            traffic[group, operation] += torch.tensor([calls, payload])
+
+    layers = [len(trainer.pipe.chunks[k].h) for k in stages]
+    recomputed = cost.under_policy(layout_of(trainer), layers)
+    end, sequence = trainer.pipe.last, args.sequence_parallel
+    for k, n, again in zip(stages, layers, recomputed, strict=True) if t > 1 else ():
+        costs = tensor_parallel.predicted_collectives(n, b, s, h, m, sequence, k == 0, k == end)
+        for (_, operation), (calls, payload) in costs.items():
+            add("tp", operation, calls, payload)
+        for operation, calls in cost.recomputed_calls(
+            args.recompute, sequence, config.dropout > 0
+        ).items():
+            add("tp", operation, m * again * calls, m * again * calls * b * s * h)
+    pieces = trainer.sync.pieces()
+    partial = sum(piece.numel() for _, piece, p, _ in pieces if p.partial)
+    tied = sum(piece.numel() for _, piece, p, _ in pieces if hasattr(p, "tied_name"))
+    add("tp", "all_reduce", partial > 0, partial)
+    add("tied", "all_reduce", tied > 0, tied)
+
+    shards = t if sequence else 1
+    of_all = pipeline.stages_of(trainer.schedule)
+    calls, payload = pipeline.predicted_sends(of_all, trainer.pp_rank, m, b, s // shards, h)
+    add("pp", "send", calls, payload)
+    add("pp", "recv", calls, payload)  # an output from each that a gradient goes to, and so on
+
+    if args.zero:
+        for operation, total in predicted_zero(trainer).items():
+            group = "replica" if operation == "all_reduce" else "shard"
+            add(group, operation, total.calls, total.exposed + total.hidden)
+    else:
+        numel = sum(p.numel() for _, p in trainer.sync.parameters)
+        add("dp", "all_reduce", len(trainer.sync.buckets), ddp.predicted_payload(numel))
+    add("dp", "all_reduce", 1, 1)  # how many tokens count
+    add("world", "all_reduce", 1, 3)  # loss, norm, who was asked to stop
+    return {key: tuple(both.tolist()) for key, both in traffic.items()}
+
+
+def predicted_flops(trainer: train_3d.Trainer) -> int:
+    """Of the matmuls of a step, on this rank."""
+    args, config = trainer.args, trainer.config
+    b, s, h = args.micro_batch_size, config.seq_len, config.n_embd
+    layers = [len(trainer.pipe.chunks[k].h) for k in trainer.stages]
+    total = sum(
+        activation_ckpt.predicted_flops(n, b, s, h, args.recompute, layers=again,
+                                        dropout=config.dropout > 0)
+        for n, again in zip(layers, cost.under_policy(layout_of(trainer), layers), strict=True)
+    )  # fmt: skip
+    words = cost.words(config, args.tp, trainer.tp_group.rank())
+    head = 6 * b * s * h * words if trainer.pipe.last in trainer.stages else 0
+    return trainer.m * (total // args.tp + head)
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def lines_of(seen: Seen) -> Iterator[tuple[str, bool]]:
+    """(a line, whether it is as predicted)."""
+    trainer, explicit = seen.trainer, is_explicit(seen.trainer.config)
+    places = ", ".join(f"{axis} {getattr(trainer, f'{axis}_group').rank()}"
+                       for axis in ("pp", "dp", "tp"))  # fmt: skip
+    blocks = ", ".join(f"{k} ({len(trainer.pipe.chunks[k].h)} blocks)" for k in trainer.stages)
+    yield f"rank {seen.rank}: {places}; stage {blocks}; {trainer.m} microbatches", True
+
+    def row(what: str, counted: int, predicted: int, compared: bool = True) -> tuple[str, bool]:
+        same = counted == predicted or not compared
+        mark = "" if same else "   <- differs"
+        return f"  {what:32s}{counted:>22,d}{predicted:>22,d}{mark}", same
+
+    yield f"  {'bytes held':32s}{'counted':>22s}{'predicted':>22s}", True
+    for kind, (counted, predicted) in seen.bytes.items():
+        yield row(kind, counted, predicted)
+    counted, predicted = seen.activations
+    if explicit:
+        yield row("activations", counted, predicted)
+    else:
+        yield f"  {'activations (sdpa: by formula)':32s}{'':22s}{predicted:>22,d}", True
+    yield "  collectives of a step: calls, then elements", True
+    for key in sorted({*seen.traffic[0], *seen.traffic[1]}):
+        for i, what in enumerate((f"{key[0]} {key[1]}", "")):
+            yield row(what, *(traffic.get(key, (0, 0))[i] for traffic in seen.traffic))
+    peers = collections.Counter((op, peer) for op, peer, _ in seen.transfers)
+    for (operation, peer), calls in sorted(peers.items()):
+        yield f"  {operation} {'to' if operation == 'send' else 'from'} rank {peer}: {calls}", True
+    yield row("FLOPs of matmuls", *seen.flops)
+
+
+def is_explicit(config: gpt.GPTConfig) -> bool:
+    return config.attention == "explicit" or config.dropout > 0
+
+
+def disagreements(ranks: list[Seen]) -> list[str]:
+    """What does not fit together: sends and receives of each pair, in order; and for each group,
+    what its members call."""
+    wrong, sent = [], collections.defaultdict(list)
+    for seen in ranks:
+        for operation, peer, payload in seen.transfers:
+            pair = (seen.rank, peer) if operation == "send" else (peer, seen.rank)
+            sent[pair, operation].append(payload)
+    for src, dst in sorted({pair for pair, _ in sent}):
+        there, here = sent[(src, dst), "send"], sent[(src, dst), "recv"]
+        if there != here:
+            wrong.append(f"rank {src} sends {len(there)} to rank {dst}, which receives {len(here)}")
+    called = collections.defaultdict(dict)
+    for seen in ranks:
+        for name, members in seen.members.items():
+            of_group = [call for call in seen.calls.get(name, ()) if name != "pp"
+                        or call.operation not in ("send", "recv")]  # fmt: skip
+            called[name, tuple(members)][seen.rank] = [
+                (call.operation, call.payload, str(call.dtype)) for call in of_group
+            ]
+    for (name, members), by_rank in called.items():
+        first, *rest = members
+        for rank in rest:
+            if by_rank[rank] != by_rank[first]:
+                mine, theirs = len(by_rank[rank]), len(by_rank[first])
+                wrong.append(f"{name} group {list(members)}: rank {rank} has {mine} calls that are "
+                             f"not rank {first}'s {theirs}")  # fmt: skip
+    return wrong
+
+
+def main() -> None:
+    arguments = options.parser()
+    args = arguments.parse_args()
+    start = time.perf_counter()
+    try:
+        ranks = ranks_of(args)
+        config = options.check(args, args.world_size)
+    except ValueError as error:
+        arguments.error(str(error))
+    seen, good = [], True
+    for rank in ranks:
+        seen.append(dry_run(args, config, rank))
+        for line, same in lines_of(seen[-1]):
+            print(line, flush=True)
+            good &= same
+    if args.all_ranks:
+        wrong = disagreements(seen)
+        print(*wrong or ["every send meets its receive, and the groups agree"], sep="\n")
+        good &= not wrong
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"{time.perf_counter() - start:.0f} s, {peak:.2f} GB of memory")
+    if not good:
+        raise SystemExit(1)
+
+
+def ranks_of(args: argparse.Namespace) -> list[int]:
+    """Raises ValueError."""
+    n = args.world_size = args.world_size or 1
+    if args.recompute == "offload":
+        raise ValueError("--dry-run with --recompute offload: there is no host to move to")
+    if args.all_ranks:
+        if n > 8:
+            raise ValueError(f"--all-ranks with --world-size {n}: at most 8; give --rank R")
+        return list(range(n))
+    rank = args.rank or 0
+    if rank >= n:
+        raise ValueError(f"--rank {rank} of --world-size {n}: give 0 to {n - 1}")
+    return [rank]
+
+
+if __name__ == "__main__":
+    main()
