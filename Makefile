@@ -56,7 +56,7 @@ train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 
 sample: $(SETUP)  ## text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def ' --top-k 40 --n 200"
 	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
-test: $(SETUP)  ## the whole suite (8 min)
+test: $(SETUP)  ## the whole suite (9 min)
 	$(PY) -m pytest -q $(ARGS)
 
 ddp zero tp pp ckpt: NPROC = $(if $(findstring zero,$@),4,2)
@@ -87,11 +87,11 @@ parity: $(SETUP)  ## the layouts of NPROC ranks beside one process, one table (3
 fuzz: $(SETUP)  ## N configurations drawn at random beside one process, from SEED (1 min)
 	$(PY) -m tools.fuzz --n $(N) --seed $(SEED) $(ARGS)
 
-zoo: $(SETUP)  ## known bugs, put into a copy one by one: which test kills each; ARGS="--only 9"
+zoo: $(SETUP)  ## known bugs, put into a copy one by one: which test kills each; ARGS="--only 9" (12 min)
 	$(PY) -m tools.zoo $(ARGS)
 
 races: N = 20
-races: $(SETUP)  ## N runs of each overlapped path under delays: the same bits
+races: $(SETUP)  ## N runs of each overlapped path under delays: the same bits (12 min)
 	$(PY) -m tools.races --n $(N) --seed $(SEED)
 
 drill: NPROC = 4

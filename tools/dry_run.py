@@ -90,6 +90,7 @@ def trainer_of(args: argparse.Namespace, config: gpt.GPTConfig) -> train_3d.Trai
 def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
     dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank,
                             world_size=world_size)  # fmt: skip
+    dist.group.WORLD._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)  # or it warns
     try:
         yield
     finally:
@@ -142,17 +143,18 @@ def watched_activations(trainer: train_3d.Trainer, peak: list[int]) -> Iterator[
 def dry_run(args: argparse.Namespace, config: gpt.GPTConfig, rank: int) -> Seen:
     """One step of `rank`."""
     with fake_ranks(args.world_size, rank):
-        trainer = trainer_of(args, config)
-        return observe(trainer, rank)
+        return observe(trainer_of(args, config), rank, is_explicit(config))
 
 
-def observe(trainer: train_3d.Trainer, rank: int) -> Seen:
-    """One step of a trainer, real or not, counted and predicted."""
+def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True) -> Seen:
+    """One step of a trainer, real or not, counted and predicted; activations only if they are to
+    be (it takes a third of the time)."""
     groups = {name: getattr(trainer, f"{name}_group") for name in AXES}
     groups = {name: group for name, group in groups.items() if group} | {"world": dist.group.WORLD}
     members = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
     transfers, peak, counter = [], [0], FlopCounterMode(display=False)
-    with (watched_activations(trainer, peak), watched_transfers(transfers), counter,
+    watched = watched_activations(trainer, peak) if activations else contextlib.nullcontext()
+    with (watched, watched_transfers(transfers), counter,
           measure.Collectives(groups) as collectives):  # fmt: skip
         trainer.step(0)
     calls, counted = collections.defaultdict(list), collections.Counter()
@@ -292,16 +294,16 @@ def lines_of(seen: Seen) -> Iterator[tuple[str, bool]]:
     def row(what: str, counted: int, predicted: int, compared: bool = True) -> tuple[str, bool]:
         same = counted == predicted or not compared
         mark = "" if same else "   <- differs"
-        return f"  {what:32s}{counted:>22,d}{predicted:>22,d}{mark}", same
+        return f"  {what:32s}{counted:>26,d}{predicted:>26,d}{mark}", same
 
-    yield f"  {'bytes held':32s}{'counted':>22s}{'predicted':>22s}", True
+    yield f"  {'bytes held':32s}{'counted':>26s}{'predicted':>26s}", True
     for kind, (counted, predicted) in seen.bytes.items():
         yield row(kind, counted, predicted)
     counted, predicted = seen.activations
     if explicit:
         yield row("activations", counted, predicted)
     else:
-        yield f"  {'activations (sdpa: by formula)':32s}{'':22s}{predicted:>22,d}", True
+        yield f"  {'activations (sdpa: by formula)':32s}{'':26s}{predicted:>26,d}", True
     yield "  collectives of a step: calls, then elements", True
     for key in sorted({*seen.traffic[0], *seen.traffic[1]}):
         for i, what in enumerate((f"{key[0]} {key[1]}", "")):
