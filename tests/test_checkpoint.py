@@ -1,6 +1,8 @@
 """Checkpoints: any layout loads any other, nothing damaged is loaded, nothing good is lost."""
 
+import copyreg
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -283,6 +285,36 @@ def test_when_all_are_damaged_all_ranks_say_so(saves, file, tmp_path):
     one, other = launch(2, refusal_of, str(folder))
     assert one == other and "\n" not in one
     assert re.search(f"no checkpoint .*is whole: .*{file}", one)
+
+
+def as_python_3_11_2_writes(metadata: dcp.Metadata) -> bytes:
+    """Debian 12's: it pickles a member of an enum as a call of getattr."""
+    encoding = dcp.metadata._MEM_FORMAT_ENCODING
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file)
+    by_name = {encoding: lambda member: (getattr, (encoding, member.name))}
+    pickler.dispatch_table = copyreg.dispatch_table | by_name
+    pickler.dump(metadata)
+    return file.getvalue()
+
+
+def test_metadata_of_another_python(saves):
+    good = (Path(saves) / "step-2" / ".metadata").read_bytes()
+    older = as_python_3_11_2_writes(pickle.loads(good))
+    assert b"getattr" in older
+    assert checkpoint.Unpickler(io.BytesIO(older)).load() == pickle.loads(good)
+
+
+class Named:
+    """What unpickling this looks up."""
+
+    def __reduce__(self):
+        return getattr, (dcp.Metadata, "__init__")
+
+
+def test_metadata_takes_nothing_else_by_its_name():
+    with pytest.raises(pickle.UnpicklingError, match="which no checkpoint does"):
+        checkpoint.Unpickler(io.BytesIO(pickle.dumps(Named()))).load()
 
 
 class Hostile:

@@ -536,12 +536,14 @@ def losses(text: str, *arguments: str) -> list[float]:
 
 
 def test_bf16_follows_fp32_for_300_steps():
-    """Seen: at most 0.015 nats apart, and 0.002 on average, while the loss falls by 3."""
-    source = str(ROOT / "gpt.py")
-    narrow = launch(2, losses, source, "--dtype", "bf16", "--zero", "3")[0]
-    wide = launch(2, losses, source)[0]
-    assert wide[:10].mean() - wide[-10:].mean() > 2.0
-    assert (narrow - wide).abs().max() < 0.05 and (narrow - wide).abs().mean() < 0.01
+    """Seen of several texts: at most 0.007 nats apart, and 0.001 on average; the loss falls by
+    2. At lr 2e-3 training itself magnifies differences: fp32 from a start that is rounded to bf16
+    comes to be 0.06 apart from fp32, and bf16 up to 0.13."""
+    source, lr = str(ROOT / "gpt.py"), ("--lr", "3e-4")
+    narrow = launch(2, losses, source, *lr, "--dtype", "bf16", "--zero", "3")[0]
+    wide = launch(2, losses, source, *lr)[0]
+    assert wide[:10].mean() - wide[-10:].mean() > 1.5
+    assert (narrow - wide).abs().max() < 0.02 and (narrow - wide).abs().mean() < 0.003
 
 
 def test_warmup_and_cosine():
