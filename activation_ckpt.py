@@ -19,7 +19,8 @@ b a s. Offload on a CPU is a copy that gains nothing; it is here for its proof.
 
 Dropout must draw the same masks again: what they are drawn from is remembered with the input. The
 second forward pays for that drawing, and in tensor parallelism for the collectives, once more.
-It ends where backward has all it needs: without dropout, a block's last matmul is spared.
+It ends where backward has all it needs: without dropout, a block's last matmul and the sum over tp
+behind it are spared (of a matmul that puts its weight's gradient off, only the sum).
 
     torchrun --standalone --nproc-per-node 2 activation_ckpt.py
 
@@ -175,16 +176,16 @@ def _offloaded(plain: Callable, module: nn.Module, *xs: Tensor) -> Tensor:
 
 def predicted_block_bytes(
     b: int, s: int, h: int, a: int, attention: str, itemsize: int, policy: str = "none",
-    dropout: bool = False, t: int = 1, sequence: bool = False,
+    dropout: bool = False, t: int = 1, sequence: bool = False, stat: int | None = None,
 ) -> int:  # fmt: skip
     """Bytes that autograd keeps of one GPT-2 block of gpt.py on the CPU, per microbatch, on one of
     t tensor-parallel ranks. In units of b s h numbers: whole, or 1/t under sequence parallelism,
     the inputs of ln_1, c_attn, ln_2 and c_fc; 1/t in any case q k v (3), the input of attn.c_proj,
-    gelu's input (4) and output (4). Norms: mean and 1/std, 2 b s each (in bf16 too; a GPU has them
-    in fp32). Dropout of the residual: two masks of a byte. Attention's core, 1/t: sdpa a
-    log-sum-exp of b a s; explicit the softmax, b a s s, at least in fp32, again in bf16 or dropped
-    out, if that is another tensor, and the dropout's mask of a byte. The causal mask, s s of a
-    byte, is whole on every rank.
+    gelu's input (4) and output (4). Norms: mean and 1/std, 2 b s each, of `stat` bytes (default:
+    itemsize, as on a CPU; a GPU has 4 in bf16 too). Dropout of the residual: two masks of a byte.
+    Attention's core, 1/t: sdpa a log-sum-exp of b a s; explicit the softmax, b a s s, at least in
+    fp32, again in bf16 or dropped out, if that is another tensor, and the dropout's mask of a byte.
+    The causal mask, s s of a byte, is whole on every rank.
 
     Korthikanti et al., section 4.1, with numbers of 16 bits and dropout: 34 s b h + 5 a s s b
     bytes. Ours in bf16: 16 units of 2 bytes and 2 masks, the same 34; but 7 a s s b, since the
@@ -196,7 +197,7 @@ def predicted_block_bytes(
     tokens = (b * s * h) // t if sequence else b * s * h
     if policy == "full":
         return tokens * itemsize
-    norms = 4 * b * s // (t if sequence else 1) * itemsize
+    norms = 4 * b * s // (t if sequence else 1) * (stat or itemsize)
     core = b * a * s // t * wide
     if attention == "explicit" or dropout:
         again = itemsize if dropout or itemsize < wide else 0
@@ -218,36 +219,40 @@ def predicted_blocks_bytes(
 
 def predicted_activation_bytes(
     n_layer: int, b: int, s: int, h: int, v: int, itemsize: int, first: bool, last: bool,
-    in_flight: int = 1, t: int = 1, sequence: bool = False, dropout: bool = False, **rest,
+    in_flight: int = 1, t: int = 1, sequence: bool = False, dropout: bool = False,
+    stat: int | None = None, **rest,
 ) -> int:  # fmt: skip
     """Bytes kept of a whole stage of the trainer, with in_flight microbatches. Besides the blocks
     (rest: policy, every, layers, a, attention): the `first` has for each token its row number (8)
     and whether that is on this rank (1), and a dropout mask; the `last` the norm's input, mean and
     1/std, the head's input, the probabilities of this rank's v words in fp32, and of each token
     the target (8), whether it is on this rank and valid (2); once, the global count (8)."""
-    sizes = dict(b=b, s=s, h=h, itemsize=itemsize, t=t, sequence=sequence, dropout=dropout)
+    sizes = dict(b=b, s=s, h=h, itemsize=itemsize, t=t, sequence=sequence, dropout=dropout,
+                 stat=stat)  # fmt: skip
     wide, of_sequence = max(4, itemsize), t if sequence else 1
     tokens = b * s * h // of_sequence
     each = predicted_blocks_bytes(n_layer, **sizes, **rest)
     if first:
         each += 9 * b * s + tokens * dropout
     if last:
-        each += 2 * tokens * itemsize + 2 * b * s // of_sequence * itemsize
+        each += 2 * tokens * itemsize + 2 * b * s // of_sequence * (stat or itemsize)
         each += b * s * v * wide + 10 * b * s
     return in_flight * each + 8 * last
 
 
 def predicted_flops(
     n_layer: int, b: int, s: int, h: int, policy: str, every: int = 1, layers: int | None = None,
-    dropout: bool = False,
+    dropout: bool = False, deferred: bool = False,
 ) -> int:  # fmt: skip
     """FLOPs of the matmuls of n_layer blocks, forward and backward: 2 per multiply-add;
     forward 24 b s h^2 + 4 b s^2 h a block (the mask saves none), backward twice that. What is
     recomputed ends before its last matmul, the core's second, or a block's mlp.c_proj of
-    8 b s h^2, but for dropout, whose mask comes behind that of a block."""
+    8 b s h^2; but for dropout, whose mask comes behind that of a block, and for linear layers whose
+    weights' gradients are `deferred`: what such a layer keeps, autograd hears of when it is done.
+    """
     core = 4 * b * s * s * h
     forward = 24 * b * s * h * h + core
-    full = forward - (0 if dropout else 8 * b * s * h * h)
+    full = forward - (0 if dropout or deferred else 8 * b * s * h * h)
     again = {"none": 0, "offload": 0, "selective": core // 2, "full": full}[policy]
     return 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * again
 

@@ -51,14 +51,14 @@ from torch import Tensor, nn
 #
 #     name            forward         backward         stands where
 #     ColumnLinear    identity        all-reduce       f: one x enters t different matmuls
-#     RowLinear       all-reduce      identity         g: t partial sums leave as one y
+#     SumOverGroup    all-reduce      identity         g: t partial sums leave as one y
 #   with sequence parallelism, where x and y are shards of the sequence:
 #     ColumnLinear    all-gather      reduce-scatter   f
-#     RowLinear       reduce-scatter  all-gather       g
-#     SumOverGroup    g by itself, for the embedding's partial sums
+#     SumOverGroup    reduce-scatter  all-gather       g
 #
-# Each is one with its matmul: f's collective runs beside half of that in backward, and g's sums
-# what the matmul has just made, in place.
+# f is one with its matmul, since its collective runs beside half of that in backward. g stands by
+# itself, behind the rows of a linear layer or of an embedding, so that who computes a block again
+# for what its matmuls keep (activation_ckpt.py) need not go through the last sum.
 # torch 2.13 renamed the two and warns at the old names; 2.11 has the old.
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -137,33 +137,33 @@ class ColumnLinear(torch.autograd.Function):
         return arrived(), d_weight, d_bias, None, None, None
 
 
-class RowLinear(torch.autograd.Function):
-    """x [b, s, in/t] -> y [b, s, out], or if `sequence` my shard [b, s/t, out] of it."""
+class LaterLinear(torch.autograd.Function):
+    """x [b, s, in/t] -> a partial sum [b, s, out]; later: see ColumnLinear."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, group, sequence: bool, later: Callable | None):
-        ctx.group, ctx.sequence, ctx.later, ctx.has_bias = group, sequence, later, bias is not None
+    def forward(ctx, x: Tensor, weight: Tensor, later: Callable) -> Tensor:
+        ctx.later = later
         ctx.save_for_backward(x, weight)
-        y = (start_scatter if sequence else start_sum)(F.linear(x, weight), group)()
-        return y if bias is None else y.add_(bias)  # whole, and added once: after the sum
+        return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        d_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None  # of my tokens
-        grad = start_gather(grad, ctx.group)() if ctx.sequence else grad
-        d_weight = (ctx.later or weight_gradient)(x, grad)
-        return grad @ weight, d_weight, d_bias, None, None, None
+        ctx.later(x, grad)
+        return grad @ weight, None, None
 
 
 class SumOverGroup(torch.autograd.Function):
-    """x [b, s, h], a partial sum -> the sum, whole, or if `sequence` my shard [b, s/t, h] of it."""
+    """x [b, s, h], a partial sum -> the sum, whole, in its place, or if `sequence` my shard
+    [b, s/t, h] of it."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:
         ctx.group, ctx.sequence = group, sequence
-        # A copy: what was handed in stays as it is.
-        return start_scatter(x, group)() if sequence else start_sum(x.clone(), group)()
+        if sequence:
+            return start_scatter(x, group)()
+        ctx.mark_dirty(x)
+        return start_sum(x, group)()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -233,26 +233,23 @@ class Linear(nn.Module):
     to weight.grad by a backward of its own, so that hooks on the weight see no difference."""
 
     weight_grad_queue: list | None = None
-    function: type[torch.autograd.Function]
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, queue = self.weight, self.weight_grad_queue
-        if queue is None or not (x.requires_grad and weight.requires_grad):
-            later = None
-        else:  # detached: the hooks of a weight in the graph would be called, with nothing in it
-            weight = weight.detach()
+    def for_graph(self, x: Tensor) -> tuple[Tensor, Callable | None]:
+        """The weight, and None; or it is detached, since its hooks would be called with nothing in
+        it, and what leaves (input, gradient of the output, group to gather over) for later."""
+        queue = self.weight_grad_queue
+        if queue is None or not (x.requires_grad and self.weight.requires_grad):
+            return self.weight, None
 
-            def later(x: Tensor, *args) -> None:  # detached: without the graph that x hangs on
-                queue.append(functools.partial(finish, self.weight, x.detach(), *args))
+        def later(x: Tensor, *args) -> None:  # detached: without the graph that x hangs on
+            queue.append(functools.partial(finish, self.weight, x.detach(), *args))
 
-        return self.function.apply(x, weight, self.bias, self.group, self.sequence, later)
+        return self.weight.detach(), later
 
 
 class ColumnParallelLinear(Linear):
     """x [b, s, in] -> this rank's columns [b, s, out/t]. Matrices that read the same x are best
     fused into one, with `parts`: one f, so one all-reduce in backward and not one for each."""
-
-    function = ColumnLinear
 
     def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
@@ -261,17 +258,25 @@ class ColumnParallelLinear(Linear):
         bias = linear.bias
         self.bias = None if bias is None else cut_parameter(bias, 0, parts, group)
 
+    def forward(self, x: Tensor) -> Tensor:
+        weight, later = self.for_graph(x)
+        return ColumnLinear.apply(x, weight, self.bias, self.group, self.sequence, later)
+
 
 class RowParallelLinear(Linear):
     """This rank's columns [b, s, in/t] -> y [b, s, out], the same on every rank, or a shard."""
-
-    function = RowLinear
 
     def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
         self.group, self.sequence = group, sequence
         self.weight = cut_parameter(linear.weight, 1, parts, group)  # [out, in/t]
         self.bias = linear.bias  # whole, and added once: after the sum
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, later = self.for_graph(x)
+        y = LaterLinear.apply(x, weight, later) if later else F.linear(x, weight)
+        y = SumOverGroup.apply(y, self.group, self.sequence)
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -11,7 +11,7 @@ from tools.oracle import draw, launch
 D = torch.float64
 
 
-def conjugates_leave_their_arguments_alone(sequence: bool):
+def conjugates(sequence: bool):
     """f and g by themselves: a weight of 1, tokens of one number."""
     group, t, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     one = torch.ones(1, 1, dtype=D, requires_grad=True)
@@ -29,18 +29,26 @@ def conjugates_leave_their_arguments_alone(sequence: bool):
     assert torch.equal(one.grad, (rank + 1) * whole.sum().view(1, 1))
 
     part = torch.full((1, 3 * t, 1), rank + 1.0, dtype=D, requires_grad=True)
-    z = tp.SumOverGroup.apply(part, group, sequence)
+    z = tp.SumOverGroup.apply(part * 1, group, sequence)
     given = torch.arange(shard, dtype=D).view(1, -1, 1)
     z.backward(given)
-    assert torch.equal(part, seed), "the partial sum was overwritten"
     assert torch.equal(z, torch.full((1, shard, 1), total, dtype=D))
     assert torch.equal(part.grad, torch.cat([given] * t, 1) if sequence else given)
+
+    kept = part.exp()  # which its backward needs
+    z = tp.SumOverGroup.apply(kept, group, sequence)
+    if sequence:
+        assert torch.equal(kept, part.exp())
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            z.sum().backward()
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("t", [1, 2, 3])
-def test_conjugates_leave_their_arguments_alone(t, sequence):
-    launch(t, conjugates_leave_their_arguments_alone, sequence)
+def test_conjugates(t, sequence):
+    """And what they are given stays as it is; but for g's partial sum, and then autograd knows."""
+    launch(t, conjugates, sequence)
 
 
 def shards_of_batches_keep_their_order():

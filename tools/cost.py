@@ -66,6 +66,7 @@ class Program(NamedTuple):
     hides_dp: bool = True  # gradients meet while backward goes on
     scatters: bool = False  # of a boundary each tp rank sends its part, and then they gather it
     waits: bool = False  # for its transfers, instead of computing meanwhile
+    stat: int = 4  # bytes of a norm's mean and 1/std: a CPU has itemsize
 
 
 OURS = Program()
@@ -150,14 +151,12 @@ def enough(layout: Layout) -> int:
 
 @functools.lru_cache(1 << 16)
 def states(
-    config: gpt.GPTConfig, layout: Layout, pp_rank: int, program: Program, tp_rank: int = 0,
-    shard_rank: int = 0,
+    config: gpt.GPTConfig, layout: Layout, program: Program, n_layer: int, first: bool, last: bool,
+    tp_rank: int = 0, shard_rank: int = 0,
 ) -> dict[str, int]:  # fmt: skip
     """Parameters, gradients, optimizer, and the buffers that come with them: of ZeRO-3 two whole
     units and the gradients of one. (Of the layout what they depend on, see `lean`.)"""
-    split, mine = cut(config, layout), stages(layout, pp_rank)
-    n_layer = sum(len(split[k]) for k in mine)
-    numels = units(config, layout.tp, n_layer, 0 in mine, len(split) - 1 in mine, tp_rank)
+    numels = units(config, layout.tp, n_layer, first, last, tp_rank)
     names = {2: "bf16", 4: "float32", 8: "float64"}
     dtypes = [options.DTYPES[names[n]] for n in (program.itemsize, program.grad_itemsize)]
     if layout.zero:
@@ -178,7 +177,8 @@ def chunk_bytes(
     (once more, if it is recomputed), and two transfers each way."""
     t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
     sizes = dict(b=b, s=s, h=h, itemsize=program.itemsize, t=t, sequence=layout.sequence_parallel)
-    more = dict(a=config.n_head, attention=config.attention, dropout=config.dropout > 0)
+    more = dict(a=config.n_head, attention=config.attention, dropout=config.dropout > 0,
+                stat=program.stat)  # fmt: skip
     head = words(config, t, tp_rank)
     flying = activation_ckpt.predicted_activation_bytes(
         n_layer, v=head, policy=layout.recompute, layers=layers, first=first, last=last, **sizes,
@@ -192,8 +192,7 @@ def chunk_bytes(
 
 def lean(layout: Layout) -> tuple[Layout, Layout]:
     """What `states` and `chunk_bytes` depend on, so that layouts share them."""
-    of_states = layout._replace(micro_batch_size=1, microbatches=1, recompute="none",
-                                sequence_parallel=False)  # fmt: skip
+    of_states = Layout(layout.tp, 1, layout.dp, layout.zero, shard_size=layout.shard_size)
     of_chunk = Layout(layout.tp, min(2, layout.pp), 1, 0, layout.micro_batch_size, 1,
                       layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
     return of_states, of_chunk
@@ -228,9 +227,12 @@ def predicted_rank_bytes(
     what measure.py counts, to the byte; buffers are an estimate. simulated: walk through the
     schedule (the layout's, unless given) for the activations; else the least that they can be."""
     of_states, of_chunk = lean(layout)
-    held = dict(states(config, of_states, pp_rank, program, tp_rank, shard_rank))
-    split, mine = cut(config, layout), stages(layout, pp_rank)
+    placed = pipeline.stages_of(schedule) if schedule else None
+    mine = placed[pp_rank] if placed else stages(layout, pp_rank)
+    split = _cut(config, sum(map(len, placed)) if placed else layout.pp * layout.chunks)
     end, n_layers = len(split) - 1, [len(split[k]) for k in mine]
+    ends = (0 in mine, end in mine)
+    held = dict(states(config, of_states, program, sum(n_layers), *ends, tp_rank, shard_rank))
     chunks = {
         k: chunk_bytes(config, of_chunk, program, n, k == 0, k == end, layers, tp_rank)
         for k, n, layers in zip(mine, n_layers, under_policy(layout, n_layers), strict=True)
@@ -245,7 +247,7 @@ def predicted_rank_bytes(
         each = [flying] + [waiting] * (name == "zb-v")
         held["activations"] = n * min(min(bytes_of.values()) for bytes_of in each)
         held["activations"] *= pp_rank == 0
-    held["activations"] += 8 * (end in mine)
+    held["activations"] += 8 * ends[1]
     held["buffers"] += max(alive.values())
     return held
 

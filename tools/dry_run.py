@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import activation_ckpt
 import ddp
@@ -61,6 +62,19 @@ class Seen:
     transfers: list[Transfer]
     calls: dict[str, list[measure.Call]]  # by group
     members: dict[str, list[int]]  # of each group that this rank is in
+
+
+class Flops(TorchDispatchMode):
+    """Of the matmuls. torch's own FlopCounterMode has hooks on modules too: they keep the inputs,
+    and so would show among the activations."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class Alone(ddp.DDP):
@@ -127,11 +141,10 @@ def watched_activations(trainer: train_3d.Trainer, peak: list[int]) -> Iterator[
 
     @contextlib.contextmanager
     def watch(action: pipeline.Action) -> Iterator[None]:
-        forward = action.kind == "F"
-        peak[0] = max(peak[0], now() if forward else 0)  # after the action before
-        with saved if forward else contextlib.nullcontext():
+        peak[0] = max(peak[0], now())  # after the action before
+        with saved if action.kind == "F" else contextlib.nullcontext():
             yield
-        peak[0] = max(peak[0], now() if forward else 0)
+        peak[0] = max(peak[0], now() if action.kind == "F" else 0)
 
     pipe.watch = watch
     try:
@@ -152,7 +165,7 @@ def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True) -> S
     groups = {name: getattr(trainer, f"{name}_group") for name in AXES}
     groups = {name: group for name, group in groups.items() if group} | {"world": dist.group.WORLD}
     members = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
-    transfers, peak, counter = [], [0], FlopCounterMode(display=False)
+    transfers, peak, counter = [], [0], Flops()
     watched = watched_activations(trainer, peak) if activations else contextlib.nullcontext()
     with (watched, watched_transfers(transfers), counter,
           measure.Collectives(groups) as collectives):  # fmt: skip
@@ -167,7 +180,7 @@ def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True) -> S
     return Seen(
         trainer, rank, {kind: (n, expected[kind]) for kind, n in held.items()},
         (peak[0], expected["activations"]), (counted, predicted_traffic(trainer)),
-        (counter.get_total_flops(), predicted_flops(trainer)), transfers, calls, members,
+        (counter.total, predicted_flops(trainer)), transfers, calls, members,
     )  # fmt: skip
 
 
@@ -188,11 +201,16 @@ def predicted_bytes(trainer: train_3d.Trainer) -> dict[str, int]:
     layout, grad_dtype = layout_of(trainer), trainer.args.grad_dtype
     wide = torch.promote_types(trainer.dtype, torch.float32)
     grad_dtype = options.DTYPES[grad_dtype] if grad_dtype else wide
-    program = cost.Program(trainer.dtype.itemsize, grad_dtype.itemsize)
-    return cost.predicted_rank_bytes(
+    itemsize = trainer.dtype.itemsize
+    stat = itemsize if trainer.device.type == "cpu" else max(4, itemsize)
+    program = cost.Program(itemsize, grad_dtype.itemsize, stat=stat)
+    held = cost.predicted_rank_bytes(
         trainer.config, layout, trainer.pp_rank, program, tp_rank=trainer.tp_group.rank(),
         shard_rank=trainer.shard_group.rank(), schedule=trainer.schedule,
     )  # fmt: skip
+    if trainer.args.optimizer == "sgd":  # of the masters and two moments: the masters
+        held["optimizer"] = held["optimizer"] // 3 if itemsize < 4 else 0
+    return held
 
 
 def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
@@ -270,9 +288,9 @@ def predicted_flops(trainer: train_3d.Trainer) -> int:
     args, config = trainer.args, trainer.config
     b, s, h = args.micro_batch_size, config.seq_len, config.n_embd
     layers = [len(trainer.pipe.chunks[k].h) for k in trainer.stages]
+    more = dict(dropout=config.dropout > 0, deferred=any(map(pipeline.splits, trainer.schedule)))
     total = sum(
-        activation_ckpt.predicted_flops(n, b, s, h, args.recompute, layers=again,
-                                        dropout=config.dropout > 0)
+        activation_ckpt.predicted_flops(n, b, s, h, args.recompute, layers=again, **more)
         for n, again in zip(layers, cost.under_policy(layout_of(trainer), layers), strict=True)
     )  # fmt: skip
     words = cost.words(config, args.tp, trainer.tp_group.rank())

@@ -42,7 +42,7 @@ class Bug(NamedTuple):
 
 
 LAYOUTS = "tests/test_layouts.py::test_layout_equals_one_process"
-FORWARD = "y = (start_scatter if sequence else start_sum)(F.linear(x, weight), group)()"
+PARTIAL = "y = LaterLinear.apply(x, weight, later) if later else F.linear(x, weight)"
 ARRIVED = "arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)"
 MOMENTS = 'found += rectangles(f"{key}/{name}", value, parameter, offset)'
 SENT = "events.append((end, 0, n, (rank, dst), Transfer(*action, rank, dst)))"
@@ -78,9 +78,9 @@ ZOO = [
         ("tensor_parallel.py", 'p.partial = sequence and not hasattr(p, "cut")',
          "p.partial = False")],
         LAYOUTS),
-    Bug(8, "an argument summed in place", [
-        ("tensor_parallel.py", "start_sum(x.clone(), group)()", "start_sum(x, group)()")],
-        "tests/test_tensor_parallel.py::test_conjugates_leave_their_arguments_alone"),
+    Bug(8, "an argument summed in place, and autograd not told", [
+        ("tensor_parallel.py", "ctx.mark_dirty(x)", "pass")],
+        "tests/test_tensor_parallel.py::test_conjugates"),
     Bug(8, "logits overwritten", [
         ("tensor_parallel.py", "shifted = logits - highest.unsqueeze(-1)",
          "shifted = logits.sub_(highest.unsqueeze(-1))")],
@@ -113,8 +113,9 @@ ZOO = [
         ("ddp.py", "dist.all_reduce(count, group=group)  # payload: 1", "count *= group.size()")],
         "tests/test_ddp.py::test_the_count_is_of_tokens_and_not_a_mean_of_ranks"),
     Bug(13, "a row-parallel bias added t times", [
-        ("tensor_parallel.py", FORWARD, FORWARD.replace("weight)", "weight, bias)")),
-        ("tensor_parallel.py", "return y if bias is None else y.add_(bias)", "return y")],
+        ("tensor_parallel.py", PARTIAL, PARTIAL.replace("weight)", "weight, self.bias)")),
+        ("tensor_parallel.py", "return y if self.bias is None else y.add_(self.bias)",
+         "return y")],
         LAYOUTS),
     Bug(14, "recompute draws new masks", [
         ("activation_ckpt.py", "torch.enable_grad(), self.again(), hooks:",
@@ -190,7 +191,7 @@ ZOO = [
          "return start_gather(grad, ctx.group)() if ctx.sequence else grad, None, None",
          "whole = start_gather(grad, ctx.group) if ctx.sequence else "
          "start_sum(grad.clone(), ctx.group)\n        return whole(), None, None")],
-        "tests/test_tensor_parallel.py::test_conjugates_leave_their_arguments_alone"),
+        "tests/test_tensor_parallel.py::test_conjugates"),
     Bug(26, "a buffer keeps the last step's gradients", [
         ("ddp.py", "flat.zero_()", "pass")],
         "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward"),
