@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -75,6 +76,46 @@ class Flops(TorchDispatchMode):
         if formula := flop_registry.get(function._overloadpacket):
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+class Shapes(TorchDispatchMode):
+    """An operation on shapes that it has met before gives what it gave: torch's rules for meta
+    tensors are Python, and would take most of the time. Views and what is written to pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.known: dict = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, schema = kwargs or {}, function._schema
+        if function is torch.ops.aten._unsafe_view.default or any(
+            a.alias_info for a in (*schema.arguments, *schema.returns)
+        ):
+            return function(*args, **kwargs)
+        key = (function, self.about(args), *((name, self.about(x)) for name, x in kwargs.items()))
+        if key in self.known:
+            return self.anew(self.known[key])
+        result = function(*args, **kwargs)
+        if all(isinstance(x, torch.Tensor) and x.is_meta for x in pytree.tree_leaves(result)):
+            self.known[key] = self.about(result)
+        return result
+
+    def about(self, x: object) -> object:
+        if isinstance(x, torch.Tensor):
+            return Shape(x.shape, x.stride(), x.dtype, x.device)
+        return tuple(map(self.about, x)) if isinstance(x, tuple | list) else x
+
+    def anew(self, x: object) -> object:
+        if isinstance(x, Shape):
+            return torch.empty_strided(*x[:2], dtype=x.dtype, device=x.device)
+        return tuple(map(self.anew, x)) if isinstance(x, tuple) else x
+
+
+class Shape(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Alone(ddp.DDP):
@@ -155,7 +196,7 @@ def watched_activations(trainer: train_3d.Trainer, peak: list[int]) -> Iterator[
 
 def dry_run(args: argparse.Namespace, config: gpt.GPTConfig, rank: int) -> Seen:
     """One step of `rank`."""
-    with fake_ranks(args.world_size, rank):
+    with fake_ranks(args.world_size, rank), Shapes():
         return observe(trainer_of(args, config), rank, is_explicit(config))
 
 
