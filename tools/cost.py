@@ -329,7 +329,10 @@ def chunk_seconds(
     _, block, head = (b * s * flops / t for flops in gpt.flops_per_token(config))
     core = b * s * 4 * s * h / t  # of block's, what has no weights
     dropout, policy = config.dropout > 0, layout.recompute
-    again = activation_ckpt.predicted_flops(1, b, s, h, policy, dropout=dropout) / t - 3 * block
+    put_off = layout.schedule.startswith("zb")
+    again = activation_ckpt.predicted_flops(
+        1, b, s, h, policy, dropout=dropout, deferred=put_off
+    ) / t - 3 * block  # fmt: skip
     sizes = (b, s, h, config.n_head, config.attention, program.itemsize)
     more = (dropout, t, layout.sequence_parallel)
     kept, left = (activation_ckpt.predicted_block_bytes(*sizes, name, *more)
@@ -355,8 +358,9 @@ def chunk_seconds(
         seconds = over_tp.seconds(operation, calls, payload * program.itemsize)
         comm["hidden" if hidden else phase] += seconds
     w = n * matmul(block - core, 4) + last * matmul(head, 1)
-    tp_b = comm["backward"] + (comm["forward"] if policy == "full" else 0)
-    tp_b += beside(w, comm["hidden"], hardware.overlap) - w
+    tp_b = comm["backward"] + beside(w, comm["hidden"], hardware.overlap) - w
+    for operation, calls in recomputed_calls(policy, layout.sequence_parallel, dropout).items():
+        tp_b += over_tp.seconds(operation, n * calls, n * calls * b * s * h * program.itemsize)
     calls_again = {"full": 6, "selective": 1}.get(policy, 0)
     ends = last * matmul(head, 1), last * memory(of_head)
     f = [n * matmul(block, 6) + ends[0], n * memory(kept) + ends[1], comm["forward"]]
@@ -378,8 +382,9 @@ def stage_seconds(
 ) -> list[Parts]:  # fmt: skip
     """chunk_seconds by stage."""
     shards = layout.dp if layout.zero == 3 else 1
+    put_off = "zb-h1" if layout.schedule.startswith("zb") else "1f1b"
     lean = Layout(layout.tp, 1, shards, 3 if shards > 1 else 0, layout.micro_batch_size, 1,
-                  layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
+                  layout.recompute, put_off, 1, layout.sequence_parallel)  # fmt: skip
     of, end = (config, lean, hardware, per_node, program), len(split) - 1
     return [chunk_seconds(*of, len(mine), k == 0, k == end) for k, mine in enumerate(split)]
 
