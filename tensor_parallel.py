@@ -59,6 +59,7 @@ from torch import Tensor, nn
 # f is one with its matmul, since its collective runs beside half of that in backward. g stands by
 # itself, behind the rows of a linear layer or of an embedding, so that who computes a block again
 # for what its matmuls keep (activation_ckpt.py) need not go through the last sum.
+# A group of one has nothing to say: the functions return what they were given.
 # torch 2.13 renamed the two and warns at the old names; 2.11 has the old.
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -67,6 +68,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 def start_sum(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     """x [b, s, h], a partial sum, which is overwritten; the function returned waits for the sum."""
+    if group.size() == 1:
+        return lambda: x
     handle = dist.all_reduce(x, group=group, async_op=True)  # payload: b s h
 
     def finish() -> Tensor:
@@ -78,6 +81,8 @@ def start_sum(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
 
 def start_gather(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     """x [b, s/t, h]; the function returned waits for [b, s, h]."""
+    if group.size() == 1:
+        return lambda: x
     parts = x.new_empty(group.size() * x.size(0), *x.shape[1:])
     handle = all_gather(parts, x.contiguous(), group=group, async_op=True)  # payload: b s h
 
@@ -91,6 +96,8 @@ def start_gather(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
 def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     """x [b, s, h], a partial sum; the function returned waits for my shard of the sum,
     [b, s/t, h]."""
+    if group.size() == 1:
+        return lambda: x
     parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0).flatten(0, 1).contiguous()
     mine = x.new_empty(x.size(0), x.size(1) // group.size(), x.size(2))
     handle = reduce_scatter(mine, parts, group=group, async_op=True)  # payload: b s h
@@ -174,7 +181,7 @@ def all_reduce_partial(gradients: list[Tensor], group: dist.ProcessGroup) -> Non
     """With sequence parallelism: each rank has seen some of the tokens, so a parameter that is not
     cut (`partial` says so) has some of its gradient. Call once a step, with all of them, rather
     than in each backward: one message for l blocks and m microbatches."""
-    if gradients:
+    if gradients and group.size() > 1:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat, group=group)  # payload: norms, row biases, wpe
         for g, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -396,7 +403,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, start: int, group) -> Tensor:
         highest = logits.amax(dim=-1)  # [b, s]
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)  # payload: b s
+        if group.size() > 1:
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)  # payload: b s
         shifted = logits - highest.unsqueeze(-1)  # [b, s, v/t]
         local = targets - start
         outside = (local < 0) | (local >= logits.size(-1))  # of another rank, or ignored (-1)
@@ -404,7 +412,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         at_target = shifted.gather(-1, local).squeeze(-1).masked_fill(outside, 0.0)
         exponentials = shifted.exp_()
         sums = torch.stack([exponentials.sum(dim=-1), at_target])
-        dist.all_reduce(sums, group=group)  # payload: 2 b s
+        if group.size() > 1:
+            dist.all_reduce(sums, group=group)  # payload: 2 b s
         valid = targets >= 0
         ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), local, outside, valid)
         return ((sums[0].log() - sums[1]) * valid).sum()

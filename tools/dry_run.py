@@ -303,7 +303,7 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
     pieces = trainer.sync.pieces()
     partial = sum(piece.numel() for _, piece, p, _ in pieces if p.partial)
     tied = sum(piece.numel() for _, piece, p, _ in pieces if hasattr(p, "tied_name"))
-    add("tp", "all_reduce", partial > 0, partial)
+    add("tp", "all_reduce", t > 1 and partial > 0, partial)
     add("tied", "all_reduce", tied > 0, tied)
 
     shards = t if sequence else 1

@@ -1,0 +1,238 @@
+"""The cost model beside this machine: 20 layouts of 1 and 2 ranks, predicted and measured.
+
+    python -m tools.plan_check                            make plan-check (3 min; an idle machine)
+    python -m tools.plan --calibrate --gpus 2 ...         plans with what is measured here
+
+calibrate() measures a few matmuls, blocks, all-reduces and passes over memory, on two ranks of a
+core each, at the same time. No layout's step is among them: those are predicted.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy
+import torch
+import torch.distributed as dist
+
+import activation_ckpt
+import gpt
+import options
+import train_3d
+from tools import cost
+from tools.cost import Hardware, Layout, Program
+from tools.oracle import launch
+from zero import all_gather, reduce_scatter
+
+PROGRAM = Program(itemsize=4, grad_itemsize=4)  # a CPU has no fast bf16
+SIZES = (gpt.GPTConfig(4, 8, 256, 256, 128), gpt.GPTConfig(4, 8, 384, 256, 192))
+ROWS = (1, 2)  # of a microbatch
+
+
+def seconds_of(call: Callable[[], object], seconds: float = 0.15) -> float:
+    dist.barrier()  # all ranks at once, as in a step
+    call()
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 4 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+# --- this machine ---------------------------------------------------------------------------------
+
+
+def matmuls() -> list[tuple[float, float]]:
+    """(FLOPs, seconds) of those of a large block, forward and backward."""
+    found = []
+    for config in SIZES:
+        tokens, h = ROWS[-1] * config.seq_len, config.n_embd
+        for wide in (h, 3 * h, 4 * h):
+            x, w, y = (torch.randn(shape) for shape in ((tokens, h), (wide, h), (tokens, wide)))
+            for a, b in ((x, w.T), (y, w), (y.T, x)):
+                found.append((2.0 * tokens * h * wide, seconds_of(lambda a=a, b=b: a @ b, 0.05)))
+    return found
+
+
+def blocks() -> list[tuple[float, float, float, float]]:
+    """(FLOPs, matmuls, bytes kept, seconds) of a chain of blocks, forward and backward, by size:
+    a chain, since one block alone would stay in the cache."""
+    found = []
+    for config in SIZES:
+        chain = torch.nn.Sequential(*gpt.build(config, 0).h.values())
+        n, s, h = config.n_layer, config.seq_len, config.n_embd
+        for b in ROWS:
+            dist.barrier()
+            forward = activation_ckpt.predicted_flops(n, b, s, h, "none") / 3
+            kept = n * activation_ckpt.predicted_block_bytes(b, s, h, config.n_head, "sdpa", 4)
+            x = torch.randn(b, s, h, requires_grad=True)
+            times = []
+            for _ in range(7):
+                start = time.perf_counter()
+                y = chain(x)
+                middle = time.perf_counter()
+                y.backward(x.detach())
+                times.append((middle - start, time.perf_counter() - middle))
+            f, both = (statistics.median(t) for t in zip(*times[2:], strict=True))
+            found += [(forward, 6 * n, kept, f), (2 * forward, 12 * n, kept, both)]
+    return found
+
+
+def machine() -> tuple:
+    """On each of two ranks, at the same time: (what matmuls take, what blocks take, bytes a second
+    of large passes, (bytes that travel, seconds) of collectives, share of a hidden one that is
+    paid)."""
+    state = torch.nn.Parameter(torch.randn(1 << 22))
+    state.grad = torch.randn_like(state)
+    adamw = torch.optim.AdamW([state], fused=True)
+    bandwidth = 7 * state.nbytes / seconds_of(adamw.step)  # reads 4 tensors, writes 3
+    if dist.get_world_size() == 1:
+        return matmuls(), blocks(), bandwidth, [(0.0, 1.0)], 1.0
+
+    a, b = torch.randn(128, 256), torch.randn(256, 768)
+    of_matmul = seconds_of(lambda: a @ b)
+
+    def behind(operation: Callable[[], object], matmuls: int = 2) -> float:
+        """Seconds of a collective as a step has it: between matmuls, so that whoever is later is
+        waited for, and gloo's threads have no core of their own."""
+        dist.barrier()
+        times = []
+        for _ in range(16):
+            start = time.perf_counter()
+            for _ in range(matmuls):
+                a @ b
+            operation()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times) - matmuls * of_matmul
+
+    travel = []
+    for n in (1 << 12, 1 << 16, 1 << 18, 1 << 20):
+        x, half = torch.zeros(n), torch.zeros(n // 2)
+        travel += [(x.nbytes, behind(lambda x=x: dist.all_reduce(x))),
+                   (x.nbytes / 2, behind(lambda x=x, h=half: reduce_scatter(h, x))),
+                   (x.nbytes / 2, behind(lambda x=x, h=half: all_gather(x, h)))]  # fmt: skip
+
+    alone = behind(lambda: dist.all_reduce(x), 0)
+    times = max(1, round(alone / of_matmul))  # about as long as the all-reduce
+
+    def both() -> None:
+        work = dist.all_reduce(x, async_op=True)
+        for _ in range(times):
+            a @ b
+        work.wait()
+
+    shorter, longer = sorted((alone, times * of_matmul))
+    share = (behind(both, 0) - longer) / shorter
+    dist.barrier()
+    return matmuls(), blocks(), bandwidth, travel, share
+
+
+def line_through(
+    points: numpy.ndarray, values: numpy.ndarray, seconds: numpy.ndarray
+) -> tuple[float, float]:
+    """(a, b), above 0, with a x + b y = value of points (x, y): least squares of errors in
+    relation to `seconds`."""
+    scaled = points / seconds[:, None]
+    (a, b), *_ = numpy.linalg.lstsq(scaled, values / seconds, rcond=None)
+    return max(0.0, float(a)), max(0.0, float(b))
+
+
+def calibrate(n: int = 2) -> Hardware:
+    """n forked ranks of one thread, gloo."""
+    ranks = launch(n, machine)
+    dense = numpy.mean([rank[0] for rank in ranks], axis=0)
+    flops_per_s = float(dense[:, 0].sum() / dense[:, 1].sum())
+    parts = numpy.mean([rank[1] for rank in ranks], axis=0)
+    flops, calls, kept, seconds = parts.T
+    bandwidth = statistics.fmean(rank[2] for rank in ranks)
+    rest = seconds - flops / flops_per_s
+    a_call, a_byte = line_through(numpy.stack([calls, kept], 1), rest, seconds)
+    size, seconds = numpy.mean([rank[3] for rank in ranks], axis=0).T
+    ones = numpy.ones_like(size)
+    latency, a_byte_sent = line_through(numpy.stack([ones, size], 1), seconds, seconds)
+    share = statistics.fmean(rank[4] for rank in ranks)
+    with open("/proc/meminfo") as file:
+        memory = int(file.readline().split()[1]) * 1024 / n
+    link = 1e-9 / max(a_byte_sent, 1e-15)
+    return Hardware(
+        f"this machine, {n} ranks", flops_per_s / 1e12, memory / 1e9, bandwidth / 1e9, link, link,
+        matmul=1.0, ramp_gflop=a_call * flops_per_s / 1e9, passes=a_byte * bandwidth, link=1.0,
+        network=1.0, overlap=min(1.0, max(0.0, share)), link_us=latency * 1e6,
+        network_us=latency * 1e6,
+    )  # fmt: skip
+
+
+# --- the steps ------------------------------------------------------------------------------------
+
+
+def layouts() -> list[Layout]:
+    """(t, p, d) of 1 and 2 ranks, and what else a run may be asked for. 6 rows on each replica."""
+    one = Layout(1, 1, 1, 0, 1, 6, "none")
+    t, p, d = one._replace(tp=2), one._replace(pp=2), one._replace(dp=2)
+    return [
+        one, one._replace(recompute="full"),
+        t, t._replace(micro_batch_size=2, microbatches=3), t._replace(sequence_parallel=True),
+        p, p._replace(schedule="zb-v", chunks=2), p._replace(schedule="interleaved", chunks=2),
+        d, d._replace(zero=1), d._replace(zero=3),
+    ][:10]  # fmt: skip
+
+
+def step_seconds(config: gpt.GPTConfig, layout: Layout, steps: int) -> float:
+    """Median of a step, on this rank."""
+    batch = layout.dp * layout.micro_batch_size * layout.microbatches
+    words = (
+        f"--tp {layout.tp} --pp {layout.pp} --zero {layout.zero} --schedule {layout.schedule} "
+        f"--recompute {layout.recompute} --global-batch-size {batch} "
+        f"--micro-batch-size {layout.micro_batch_size} --n-layer {config.n_layer} "
+        f"--n-head {config.n_head} --n-embd {config.n_embd} --vocab-size {config.vocab_size} "
+        f"--seq-len {config.seq_len}"
+    ).split()
+    words += ["--chunks", str(layout.chunks)] * (layout.schedule == "interleaved")
+    words += ["--sequence-parallel"] * layout.sequence_parallel
+    args = options.parser().parse_args(words)
+    options.check(args, layout.gpus)
+
+    def read(step: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.randint(config.vocab_size, (len(rows), config.seq_len))
+        return tokens, tokens
+
+    trainer, times = train_3d.Trainer(args, config, read, torch.device("cpu")), []
+    for step in range(2 + steps):
+        dist.barrier()
+        start = time.perf_counter()
+        trainer.step(step)
+        dist.barrier()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--steps", type=int, default=6, help="of each layout")
+    args = arguments.parse_args()
+    off = []
+    print(f"{'':58s}measured  predicted   error")
+    for config in SIZES:
+        for layout in layouts():
+            hardware = calibrate(layout.gpus)  # anew: a machine's speed is not the same for long
+            ranks = launch(layout.gpus, step_seconds, config, layout, args.steps)
+            measured = max(ranks)
+            predicted = cost.predicted_step(config, layout, hardware, 2, PROGRAM).total
+            off.append(100 * (predicted / measured - 1))
+            print(f"  h={config.n_embd:<5d}{spell(layout):48s}{1e3 * measured:8.1f} ms"
+                  f"{1e3 * predicted:8.1f} ms{off[-1]:+7.1f} %", flush=True)
+    sizes = sorted(map(abs, off))
+    print(f"of {len(off)} layouts: median error {statistics.median(sizes):.1f} %, "
+          f"largest {sizes[-1]:.1f} %")
+
+
+def spell(layout: Layout) -> str:
+    return (f"t={layout.tp} p={layout.pp} d={layout.dp} ZeRO-{layout.zero} "
+            f"{layout.microbatches} x {layout.micro_batch_size} {layout.schedule} "
+            f"{layout.recompute}" + " SP" * layout.sequence_parallel)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
