@@ -33,12 +33,12 @@ TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test sample ddp zero tp pp ckpt draw links memory parity fuzz zoo races drill
-.PHONY: plot lint clean
+.PHONY: plan published plan-check dry-run plot lint clean
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint
 
 help:  ## this
 	@echo "make TARGET [PYTHON=...] [PIP_FLAGS=...]; launching targets take NPROC TP PP ARGS, train SCHEDULE too"
-	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(SETUP)  ## .venv with torch, numpy, pytest (unless PYTHON is given)
 
@@ -97,6 +97,19 @@ races: $(SETUP)  ## N runs of each overlapped path under delays: the same bits (
 drill: NPROC = 4
 drill: $(SETUP)  ## DRILLS ranks of a run killed at random; its losses stay those of one left alone (5 min)
 	$(PY) -m tools.drill --drills $(DRILLS) --nproc $(NPROC) $(ARGS)
+
+plan: $(SETUP)  ## the recipe, the best layout, its launch line: ARGS="--model gpt-175b --gpus 1024"
+	@$(PY) -m tools.plan $(ARGS)
+
+published: $(SETUP)  ## the cost model behind it beside published tables (30 s)
+	$(PY) -m tools.published $(ARGS)
+
+plan-check: $(SETUP)  ## and beside this machine: 20 layouts of 1 and 2 ranks (5 min)
+	$(PY) -m tools.plan_check $(ARGS)
+
+dry-run: MODEL = --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --global-batch-size 3072
+dry-run: $(SETUP)  ## one rank of 3072, in one process, counted: ARGS for another (1 min)
+	$(PY) train_3d.py --dry-run $(or $(ARGS),$(MODEL) --micro-batch-size 1)
 
 plot: $(SETUP)  ## losses over tokens: RUNS="a.jsonl b.jsonl" OUT=runs.png, if matplotlib is installed
 	$(PY) -m tools.plot $(RUNS) $(if $(OUT),--out $(OUT))

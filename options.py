@@ -170,6 +170,9 @@ def check(
         (k and d % k, f"--zero-shard-size {k} does not divide d {d}: give a divisor of {d}"),
         (args.zero < 3 and not args.zero_reshard_after_forward, "--zero-reshard-after-forward 0 "
          f"with --zero {args.zero}: only ZeRO-3 reshards; give --zero 3"),
+        (not args.dry_run and (alone := [name for name in ("world_size", "rank", "all_ranks")
+         if getattr(args, name) not in (None, False)]), f"--{(alone or [''])[0].replace('_', '-')} "
+         "is of --dry-run: give that too"),
         (args.grad_dtype and args.dtype != "bf16", f"--grad-dtype {args.grad_dtype} with --dtype "
          f"{args.dtype}: give --dtype bf16, or leave it out"),
     ):  # fmt: skip

@@ -1,5 +1,3 @@
-import contextlib
-import dataclasses
 import gc
 import weakref
 
@@ -10,10 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import activation_ckpt as ckpt
 import gpt
 import measure
-import options
-import pipeline
-import train_3d
-from tools.oracle import Case, launch, reader
 
 B, S, H, A, L = 3, 10, 12, 2, 5
 
@@ -98,64 +92,6 @@ def test_korthikantis_34_and_what_is_more():
                   for seq in (False, True))  # fmt: skip
         assert tp == s * b * h * (10 + 24 // t) + 8 * b * s
         assert sp == s * b * h * 34 // t + 8 * b * s // t
-
-
-def stage_bytes(case: Case):
-    """(predicted, counted) of the most that this rank keeps between actions: of microbatches in
-    flight, and of weight gradients that wait."""
-    args = options.parser().parse_args(case.arguments())
-    config, device = options.check(args, case.world_size), torch.device("cpu")
-    trainer = train_3d.Trainer(args, config, reader(case), device)
-    saved, most, pipe = measure.SavedActivations(trainer.model), 0, trainer.pipe
-
-    @contextlib.contextmanager
-    def watch(action):
-        nonlocal most
-        queues = pipe.pending.values()
-        waiting = [t for queue in queues for finish in queue for t in finish.args[1:3]]
-        most = max(most, saved.bytes(waiting))  # after the action before
-        with saved if action.kind == "F" else contextlib.nullcontext():
-            yield
-        most = max(most, saved.bytes(waiting) if action.kind == "F" else 0)
-
-    pipe.watch = watch
-    trainer.step(0)
-    head = getattr(trainer.model.lm_head, "weight", torch.empty(0)).size(0)  # of the last stage
-    sizes = dict(b=case.b, s=case.seq_len, h=case.n_embd, itemsize=trainer.dtype.itemsize,
-                 t=case.t, sequence=case.sequence)  # fmt: skip
-    flying, waiting = {}, {}
-    for k, chunk in pipe.chunks.items():
-        first, last = k == 0, k == pipe.last
-        flying[k] = ckpt.predicted_activation_bytes(
-            len(chunk.h), v=head, first=first, last=last, dropout=case.dropout > 0, a=case.n_head,
-            policy=case.recompute, every=case.every, layers=case.layers, attention=case.attention,
-            **sizes
-        ) - 8 * last  # fmt: skip
-        waiting[k] = pipeline.predicted_queue_bytes(len(chunk.h), head=head * last, **sizes)
-    once = 8 * (pipe.last in pipe.chunks)
-    actions = trainer.schedule[trainer.pp_rank]
-    return pipeline.peak_held(actions, flying, waiting) + once, most
-
-
-@pytest.mark.parametrize("policy", ckpt.POLICIES)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(), Case(attention="explicit"), Case(dropout=0.2), Case(t=2), Case(t=2, sequence=True),
-        Case(t=3, dropout=0.2, sequence=True), Case(t=2, dropout=0.2, dtype="bf16"),
-        Case(p=2, m=4), Case(p=3, m=4, schedule="gpipe", attention="explicit", dtype="float32"),
-        Case(p=2, m=4, schedule="zb-h1"), Case(p=2, m=4, schedule="zb-v", dtype="bf16", n_layer=6),
-        Case(p=2, m=4, schedule="interleaved", chunks=3, n_layer=7), Case(m=2, schedule="zb-v"),
-        Case(t=2, p=2, m=3, schedule="zb-v", sequence=True, dropout=0.2),
-        Case(t=3, p=2, m=3, schedule="zb-h1", attention="explicit", dtype="float32"),
-        Case(t=2, p=2, m=5, dropout=0.2, sequence=True), Case(d=2, zero=3, attention="explicit"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_stage_keeps_what_is_predicted(case, policy):
-    case = dataclasses.replace(case, recompute=policy, seq_len=12)
-    for predicted, counted in launch(case.world_size, stage_bytes, case):
-        assert predicted == counted
 
 
 @pytest.mark.parametrize("policy", ckpt.POLICIES)

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import activation_ckpt
@@ -406,61 +405,6 @@ def what_outlives_the_trainer(zero_stage: int):
 def test_nothing_outlives_the_trainer(zero_stage):
     """What does keeps its group, whose threads may abort the process while Python shuts down."""
     assert launch(2, what_outlives_the_trainer, zero_stage) == [[], []]
-
-
-def unshards_of_a_step(case: Case) -> dict:
-    args = options.parser().parse_args(case.arguments())
-    config, device = options.check(args, case.world_size), torch.device("cpu")
-    trainer = train_3d.Trainer(args, config, reader(case), device)
-    sync = trainer.sync
-    uses = [
-        zero.Use(sync.units.index(unit), matmul=True, table=isinstance(layer, nn.Embedding)
-                 or isinstance(layer, tensor_parallel.VocabParallelEmbedding))
-        for (unit,), layer in zip(sync.needs, zero.layers(trainer.model), strict=True)
-    ]  # fmt: skip
-    numels = [sum(p.numel() for p in unit.place) for unit in sync.units]
-    k = case.shard_size or case.d
-    more = case.zero, case.m, case.d // k, bool(case.reshard)
-    predicted = zero.predicted_payload(numels, k, uses, *more)
-    if case.zero == 3:  # every chunk is a chain of its own
-        of_layer = dict(zip(zero.layers(trainer.model), uses, strict=True))
-        each = []
-        for chunk in trainer.pipe.chunks.values():
-            mine = [of_layer[layer] for layer in zero.layers(chunk)]
-            units = sorted({use.unit for use in mine})
-            mine = [use._replace(unit=units.index(use.unit)) for use in mine]
-            payload = zero.predicted_payload([numels[i] for i in units], k, mine, *more)
-            each.append(payload["all_gather"])
-        predicted["all_gather"] = zero.Payload(*(sum(kind) for kind in zip(*each, strict=True)))
-    with measure.Collectives({"shard": trainer.shard_group, "r": trainer.replica_group}) as seen:
-        trainer.step(0)
-    return {
-        op: ((p.calls, p.exposed + p.hidden),
-             tuple(seen.total("r" if op == "all_reduce" else "shard", op)))
-        for op, p in predicted.items()
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(d=2, m=3, zero=3),
-        Case(p=2, d=2, m=4, zero=3, schedule="gpipe", recompute="full"),
-        Case(p=2, d=2, m=5, zero=3, recompute="full", every=2, tied=False),
-        Case(p=3, d=2, m=4, zero=3, reshard=0, recompute="full"),
-        Case(t=2, d=4, m=2, zero=3, shard_size=2, attention="explicit"),
-        Case(p=2, d=2, m=4, zero=3, schedule="interleaved", chunks=3, n_layer=7),
-        Case(p=2, d=2, m=4, zero=3, schedule="zb-v", tied=False, recompute="full"),
-        Case(d=2, m=3, zero=3, schedule="zb-h1"),
-        Case(p=2, d=2, m=3, zero=2),
-        Case(d=4, m=3, zero=1, shard_size=2),
-    ],
-    ids=str,
-)
-def test_unshards_are_as_predicted_under_pipelines_and_recompute(case):
-    for rank in launch(case.world_size, unshards_of_a_step, case):
-        for op, (predicted, measured) in rank.items():
-            assert predicted == measured, op
 
 
 def accumulations_left(case: Case) -> tuple[int, int]:

@@ -44,18 +44,6 @@ def seconds_of(call: Callable[[], object], seconds: float = 0.15) -> float:
 # --- this machine ---------------------------------------------------------------------------------
 
 
-def matmuls() -> list[tuple[float, float]]:
-    """(FLOPs, seconds) of those of a large block, forward and backward."""
-    found = []
-    for config in SIZES:
-        tokens, h = ROWS[-1] * config.seq_len, config.n_embd
-        for wide in (h, 3 * h, 4 * h):
-            x, w, y = (torch.randn(shape) for shape in ((tokens, h), (wide, h), (tokens, wide)))
-            for a, b in ((x, w.T), (y, w), (y.T, x)):
-                found.append((2.0 * tokens * h * wide, seconds_of(lambda a=a, b=b: a @ b, 0.05)))
-    return found
-
-
 def blocks() -> list[tuple[float, float, float, float]]:
     """(FLOPs, matmuls, bytes kept, seconds) of a chain of blocks, forward and backward, by size:
     a chain, since one block alone would stay in the cache."""
@@ -81,15 +69,14 @@ def blocks() -> list[tuple[float, float, float, float]]:
 
 
 def machine() -> tuple:
-    """On each of two ranks, at the same time: (what matmuls take, what blocks take, bytes a second
-    of large passes, (bytes that travel, seconds) of collectives, share of a hidden one that is
-    paid)."""
+    """On each of two ranks, at the same time: (what blocks take, bytes a second of the optimizer,
+    (bytes that travel, seconds) of collectives, share of a hidden one that is paid)."""
     state = torch.nn.Parameter(torch.randn(1 << 22))
     state.grad = torch.randn_like(state)
-    adamw = torch.optim.AdamW([state], fused=True)
+    adamw = torch.optim.AdamW([state])
     bandwidth = 7 * state.nbytes / seconds_of(adamw.step)  # reads 4 tensors, writes 3
     if dist.get_world_size() == 1:
-        return matmuls(), blocks(), bandwidth, [(0.0, 1.0)], 1.0
+        return blocks(), bandwidth, [(0.0, 1.0)], 1.0
 
     a, b = torch.randn(128, 256), torch.randn(256, 768)
     of_matmul = seconds_of(lambda: a @ b)
@@ -126,39 +113,39 @@ def machine() -> tuple:
     shorter, longer = sorted((alone, times * of_matmul))
     share = (behind(both, 0) - longer) / shorter
     dist.barrier()
-    return matmuls(), blocks(), bandwidth, travel, share
+    return blocks(), bandwidth, travel, share
 
 
-def line_through(
-    points: numpy.ndarray, values: numpy.ndarray, seconds: numpy.ndarray
-) -> tuple[float, float]:
-    """(a, b), above 0, with a x + b y = value of points (x, y): least squares of errors in
-    relation to `seconds`."""
-    scaled = points / seconds[:, None]
-    (a, b), *_ = numpy.linalg.lstsq(scaled, values / seconds, rcond=None)
-    return max(0.0, float(a)), max(0.0, float(b))
+def fitted(terms: list[numpy.ndarray], seconds: numpy.ndarray) -> list[float]:
+    """What each unit of a term takes, none less than nothing: the least squares of relative
+    errors of their sum."""
+    found, used = [0.0] * len(terms), list(range(len(terms)))
+    while used:
+        columns = numpy.stack([terms[i] / seconds for i in used], 1)
+        costs, *_ = numpy.linalg.lstsq(columns, numpy.ones(len(seconds)), rcond=None)
+        if min(costs) >= 0:
+            for i, x in zip(used, costs, strict=True):
+                found[i] = float(x)
+            break
+        del used[int(numpy.argmin(costs))]
+    return found
 
 
 def calibrate(n: int = 2) -> Hardware:
     """n forked ranks of one thread, gloo."""
     ranks = launch(n, machine)
-    dense = numpy.mean([rank[0] for rank in ranks], axis=0)
-    flops_per_s = float(dense[:, 0].sum() / dense[:, 1].sum())
-    parts = numpy.mean([rank[1] for rank in ranks], axis=0)
-    flops, calls, kept, seconds = parts.T
-    bandwidth = statistics.fmean(rank[2] for rank in ranks)
-    rest = seconds - flops / flops_per_s
-    a_call, a_byte = line_through(numpy.stack([calls, kept], 1), rest, seconds)
-    size, seconds = numpy.mean([rank[3] for rank in ranks], axis=0).T
-    ones = numpy.ones_like(size)
-    latency, a_byte_sent = line_through(numpy.stack([ones, size], 1), seconds, seconds)
-    share = statistics.fmean(rank[4] for rank in ranks)
+    *terms, seconds = numpy.mean([rank[0] for rank in ranks], axis=0).T
+    a_flop, a_call, a_byte = fitted(terms, seconds)
+    bandwidth = statistics.fmean(rank[1] for rank in ranks)
+    size, seconds = numpy.mean([rank[2] for rank in ranks], axis=0).T
+    latency, a_byte_sent = fitted([numpy.ones_like(size), size], seconds)
+    share = statistics.fmean(rank[3] for rank in ranks)
     with open("/proc/meminfo") as file:
         memory = int(file.readline().split()[1]) * 1024 / n
     link = 1e-9 / max(a_byte_sent, 1e-15)
     return Hardware(
-        f"this machine, {n} ranks", flops_per_s / 1e12, memory / 1e9, bandwidth / 1e9, link, link,
-        matmul=1.0, ramp_gflop=a_call * flops_per_s / 1e9, passes=a_byte * bandwidth, link=1.0,
+        f"this machine, {n} ranks", 1e-12 / a_flop, memory / 1e9, bandwidth / 1e9, link, link,
+        matmul=1.0, ramp_gflop=1e-9 * a_call / a_flop, passes=a_byte * bandwidth, link=1.0,
         network=1.0, overlap=min(1.0, max(0.0, share)), link_us=latency * 1e6,
         network_us=latency * 1e6,
     )  # fmt: skip

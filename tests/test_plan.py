@@ -1,0 +1,349 @@
+"""What the planner adds up, beside ranks that were counted; and the planner itself."""
+
+import dataclasses
+import json
+import random
+import re
+import statistics
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import activation_ckpt
+import gpt
+import options
+import pipeline
+import zero
+from tests.commands import run
+from tests.test_layouts import FACTORS, case_of, pairwise
+from tools import cost, dry_run, plan, published
+from tools.cost import HARDWARE, Layout
+from tools.oracle import Case, launch, trainer_of
+
+# --- a rank's bytes, traffic and FLOPs ------------------------------------------------------------
+
+
+def differences(case: Case) -> dict:
+    """{what: (counted, predicted)} of this rank's step, where they are not equal."""
+    seen = dry_run.observe(trainer_of(case), dist.get_rank())
+    counted, predicted = seen.traffic
+    counted.pop(("dp", "broadcast"), None)  # DDP's order of buckets, in the first step alone
+    kinds = seen.bytes | {"activations": seen.activations, "flops": seen.flops}
+    kinds |= {key: (counted.get(key), predicted.get(key)) for key in {*counted, *predicted}}
+    return {what: pair for what, pair in kinds.items() if pair[0] != pair[1]}
+
+
+UNDER_POLICIES = [
+    Case(attention="explicit"), Case(dropout=0.2), Case(t=2, sequence=True),
+    Case(t=3, dropout=0.2, sequence=True), Case(t=2, dropout=0.2, dtype="bf16"),
+    Case(p=3, m=4, schedule="gpipe", attention="explicit", dtype="float32"),
+    Case(p=2, m=4, schedule="zb-h1"), Case(p=2, m=4, schedule="zb-v", dtype="bf16", n_layer=6),
+    Case(p=2, m=4, schedule="interleaved", chunks=3, n_layer=7), Case(m=2, schedule="zb-v"),
+    Case(t=2, p=2, m=3, schedule="zb-v", sequence=True, dropout=0.2),
+    Case(t=3, p=2, m=8, schedule="zb-h1", attention="explicit", dtype="float32"),
+    Case(t=2, p=2, m=5, dropout=0.2, sequence=True), Case(d=2, zero=3, attention="explicit"),
+]  # fmt: skip
+MORE = [
+    Case(p=2, d=2, m=5, zero=3, recompute="full", every=2, tied=False),
+    Case(p=3, d=2, m=4, zero=3, reshard=0, recompute="full"),
+    Case(t=2, d=4, m=2, zero=3, shard_size=2, attention="explicit"),
+    Case(p=2, d=2, m=4, zero=3, schedule="interleaved", chunks=3, n_layer=7),
+    Case(d=2, m=3, zero=3, schedule="zb-h1"), Case(d=4, m=3, zero=1, shard_size=2),
+    Case(t=4, d=2, zero=3, vocab_size=50257, n_layer=1), Case(optimizer="sgd", dtype="bf16"),
+    Case(d=2, zero=2, dtype="bf16", grad_dtype="bf16", optimizer="sgd"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [
+    *(case_of(row) for row in pairwise(FACTORS)), *MORE,
+    *(dataclasses.replace(case, recompute=policy, seq_len=12) for case in UNDER_POLICIES
+      for policy in activation_ckpt.POLICIES),
+], ids=str)  # fmt: skip
+def test_a_rank_holds_says_and_computes_what_is_predicted(case):
+    assert launch(case.world_size, differences, case) == [{}] * case.world_size
+
+
+def without_ranks(seen: dry_run.Seen) -> dict:
+    """What a dry run and a real one have in common. Transfers by peer: gloo posts them a batch
+    ahead of their turn."""
+    calls = {group: [(call.operation, call.payload, str(call.dtype)) for call in calls
+                     if call.operation not in ("send", "recv", "broadcast")]
+             for group, calls in seen.calls.items()}  # fmt: skip
+    return {
+        "calls": {group: made for group, made in calls.items() if made}, "flops": seen.flops[0],
+        "bytes": {kind: counted for kind, (counted, _) in seen.bytes.items()},
+        "activations": seen.activations[0], "members": seen.members,
+        "transfers": sorted(seen.transfers),
+    }  # fmt: skip
+
+
+def really(case: Case) -> dict:
+    return without_ranks(dry_run.observe(trainer_of(case, sync=None), dist.get_rank()))
+
+
+EIGHT = [
+    Case(t=2, p=2, d=2, attention="explicit", recompute="full"),
+    Case(t=2, p=2, d=2, zero=3, schedule="zb-v", sequence=True, n_layer=6, dropout=0.1, seq_len=8),
+    Case(p=4, d=2, zero=1, schedule="interleaved", chunks=2, n_layer=9, m=4, attention="explicit"),
+    Case(d=8, zero=2, shard_size=4, m=1, tied=False, attention="explicit"),
+    Case(t=4, p=2, m=3, schedule="zb-h1", vocab_size=50, attention="explicit", dtype="float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EIGHT, ids=str)
+def test_a_dry_run_of_each_of_8_ranks_is_the_real_run(case):
+    args = options.parser().parse_args(case.arguments())
+    args.world_size, config = 8, options.check(args, 8)
+    ranks = [dry_run.dry_run(args, config, rank) for rank in range(8)]
+    for seen, real in zip(ranks, launch(8, really, case), strict=True):
+        assert without_ranks(seen) == real
+    assert dry_run.disagreements(ranks) == []
+
+    first = next(seen for seen in ranks if seen.transfers or case.p == 1)
+    if first.transfers:
+        first.transfers.pop()
+        assert "which receives" in dry_run.disagreements(ranks)[0]
+    ranks[5].calls["dp"].pop()
+    assert any("dp group" in line for line in dry_run.disagreements(ranks))
+
+
+def test_the_dry_run_of_a_rank_of_3072():
+    done = run(0, "train_3d.py", *"--dry-run --world-size 3072 --rank 1536 --model gpt-1t --tp 8 "
+               "--pp 64 --global-batch-size 48 --micro-batch-size 1 --zero 1".split())  # fmt: skip
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    assert "stage 32 (2 blocks); 8 microbatches" in done.stdout and "differs" not in done.stdout
+    assert re.search(r"send to rank 1584: 8\n", done.stdout)
+
+
+def test_a_difference_is_marked_and_is_the_exit_code(monkeypatch, capsys):
+    monkeypatch.setattr(dry_run, "predicted_flops", lambda trainer: 1)
+    flags = "--n-layer 1 --n-embd 8 --n-head 1 --global-batch-size 1 --micro-batch-size 1"
+    monkeypatch.setattr(sys, "argv", ["x", "--dry-run", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        dry_run.main()
+    assert end.value.code == 1
+    assert [line for line in capsys.readouterr().out.splitlines() if "differs" in line] != []
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--dry-run --world-size 16 --all-ranks", "--all-ranks with --world-size 16: at most 8"),
+    ("--dry-run --world-size 8 --rank 8", "--rank 8 of --world-size 8: give 0 to 7"),
+    ("--dry-run --world-size 8 --tp 3", "world size 8 is not divisible by --tp 3"),
+    ("--dry-run --recompute offload", "there is no host to move to"),
+    ("--world-size 8", "--world-size is of --dry-run"), ("--rank 0", "--rank is of --dry-run"),
+])  # fmt: skip
+def test_dry_runs_that_cannot_be(flags, message):
+    done = run(0, "train_3d.py", *flags.split())
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and message in line and line.startswith("train_3d.py: error: ")
+
+
+# --- the cost model -------------------------------------------------------------------------------
+
+A100 = HARDWARE["a100-80"]
+SMALL = gpt.GPTConfig(16, 16, 1024, 50000, 1024)
+
+
+def some_layouts(n: int, seed: int = 0) -> list[tuple[plan.Job, Layout]]:
+    rng, found = random.Random(seed), []
+    for gpus, config in ((16, SMALL), (64, dataclasses.replace(SMALL, attention="explicit"))):
+        job = plan.Job(config, gpus, 8, 64, A100)
+        every = list(plan.layouts(job, {}))
+        found += [(job, layout) for layout in rng.sample(every, n // 2)]
+    return found
+
+
+def test_all_layouts_of_the_search_are_taken_by_the_trainer():
+    for job, layout in some_layouts(400):
+        words = " ".join(plan.arguments(job, layout, ["--model gpt2"])).split()
+        sizes = f"--n-layer 16 --n-head 16 --n-embd 1024 --vocab-size 50000 --attention " \
+                f"{job.config.attention}".split()  # fmt: skip
+        args = options.parser().parse_args(words + sizes)
+        assert options.check(args, job.gpus) == job.config
+        assert args.global_batch_size == layout.dp * layout.micro_batch_size * layout.microbatches
+
+
+def test_halving_a_bandwidth_never_makes_a_layout_faster():
+    for job, layout in some_layouts(120):
+        def seconds(hardware, job=job, layout=layout) -> float:
+            return cost.predicted_step(job.config, layout, hardware).total
+
+        whole = seconds(A100)
+        for field in ("tflops", "memory_gb_per_s", "link_gb_per_s", "network_gb_per_s"):
+            slower = A100._replace(**{field: getattr(A100, field) / 2})
+            assert seconds(slower) >= whole * (1 - 1e-12), (field, layout)
+        assert seconds(A100._replace(link_us=20, network_us=40)) >= whole * (1 - 1e-12)
+
+
+def test_more_memory_never_makes_what_fits_not_fit():
+    job = plan.Job(gpt.MODELS["gpt-3.6b"], 32, 8, 512, A100)
+    products, times = [], []
+    for memory in (20, 24, 32, 40, 60, 80, 160):
+        roomier = job._replace(hardware=A100._replace(memory_gb=memory))
+        layout = plan.recipe(roomier)[2]
+        products.append(layout.tp * layout.pp if layout else float("inf"))
+        asked = {"schedule": "1f1b", "micro_batch_size": 1}
+        best = plan.search(roomier, 1, asked)[0]
+        times.append(best[0].times.total if best else float("inf"))
+    assert products == sorted(products, reverse=True) and len(set(products)) > 2
+    assert times == sorted(times, reverse=True) and len(set(times)) > 2
+
+
+def test_what_may_not_fit_does_not_and_the_least_is_the_least():
+    """The two bounds by which the search passes layouts over."""
+    refused = 0
+    for job, layout in some_layouts(200, seed=1):
+        held = sum(cost.worst_rank(job.config, layout).values())
+        for limit in (0.5 * held, 0.99 * held):
+            assert not cost.fits(job.config, layout, limit)
+            refused += not cost.may_fit(job.config, layout, limit)
+        assert cost.fits(job.config, layout, held) and cost.may_fit(job.config, layout, held)
+        least, times = (cost.predicted_step(job.config, layout, A100, least=least)
+                        for least in (True, False))  # fmt: skip
+        assert least.total <= times.total * (1 + 1e-9)
+    assert refused > 100
+
+
+@pytest.mark.parametrize("name, v", [("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2)])
+@pytest.mark.parametrize("p, m", [(2, 16), (4, 32), (4, 36), (3, 30), (8, 64)])
+def test_a_schedule_that_repeats_itself_is_simulated_in_part(name, v, p, m):
+    rng = random.Random(p)
+    even = tuple((1.0, 1.0, 1.0) for _ in range(p * v))
+    uneven = tuple((rng.uniform(0.8, 1.2), rng.uniform(0.8, 1.2), 0.7) for _ in range(p * v))
+    layout = Layout(1, p, 1, microbatches=m, schedule=name, chunks=v)
+    for seconds, near in ((even, 1e-9), (uneven, 0.01)):
+        whole = cost.makespan(name, p, m, v, seconds, 0.02)
+        assert cost.pipeline_seconds(layout, seconds, 0.02) == pytest.approx(whole, rel=near)
+
+
+def test_bubble_of_1f1b_is_the_formulas():
+    """A pipeline of equal stages, with nothing around it: (p - 1) / m of the work."""
+    layout = Layout(1, 4, 1, microbatches=12)
+    seconds = ((1.0, 1.0, 1.0),) * 4
+    whole = cost.pipeline_seconds(layout, seconds, 0.0)
+    bubble = pipeline.predicted_bubble("1f1b", 4, 12)
+    assert whole == pytest.approx(12 * 3 * (1 + bubble))
+
+
+def test_memory_of_a_rank_is_the_strategies_own():
+    """7.5 B parameters, 64 replicas: 16, 4 + 12/64 and so on bytes a parameter (1910.02054,
+    figure 1)."""
+    numel = 7_500_000_000
+    for stage, gb in ((1, 31.4), (2, 16.6), (3, 1.9)):
+        held = zero.predicted_bytes([numel], 64, 0, stage, torch.bfloat16, torch.bfloat16)
+        assert sum(held.values()) / 1e9 == pytest.approx(gb, abs=0.06)
+
+
+# --- published ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("title", published.TABLES)
+def test_published_tables(title):
+    """Mean under 5 %, no row above 12 %, and better than one throughput for all."""
+    rows = published.TABLES[title]()
+    ours = published.errors([published.seconds(row, A100) for row in rows], rows)
+    guess = published.errors(published.guesses(rows), rows)
+    mean, largest = statistics.fmean(map(abs, ours)), max(map(abs, ours))
+    assert mean < 5 and largest < 12
+    assert mean < statistics.fmean(map(abs, guess)) and largest < max(map(abs, guess))
+
+
+def test_zeros_table_and_bubble_rates():
+    assert all(ours == pytest.approx(gb, rel=0.03) for _, gb, ours in published.zero_memory())
+    off = [abs(ours - rate) for _, rate, ours in published.bubble_rates()]
+    assert statistics.fmean(off) < 0.02 and max(off) < 0.06
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+SC21 = {  # 2104.04473, table 1: model: (t, p, GPUs, batch)
+    "gpt-1.7b": (1, 1, 32, 512), "gpt-3.6b": (2, 1, 64, 512), "gpt-7.5b": (4, 1, 128, 512),
+    "gpt-18b": (8, 1, 256, 1024), "gpt-39b": (8, 2, 512, 1536), "gpt-76b": (8, 4, 1024, 1792),
+    "gpt-145b": (8, 8, 1536, 2304), "gpt-310b": (8, 16, 1920, 2160),
+    "gpt-530b": (8, 35, 2520, 2520), "gpt-1t": (8, 64, 3072, 3072),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", SC21)
+def test_the_recipe_gives_what_they_ran(model):
+    t, p, gpus, batch = SC21[model]
+    layout = plan.recipe(plan.Job(gpt.MODELS[model], gpus, 8, batch, A100))[2]
+    assert (layout.tp, layout.pp, layout.dp) == (t, p, gpus // (t * p))
+
+
+def test_the_recipe_depends_on_the_constant():
+    """At 1.0 of the memory it gives less than they ran, for models in the middle."""
+    t, p, gpus, batch = SC21["gpt-3.6b"]
+    layout = plan.recipe(plan.Job(gpt.MODELS["gpt-3.6b"], gpus, 8, batch, A100, usable=1.0))[2]
+    assert (layout.tp, layout.pp) == (1, 1)
+
+
+def said(monkeypatch, capsys, flags: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *flags.split()])
+    plan.main()
+    return capsys.readouterr().out
+
+
+SMALL_JOB = "--model gpt2-xl --gpus 16 --hardware h100-80 --global-batch-size 64"
+
+
+def test_a_report(monkeypatch, capsys):
+    text = said(monkeypatch, capsys, SMALL_JOB)
+    assert "The recipe" in text and "The best of" in text and "Memory of the best" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("torchrun")]
+    arguments = line.split(" train_3d.py ")[1].split()
+    options.check(options.parser().parse_args(arguments), 16)
+    assert "--nnodes 2" in line and "--nproc-per-node 8" in line
+    assert re.search(r"300 B tokens are [\d,]+ steps: [\d.]+ days", text)
+
+
+def test_json(monkeypatch, capsys):
+    found = json.loads(said(monkeypatch, capsys, f"{SMALL_JOB} --json"))
+    assert set(found) == {"recipe", "best", "layouts"} and found["layouts"][0] == found["best"]
+    for layout in (found["recipe"], *found["layouts"]):
+        assert layout["tp"] * layout["pp"] * layout["dp"] == 16
+        assert layout["dp"] * layout["micro_batch_size"] * layout["microbatches"] == 64
+        assert set(layout["bytes"]) == {"parameters", "gradients", "optimizer", "activations",
+                                        "buffers"}  # fmt: skip
+        assert sum(layout["bytes"].values()) <= 0.7 * 80e9 and layout["step_s"] > 0
+        assert {"zero", "recompute", "schedule", "tflops_per_gpu"} <= set(layout)
+    times = [layout["step_s"] for layout in found["layouts"]]
+    assert times == sorted(times) and times[0] <= found["recipe"]["step_s"]
+
+
+def test_nothing_fits(monkeypatch, capsys):
+    flags = "--model gpt-175b --gpus 8 --global-batch-size 8 --hardware a100-40"
+    text = said(monkeypatch, capsys, flags)
+    assert "none fits" in text and "nearest: t=8" in text
+    assert re.search(r"it would fit on GPUs of \d+ GB", text)
+    assert re.search(r"on \d+ of these GPUs, it would: t=", text)
+    found = json.loads(said(monkeypatch, capsys, flags + " --json"))
+    assert found == {"recipe": None, "best": None, "layouts": []}
+
+
+def test_hardware_from_a_file(tmp_path):
+    path = tmp_path / "b200.json"
+    path.write_text(json.dumps({"tflops": 2250, "memory_gb": 180, "memory_gb_per_s": 8000,
+                                "link_gb_per_s": 900, "network_gb_per_s": 50}))  # fmt: skip
+    hardware = plan.read_hardware(str(path), {"memory_gb": 192.0})
+    assert (hardware.tflops, hardware.memory_gb, hardware.matmul) == (2250, 192, A100.matmul)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--hardware a100", "--hardware a100 is none of v100-32, a100-40, a100-80, h100-80"),
+    ("--gpus 0", "--gpus"), ("--global-batch-size 7 --gpus 64", "--global-batch-size 7: no d"),
+    ("--tp 5 --gpus 16", "16 is not divisible by --tp 5"), ("--tp 16", "more than the 8 GPUs"),
+    ("--model gpt2 --n-head 10 --tp 4 --n-embd 640", "--n-head 10 is not divisible by --tp 4"),
+    ("--pp 7 --gpus 64", "not divisible"), ("--usable 1.5", "--usable 1.5: give a part"),
+    ("--gpus 12", "--gpus 12 are no whole machines of --gpus-per-node 8"),
+    ("--memory-gb 0", "memory_gb is 0"), ("--tflops -3", "tflops is -3"), ("--modle x", "--modle"),
+    ("--model gpt9", "gpt9"), ("--tokens 0", "--tokens"),
+])  # fmt: skip
+def test_what_cannot_be_planned(monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["plan.py", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        plan.main()
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code
+    assert end.value.code.startswith("tools.plan: error: ") and message in end.value.code
