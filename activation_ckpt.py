@@ -242,18 +242,18 @@ def predicted_activation_bytes(
 
 def predicted_flops(
     n_layer: int, b: int, s: int, h: int, policy: str, every: int = 1, layers: int | None = None,
-    dropout: bool = False, deferred: bool = False,
+    dropout: bool = False, deferred: bool = False, fused: bool = False,
 ) -> int:  # fmt: skip
     """FLOPs of the matmuls of n_layer blocks, forward and backward: 2 per multiply-add;
     forward 24 b s h^2 + 4 b s^2 h a block (the mask saves none), backward twice that. What is
     recomputed ends before its last matmul, the core's second, or a block's mlp.c_proj of
     8 b s h^2; but for dropout, whose mask comes behind that of a block, and for linear layers whose
-    weights' gradients are `deferred`: what such a layer keeps, autograd hears of when it is done.
-    """
+    weights' gradients are `deferred`: what such a layer keeps, autograd hears of when it is done;
+    a `fused` core is one operation, so it is done again whole."""
     core = 4 * b * s * s * h
     forward = 24 * b * s * h * h + core
     full = forward - (0 if dropout or deferred else 8 * b * s * h * h)
-    again = {"none": 0, "offload": 0, "selective": core // 2, "full": full}[policy]
+    again = {"none": 0, "offload": 0, "selective": core if fused else core // 2, "full": full}[policy]
     return 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * again
 
 

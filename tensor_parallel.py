@@ -166,8 +166,8 @@ class SumOverGroup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:
-        ctx.group, ctx.sequence = group, sequence
-        if sequence:
+        ctx.group, ctx.sequence = group, sequence and group.size() > 1
+        if ctx.sequence:
             return start_scatter(x, group)()
         ctx.mark_dirty(x)
         return start_sum(x, group)()

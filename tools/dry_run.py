@@ -16,6 +16,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -65,6 +66,22 @@ class Seen:
     members: dict[str, list[int]]  # of each group that this rank is in
 
 
+def core_flops(q: torch.Size, k: torch.Size) -> int:
+    """Scores, and what they weigh."""
+    return 4 * math.prod(q) * k[-2]
+
+
+# What torch has no formula for: sdpa on a CPU. Backward as two of its forwards: what it computes
+# again inside is left out, as in activation_ckpt.predicted_flops.
+_aten = torch.ops.aten
+FLOPS = flop_registry | {
+    _aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, *rest, **more: core_flops(q.shape, k.shape),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, *rest, **more: 2 * core_flops(q.shape, k.shape),
+}  # fmt: skip
+
+
 class Flops(TorchDispatchMode):
     """Of the matmuls. torch's own FlopCounterMode has hooks on modules too: they keep the inputs,
     and so would show among the activations."""
@@ -73,7 +90,7 @@ class Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if formula := flop_registry.get(function._overloadpacket):
+        if formula := FLOPS.get(function._overloadpacket):
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
@@ -265,7 +282,7 @@ def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
             args.zero_reshard_after_forward == 1)  # fmt: skip
     k = trainer.shard_group.size()
     predicted = zero.predicted_payload(numels, k, uses, *more)
-    if args.zero == 3:  # every chunk is a chain of its own
+    if args.zero == 3 and args.zero_reshard_after_forward:  # every chunk is a chain of its own
         of_layer = dict(zip(zero.layers(trainer.model), uses, strict=True))
         each = []
         for chunk in trainer.pipe.chunks.values():
@@ -329,7 +346,9 @@ def predicted_flops(trainer: train_3d.Trainer) -> int:
     args, config = trainer.args, trainer.config
     b, s, h = args.micro_batch_size, config.seq_len, config.n_embd
     layers = [len(trainer.pipe.chunks[k].h) for k in trainer.stages]
-    more = dict(dropout=config.dropout > 0, deferred=any(map(pipeline.splits, trainer.schedule)))
+    fused = not is_explicit(config) and trainer.device.type != "meta"
+    more = dict(dropout=config.dropout > 0, deferred=any(map(pipeline.splits, trainer.schedule)),
+                fused=fused)  # fmt: skip
     total = sum(
         activation_ckpt.predicted_flops(n, b, s, h, args.recompute, layers=again, **more)
         for n, again in zip(layers, cost.under_policy(layout_of(trainer), layers), strict=True)
