@@ -253,7 +253,8 @@ def predicted_flops(
     core = 4 * b * s * s * h
     forward = 24 * b * s * h * h + core
     full = forward - (0 if dropout or deferred else 8 * b * s * h * h)
-    again = {"none": 0, "offload": 0, "selective": core if fused else core // 2, "full": full}[policy]
+    selective = core if fused else core // 2
+    again = {"none": 0, "offload": 0, "selective": selective, "full": full}[policy]
     return 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * again
 
 

@@ -64,6 +64,14 @@ class Seen:
     transfers: list[Transfer]
     calls: dict[str, list[measure.Call]]  # by group
     members: dict[str, list[int]]  # of each group that this rank is in
+    stats: torch.Tensor  # what the step returned
+
+    def differences(self) -> dict:
+        """{what: (counted, predicted)}, where they are not equal."""
+        counted, predicted = self.traffic
+        both = self.bytes | {"activations": self.activations, "FLOPs": self.flops}
+        both |= {key: (counted.get(key), predicted.get(key)) for key in {*counted, *predicted}}
+        return {what: pair for what, pair in both.items() if pair[0] != pair[1]}
 
 
 def core_flops(q: torch.Size, k: torch.Size) -> int:
@@ -217,9 +225,11 @@ def dry_run(args: argparse.Namespace, config: gpt.GPTConfig, rank: int) -> Seen:
         return observe(trainer_of(args, config), rank, is_explicit(config))
 
 
-def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True) -> Seen:
-    """One step of a trainer, real or not, counted and predicted; activations only if they are to
-    be (it takes a third of the time)."""
+def observe(
+    trainer: train_3d.Trainer, rank: int, activations: bool = True, step: int = 0
+) -> Seen:
+    """A step of a trainer, real or not, counted and predicted; activations only if they are to be
+    (it takes a third of the time)."""
     groups = {name: getattr(trainer, f"{name}_group") for name in AXES}
     groups = {name: group for name, group in groups.items() if group} | {"world": dist.group.WORLD}
     members = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
@@ -227,7 +237,7 @@ def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True) -> S
     watched = watched_activations(trainer, peak) if activations else contextlib.nullcontext()
     with (watched, watched_transfers(transfers), counter,
           measure.Collectives(groups) as collectives):  # fmt: skip
-        trainer.step(0)
+        stats = trainer.step(step)
     calls, counted = collections.defaultdict(list), collections.Counter()
     for call in collectives.calls:
         calls[call.group].append(call)
@@ -239,6 +249,7 @@ def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True) -> S
         trainer, rank, {kind: (n, expected[kind]) for kind, n in held.items()},
         (peak[0], expected["activations"]), (counted, predicted_traffic(trainer)),
         (counter.total, predicted_flops(trainer)), transfers, calls, members,
+        stats,
     )  # fmt: skip
 
 

@@ -287,6 +287,8 @@ def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder
     """On each rank: train from step `first` to `end`, and compare all that this rank holds (before
     the last step, only loss and norm). Begins with the checkpoint in `folder` and leaves one
     there, where the steps are not all of them."""
+    seams = dict(seams)
+    step_of = seams.pop("step", train_3d.Trainer.step)
     trainer = trainer_of(case, **seams)
     disk = checkpoint.Checkpoints(folder, 1, dist.group.WORLD)
     if first:
@@ -294,7 +296,7 @@ def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder
         assert about["step"] == first
         checkpoint.read(path, trainer.state_to_load(about["optimizer"]), dist.group.WORLD)
         trainer.loaded()
-    stats = torch.stack([trainer.step(step) for step in range(first, end)])
+    stats = torch.stack([step_of(trainer, step) for step in range(first, end)])
     if end < case.steps:
         mine, numbers = trainer.state_to_save()
         disk.save(end, mine, {"optimizer": numbers})
@@ -325,7 +327,8 @@ def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder
 
 
 def judge(case: Case, seams: dict | None = None) -> Errors:
-    """One process, then the layout. `seams`: arguments of train_3d.Trainer. Raises AssertionError
+    """One process, then the layout. `seams`: arguments of train_3d.Trainer, and "step", what is
+    called with a trainer and a step's number in place of Trainer.step. Raises AssertionError
     where some gradient was compared by nobody, RuntimeError where a rank failed."""
     seams, ranks = seams or {}, []
     expected = launch(1, reference, case, seams.get("model"))[0]
