@@ -149,6 +149,8 @@ def check(
         with torch.device("meta"):
             source.check(gpt.GPT(config))
     t, p, rows, k = args.tp, args.pp, args.micro_batch_size, args.zero_shard_size
+    given = {"world-size": args.world_size, "rank": args.rank, "all-ranks": args.all_ranks or None}
+    alone = next((flag for flag, n in given.items() if n is not None and not args.dry_run), None)
     d, batch, every = max(1, world_size // (t * p)), args.global_batch_size, args.recompute_every
     for wrong, message in (
         (world_size % (t * p), f"world size {world_size} is not divisible by --tp {t} x --pp {p}: "
@@ -170,9 +172,7 @@ def check(
         (k and d % k, f"--zero-shard-size {k} does not divide d {d}: give a divisor of {d}"),
         (args.zero < 3 and not args.zero_reshard_after_forward, "--zero-reshard-after-forward 0 "
          f"with --zero {args.zero}: only ZeRO-3 reshards; give --zero 3"),
-        (not args.dry_run and (alone := [name for name in ("world_size", "rank", "all_ranks")
-         if getattr(args, name) not in (None, False)]), f"--{(alone or [''])[0].replace('_', '-')} "
-         "is of --dry-run: give that too"),
+        (alone, f"--{alone} is of --dry-run: give that too"),
         (args.grad_dtype and args.dtype != "bf16", f"--grad-dtype {args.grad_dtype} with --dtype "
          f"{args.dtype}: give --dtype bf16, or leave it out"),
     ):  # fmt: skip
