@@ -310,6 +310,13 @@ def test_json(monkeypatch, capsys):
     assert times == sorted(times) and times[0] <= found["recipe"]["step_s"]
 
 
+def test_a_plan_for_this_machine(monkeypatch, capsys):
+    flags = "--calibrate --model nano --gpus 2 --global-batch-size 8 --schedule 1f1b --json"
+    found = json.loads(said(monkeypatch, capsys, flags))
+    assert found["best"]["tp"] * found["best"]["pp"] * found["best"]["dp"] == 2
+    assert 0 < found["best"]["step_s"] < 600 and found["best"]["bytes"]["parameters"] > 1e6
+
+
 def test_nothing_fits(monkeypatch, capsys):
     flags = "--model gpt-175b --gpus 8 --global-batch-size 8 --hardware a100-40"
     text = said(monkeypatch, capsys, flags)

@@ -426,7 +426,8 @@ def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
     if args.calibrate:
         from tools import plan_check
 
-        hardware, program = plan_check.calibrate()._replace(**own), plan_check.PROGRAM
+        hardware = plan_check.calibrate(min(2, args.gpus))._replace(**own)
+        program = plan_check.PROGRAM
     else:
         hardware = read_hardware(args.hardware, own)
     if not 0 < args.usable <= 1:

@@ -8,6 +8,7 @@ each, at the same time. No layout's step is among them: those are predicted.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import activation_ckpt
 import gpt
 import options
 import train_3d
-from tools import cost
+from tools import plan
 from tools.cost import Hardware, Layout, Program
 from tools.oracle import launch
 from zero import all_gather, reduce_scatter
@@ -132,10 +133,12 @@ def fitted(terms: list[numpy.ndarray], seconds: numpy.ndarray) -> list[float]:
 
 
 def calibrate(n: int = 2) -> Hardware:
-    """n forked ranks of one thread, gloo."""
+    """n forked ranks of one thread, gloo. Raises ValueError."""
     ranks = launch(n, machine)
     *terms, seconds = numpy.mean([rank[0] for rank in ranks], axis=0).T
     a_flop, a_call, a_byte = fitted(terms, seconds)
+    if a_flop == 0:
+        raise ValueError("--calibrate: times do not follow FLOPs: is this machine idle?")
     bandwidth = statistics.fmean(rank[1] for rank in ranks)
     size, seconds = numpy.mean([rank[2] for rank in ranks], axis=0).T
     latency, a_byte_sent = fitted([numpy.ones_like(size), size], seconds)
@@ -166,19 +169,12 @@ def layouts() -> list[Layout]:
     ]  # fmt: skip
 
 
-def step_seconds(config: gpt.GPTConfig, layout: Layout, steps: int) -> float:
+def step_seconds(job: plan.Job, layout: Layout, steps: int) -> float:
     """Median of a step, on this rank."""
-    batch = layout.dp * layout.micro_batch_size * layout.microbatches
-    words = (
-        f"--tp {layout.tp} --pp {layout.pp} --zero {layout.zero} --schedule {layout.schedule} "
-        f"--recompute {layout.recompute} --global-batch-size {batch} "
-        f"--micro-batch-size {layout.micro_batch_size} --n-layer {config.n_layer} "
-        f"--n-head {config.n_head} --n-embd {config.n_embd} --vocab-size {config.vocab_size} "
-        f"--seq-len {config.seq_len}"
-    ).split()
-    words += ["--chunks", str(layout.chunks)] * (layout.schedule == "interleaved")
-    words += ["--sequence-parallel"] * layout.sequence_parallel
-    args = options.parser().parse_args(words)
+    config = job.config
+    sizes = zip(options.SIZES, dataclasses.astuple(config)[: len(options.SIZES)], strict=True)
+    model = [f"--{name.replace('_', '-')} {n}" for name, n in sizes]
+    args = options.parser().parse_args(" ".join(plan.arguments(job, layout, model)).split())
     options.check(args, layout.gpus)
 
     def read(step: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,25 +196,20 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=6, help="of each layout")
     args = arguments.parse_args()
     off = []
-    print(f"{'':58s}measured  predicted   error")
+    print(f"{'':86s}measured  predicted   error")
     for config in SIZES:
         for layout in layouts():
             hardware = calibrate(layout.gpus)  # anew: a machine's speed is not the same for long
-            ranks = launch(layout.gpus, step_seconds, config, layout, args.steps)
-            measured = max(ranks)
-            predicted = cost.predicted_step(config, layout, hardware, 2, PROGRAM).total
+            batch = layout.dp * layout.micro_batch_size * layout.microbatches
+            job = plan.Job(config, layout.gpus, layout.gpus, batch, hardware, PROGRAM)
+            measured = max(launch(layout.gpus, step_seconds, job, layout, args.steps))
+            predicted = plan.price(job, layout).times.total
             off.append(100 * (predicted / measured - 1))
-            print(f"  h={config.n_embd:<5d}{spell(layout):48s}{1e3 * measured:8.1f} ms"
+            print(f"  h={config.n_embd:<5d}{plan.spell(layout):76s}{1e3 * measured:8.1f} ms"
                   f"{1e3 * predicted:8.1f} ms{off[-1]:+7.1f} %", flush=True)
     sizes = sorted(map(abs, off))
     print(f"of {len(off)} layouts: median error {statistics.median(sizes):.1f} %, "
           f"largest {sizes[-1]:.1f} %")
-
-
-def spell(layout: Layout) -> str:
-    return (f"t={layout.tp} p={layout.pp} d={layout.dp} ZeRO-{layout.zero} "
-            f"{layout.microbatches} x {layout.micro_batch_size} {layout.schedule} "
-            f"{layout.recompute}" + " SP" * layout.sequence_parallel)  # fmt: skip
 
 
 if __name__ == "__main__":
