@@ -56,7 +56,7 @@ train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 
 sample: $(SETUP)  ## text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def ' --top-k 40 --n 200"
 	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
-test: $(SETUP)  ## the whole suite (9 min)
+test: $(SETUP)  ## the whole suite (15 min)
 	$(PY) -m pytest -q $(ARGS)
 
 ddp zero tp pp ckpt: NPROC = $(if $(findstring zero,$@),4,2)
@@ -101,11 +101,9 @@ drill: $(SETUP)  ## DRILLS ranks of a run killed at random; its losses stay thos
 plan: $(SETUP)  ## the recipe, the best layout, its launch line: ARGS="--model gpt-175b --gpus 1024"
 	@$(PY) -m tools.plan $(ARGS)
 
-published: $(SETUP)  ## the cost model behind it beside published tables (30 s)
-	$(PY) -m tools.published $(ARGS)
-
-plan-check: $(SETUP)  ## and beside this machine: 20 layouts of 1 and 2 ranks (5 min)
-	$(PY) -m tools.plan_check $(ARGS)
+plan-check: MODULE = tools.plan_check
+published plan-check: $(SETUP)  ## its cost model beside published tables (30 s); beside this machine (5 min)
+	$(PY) -m $(or $(MODULE),tools.published) $(ARGS)
 
 dry-run: MODEL = --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --global-batch-size 3072
 dry-run: $(SETUP)  ## one rank of 3072, in one process, counted: ARGS for another (1 min)

@@ -588,9 +588,9 @@ def test_make_alone_is_help():
         return result.stdout
 
     lines = re.findall(r"^  ((?:[a-z0-9-]+ )+) *\S", make(), re.MULTILINE)
-    assert len(lines) <= 20
+    assert len(lines) <= 22  # of a terminal's 24
     targets = " ".join(lines).split()
-    named = "train sample test ddp zero tp pp ckpt links memory bench-dp parity fuzz zoo drill plot"
+    named = "train sample test ddp zero tp pp ckpt links memory bench-dp parity fuzz zoo drill plan"
     for target in named.split():
         assert target in targets
     line = make("-n", "train", "PYTHON=py", "NPROC=4", "TP=4", "PP=1", "ARGS=--steps 7")
