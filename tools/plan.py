@@ -424,10 +424,10 @@ def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
     own = {field: x for field in Hardware._fields[1:6] if (x := getattr(args, field)) is not None}
     program = cost.OURS
     if args.calibrate:
-        from tools import plan_check
+        from tools import calibrate  # only here: it imports the trainer
 
-        hardware = plan_check.calibrate(min(2, args.gpus))._replace(**own)
-        program = plan_check.PROGRAM
+        hardware = calibrate.calibrate(min(2, args.gpus))._replace(**own)
+        program = calibrate.PROGRAM
     else:
         hardware = read_hardware(args.hardware, own)
     if not 0 < args.usable <= 1:
