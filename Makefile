@@ -59,7 +59,7 @@ sample: $(SETUP)  ## text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def 
 test: $(SETUP)  ## the whole suite (15 min)
 	$(PY) -m pytest -q $(ARGS)
 
-ddp zero tp pp ckpt: NPROC = $(if $(findstring zero,$@),4,2)
+ddp zero tp pp ckpt: NPROC = $(if $(filter ddp zero,$@),4,2)
 tp: FILE = tensor_parallel
 pp: FILE = pipeline
 ckpt: FILE = activation_ckpt

@@ -13,31 +13,33 @@ Each rank's loss is (sum over its tokens) / (tokens of the whole batch), so grad
 no 1/d anywhere, and ranks with fewer valid tokens weigh less, as they should. Under gradient
 accumulation they meet once a step, when the last accumulation is in, whoever makes it.
 
-Three rungs. (1) `all_reduce_gradients`: after backward, one all-reduce a parameter. The whole idea.
+Four rungs. (1) `all_reduce_gradients`: after backward, one all-reduce a parameter. The whole idea.
 (2) `all_reduce_flat`: copied into one buffer, one call: latency is paid once.
 (3) `DDP`: gradients live in a few flat buckets, laid out in the order in which backward fills them
 (learned in the first step, at whose end all leave); a full bucket leaves at once from then on,
 while backward goes on below it.
+(4) `Hierarchical`, on k hosts: sums inside a host first, so that less crosses the slow links.
 
     per rank and step   bytes held (AdamW)          payload  calls        after backward (exposed)
     naive               16 Psi (4 + 4 + 8)          Psi      parameters   all of it
     flat                16 Psi, and 4 Psi a moment  Psi      1            all of it
     bucketed            16 Psi                      Psi      buckets      the last buckets
     bucketed, bf16      18 Psi (2 + 4 + 12), or 16 Psi with gradients in bf16; and 2 Psi a moment
+    hierarchical        16 Psi                      2 Psi inside, k Psi / d across; 3 x buckets
 
 Memory is what it does not save: parameters, gradients and optimizer states on every rank. zero.py
 is this file with that mended; read the two side by side.
 
-    torchrun --standalone --nproc-per-node 2 ddp.py
+    torchrun --standalone --nproc-per-node 4 ddp.py
 
 Li et al. 2020, PyTorch Distributed (arXiv 2006.15704), section 3.2; Goyal et al. 2017
-(arXiv 1706.02677), section 2, on summing and averaging.
+(arXiv 1706.02677), section 2, on summing and averaging, and section 4 on sums inside a host first.
 """
 
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -45,7 +47,11 @@ from torch import Tensor, nn
 
 # --- collectives ----------------------------------------------------------------------------------
 # all-reduce, every step. Payload: the gradient of every parameter once, and one number. Besides,
-# once: who holds which parameters, and in what order gradients come.
+# once: who holds which parameters, and in what order gradients come. Rung 4 needs the two halves,
+# to which torch 2.13 gave new names.
+
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -270,6 +276,54 @@ class DDP:
         """Every parameter whole, for who reads them: they are."""
 
 
+# Rung 4: links between hosts are slow, and a ring that knows nothing of hosts crosses them with
+# every byte that it moves: 2 (d-1)/d Psi from each host. Summed inside first, 2 (k-1)/k Psi cross
+# from each of k hosts: half as much on two, and no less on many, in 2 (k-1) turns for 2 (d-1).
+# Measured (2 hosts of 2 ranks x 1 thread, 2 cores, gloo, 1 Gbit/s between): MEASURED.
+
+
+class Hierarchical:
+    """`reduce` of DDP: reduce-scatter inside a host, all-reduce of that share across, all-gather
+    inside. While one bucket is scattered, the one before it crosses and a third is gathered.
+
+    inside: the ranks of the DDP's group that are on this host, equally many on each.
+    across: the ranks that have this one's place on theirs."""
+
+    def __init__(self, inside: dist.ProcessGroup, across: dist.ProcessGroup):
+        self.inside, self.across = inside, across
+        self.under_way: list[Iterator] = []  # a bucket each
+
+    def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
+        self.under_way.append(self._phases(flat))
+        self._advance()
+        return self
+
+    def wait(self) -> None:
+        """For all that are under way."""
+        while self.under_way:
+            self._advance()
+
+    def _advance(self) -> None:
+        """Oldest first, and by one phase: in the same order on all ranks."""
+        self.under_way = [phases for phases in self.under_way if next(phases, None)]
+
+    def _phases(self, flat: Tensor) -> Iterator[dist.Work]:
+        n = self.inside.size()
+        rest = -flat.numel() % n
+        whole = nn.functional.pad(flat, (0, rest)) if rest else flat
+        mine = whole.chunk(n)[self.inside.rank()]
+        work = reduce_scatter(mine, whole, group=self.inside, async_op=True)  # payload: the bucket
+        yield work
+        work.wait()
+        work = dist.all_reduce(mine, group=self.across, async_op=True)  # payload: an n-th of it
+        yield work
+        work.wait()
+        work = all_gather(whole, mine, group=self.inside, async_op=True)  # payload: the bucket
+        yield work
+        work.wait()
+        flat.copy_(whole[: flat.numel()])  # itself, unless n does not divide it
+
+
 # --- cost -----------------------------------------------------------------------------------------
 
 
@@ -279,8 +333,21 @@ def predicted_payload(numel: int) -> int:
 
 
 def predicted_wire_bytes(numel: int, d: int, itemsize: int) -> float:
-    """Bytes that a ring sends per rank and step: 2 (d-1)/d of the payload."""
+    """Bytes that a ring sends per rank and step: 2 (d-1)/d of the payload. From a host to the next
+    the same, however many of the ranks it has: they are neighbours, and only the last one's go."""
     return 2 * (d - 1) / d * numel * itemsize
+
+
+def predicted_hierarchical_payload(numels: Iterable[int], n: int) -> dict[tuple[str, str], int]:
+    """Elements per rank and step, by (group, operation), of buckets of so many; n ranks a host."""
+    padded = sum(-(-numel // n) * n for numel in numels)
+    return {("inside", "reduce_scatter"): padded, ("across", "all_reduce"): padded // n,
+            ("inside", "all_gather"): padded}  # fmt: skip
+
+
+def predicted_hierarchical_wire_bytes(numel: int, k: int, itemsize: int) -> float:
+    """Bytes from a host to others: those of n rings, each of one rank a host and an n-th of it."""
+    return predicted_wire_bytes(numel, k, itemsize)
 
 
 def predicted_bytes(
@@ -305,6 +372,9 @@ def main() -> None:
     config, m, steps = gpt.GPTConfig(2, 2, 32, 256, 32), 2, 3
     with measure.Proof("ddp.py") as proof:
         group, batch = proof.group, 4 * proof.group.size()
+        hosts = torch.arange(group.size()).view(2 - group.size() % 2, -1)  # as if on two
+        inside, _ = dist.new_subgroups_by_enumeration(hosts.tolist())
+        across, _ = dist.new_subgroups_by_enumeration(hosts.T.tolist())
         tokens, _ = data.load(__file__, config.seq_len)
 
         def train(rows: range, rung: str, dtype=torch.float64, seen=None, grad_dtype=None):
@@ -312,8 +382,9 @@ def main() -> None:
             model = gpt.build(config, seed=0, dtype=dtype)
             named = dict(gpt.named_parameters(model))
             sync = None
-            if rung == "bucketed":
-                sync = DDP(model, group, m, bucket_bytes=2**16, grad_dtype=grad_dtype)
+            if rung in ("bucketed", "hierarchical"):
+                how = {"reduce": Hierarchical(inside, across)} if rung == "hierarchical" else {}
+                sync = DDP(model, group, m, bucket_bytes=2**16, grad_dtype=grad_dtype, **how)
             pieces = [piece for _, piece, _, _ in sync.pieces()] if sync else named.values()
             optimizer, losses, held = torch.optim.AdamW(pieces, lr=1e-2, eps=1e-4), [], None
             for step in range(steps):
@@ -341,14 +412,21 @@ def main() -> None:
         losses, gradients, parameters, *_ = train(range(batch), "one process")
         rows = range(4 * group.rank(), 4 * group.rank() + 4)
         psi = sum(p.numel() for p in parameters.values())
-        for rung in ("naive", "flat", "bucketed"):
-            seen = measure.Collectives({"dp": group})
+        for rung in ("naive", "flat", "bucketed", "hierarchical"):
+            seen = measure.Collectives({"dp": group, "inside": inside, "across": across})
             mine, g, p, sync, _ = train(rows, rung, seen=seen)
             for loss in mine:
                 dist.all_reduce(loss)  # its share of the batch's mean, from each rank
             proof.losses(rung, mine, losses)
             proof.close(f"{rung} max |d gradient|", g, gradients)
             proof.close(f"{rung} max |d parameter|", p, parameters)
+            if rung == "hierarchical":
+                buckets = [flat.numel() for flat in sync.buckets]
+                predicted = predicted_hierarchical_payload(buckets, inside.size())
+                measured = {key: seen.total(*key).payload for key in predicted}
+                both = [{" ".join(k): n for k, n in x.items()} for x in (predicted, measured)]
+                proof.costs("elements by group", rung, *both)
+                continue
             exposed = psi
             if sync:  # all but the buckets that wait for one of these: below is no matrix
                 last = [p for n, p in sync.parameters if n.startswith(("wte", "wpe", "h.0.ln_1",

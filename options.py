@@ -97,6 +97,8 @@ def parser() -> Parser:
         help="shard the residual stream and the norms over the sequence, among the tp ranks")
     add("--zero", type=int, choices=(0, *zero.STAGES), default=0,
         help="0: DDP, 1: optimizer states sharded, 2: gradients too, 3: parameters too")
+    add("--dp-nodes", type=natural, default=1, metavar="K",
+        help="hosts that hold the d replicas: DDP's gradients meet inside each first")
     add("--zero-shard-size", type=natural, metavar="K", help="hybrid: shard within K of the d")
     add("--zero-reshard-after-forward", type=int, choices=(0, 1), default=1,
         help="ZeRO-3; 0: parameters stay whole until the step's last backward")  # fmt: skip
@@ -170,6 +172,10 @@ def check(
         (k and not args.zero, f"--zero-shard-size {k} with --zero 0: nothing is sharded; give "
          "--zero 1, 2 or 3"),
         (k and d % k, f"--zero-shard-size {k} does not divide d {d}: give a divisor of {d}"),
+        (args.dp_nodes > 1 and args.zero, f"--dp-nodes {args.dp_nodes} with --zero {args.zero}: "
+         "that is DDP's; give --zero-shard-size, the ranks of a host among the d"),
+        (d % args.dp_nodes, f"--dp-nodes {args.dp_nodes} does not divide d {d}: give a divisor of "
+         f"{d}"),
         (args.zero < 3 and not args.zero_reshard_after_forward, "--zero-reshard-after-forward 0 "
          f"with --zero {args.zero}: only ZeRO-3 reshards; give --zero 3"),
         (alone, f"--{alone} is of --dry-run: give that too"),

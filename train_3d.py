@@ -116,6 +116,10 @@ class Trainer:
         self.shard_group = self._my_group("shard", ranks.movedim(2, 3).flatten(0, 2))
         self.tp_group = self._my_group("tp", ranks.flatten(0, 2))
         self.dp_group = self._my_group("dp", ranks.movedim(3, 1).flatten(2).flatten(0, 1))
+        if self.args.dp_nodes > 1:
+            hosts = ranks.view(p, self.args.dp_nodes, -1, t)
+            self.inside_group = self._my_group("inside", hosts.movedim(2, 3).flatten(0, 2))
+            self.across_group = self._my_group("across", hosts.movedim(1, 3).flatten(0, 2))
         # The ranks with first and last stage of one pipeline: the holders of a tied wte.
         self.tied_group = self._my_group("tied", ranks[ends].flatten(1).T)
 
@@ -128,6 +132,8 @@ class Trainer:
 
     def _attach(self, sync: Callable | None, accumulations: dict[nn.Parameter, int]):
         stage, how = self.args.zero, {"grad_dtype": options.DTYPES.get(self.args.grad_dtype)}
+        if self.args.dp_nodes > 1:
+            how["reduce"] = ddp.Hierarchical(self.inside_group, self.across_group)
         if sync or stage == 0:
             return (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **how)
         how["replicas"] = self.replica_group if self.replica_group.size() > 1 else None

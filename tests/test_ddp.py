@@ -55,6 +55,46 @@ def test_bucketed_equals_naive_and_leaves_during_the_last_backward(d):
         assert total == (calls, 2 * ddp.predicted_payload(psi)) and calls > 3
 
 
+def hierarchical(hosts: int):
+    """Buckets of any length, four under way at once."""
+    group = dist.group.WORLD
+    grid = torch.arange(group.size()).view(hosts, -1)
+    inside, _ = dist.new_subgroups_by_enumeration(grid.tolist())
+    across, _ = dist.new_subgroups_by_enumeration(grid.T.tolist())
+    generator = torch.Generator().manual_seed(group.rank())
+    lengths, n = (12, 1, 7, 25), inside.size()
+    buckets = [torch.randn(k, dtype=torch.float64, generator=generator) for k in lengths]
+    expected = [bucket.clone() for bucket in buckets]
+    for bucket in expected:
+        dist.all_reduce(bucket)
+    reduce = ddp.Hierarchical(inside, across)
+    with measure.Collectives({"inside": inside, "across": across}) as seen:
+        handles = [reduce(bucket, group) for bucket in buckets]
+        early = [call.operation for call in seen.calls]
+        for handle in handles:
+            handle.wait()
+    scattered, crossed, gathered = "reduce_scatter", "all_reduce", "all_gather"
+    third = [gathered, crossed, scattered]  # oldest first
+    assert early == [scattered, crossed, scattered, *third, *third]
+    predicted = ddp.predicted_hierarchical_payload(lengths, n)
+    assert {key: seen.total(*key) for key in predicted} == {
+        key: (len(lengths), payload) for key, payload in predicted.items()
+    }
+    for a, b in zip(buckets, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("ranks, hosts", [(4, 2), (6, 3), (6, 2), (2, 2), (2, 1)])
+def test_hierarchical_is_an_all_reduce(ranks, hosts):
+    launch(ranks, hierarchical, hosts)
+
+
+def test_what_crosses_between_hosts():
+    """16 ranks on 2 hosts: 15/8 of Psi from each, or Psi; on 4 hosts 15/8, or 6/4."""
+    assert ddp.predicted_wire_bytes(800, 16, 4) == 6000
+    assert [ddp.predicted_hierarchical_wire_bytes(800, k, 4) for k in (1, 2, 4)] == [0, 3200, 4800]
+
+
 def unused():
     group = dist.group.WORLD
     for rung in (None, ddp.all_reduce_gradients, ddp.all_reduce_flat):

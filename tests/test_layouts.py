@@ -28,8 +28,8 @@ FACTORS = {
         ("gpipe", None), ("1f1b", None), ("interleaved", 2), ("interleaved", 3), ("zb-h1", None),
         ("zb-v", None),
     ],
-    "zero": [  # stage, --zero-shard-size, --zero-reshard-after-forward
-        (0, None, 1), (1, None, 1), (2, None, 1), (3, None, 1), (3, None, 0),
+    "zero": [  # stage, --zero-shard-size (DDP: ranks of a host), --zero-reshard-after-forward
+        (0, None, 1), (0, "d/2", 1), (1, None, 1), (2, None, 1), (3, None, 1), (3, None, 0),
         (1, "d/2", 1), (2, "d/2", 1), (3, "d/2", 1),
     ],
     "recompute": [  # policy, every, layers
@@ -83,12 +83,13 @@ def case_of(row: dict) -> Case:
     m = p if row["m"] == "p" else row["m"]
     zero, shard_size, reshard = row["zero"]
     shard_size = max(1, d // 2) if shard_size and d % 2 == 0 else None
+    nodes, shard_size = (1, shard_size) if zero else (d // (shard_size or d), None)
     schedule, chunks = row["schedule"]
     stages = p * (chunks or (2 if schedule == "zb-v" else 1))
     rest = {k: v for k, v in row.items() if k not in ("layout", "m", "recompute", "zero")}
     rest |= {"schedule": schedule, "n_layer": max(row["n_layer"], stages + row["n_layer"] - 2)}
     rest |= {"recompute": recompute, "every": every, "layers": layers}
-    rest |= {"zero": zero, "shard_size": shard_size, "reshard": reshard}
+    rest |= {"zero": zero, "shard_size": shard_size, "reshard": reshard, "nodes": nodes}
     # The second step finds what the first has left; more of them are for `make fuzz`.
     return Case(t=t, p=p, d=d, m=m, seq_len=12, chunks=chunks, steps=2, **rest)
 

@@ -70,6 +70,8 @@ def text(tmp_path) -> str:
         ("--model gpt-5", 1, "--model: invalid choice: 'gpt-5'.*gpt2-xl"),
         ("--zero 4", 1, "--zero: invalid choice: 4"),
         ("--zero 0 --zero-shard-size 2", 4, "--zero-shard-size 2 with --zero 0"),
+        ("--dp-nodes 2 --zero 1", 4, "--dp-nodes 2 with --zero 1: that is DDP's"),
+        ("--dp-nodes 3", 4, "--dp-nodes 3 does not divide d 4"),
         ("--zero 1 --zero-shard-size 3", 4, "--zero-shard-size 3 does not divide d 4"),
         ("--zero 3 --zero-shard-size 0", 4, "--zero-shard-size: is 0: give at least 1"),
         ("--zero 2 --zero-reshard-after-forward 0", 4, "only ZeRO-3 reshards"),
@@ -387,6 +389,12 @@ def test_neighbours_shard_and_the_far_replicate():
     line = "--zero 3 --zero-shard-size 4 --global-batch-size 32 --device cpu"
     groups = launch(8, groups_of_rank, line, "shard_group", "replica_group", "dp_group")
     assert groups[5] == [[4, 5, 6, 7], [1, 5], list(range(8))]
+
+
+def test_the_ranks_of_a_host_and_who_has_their_place_elsewhere():
+    line = "--tp 2 --dp-nodes 2 --global-batch-size 32 --device cpu"
+    groups = launch(8, groups_of_rank, line, "inside_group", "across_group", "dp_group")
+    assert groups[5] == [[5, 7], [1, 5], [1, 3, 5, 7]]
 
 
 def what_outlives_the_trainer(zero_stage: int):

@@ -41,7 +41,7 @@ import train_3d
 import zero
 from tools import cost
 
-AXES = ("tp", "pp", "dp", "shard", "replica", "tied")
+AXES = ("tp", "pp", "dp", "shard", "replica", "inside", "across", "tied")
 Traffic = dict[tuple[str, str], tuple[int, int]]  # (group, operation) -> (calls, elements)
 
 
@@ -230,7 +230,7 @@ def observe(
 ) -> Seen:
     """A step of a trainer, real or not, counted and predicted; activations only if they are to be
     (it takes a third of the time)."""
-    groups = {name: getattr(trainer, f"{name}_group") for name in AXES}
+    groups = {name: getattr(trainer, f"{name}_group", None) for name in AXES}
     groups = {name: group for name, group in groups.items() if group} | {"world": dist.group.WORLD}
     members = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
     transfers, peak, counter = [], [0], Flops()
@@ -346,7 +346,13 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
             add(group, operation, total.calls, total.exposed + total.hidden)
     else:
         numel = sum(p.numel() for _, p in trainer.sync.parameters)
-        add("dp", "all_reduce", len(trainer.sync.buckets), ddp.predicted_payload(numel))
+        calls, buckets = len(trainer.sync.buckets), [f.numel() for f in trainer.sync.buckets]
+        if args.dp_nodes == 1:
+            add("dp", "all_reduce", calls, ddp.predicted_payload(numel))
+        else:
+            n = trainer.inside_group.size()
+            for key, payload in ddp.predicted_hierarchical_payload(buckets, n).items():
+                add(*key, calls, payload)
     add("dp", "all_reduce", 1, 1)  # how many tokens count
     add("world", "all_reduce", 1, 3)  # loss, norm, who was asked to stop
     return {key: tuple(both.tolist()) for key, both in traffic.items()}

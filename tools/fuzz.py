@@ -23,7 +23,7 @@ import pipeline
 from tools.oracle import STEPS, TOLERANCES, Case, judge
 
 # What may be another after a save and a resume; and the rows of a microbatch, and how many.
-LAYOUT = ("t", "p", "d", "zero", "shard_size", "reshard", "schedule", "chunks", "sequence",
+LAYOUT = ("t", "p", "d", "zero", "shard_size", "nodes", "reshard", "schedule", "chunks", "sequence",
           "recompute", "layers", "every", "bucket_bytes")  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
         zero=zero,
         shard_size=rng.choice((None, 1, 2 if d % 2 == 0 or rng.random() < 0.2 else None))
         if zero else None,
+        nodes=1 if zero else rng.choice([1, *(k for k in (2, 3, 4) if d % k == 0)]),
         reshard=rng.randint(0, 1) if zero == 3 else 1,
         schedule=schedule,
         chunks=chunks,
@@ -121,9 +122,9 @@ def verdict(case: Case) -> tuple[bool, str]:
 
 # --- a failure, made small ------------------------------------------------------------------------
 
-PLAIN = {"t": 1, "p": 1, "d": 1, "zero": 0, "shard_size": None, "reshard": 1, "sequence": False,
-         "schedule": "1f1b", "chunks": None, "recompute": "none", "every": 1, "layers": None,
-         "dropout": 0.0, "masked": False, "clip": 0.0, "optimizer": "sgd", "attention": "sdpa",
+PLAIN = {"t": 1, "p": 1, "d": 1, "zero": 0, "shard_size": None, "nodes": 1, "reshard": 1,
+         "sequence": False, "schedule": "1f1b", "chunks": None, "recompute": "none", "every": 1,
+         "layers": None, "dropout": 0.0, "masked": False, "clip": 0.0, "optimizer": "sgd", "attention": "sdpa",
          "tied": False, "dtype": "float64", "grad_dtype": None, "bucket_bytes": 10**9,
          "seed": 0}  # fmt: skip
 SMALLEST = {"m": 1, "b": 1, "n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 5, "seq_len": 1}
@@ -183,6 +184,7 @@ def features(case: Case) -> list[str]:
         "b>1": case.b > 1, "sp": case.sequence and case.t > 1,
         **{f"zero{n}": case.zero == n for n in (1, 2, 3)},
         "hybrid": case.shard_size not in (None, case.d), "kept": not case.reshard,
+        "nodes": case.nodes > 1,
         **{name[:6]: case.schedule == name for name in pipeline.SCHEDULES if name != "1f1b"},
         **{p[:6]: case.recompute == p for p in activation_ckpt.POLICIES if p != "none"},
         "drop": case.dropout > 0, "explic": case.attention == "explicit",
@@ -193,10 +195,11 @@ def features(case: Case) -> list[str]:
     return [name for name, there in also.items() if there]
 
 
-ALL = ["tp", "pp", "dp", "m>1", "b>1", "sp", "zero1", "zero2", "zero3", "hybrid", "kept", "gpipe",
-       "interl", "zb-h1", "zb-v", "select", "full", "offloa", "drop", "explic", "untied", "mask",
-       "odd v", "clip", "sgd", "fp32", "bf16", "resume"]  # fmt: skip
-ONE_OF = [("zero1", "zero2", "zero3"), ("kept", "zero1"), ("kept", "zero2"), ("fp32", "bf16"),
+ALL = ["tp", "pp", "dp", "m>1", "b>1", "sp", "zero1", "zero2", "zero3", "hybrid", "nodes", "kept",
+       "gpipe", "interl", "zb-h1", "zb-v", "select", "full", "offloa", "drop", "explic", "untied",
+       "mask", "odd v", "clip", "sgd", "fp32", "bf16", "resume"]  # fmt: skip
+ONE_OF = [("zero1", "zero2", "zero3"), ("kept", "zero1"), ("kept", "zero2"), ("nodes", "hybrid"),
+          ("nodes", "kept"), *(("nodes", f"zero{n}") for n in (1, 2, 3)), ("fp32", "bf16"),
           ("gpipe", "interl", "zb-h1", "zb-v"), ("select", "full", "offloa")]  # fmt: skip
 
 

@@ -72,6 +72,7 @@ class Case:
     zero: int = 0
     shard_size: int | None = None
     reshard: int = 1
+    nodes: int = 1
     schedule: str = "1f1b"
     chunks: int | None = None
     recompute: str = "none"
@@ -114,6 +115,7 @@ class Case:
         pairs = {
             "tp": self.t, "pp": self.p, "micro-batch-size": self.b,
             "global-batch-size": self.d * self.m * self.b, "zero": self.zero,
+            "dp-nodes": self.nodes,
             "schedule": self.schedule, "recompute": self.recompute, "recompute-every": self.every,
             "optimizer": self.optimizer, "clip": self.clip, "attention": self.attention,
             "dropout": self.dropout,

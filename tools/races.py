@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import ddp
 import gpt
 import tensor_parallel
 import zero
@@ -33,6 +34,7 @@ from tools.oracle import STEPS, Case, launch, trainer_of
 SIZES = dict(n_layer=4, n_head=4, n_embd=16, vocab_size=19, seq_len=8, m=4, b=1, dtype="float32")
 PATHS = {
     "DDP, buckets": Case(d=3, bucket_bytes=1000, **SIZES),
+    "DDP, two hosts": Case(d=4, nodes=2, bucket_bytes=1000, **SIZES),
     "ZeRO-1": Case(d=3, zero=1, **SIZES),
     "ZeRO-2, hybrid": Case(d=4, zero=2, shard_size=2, **SIZES),
     "ZeRO-3": Case(d=3, zero=3, recompute="full", **SIZES),
@@ -105,7 +107,7 @@ def deliver_late() -> None:
         return [Late(work, *place) for work, place in zip(batch(operations), places, strict=True)]
 
     dist.all_reduce, dist.batch_isend_irecv = all_reduce, batch_isend_irecv
-    for module in (zero, tensor_parallel):
+    for module in (ddp, zero, tensor_parallel):
         for name in ("all_gather", "reduce_scatter"):
             setattr(module, name, into(getattr(module, name)))
 
