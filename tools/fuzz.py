@@ -124,9 +124,9 @@ def verdict(case: Case) -> tuple[bool, str]:
 
 PLAIN = {"t": 1, "p": 1, "d": 1, "zero": 0, "shard_size": None, "nodes": 1, "reshard": 1,
          "sequence": False, "schedule": "1f1b", "chunks": None, "recompute": "none", "every": 1,
-         "layers": None, "dropout": 0.0, "masked": False, "clip": 0.0, "optimizer": "sgd", "attention": "sdpa",
-         "tied": False, "dtype": "float64", "grad_dtype": None, "bucket_bytes": 10**9,
-         "seed": 0}  # fmt: skip
+         "layers": None, "dropout": 0.0, "masked": False, "clip": 0.0, "optimizer": "sgd",
+         "attention": "sdpa", "tied": False, "dtype": "float64", "grad_dtype": None,
+         "bucket_bytes": 10**9, "seed": 0}  # fmt: skip
 SMALLEST = {"m": 1, "b": 1, "n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 5, "seq_len": 1}
 
 

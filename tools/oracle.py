@@ -142,16 +142,21 @@ class Case:
 # --- ranks ----------------------------------------------------------------------------------------
 
 
-def launch(world_size: int, function: Callable, *args, timeout: float = 120.0) -> list:
-    """function(*args) on `world_size` forked ranks of a gloo group; its results, by rank. Raises
-    RuntimeError with the traceback of the first rank that failed, and leaves no process behind."""
+def launch(
+    world_size: int, function: Callable, *args, timeout: float = 120.0,
+    before: Callable[[int], None] = lambda rank: None,
+) -> list:  # fmt: skip
+    """function(*args) on `world_size` forked ranks of a gloo group; its results, by rank. before:
+    called with the rank, in its process, before the ranks meet. Raises RuntimeError with the
+    traceback of the first rank that failed, and leaves no process behind."""
     context = multiprocessing.get_context("fork")
     results, ends, processes = [None] * world_size, {}, []
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_child, args=(theirs, rank, world_size, f"{folder}/store", function, args)
+                target=_child,
+                args=(theirs, rank, world_size, f"{folder}/store", before, function, args),
             )
             process.start()
             theirs.close()
@@ -183,8 +188,11 @@ def launch(world_size: int, function: Callable, *args, timeout: float = 120.0) -
     return results
 
 
-def _child(end, rank: int, world_size: int, store: str, function: Callable, args: tuple) -> None:
+def _child(
+    end, rank: int, world_size: int, store: str, before: Callable, function: Callable, args: tuple
+) -> None:
     try:
+        before(rank)
         torch.set_num_threads(1)
         dist.init_process_group(
             "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size,

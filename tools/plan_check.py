@@ -31,26 +31,38 @@ def layouts() -> list[Layout]:
     ]  # fmt: skip
 
 
-def step_seconds(job: plan.Job, layout: Layout, steps: int) -> float:
-    """Median of a step, on this rank."""
+def trainer_of(job: plan.Job, layout: Layout, more: str = "") -> train_3d.Trainer:
+    """This rank's, on random tokens; more: flags."""
     config = job.config
     sizes = zip(options.SIZES, dataclasses.astuple(config)[: len(options.SIZES)], strict=True)
     model = [f"--{name.replace('_', '-')} {n}" for name, n in sizes]
-    args = options.parser().parse_args(" ".join(plan.arguments(job, layout, model)).split())
+    flags = [*plan.arguments(job, layout, model), more]
+    args = options.parser().parse_args(" ".join(flags).split())
     options.check(args, layout.gpus)
 
     def read(step: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.randint(config.vocab_size, (len(rows), config.seq_len))
         return tokens, tokens
 
-    trainer, times = train_3d.Trainer(args, config, read, torch.device("cpu")), []
-    for step in range(2 + steps):
+    return train_3d.Trainer(args, config, read, torch.device("cpu"))
+
+
+def step_seconds(trainer: train_3d.Trainer, steps: range) -> float:
+    """Median of a step, on the rank that is last."""
+    times = []
+    for step in steps:
         dist.barrier()
         start = time.perf_counter()
         trainer.step(step)
         dist.barrier()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    return statistics.median(times)
+
+
+def on_rank(job: plan.Job, layout: Layout, steps: int) -> float:
+    trainer = trainer_of(job, layout)
+    step_seconds(trainer, range(2))  # the first ones connect and allocate
+    return step_seconds(trainer, range(2, 2 + steps))
 
 
 def main() -> None:
@@ -64,7 +76,7 @@ def main() -> None:
             hardware = calibrate(layout.gpus)  # anew: a machine's speed is not the same for long
             batch = layout.dp * layout.micro_batch_size * layout.microbatches
             job = plan.Job(config, layout.gpus, layout.gpus, batch, hardware, PROGRAM)
-            measured = max(launch(layout.gpus, step_seconds, job, layout, args.steps))
+            measured = max(launch(layout.gpus, on_rank, job, layout, args.steps))
             predicted = plan.price(job, layout).times.total
             off.append(100 * (predicted / measured - 1))
             print(f"  h={config.n_embd:<5d}{plan.spell(layout):76s}{1e3 * measured:8.1f} ms"

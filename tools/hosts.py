@@ -1,0 +1,97 @@
+"""Several hosts on one machine: network namespaces, each with an address, joined by a bridge.
+
+    with Hosts(2, mbit=1000) as hosts:                   as root; what leaves a host: 1 Gbit/s
+        hosts.popen(0, ["torchrun", "--nnodes", "2", ...])
+        os.fork() or hosts.enter(1)                      a forked process moves to host 1
+
+A process keeps its files and processors and sees only its host's network: `lo`, which is as fast as
+this machine copies, and `eth0`, whose other end is plugged into the bridge. Linux, iproute2.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+INTERFACE = "eth0"
+CLONE_NEWNET = 0x40000000
+
+
+def run(line: str) -> str:
+    """`ip` or `tc` and its arguments. Raises OSError with what it said."""
+    name, *rest = line.split()
+    done = subprocess.run([shutil.which(name, path=PATH), *rest], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{line}: {(done.stderr or done.stdout).strip().splitlines()[0]}")
+    return done.stdout
+
+
+def missing() -> str | None:
+    """One line: why there can be no hosts here, and what to do. None where there can."""
+    if os.geteuid() != 0:
+        return "network namespaces are for root: run it with sudo, or in a container as root"
+    for name in ("ip", "tc"):
+        if not shutil.which(name, path=PATH):
+            return f"there is no {name}: install iproute2"
+    try:
+        with Hosts(2, mbit=1000):
+            return None
+    except OSError as error:
+        return f"this kernel, or this container, does not let us: {error}"
+
+
+def sent_bytes() -> int:
+    """By this process's host to others, since it is there, with all headers."""
+    with open("/proc/self/net/dev") as file:
+        row = next(line for line in file if line.strip().startswith(f"{INTERFACE}:"))
+    return int(row.split(":")[1].split()[8])
+
+
+class Hosts:
+    """n hosts at addresses[i]; mbit: megabits a second that leave each, if that is limited."""
+
+    def __init__(self, n: int, mbit: float | None = None):
+        self.mbit = mbit
+        self.names = [f"host{i}-{os.getpid()}" for i in range(n)]
+        self.switch = f"switch-{os.getpid()}"
+        self.addresses = [f"10.77.0.{1 + i}" for i in range(n)]
+
+    def __enter__(self) -> "Hosts":
+        try:
+            run(f"ip netns add {self.switch}")
+            run(f"ip -n {self.switch} link add bridge type bridge")
+            run(f"ip -n {self.switch} link set bridge up")
+            for i, (name, address) in enumerate(zip(self.names, self.addresses, strict=True)):
+                run(f"ip netns add {name}")
+                run(f"ip -n {name} link add {INTERFACE} type veth peer name port{i} netns "
+                    f"{self.switch}")  # fmt: skip
+                run(f"ip -n {self.switch} link set port{i} master bridge up")
+                run(f"ip -n {name} address add {address}/24 dev {INTERFACE}")
+                run(f"ip -n {name} link set lo up")
+                run(f"ip -n {name} link set {INTERFACE} up")
+                if self.mbit:
+                    run(f"tc -n {name} qdisc add dev {INTERFACE} root tbf rate {self.mbit}mbit "
+                        "burst 256kb latency 100ms")  # fmt: skip
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        for name in (*self.names, self.switch):
+            with contextlib.suppress(OSError):  # not made yet
+                run(f"ip netns delete {name}")
+
+    def enter(self, i: int) -> None:
+        """This process, which has one thread yet, moves to host i; gloo is told so."""
+        with open(f"/var/run/netns/{self.names[i]}") as file:
+            if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+        os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+
+    def popen(self, i: int, command: list[str], **kwargs) -> subprocess.Popen:
+        """A process on host i."""
+        ip = shutil.which("ip", path=PATH)
+        return subprocess.Popen([ip, "netns", "exec", self.names[i], *command], **kwargs)
