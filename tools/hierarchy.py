@@ -38,8 +38,9 @@ from tools.oracle import launch
 from tools.plan import Job
 from tools.plan_check import step_seconds, trainer_of
 
-CONFIG = gpt.GPTConfig(4, 8, 256, 256, 256)
-ROWS = 8  # a step, of all replicas
+CONFIG = gpt.GPTConfig(4, 4, 128, 256, 256)
+ROWS = 16  # a step, of all replicas
+B = 2  # of a microbatch
 PER_HOST = 2
 BUCKET = 4 << 20  # bytes
 
@@ -58,17 +59,17 @@ class Place(NamedTuple):
 
 def places(n_hosts: int) -> list[Place]:
     world = n_hosts * PER_HOST
-    one = Layout(1, 1, 1, 0, 1, ROWS, "none")
+    one = Layout(1, 1, 1, 0, B, ROWS // B, "none")
     t = one._replace(tp=PER_HOST)
     pp = t._replace(pp=n_hosts)
-    dp = t._replace(dp=n_hosts, microbatches=ROWS // n_hosts)
-    d = one._replace(dp=world, microbatches=ROWS // world)
+    dp = t._replace(dp=n_hosts, microbatches=ROWS // B // n_hosts)
+    d = one._replace(dp=world, microbatches=ROWS // B // world)
     return [
         Place("tp inside, pp across", pp),
         Place("tp inside, dp across", dp),
         Place("tp across, pp inside", pp._replace(tp=n_hosts, pp=PER_HOST), dealt=True),
         Place("tp across, dp inside", one._replace(tp=n_hosts, dp=PER_HOST,
-                                                   microbatches=ROWS // PER_HOST), dealt=True),
+                                                   microbatches=ROWS // B // PER_HOST), dealt=True),
         Place("tp over all", one._replace(tp=world)),
         Place("DDP, flat", d),
         Place("DDP, by host", d, dp_nodes=n_hosts),

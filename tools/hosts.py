@@ -24,7 +24,7 @@ def run(line: str) -> str:
     name, *rest = line.split()
     done = subprocess.run([shutil.which(name, path=PATH), *rest], capture_output=True, text=True)
     if done.returncode:
-        raise OSError(f"{line}: {(done.stderr or done.stdout).strip().splitlines()[0]}")
+        raise OSError(f"{line}: {(done.stderr or done.stdout).strip()}".partition("\n")[0])
     return done.stdout
 
 

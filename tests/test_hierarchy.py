@@ -1,0 +1,65 @@
+"""What crosses between hosts, on network namespaces of this machine: as root, or skipped."""
+
+import pytest
+
+import gpt
+from tools import cost, hierarchy, hosts
+
+LACK = hosts.missing()
+as_root = pytest.mark.skipif(LACK is not None, reason=str(LACK))
+SMALL = gpt.GPTConfig(2, 4, 64, 64, 64)
+
+
+@as_root
+def test_every_byte_that_crosses_is_counted(monkeypatch, capsys):
+    monkeypatch.setattr(hierarchy, "CONFIG", SMALL)
+    monkeypatch.setattr(hierarchy, "BUCKET", 1 << 16)
+    fast = cost.Hardware("", 0.1, 10, 10, 1, 0.1)
+    with hosts.Hosts(2, mbit=1000) as net:
+        calls = hierarchy.compare_all_reduces(net, 1000, 2)
+        rows = {row["what"]: row["bytes"]
+                for row in hierarchy.compare_places(net, fast, 1000, 100, 2, 1)}  # fmt: skip
+    assert "differs" not in capsys.readouterr().out
+    for row in calls:
+        for kind in ("flat_bytes", "by_host_bytes"):
+            formula, sent = row[kind]
+            assert formula < sent < 1.2 * formula + 20_000
+        assert row["by_host_bytes"][1] < 0.8 * row["flat_bytes"][1]
+    for what, (counted, formula, sent) in rows.items():
+        assert counted == formula < sent, what
+        # gloo's reduce-scatter over all takes as many bytes as an all-reduce
+        assert sent < (1.5 if what == "ZeRO-3 over all" else 1.2) * formula + 20_000, what
+    assert rows["tp inside, pp across"][2] < 0.3 * rows["tp across, pp inside"][2]
+    assert rows["DDP, by host"][2] < 0.8 * rows["DDP, flat"][2]
+    assert rows["ZeRO-3 inside"][2] < 0.4 * rows["ZeRO-3 over all"][2]
+
+
+@as_root
+def test_no_host_stays_behind():
+    with pytest.raises(ZeroDivisionError), hosts.Hosts(2) as net:
+        assert set(net.names) <= set(hosts.run("ip netns list").split())
+        raise ZeroDivisionError
+    assert not set(net.names) & set(hosts.run("ip netns list").split())
+
+
+def test_the_model_knows_which_link_is_slow():
+    fast = cost.Hardware("", 0.1, 10, 10, 1, 0.1, 1, 0, 1, 1, 1, 1, 50, 50)
+    times = {p.what: hierarchy.predicted(p, fast, 100, 500) for p in hierarchy.places(2)}
+    assert times["tp inside, pp across"] < 0.7 * times["tp across, pp inside"]
+    assert times["tp inside, dp across"] < 0.7 * times["tp across, dp inside"]
+    assert times["tp over all"] > times["tp inside, pp across"]
+    assert times["DDP, flat"] < times["ZeRO-3 over all"]
+    assert times["ZeRO-3 inside"] is None
+
+
+@pytest.mark.parametrize(
+    "lack, message",
+    [("root", "are for root: run it with sudo"), ("ip", "no ip: install iproute2"),
+     ("tc", "no tc: install iproute2"), ("kernel", "does not let us: ip netns add")],
+)  # fmt: skip
+def test_what_is_missing_is_said_in_one_line(lack, message, monkeypatch):
+    monkeypatch.setattr(hosts.os, "geteuid", lambda: 1000 if lack == "root" else 0)
+    which = {"ip": "/bin/false", "tc": "/bin/false"} | {lack: None}
+    monkeypatch.setattr(hosts.shutil, "which", lambda name, path: which[name])
+    said = hosts.missing()
+    assert message in said and "\n" not in said
