@@ -33,7 +33,7 @@ TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test sample ddp zero tp pp ckpt draw links memory parity fuzz zoo races drill
-.PHONY: plan published plan-check dry-run plot lint clean
+.PHONY: plan published plan-check dry-run two-hosts hierarchy gpu-check node plot lint clean
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint
 
 help:  ## this
@@ -108,6 +108,12 @@ published plan-check: $(SETUP)  ## its cost model beside published tables (30 s)
 dry-run: MODEL = --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --global-batch-size 3072
 dry-run: $(SETUP)  ## one rank of 3072, in one process, counted: ARGS for another (1 min)
 	$(PY) train_3d.py --dry-run $(or $(ARGS),$(MODEL) --micro-batch-size 1)
+
+two-hosts hierarchy: $(SETUP)  ## torchrun on 2 hosts; what crosses between them, and its time (root; 1, 3 min)
+	$(PY) -m tools.$(subst -,_,$@) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+gpu-check node: $(SETUP)  ## a GPU beside a bare loop; a report of NPROC GPUs to paste: OUT=FILE (5, 30 min)
+	$(PY) -m tools.$(subst -,_,$@) $(if $(filter node,$@),--nproc $(NPROC)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 plot: $(SETUP)  ## losses over tokens: RUNS="a.jsonl b.jsonl" OUT=runs.png, if matplotlib is installed
 	$(PY) -m tools.plot $(RUNS) $(if $(OUT),--out $(OUT))

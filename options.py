@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -271,7 +272,13 @@ def read_schedule(path: str, p: int, m: int) -> pipeline.Schedule:
 
 
 def pick_device(name: str) -> tuple[torch.device, str]:
-    """(device of this rank, the line that says so). Raises ValueError where a GPU is missing."""
+    """(device of this rank, the line that says so). Raises ValueError where a GPU is missing, or
+    the interface that gloo was told to use."""
+    known = [name for _, name in socket.if_nameindex()]
+    for interface in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if interface not in known:
+            raise ValueError(f"GLOO_SOCKET_IFNAME {interface}: this host has {', '.join(known)}: "
+                             "give the one that leads to the other hosts")  # fmt: skip
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     enough = gpus >= ranks
     if name == "cuda" and not enough:

@@ -45,7 +45,11 @@ def missing() -> str | None:
 def sent_bytes() -> int:
     """By this process's host to others, since it is there, with all headers."""
     with open("/proc/self/net/dev") as file:
-        row = next(line for line in file if line.strip().startswith(f"{INTERFACE}:"))
+        return _sent(file.read())
+
+
+def _sent(counters: str) -> int:
+    row = next(line for line in counters.splitlines() if line.strip().startswith(INTERFACE))
     return int(row.split(":")[1].split()[8])
 
 
@@ -95,3 +99,8 @@ class Hosts:
         """A process on host i."""
         ip = shutil.which("ip", path=PATH)
         return subprocess.Popen([ip, "netns", "exec", self.names[i], *command], **kwargs)
+
+    def sent_bytes(self, i: int) -> int:
+        """sent_bytes() of host i."""
+        done = self.popen(i, ["cat", "/proc/net/dev"], stdout=subprocess.PIPE, text=True)
+        return _sent(done.communicate()[0])

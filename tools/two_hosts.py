@@ -1,0 +1,115 @@
+"""A pipeline across the link between two hosts, launched as on a cluster, beside one process.
+
+    python -m tools.two_hosts                               make two-hosts (as root; 1 min)
+
+The hosts are network namespaces of this machine (tools/hosts.py). On each, torchrun starts two
+ranks: tp inside a host, pp across. Losses and gradient norms, in float64, are those of one process;
+what the stages send to each other is what pipeline.py predicts, and the interface has sent that and
+little more.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import measure
+import options
+import pipeline
+from tools import hosts
+
+ROOT = Path(__file__).parent.parent
+MODEL = (
+    "--n-layer 4 --n-head 4 --n-embd 64 --seq-len 64 --global-batch-size 16 --micro-batch-size 4 "
+    "--dtype float64 --optimizer sgd --lr 0.1 --clip 0.5 --device cpu --data train_3d.py "
+    "--val-every 0 --print-every 1"
+).split()
+LAYOUT = "--tp 2 --pp 2 --schedule 1f1b".split()
+PORT = 29500
+
+
+def torchrun(net: hosts.Hosts, i: int, script: list[str]) -> list[str]:
+    """The line that a user would type on host i."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(net.names)),
+            "--node-rank", str(i), "--nproc-per-node", "2", "--master-addr",
+            net.addresses[0], "--master-port", str(PORT), "--", *script]  # fmt: skip
+
+
+def across(net: hosts.Hosts, script: list[str]) -> list[int]:
+    """Runs it on all hosts; bytes that each has sent. Raises RuntimeError with what was said."""
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": hosts.INTERFACE, "OMP_NUM_THREADS": "1",
+                                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # fmt: skip
+    jobs = []
+    try:
+        for i in range(len(net.names)):
+            line = torchrun(net, i, script)
+            print(f"{net.addresses[i]}: GLOO_SOCKET_IFNAME={hosts.INTERFACE} torchrun "
+                  f"{' '.join(line[3:])}", flush=True)  # fmt: skip
+            jobs.append(net.popen(i, line, cwd=ROOT, env=environment, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        said = [job.communicate(timeout=300) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    for i, job in enumerate(jobs):
+        if job.returncode:
+            raise RuntimeError(f"host {i}, exit code {job.returncode}: {said[i][1][-2000:]}")
+    print(said[0][0].strip())
+    return [net.sent_bytes(i) for i in range(len(net.names))]
+
+
+def rows(path: str) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    with open(path) as file:
+        found = map(json.loads, file)
+        return [(row["loss"], row["grad_norm"]) for row in found if "loss" in row]
+
+
+def predicted_sent_bytes(args: argparse.Namespace, steps: int) -> list[int]:
+    """By each host, in all steps: its t ranks' activations or their gradients, and what they have
+    of a tied wte's gradient, which two ranks sum in a ring."""
+    config = options.check(args, args.tp * args.pp)
+    m = args.global_batch_size // args.micro_batch_size
+    stages = pipeline.stages_of(options.make_schedule(args, m))
+    each = (pipeline.predicted_sends(stages, r, m, args.micro_batch_size, config.seq_len,
+                                     config.n_embd)[1] for r in range(args.pp))  # fmt: skip
+    tied = config.vocab_size // args.tp * config.n_embd
+    return [steps * args.tp * 8 * (payload + tied) for payload in each]
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--steps", type=options.at_least(1), default=5)
+    arguments.add_argument("--mbit", type=options.at_least(1), default=1000,
+                           help="a second, from each host to the other")  # fmt: skip
+    steps, mbit = vars(arguments.parse_args()).values()
+    if lack := hosts.missing():
+        sys.exit(f"tools.two_hosts: {lack}")
+    flags = [*MODEL, f"--steps={steps}"]
+    with tempfile.TemporaryDirectory() as folder, hosts.Hosts(2, mbit) as net:
+        log = f"{folder}/two-hosts.jsonl"
+        sent = across(net, ["train_3d.py", *flags, *LAYOUT, "--log", log])
+        alone = f"{folder}/alone.jsonl"
+        subprocess.run([sys.executable, "train_3d.py", *flags, "--log", alone], cwd=ROOT,
+                       check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+        two, one = rows(log), rows(alone)
+    worst = 0.0
+    for step, (mine, expected) in enumerate(zip(two, one, strict=True)):
+        worst = max(worst, *(abs(a / b - 1) for a, b in zip(mine, expected, strict=True)))
+        print(f"step {step}: loss {mine[0]:.15f}, norm {mine[1]:.15f} | one process "
+              f"{expected[0]:.15f}, {expected[1]:.15f}")
+    same = len(two) == steps and worst <= measure.TOLERANCE
+    print(f"largest relative difference {worst:.1e}: {'ok' if same else 'MISMATCH'}")
+    args = options.parser().parse_args([*flags, *LAYOUT])
+    for i, expected in enumerate(predicted_sent_bytes(args, steps)):
+        print(f"host {i} sent {sent[i] / 1e6:.2f} MB; by formula {expected / 1e6:.2f} MB, and "
+              "headers, the ranks' meeting, a norm a step")  # fmt: skip
+        same &= expected < sent[i] < 1.1 * expected + 1e6
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()
