@@ -216,6 +216,12 @@ def flops_per_token(config: GPTConfig) -> tuple[int, int, int]:
     return h, 24 * h * h + 4 * s * h, 2 * h * v
 
 
+def forward_flops_per_token(config: GPTConfig) -> int:
+    """Of the whole model; forward and backward take three times as many."""
+    embedding, block, head = flops_per_token(config)
+    return embedding + config.n_layer * block + head
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum (not mean) of -log p(target) over valid tokens: targets of -1 are ignored.
     logits [b, s, v], targets [b, s] -> scalar, in fp32 if the logits are in bf16. Divide by the

@@ -277,10 +277,14 @@ class Logger:
     steps, and is the only one who does: a step never waits for its own loss."""
 
     def __init__(self, path: str | None, steps: int, print_every: int, tokens_per_step: int,
-                 stop: int | None = None, append: bool = False):  # fmt: skip
-        """stop: the step at which this process ends, if not at the last. append: go on with the
-        rows that are there; a step that a lost process had begun comes twice."""
+                 tflop: float, peak: float | None = None, stop: int | None = None,
+                 append: bool = False):  # fmt: skip
+        """tflop: of the model, a rank's part of a step, without what is recomputed. peak: TFLOP/s
+        of its GPU, if known: then their ratio is the MFU (Chowdhery et al. 2022, PaLM, appendix B).
+        stop: the step at which this process ends, if not at the last. append: go on with the rows
+        that are there; a step that a lost process had begun comes twice."""
         self.steps, self.print_every, self.tokens_per_step = steps, print_every, tokens_per_step
+        self.tflop, self.peak = tflop, peak
         self.stop = steps if stop is None else stop
         self.is_main = int(os.environ.get("RANK", 0)) == 0
         check_writable("--log", path)
@@ -302,12 +306,16 @@ class Logger:
             return
         rows = torch.stack([stats for _, stats, _ in self.pending]).tolist()
         seconds = (time.perf_counter() - self.since) / len(rows)
-        speed = self.tokens_per_step / seconds
+        speed, tflops = self.tokens_per_step / seconds, self.tflop / seconds
+        mfu = {"mfu": tflops / self.peak} if self.peak else {}
         for (step, _, lr), (loss, norm, *_) in zip(self.pending, rows, strict=True):
-            self._write(step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed)
+            self._write(step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed,
+                        tflops_per_rank=tflops, **mfu)  # fmt: skip
         left = seconds * (self.stop - step - 1)
         self.say(f"step {step + 1:5d}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.1e}  "
-                 f"{speed:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
+                 f"{speed:,.0f} tokens/s  {tflops:.3g} TFLOP/s a rank  "
+                 + "".join(f"MFU {100 * x:.1f} %  " for x in mfu.values())
+                 + f"{left:.0f} s left")  # fmt: skip
         self.pending = []
         self.start()
 

@@ -35,6 +35,10 @@ RUN = ("untied", "attention", "dropout", "data", "global_batch_size", "steps", "
        "optimizer", "weight_decay", "clip", "seed", "dtype", "grad_dtype")  # fmt: skip
 
 
+# TFLOP/s of dense bf16 matmuls, by what torch.cuda.get_device_name has in it: NVIDIA's data sheets.
+PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250}
+
+
 class Parser(argparse.ArgumentParser):
     """One line, from rank 0 only, and exit code 2 on every rank."""
 
@@ -92,6 +96,9 @@ def parser() -> Parser:
         help="with --dtype bf16: in which gradients add up (default float32)")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: cuda if every local rank has a GPU of its own, else cpu")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile, block by block")
+    add("--peak-tflops", type=at_least(1e-3, float), metavar="X",
+        help="of a rank, for the MFU (default: known of some GPUs in bf16)")  # fmt: skip
     add("--tp", type=natural, default=1, help="t: ranks that split every matrix")
     add("--pp", type=natural, default=1, help="p: stages; data parallelism is world size / (t p)")
     add("--sequence-parallel", action="store_true",
@@ -179,6 +186,8 @@ def check(
          f"{d}"),
         (args.zero < 3 and not args.zero_reshard_after_forward, "--zero-reshard-after-forward 0 "
          f"with --zero {args.zero}: only ZeRO-3 reshards; give --zero 3"),
+        (args.compile and args.recompute != "none", f"--compile with --recompute {args.recompute}: "
+         "what is to be done again is recorded call by call; leave one out"),
         (alone, f"--{alone} is of --dry-run: give that too"),
         (args.grad_dtype and args.dtype != "bf16", f"--grad-dtype {args.grad_dtype} with --dtype "
          f"{args.dtype}: give --dtype bf16, or leave it out"),
@@ -203,8 +212,8 @@ def check_same(args: argparse.Namespace, about: dict) -> None:
     if wrong:
         if dist.get_rank() == 0:
             more = f"; and {len(wrong) - 1} more" * (len(wrong) > 1)
-            print(f"train_3d.py: error: {wrong[0]}{more}: start all ranks with one command line "
-                  "and the same files", file=sys.stderr, flush=True)  # fmt: skip
+            print(f"train_3d.py: error: {wrong[0]}{more}: start all ranks with one command line, "
+                  "the same files and alike devices", file=sys.stderr, flush=True)  # fmt: skip
         dist.barrier()  # it has spoken: when a rank leaves, torchrun ends the others
         sys.exit(2)
 
@@ -289,7 +298,19 @@ def pick_device(name: str) -> tuple[torch.device, str]:
     if name == "cpu" or not enough:
         return torch.device("cpu"), f"device cpu ({gpus} GPUs for {ranks} local ranks)"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device, f"device cuda ({gpus} GPUs for {ranks} local ranks)"
+    tf32 = "without TF32" if torch.get_float32_matmul_precision() == "highest" else "with TF32"
+    return device, (f"device cuda ({gpus} GPUs for {ranks} local ranks), {device_name(device)}; "
+                    f"float32 matmuls {tf32}")  # fmt: skip
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_tflops(args: argparse.Namespace, device: torch.device) -> float | None:
+    """Of this rank, if that is known."""
+    known = (peak for name, peak in PEAKS.items() if name in device_name(device))
+    return args.peak_tflops or (next(known, None) if args.dtype == "bf16" else None)
 
 
 # --- a run that goes on ---------------------------------------------------------------------------

@@ -97,6 +97,8 @@ class Trainer:
             stage.h, args.recompute, args.recompute_every, args.recompute_layers, remember
         )
         self.model = stage
+        for block in stage.h.values() if args.compile else ():
+            block.forward = torch.compile(block.forward)  # hooks and names stay outside
 
         chunks, mine = pipeline.chunks_of(stage, self.stages, split), self.schedule[self.pp_rank]
         apart = pipeline.splits(mine)
@@ -152,7 +154,8 @@ class Trainer:
         groups = [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}]
         if self.args.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=0.0, foreach=True)
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=True)
+        how = "fused" if self.device.type == "cuda" else "foreach"
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), **{how: True})
 
     def watch(self, trace: measure.Trace) -> None:
         """From now on, what this rank does goes into `trace`."""
@@ -359,6 +362,7 @@ def describe(trainer: Trainer, logger: measure.Logger) -> None:
         f"{size / 1e6:.2f} M parameters in {args.dtype}; t={args.tp} p={args.pp} d={d}; "
         f"{trainer.m} microbatches of {args.micro_batch_size} x {config.seq_len} tokens; "
         f"{args.schedule}, ZeRO-{args.zero}, recompute {args.recompute}"
+        + ", compiled" * args.compile
     )
     if args.zero and d == 1:
         logger.say(f"--zero {args.zero}: d is 1, so there is nobody to share with: as --zero 0")
@@ -490,9 +494,11 @@ def main() -> None:
         corpus = data.load(args.data, config.seq_len, config.vocab_size)
         measure.check_writable("--trace", args.trace)
         checkpoint.check_writable(args.checkpoint_dir)
+        tokens = args.global_batch_size * config.seq_len
         logger = measure.Logger(
-            args.log, args.steps, args.print_every, args.global_batch_size * config.seq_len,
-            args.stop_after, append=bool(found),
+            args.log, args.steps, args.print_every, tokens,
+            3e-12 * gpt.forward_flops_per_token(config) * tokens / world_size,
+            options.peak_tflops(args, device), args.stop_after, append=bool(found),
         )  # fmt: skip
     except ValueError as error:
         options.parser().error(str(error))
@@ -500,7 +506,8 @@ def main() -> None:
         logger.say(line)
     try:
         join_ranks(device, args.timeout)
-        options.check_same(args, {"corpus": data.fingerprint(corpus[0])})
+        options.check_same(args, {"corpus": data.fingerprint(corpus[0]),
+                                  "device": options.device_name(device)})  # fmt: skip
         draw = source.draw if source else None
         good = train(args, config, corpus, device, logger, draw, found)
         gc.unfreeze()

@@ -644,7 +644,7 @@ def loop_shares(config: gpt.GPTConfig, steps: int = 10) -> dict[str, float]:
     trainer = make_trainer(config, timed("data", read), stage="1")
     trainer._global_stats = timed("norm", trainer._global_stats)
     with tempfile.NamedTemporaryFile("w") as file, contextlib.redirect_stdout(file):
-        logger = measure.Logger(file.name, steps, steps, ROWS * config.seq_len)
+        logger = measure.Logger(file.name, steps, steps, ROWS * config.seq_len, 1.0)
         log = timed("log", logger.step)
         whole = timed("step", lambda i: log(i, trainer.step(i), trainer.learning_rate(i)))
         for i in range(WARMUP):

@@ -91,6 +91,7 @@ class Case:
     seq_len: int = 7
     bucket_bytes: int = 3000  # a few buckets at these sizes; the default would always be one
     dtype: str = "float64"
+    compile: bool = False
     grad_dtype: str | None = None
     seed: int = 0
     steps: int = STEPS
@@ -130,6 +131,7 @@ class Case:
         flags += [] if self.layers is None else [f"--recompute-layers={self.layers}"]
         flags += [] if self.reshard else ["--zero-reshard-after-forward=0"]
         flags += ["--sequence-parallel"] if self.sequence else []
+        flags += ["--compile"] if self.compile else []
         return flags + ([] if self.tied else ["--untied"])
 
     def __str__(self) -> str:

@@ -1,0 +1,145 @@
+"""What a GPU changes: chosen, named and counted, here without one; make gpu-check needs one."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import gpt
+import measure
+import options
+import train_3d
+from tests.commands import TINY, forked
+from tools.oracle import Case, judge
+
+
+@pytest.mark.filterwarnings("ignore")  # what torch.compile looks at warns; a run shows none of it
+@pytest.mark.parametrize(
+    "case",
+    [Case(compile=True), Case(t=2, d=2, sequence=True, zero=3, compile=True, dropout=0.2),
+     Case(p=2, schedule="zb-v", d=2, nodes=2, compile=True, attention="explicit")],
+    ids=str,
+)  # fmt: skip
+def test_compiled_equals_one_process(case):
+    case.n_layer, case.n_head, case.n_embd, case.seq_len = 4, 4, 16, 8
+    errors = judge(case)
+    assert errors.worst <= measure.TOLERANCE, errors
+
+
+def test_blocks_are_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
+    done = forked(1, lambda: (train_3d.main(), print(len(compiled)))[0], *TINY, "--compile")
+    assert "compiled" in done.stdout and done.stdout.endswith("2\n"), done.stdout + done.stderr
+
+
+class Gpus:
+    """What torch says of the GPUs of this host."""
+
+    def __init__(self, monkeypatch, *names: str):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+
+
+def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
+    Gpus(monkeypatch, "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    device, line = options.pick_device("auto")
+    assert device == torch.device("cuda", 1)
+    assert line.endswith("NVIDIA H100 80GB HBM3; float32 matmuls without TF32")
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert options.pick_device("cuda")[1].endswith("with TF32")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_more_local_ranks_than_gpus(monkeypatch):
+    Gpus(monkeypatch, "NVIDIA A100-SXM4-80GB")
+    done = forked(2, train_3d.main, *TINY, "--device", "cuda")
+    assert done.returncode == 2
+    first = done.stderr.splitlines()[0]
+    assert "error: --device cuda: 2 local ranks and 1 GPUs" in first and "start fewer" in first
+
+
+def test_mixed_gpus(monkeypatch):
+    """Each rank would compute, at the pace of the slowest, and none would say so."""
+    kinds = {"0": "A100", "1": "H100"}
+    monkeypatch.setattr(options, "device_name", lambda device: kinds[train_3d.os.environ["RANK"]])
+    done = forked(2, train_3d.main, *TINY)
+    assert done.returncode == 2
+    assert "error: rank 1 has device H100, and rank 0 A100: start all" in done.stderr
+    assert "alike devices" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, flags, peak",
+    [("NVIDIA H100 80GB HBM3", "--dtype bf16", 989), ("NVIDIA H100 PCIe", "--dtype bf16", 756),
+     ("NVIDIA A100-SXM4-40GB", "--dtype bf16", 312), ("NVIDIA A100-SXM4-40GB", "", None),
+     ("NVIDIA TITAN V", "--dtype bf16", None), ("NVIDIA TITAN V", "--peak-tflops 110", 110),
+     ("NVIDIA H200", "--dtype bf16 --peak-tflops 800", 800)],
+)  # fmt: skip
+def test_the_peak_is_known_or_given(name, flags, peak, monkeypatch):
+    Gpus(monkeypatch, name)
+    args = options.parser().parse_args(flags.split())
+    assert options.peak_tflops(args, torch.device("cuda", 0)) == peak
+
+
+def test_mfu_of_a_run(tmp_path, monkeypatch):
+    """Nano by hand: 4 blocks of 24 h^2 + 4 s h, a head of 2 h v, h for the embedding; 3 times."""
+    config = gpt.GPTConfig(4, 4, 128, 256, 128)
+    by_hand = 128 + 4 * (24 * 128 * 128 + 4 * 128 * 128) + 2 * 128 * 256
+    assert gpt.forward_flops_per_token(config) == by_hand
+    clock = itertools.count()
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    log = tmp_path / "log"
+    logger = measure.Logger(str(log), 1, 1, 1000, tflop=2.0, peak=8.0)
+    logger.start()
+    logger.step(0, torch.tensor([3.0, 1.0]), 0.1)  # a second later
+    logger.file.close()
+    (row,) = map(json.loads, log.read_text().splitlines())
+    assert (row["tokens_per_s"], row["tflops_per_rank"], row["mfu"]) == (1000, 2.0, 0.25)
+    logger = measure.Logger(str(log), 1, 1, 1000, tflop=2.0)
+    logger.start()
+    logger.step(0, torch.tensor([3.0, 1.0]), 0.1)
+    logger.file.close()
+    assert "mfu" not in log.read_text()
+
+
+def test_the_ranks_share_the_flops(tmp_path):
+    log = tmp_path / "log"
+    done = forked(2, train_3d.main, *TINY, "--tp", 2, "--log", log, "--peak-tflops", 1)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    args = options.parser().parse_args(TINY)
+    flops = 3 * gpt.forward_flops_per_token(options.check(args, 1))
+    for row in rows:
+        if "mfu" in row:
+            each = flops * row["tokens_per_s"] / 2 / 1e12
+            assert row["tflops_per_rank"] == pytest.approx(each) == row["mfu"]
+    assert "TFLOP/s a rank  MFU" in done.stdout
+
+
+def test_compile_with_recompute_is_refused():
+    args = options.parser().parse_args("--compile --recompute full".split())
+    with pytest.raises(ValueError, match="--compile with --recompute full"):
+        options.check(args, 1)
+
+
+class FakeCuda:
+    type = "cuda"
+
+
+def test_adamw_is_fused_on_a_gpu(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **how: seen.update(how))
+    for device, how in ((FakeCuda, "fused"), (torch.device("cpu"), "foreach")):
+        trainer = object.__new__(train_3d.Trainer)
+        trainer.args = options.parser().parse_args([])
+        trainer.device = device
+        trainer.sync = type("Sync", (), {"pieces": staticmethod(list)})
+        seen.clear()
+        trainer._make_optimizer()
+        assert seen[how] is True and len({"fused", "foreach"} & set(seen)) == 1
