@@ -11,18 +11,18 @@ import measure
 import options
 import train_3d
 from tests.commands import TINY, forked
+from tools import gpu_check
 from tools.oracle import Case, judge
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch.compile looks at warns; a run shows none of it
 @pytest.mark.parametrize(
     "case",
-    [Case(compile=True), Case(t=2, d=2, sequence=True, zero=3, compile=True, dropout=0.2),
-     Case(p=2, schedule="zb-v", d=2, nodes=2, compile=True, attention="explicit")],
+    [Case(t=2, sequence=True, dropout=0.2), Case(d=2, zero=3), Case(p=2, schedule="zb-h1")],
     ids=str,
 )  # fmt: skip
 def test_compiled_equals_one_process(case):
-    case.n_layer, case.n_head, case.n_embd, case.seq_len = 4, 4, 16, 8
+    case.n_layer, case.n_head, case.n_embd, case.seq_len, case.compile = case.p, 4, 16, 8, True
     errors = judge(case)
     assert errors.worst <= measure.TOLERANCE, errors
 
@@ -143,3 +143,34 @@ def test_adamw_is_fused_on_a_gpu(monkeypatch):
         seen.clear()
         trainer._make_optimizer()
         assert seen[how] is True and len({"fused", "foreach"} & set(seen)) == 1
+
+
+def check(monkeypatch, tmp_path) -> tuple[str, object]:
+    """(what make gpu-check writes, its exit code), on the CPU."""
+    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    monkeypatch.setattr("sys.argv", ["gpu_check", "--steps", "1", "--out", str(tmp_path / "md")])
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main()
+    return (tmp_path / "md").read_text(), end.value.code
+
+
+def test_gpu_check_without_a_gpu(monkeypatch, tmp_path):
+    said, code = check(monkeypatch, tmp_path)
+    assert code == 0 and "no GPU: a small model on the CPU" in said
+    for what in ("losses and norms", "gradients", "parameters", "eager", "compiled", "none", "full",
+                 "offload"):  # fmt: skip
+        assert said.count(f"\n| {what} |") == 1, what
+    assert "Offloading copies 4 x" in said
+
+
+def test_gpu_check_fails_where_the_loops_differ(monkeypatch, tmp_path):
+    plain = gpu_check.Bare.step
+
+    def with_half_a_batch(self, step):
+        self.args.global_batch_size //= 1 if self.args.dtype == "bf16" else 2
+        return plain(self, step)
+
+    monkeypatch.setattr(gpu_check.Bare, "step", with_half_a_batch)
+    monkeypatch.setattr(gpu_check, "STEPS", 1)
+    said, code = check(monkeypatch, tmp_path)
+    assert code.startswith("MISMATCH: | losses and norms |"), code

@@ -157,6 +157,7 @@ def make_saves(folder: Path) -> None:
 
 def test_a_gpu_for_every_local_rank_or_none(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
     monkeypatch.setenv("LOCAL_RANK", "3")
     for ranks, expected in ((4, "cuda:3"), (5, "cpu")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))

@@ -1,0 +1,248 @@
+"""One GPU, t = p = d = 1: what the trainer adds to a bare loop, in numbers, time and memory.
+
+    python -m tools.gpu_check --out gpu.md                              make gpu-check (5 min)
+
+The bare loop is the model, microbatches, clipping and AdamW, without a line of a strategy. Compared
+are (a) losses, norms, gradients and parameters in float64; (b) a step's time in bf16, in turns,
+with and without --compile; (c) what recomputing and offloading take, and how much of the copies
+hides behind compute: 1 - (offload - none) / copies alone; (d) the most memory that CUDA's allocator
+gave out, beside the formulas. Markdown, for docs/gpu.md. Without a GPU, the same on a small model:
+that shows that it works.
+"""
+
+import argparse
+import datetime
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import activation_ckpt
+import gpt
+import measure
+import options
+import train_3d
+from tools import dry_run
+from tools.oracle import EPS, draw
+
+STEPS = 3  # in float64
+
+
+class Bare:
+    """A training loop before any strategy: one device, m microbatches, bf16 with fp32 masters."""
+
+    def __init__(self, args: argparse.Namespace, config: gpt.GPTConfig, device: torch.device):
+        self.args, self.read, self.device = args, reader(config), device
+        dtype = options.DTYPES[args.dtype]
+        with torch.device("meta"):
+            self.model = gpt.GPT(config)
+        gpt.init_weights(self.model, args.seed, dtype, device, draw)
+        self.parameters, narrow = list(self.model.parameters()), dtype.itemsize < 4
+        self.masters = [p.detach().float() if narrow else p for p in self.parameters]
+        for p in self.parameters if narrow else ():
+            p.grad_dtype = torch.float32  # microbatches add up in fp32, as in ddp.py
+        groups = [{"params": [m for m in self.masters if m.ndim >= 2]},
+                  {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0}]
+        how = "fused" if device.type == "cuda" else "foreach"
+        self.optimizer = torch.optim.AdamW(groups, 0.0, (0.9, 0.95), EPS, args.weight_decay,
+                                           **{how: True})  # fmt: skip
+        for block in self.model.h.values() if args.compile else ():
+            block.forward = torch.compile(block.forward)
+
+    def step(self, step: int) -> Tensor:
+        """[loss, gradient norm]."""
+        args, b = self.args, self.args.micro_batch_size
+        x, y = (t.to(self.device) for t in self.read(step, range(args.global_batch_size)))
+        count, total = (y >= 0).sum(), torch.zeros((), device=self.device)
+        for p in self.parameters:
+            p.grad = None
+        for xs, ys in zip(x.split(b), y.split(b), strict=True):
+            loss = gpt.cross_entropy(self.model(xs), ys) / count
+            loss.backward()
+            total = total + loss.detach()
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = p.grad
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, args.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = gpt.learning_rate(step, args.steps, args.warmup_steps, args.lr)
+        self.optimizer.step()
+        with torch.no_grad():
+            for p, master in zip(self.parameters, self.masters, strict=True):
+                p.copy_(master)
+        return torch.stack([total, norm])
+
+
+def reader(config: gpt.GPTConfig) -> Callable:
+    def read(step: int, rows: range) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        row = torch.randint(config.vocab_size, (len(rows), config.seq_len + 1), generator=generator)
+        return row[:, :-1].contiguous(), row[:, 1:].contiguous()
+
+    return read
+
+
+def trainer_of(
+    args: argparse.Namespace, config: gpt.GPTConfig, device: torch.device
+) -> train_3d.Trainer:
+    trainer = train_3d.Trainer(args, config, reader(config), device, draw)
+    for group in trainer.optimizer.param_groups:
+        group["eps"] = EPS
+    return trainer
+
+
+def seconds(loops: list, steps: int, device: torch.device) -> list[float]:
+    """Median of a step of each, in turns; the first two warm up."""
+    times: list[list[float]] = [[] for _ in loops]
+    for step in range(2 + steps):
+        for loop, mine in zip(loops, times, strict=True):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            loop.step(step)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            mine.append(time.perf_counter() - start)
+    return [statistics.median(mine[2:]) for mine in times]
+
+
+def forget() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+# --- what is compared -----------------------------------------------------------------------------
+
+
+def parity(flags: list[str], device: torch.device) -> Iterator[tuple[str, bool]]:
+    args = options.parser().parse_args([*flags, "--dtype=float64", "--clip=0.1"])
+    config = options.check(args, 1)
+    mine, bare = trainer_of(args, config, device), Bare(args, config, device)
+    stats = [[loop.step(step)[:2] for step in range(STEPS)] for loop in (mine, bare)]
+    ours, theirs = (dict(gpt.named_parameters(loop.model)) for loop in (mine, bare))
+    for what, a, b in (
+        ("losses and norms", *({"": torch.stack(s)} for s in stats)),
+        ("gradients", *({n: p.grad for n, p in named.items()} for named in (ours, theirs))),
+        ("parameters", ours, theirs),
+    ):
+        worst = max(measure.relative_errors(a, b).values())
+        yield f"| {what} | {worst:.1e} |", worst <= measure.TOLERANCE
+
+
+def speed(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
+    for compiled in ([], ["--compile"]):
+        args = options.parser().parse_args([*flags, "--dtype=bf16", *compiled])
+        config = options.check(args, 1)
+        loops = [trainer_of(args, config, device), Bare(args, config, device)]
+        ours, bare = seconds(loops, steps, device)
+        apart = max(abs(a - b) for a, b in zip(*(loop.step(9)[:2].tolist() for loop in loops),
+                                               strict=True))  # fmt: skip
+        tokens = args.global_batch_size * config.seq_len
+        tflops = 3e-12 * gpt.forward_flops_per_token(config) * tokens / ours
+        peak = options.peak_tflops(args, device)
+        mfu = f"{100 * tflops / peak:.1f} %" if peak else "-"
+        yield (f"| {'compiled' if compiled else 'eager'} | {1e3 * bare:.1f} | {1e3 * ours:.1f} | "
+               f"{ours / bare:.3f} | {tokens / ours:,.0f} | {tflops:.3g} | {mfu} | {apart:.1e} |")
+        del loops
+        forget()
+
+
+def copy_seconds(nbytes: int, device: torch.device) -> float:
+    """To the host, pinned, and back, with nothing beside it."""
+    there = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+    class Copies:
+        def step(self, _: int) -> None:
+            host.copy_(there, non_blocking=True)
+            there.copy_(host, non_blocking=True)
+
+    return seconds([Copies()], 5, device)[0]
+
+
+def memory(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
+    times = {}
+    for policy in ("none", "full", "offload"):
+        forget()
+        args = options.parser().parse_args([*flags, "--dtype=bf16", f"--recompute={policy}"])
+        config = options.check(args, 1)
+        trainer = trainer_of(args, config, device)
+        times[policy] = seconds([trainer], steps, device)[0]
+        held = dry_run.predicted_bytes(trainer)
+        expected, most = sum(held.values()), "no GPU | -"
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+            most = f"{peak / 1e9:.3f} | {peak / expected:.3f}"
+        yield f"| {policy} | {1e3 * times[policy]:.1f} | {expected / 1e9:.3f} | {most} |"
+        del trainer
+    kept = config.n_layer * activation_ckpt.predicted_block_bytes(
+        args.micro_batch_size, config.seq_len, config.n_embd, config.n_head, config.attention, 2,
+        stat=4)  # fmt: skip
+    m = args.global_batch_size // args.micro_batch_size
+    copies = m * copy_seconds(kept, device)
+    hidden = f"{100 * (1 - (times['offload'] - times['none']) / copies):.0f} % are hidden"
+    if device.type == "cpu":
+        hidden = "nothing is hidden: device and host are one"
+    yield (f"\nOffloading copies {m} x {kept / 1e9:.3f} GB a step, there and back: "
+           f"{1e3 * copies:.1f} ms alone, of which {hidden}.")  # fmt: skip
+
+
+def report(model: str | None, batch: tuple[int, int], steps: int, device: torch.device,
+           failed: list[str]) -> Iterator[str]:  # fmt: skip
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else "no GPU: a small model on the CPU"
+    yield f"## {name}, torch {torch.__version__}, {datetime.date.today()}\n"
+    small = "--n-layer 2 --n-head 2 --n-embd 64 --seq-len 64 --vocab-size 512".split()
+    sizes = [f"--model={model}"] if model else ["--model=gpt2-medium"] if on_gpu else small
+    flags = [*sizes, f"--global-batch-size={batch[0]}", f"--micro-batch-size={batch[1]}"]
+    yield f"`{' '.join(flags)}`; CUDA {torch.version.cuda}; float32 matmuls without TF32\n"
+    yield "| float64, 3 steps of AdamW, a small model | largest relative difference |\n|---|---|"
+    for line, same in parity([*small, "--global-batch-size=4", "--micro-batch-size=2"], device):
+        failed += [] if same else [line]
+        yield line
+    yield ("\n| bf16 | bare loop, ms | ours, ms | ours / bare | tokens/s | TFLOP/s | MFU | loss or "
+           "norm apart |")  # fmt: skip
+    yield "|---|---|---|---|---|---|---|---|"
+    yield from speed(flags, device, steps)
+    yield "\n| recompute | a step, ms | predicted GB | allocated GB, at most | over predicted |"
+    yield "|---|---|---|---|---|"
+    yield from memory(flags, device, steps)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = arguments.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--model", choices=gpt.MODELS, help="default: gpt2-medium, or without a GPU a small one")
+    add("--batch", type=options.at_least(1), nargs=2, default=(16, 4), metavar=("ROWS", "OF"),
+        help="rows a step, and of a microbatch")  # fmt: skip
+    add("--steps", type=options.at_least(1), default=10, help="timed")
+    add("--out", metavar="FILE")
+    args = arguments.parse_args()
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    try:
+        device, line = options.pick_device(args.device)
+    except ValueError as error:
+        sys.exit(f"tools.gpu_check: {error}")
+    print(line, flush=True)
+    train_3d.join_ranks(device)
+    lines, failed = [], []
+    for line in report(args.model, args.batch, args.steps, device, failed):
+        print(line, flush=True)
+        lines.append(line)
+    if args.out:
+        with open(args.out, "w") as file:
+            file.write("\n".join(lines) + "\n")
+    dist.destroy_process_group()
+    sys.exit(f"MISMATCH: {failed[0]}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
