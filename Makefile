@@ -36,7 +36,7 @@ TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 .PHONY: plan published plan-check dry-run two-hosts hierarchy gpu-check node plot lint clean
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint
 
-help:  ## this
+help:
 	@echo "make TARGET [PYTHON=...] [PIP_FLAGS=...]; launching targets take NPROC TP PP ARGS, train SCHEDULE too"
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
