@@ -136,7 +136,12 @@ def hybrid(model: nn.Module, group: dist.ProcessGroup, m: int) -> zero.Zero3:
 # PyTorch divides gradients by the number of ranks, so its loss is multiplied by it.
 
 
+def world_mesh(model: nn.Module) -> DeviceMesh:
+    return dist.init_device_mesh(model.wte.weight.device.type, (dist.get_world_size(),))
+
+
 def torch_ddp(model: nn.Module, bucket_mb: int, sharded: bool) -> Callable:
+    n = dist.get_world_size()
     wrapped = DistributedDataParallel(
         model, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=not sharded
     )
@@ -150,7 +155,7 @@ def torch_ddp(model: nn.Module, bucket_mb: int, sharded: bool) -> Callable:
 
     def step(batch: list, valid: int) -> Tensor:
         optimizer.zero_grad(set_to_none=sharded)
-        loss = sum(backward(wrapped, x, y, valid / RANKS) for x, y in batch) / RANKS
+        loss = sum(backward(wrapped, x, y, valid / n) for x, y in batch) / n
         optimizer.step()
         return loss
 
@@ -158,7 +163,7 @@ def torch_ddp(model: nn.Module, bucket_mb: int, sharded: bool) -> Callable:
 
 
 def torch_fsdp(model: nn.Module, reshard: bool) -> Callable:
-    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    mesh, n = world_mesh(model), dist.get_world_size()
     for block in model.h.values():
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
@@ -166,7 +171,7 @@ def torch_fsdp(model: nn.Module, reshard: bool) -> Callable:
 
     def step(batch: list, valid: int) -> Tensor:
         optimizer.zero_grad()
-        loss = sum(backward(model, x, y, valid / RANKS) for x, y in batch) / RANKS
+        loss = sum(backward(model, x, y, valid / n) for x, y in batch) / n
         optimizer.step()
         return loss
 
@@ -207,7 +212,7 @@ def distribute(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
     for name, block in model.h.items():
         for p in block.attn.c_attn.parameters():
             with torch.no_grad():
-                p.copy_(p.unflatten(0, (3, RANKS, -1)).transpose(0, 1).flatten(0, 2))
+                p.copy_(p.unflatten(0, (3, mesh.size(), -1)).transpose(0, 1).flatten(0, 2))
         for layer in ("attn.c_attn", "mlp.c_fc"):
             plan[f"h.{name}.{layer}"] = ColwiseParallel(input_layouts=outside)
         for layer in ("attn.c_proj", "mlp.c_proj"):
@@ -231,8 +236,9 @@ def adamw_by_mesh(model: nn.Module) -> torch.optim.Optimizer:
 
 def torch_tp(model: nn.Module, sequence: bool) -> Callable:
     group = dist.group.WORLD
-    distribute(model, dist.init_device_mesh("cpu", (RANKS,)), sequence)
-    model.lm_head.weight = model.wte.weight
+    distribute(model, world_mesh(model), sequence)
+    if model.config.tied:
+        model.lm_head.weight = model.wte.weight
     optimizer = adamw_by_mesh(model)
 
     def step(batch: list, valid: int) -> Tensor:
@@ -276,10 +282,11 @@ def ours_pp(model: nn.Module, name: str, m: int = ROWS) -> Callable:
 def torch_pp(model: nn.Module, kind: type, v: int, fold: bool, m: int = ROWS) -> Callable:
     """Stages looped over the ranks, or folded to a V."""
     p, rank = dist.get_world_size(), dist.get_rank()
+    device = model.wte.weight.device
     mine = [rank, 2 * p - 1 - rank] if fold else range(rank, v * p, p)
     split = pipeline.split_layers(len(model.h), v * p)
     chunks = pipeline.chunks_of(pipeline.take_stages(model, mine, split), mine, split)
-    stages = [PipelineStage(chunk, k, v * p, torch.device("cpu"), group=dist.group.WORLD)
+    stages = [PipelineStage(chunk, k, v * p, device, group=dist.group.WORLD)
               for k, chunk in chunks.items()]  # fmt: skip
     return run_stages(stages, kind, m, adamw(model.parameters()))
 
@@ -344,17 +351,18 @@ def ours_3d(model: nn.Module, stage: str) -> Callable:
     return step
 
 
-def torch_3d(model: nn.Module, reshard: bool) -> Callable:
+def torch_3d(model: nn.Module, reshard: bool, m: int = ROWS // RANKS) -> Callable:
     """A stage whose layers are cut by DTensor, then sharded by fully_shard, which sums gradients in
     the last microbatch only, as pipelining tells it to. There is no gradient norm in its step."""
-    mesh = dist.init_device_mesh("cpu", (RANKS,) * 3, mesh_dim_names=("pp", "dp", "tp"))
+    device = model.wte.weight.device
+    mesh = dist.init_device_mesh(device.type, (RANKS,) * 3, mesh_dim_names=("pp", "dp", "tp"))
     group, k = mesh["pp"].get_group(), mesh["pp"].get_local_rank()
     pipeline.take_stages(model, [k], pipeline.split_layers(len(model.h), RANKS))
     distribute(model, mesh["tp"], sequence=False)
     for module in (*model.h.values(), model):
         fully_shard(module, mesh=mesh["dp"], reshard_after_forward=reshard)
-    stage = PipelineStage(model, k, RANKS, torch.device("cpu"), group=group)
-    step = run_stages([stage], Schedule1F1B, ROWS // RANKS, adamw_by_mesh(model), d=RANKS)
+    stage = PipelineStage(model, k, RANKS, device, group=group)
+    step = run_stages([stage], Schedule1F1B, m, adamw_by_mesh(model), d=RANKS)
     return loss_parallel()(step)
 
 

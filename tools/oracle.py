@@ -289,7 +289,8 @@ def trainer_of(case: Case, **seams) -> train_3d.Trainer:
     config = options.check(args, case.world_size)
     small = functools.partial(ddp.DDP, bucket_bytes=case.bucket_bytes)
     seams = {"draw": draw, "sync": None if case.zero else small} | seams
-    trainer = train_3d.Trainer(args, config, reader(case), torch.device("cpu"), **seams)
+    device = seams.pop("device", torch.device("cpu"))
+    trainer = train_3d.Trainer(args, config, reader(case), device, **seams)
     for group in trainer.optimizer.param_groups:
         group["eps"] = EPS
     return trainer

@@ -1,0 +1,356 @@
+"""A machine with several GPUs in one report: what it is, its links, parity, every strategy's speed.
+
+    python -m tools.node --nproc 8 --out node.md                       make node (8 GPUs: 30 min)
+
+Markdown to paste. Each row is a launch of its own, so that memory is fresh and what fails says so
+in its row: the bare loop of tools/gpu_check.py on one GPU, our strategies by train_3d.Trainer, and
+PyTorch's own by tools/bench.py. All rows take as many tokens a GPU, in microbatches of one row, in
+bf16, and update fp32 copies of the parameters with AdamW; PyTorch leaves these copies to its user,
+so they are made here. (Its gradients add up in bf16, and it does not clip.) On CPUs a small model
+shows that the report works, and nothing about GPUs.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import Schedule1F1B
+from torch.distributed.tensor import DTensor
+
+import gpt
+import measure
+import options
+import train_3d
+from tools import bench, gpu_check, oracle, parity
+
+ROOT = Path(__file__).parent.parent
+ROWS = 4  # of tokens, a GPU and step
+# gpt2-xl's 25 heads no t divides, nor its 50257 tokens; pipelining has no tied matrix.
+MODEL = "--model gpt2-xl --n-head 40 --vocab-size 50304 --untied"
+SMALL = ("--n-layer 8 --n-head 8 --n-embd 64 --seq-len 64 --vocab-size 256 --untied")
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def ours(n: int) -> dict[str, str | None]:
+    """Flags by row; None where n ranks cannot have it."""
+    return {
+        "DDP": "",
+        **{f"ZeRO-{z}": f"--zero {z}" for z in (1, 2, 3)},
+        "TP": f"--tp {n}",
+        "TP+SP": f"--tp {n} --sequence-parallel",
+        "PP, 1f1b": f"--pp {n}",
+        "2 x 2 x d": "--tp 2 --pp 2" if n % 4 == 0 and n > 4 else None,
+    }
+
+
+def theirs(n: int) -> dict[str, Callable | None]:
+    """Variants of tools/bench.py by row."""
+    batch = n * ROWS
+    return {
+        "torch DDP": functools.partial(bench.torch_ddp, bucket_mb=25, sharded=False),
+        "torch fully_shard": functools.partial(bench.torch_fsdp, reshard=True),
+        "torch fully_shard, kept": functools.partial(bench.torch_fsdp, reshard=False),
+        "torch DTensor TP": functools.partial(bench.torch_tp, sequence=False),
+        "torch DTensor TP+SP": functools.partial(bench.torch_tp, sequence=True),
+        "torch pipelining, 1F1B": functools.partial(
+            bench.torch_pp, kind=Schedule1F1B, v=1, fold=False, m=batch),
+        "torch 2 x 2 x d": functools.partial(bench.torch_3d, reshard=True, m=batch // 2)
+        if n == 8 else None,
+    }  # fmt: skip
+
+
+BARE, PARITY = "bare loop", "parity"
+
+
+def names(n: int) -> list[str]:
+    return [BARE, *ours(n), *theirs(n)]
+
+
+class Masters:
+    """AdamW on fp32 copies of bf16 parameters, of a DTensor's local part."""
+
+    def __init__(self, parameters):
+        given = list(parameters)
+        groups = [g["params"] for g in given] if isinstance(given[0], dict) else [given]
+        self.parameters = [p for group in groups for p in group]
+        self.local = [self._local(p.detach()) for p in self.parameters]
+        self.masters = [p.float() for p in self.local]
+        how = "fused" if self.local[0].is_cuda else "foreach"
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-3, **{how: True})
+
+    @staticmethod
+    def _local(t: Tensor) -> Tensor:
+        return t.to_local() if isinstance(t, DTensor) else t
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self) -> None:
+        for p, master in zip(self.parameters, self.masters, strict=True):
+            grad = p.grad
+            if isinstance(grad, DTensor):
+                grad = grad.redistribute(placements=p.placements)
+            master.grad = None if grad is None else self._local(grad).float()
+        self.optimizer.step()
+        for p, master in zip(self.local, self.masters, strict=True):
+            p.copy_(master)
+
+
+class Theirs:
+    """A variant of tools/bench.py with the step of a trainer."""
+
+    def __init__(self, build: Callable, args: argparse.Namespace, config: gpt.GPTConfig,
+                 device: torch.device, share: int):  # fmt: skip
+        bench.adamw = Masters
+        with torch.device("meta"):
+            model = gpt.GPT(config)
+        gpt.init_weights(model, args.seed, torch.bfloat16, device, oracle.draw)
+        self.read, self.device, self.share = gpu_check.reader(config), device, share
+        self.valid, self.run = args.global_batch_size * config.seq_len, build(model)
+
+    def step(self, step: int) -> Tensor:
+        x, y = (t.to(self.device) for t in self.read(step, range(self.share)))
+        return self.run(list(zip(x.split(1), y.split(1), strict=True)), self.valid)
+
+
+# --- on a rank ------------------------------------------------------------------------------------
+
+
+def loop_of(row: str, n: int, model: str, device: torch.device):
+    """What has a step, and its model's configuration."""
+    ranks = 1 if row == BARE else n
+    flags = f"{model} --dtype bf16 --micro-batch-size 1 --global-batch-size {ranks * ROWS} "
+    args = options.parser().parse_args((flags + (ours(n).get(row) or "")).split())
+    config = options.check(args, ranks)
+    if row == BARE:
+        return gpu_check.Bare(args, config, device), config
+    if row in ours(n):
+        return gpu_check.trainer_of(args, config, device), config
+    whole = "TP" in row or "pipelining" in row  # each rank has all rows
+    share = args.global_batch_size // (1 if whole else 2 if row == "torch 2 x 2 x d" else n)
+    return Theirs(theirs(n)[row], args, config, device, share), config
+
+
+def on_rank(row: str, n: int, model: str, steps: int, device: torch.device) -> dict:
+    """A step's seconds, and the most bytes that CUDA's allocator gave out, of the rank with most."""
+    gpu_check.forget()
+    loop, config = loop_of(row, n, model, device)
+    (seconds,) = gpu_check.seconds([loop], steps, device)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    both = torch.tensor([seconds, peak], dtype=torch.float64, device=device)
+    dist.all_reduce(both, dist.ReduceOp.MAX)
+    tokens = ROWS * config.seq_len  # a GPU
+    return {"seconds": both[0].item(), "peak": both[1].item(), "tokens": tokens,
+            "tflop": 3e-12 * gpt.forward_flops_per_token(config) * tokens}  # fmt: skip
+
+
+def compare(n: int, device: torch.device) -> dict:
+    """Layouts of these ranks beside one process, over this backend: {case: largest error}."""
+    worst = {}
+    for case in parity.cases(n, n_head=24):
+        if case.zero in (1, 2) or case.schedule not in ("1f1b", "zb-v") or case.shard_size:
+            continue
+        expected = oracle.reference(case)
+        expected = {kind: x.to(device) if isinstance(x, Tensor) else
+                    {name: t.to(device) for name, t in x.items()}
+                    for kind, x in expected.items()}  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            errors = oracle.layout(case, expected, {"device": device}, 0, case.steps, folder)
+        every = [e if e == e else float("inf") for kind in errors.values() for e in kind.values()]
+        largest = torch.tensor(max(every), dtype=torch.float64, device=device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        name = f"t={case.t} p={case.p} d={case.d}, ZeRO-{case.zero}, {case.schedule}"
+        worst[name + ", SP" * case.sequence] = largest.item()
+    return {"parity": worst}
+
+
+def one_row(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    device, _ = options.pick_device(args.device)
+    train_3d.join_ranks(device)
+    if args.row == PARITY:
+        found = compare(args.nproc, device)
+    else:
+        found = on_rank(args.row, args.nproc, model_of(args, device), args.steps, device)
+    if dist.get_rank() == 0:
+        Path(args.out).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def model_of(args: argparse.Namespace, device: torch.device) -> str:
+    return args.model or (MODEL if device.type == "cuda" else SMALL)
+
+
+def torchrun(ranks: int, command: list[str]) -> str | None:
+    """Runs it; what went wrong, in a line."""
+    line = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node".split(),
+            str(ranks), *command]  # fmt: skip
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
+    if done.returncode == 0:
+        return None
+    lines = [x.strip() for x in done.stderr.splitlines() if re.search("[Ee]rror: ", x)]
+    return (lines or [f"exit code {done.returncode}"])[0][:200].replace("|", "/")
+
+
+def launch(row: str, args: argparse.Namespace) -> dict | str:
+    """What a row found, or what went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/found"
+        own = ["--row", row, "--out", out, "--nproc", str(args.nproc), "--device", args.device,
+               "--steps", str(args.steps), f"--model={args.model}"]  # fmt: skip
+        wrong = torchrun(1 if row == BARE else args.nproc, ["-m", "tools.node", *own])
+        return wrong or json.loads(Path(out).read_text())
+
+
+def machine(n: int, device: torch.device) -> list[str]:
+    """Rows of a table."""
+    rows = {"ranks": str(n), "date": str(datetime.date.today()), "torch": torch.__version__,
+            "CPU cores": str(os.cpu_count())}  # fmt: skip
+    if device.type == "cuda":
+        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"]
+        driver = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which(
+            "nvidia-smi") else "no nvidia-smi"  # fmt: skip
+        kinds = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+        rows |= {"GPU": ", ".join(sorted(kinds)), "driver": driver, "CUDA": str(torch.version.cuda),
+                 "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}  # fmt: skip
+    else:
+        rows["GPU"] = "none: a small model on the CPU over gloo, which says nothing about GPUs"
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def links_table(n: int) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/links"
+        if wrong := torchrun(n, ["-m", "tools.links", "--out", out]):
+            return [wrong]
+        fits = json.loads(Path(out).read_text())["fit"]
+    speed = {True: lambda f: f"{f['gb_per_s']:.2f}", False: lambda f: "too noisy"}
+    return ["| ranks | collective | latency, us | GB/s of wire |", "|---|---|---|---|",
+            *(f"| {f['ranks']} | {f['operation']} | {f['latency_us']:.0f} | "
+              f"{speed[f['gb_per_s'] is not None](f)} |" for f in fits)]  # fmt: skip
+
+
+def parity_table(found: dict | str) -> tuple[list[str], bool]:
+    if isinstance(found, str):
+        return [f"failed: {found}"], False
+    worst = found["parity"]
+    same = all(error <= measure.TOLERANCE for error in worst.values())
+    rows = [f"| {case} | {error:.1e} |" for case, error in worst.items()]
+    return ["| layout | largest relative difference |", "|---|---|", *rows], same
+
+
+def speed_table(rows: list[str], found: dict[str, list], peak: float | None) -> list[str]:
+    """Medians of the rounds; efficiency is tokens a GPU beside the bare loop's."""
+    lines = ["| | step, ms | tokens/s a GPU | TFLOP/s a GPU | MFU | of the bare loop | peak GB |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    bare = [x["seconds"] for x in found.get(BARE, ()) if isinstance(x, dict)]
+    for row in rows:
+        good = [x for x in found[row] if isinstance(x, dict)]
+        if not good:
+            lines.append(f"| {row} | {found[row][0]} | | | | | |")
+            continue
+        seconds, one = statistics.median(x["seconds"] for x in good), good[0]
+        tflops = one["tflop"] / seconds
+        share = f"{statistics.median(bare) / seconds:.3f}" if bare else "-"
+        mfu = f"{100 * tflops / peak:.1f} %" if peak else "-"
+        held = f"{max(x['peak'] for x in good) / 1e9:.2f}" if one["peak"] else "-"
+        lines.append(f"| {row} | {1e3 * seconds:.1f} | {one['tokens'] / seconds:,.0f} | "
+                     f"{tflops:.3g} | {mfu} | {share} | {held} |")
+    return lines
+
+
+def report(args: argparse.Namespace, device: torch.device, say: Callable[[str], None]) -> bool:
+    n, rows = args.nproc, args.rows or names(args.nproc)
+    model = model_of(args, device)
+    say(f"# {n} ranks on one machine\n")
+    for line in machine(n, device):
+        say(line)
+    say("\n## Links (`make links`)\n")
+    for line in links_table(n):
+        say(line)
+    say("\n## Parity: float64, beside one process\n")
+    lines, same = parity_table(launch(PARITY, args))
+    for line in (*lines, f"\n{'All within' if same else 'MISMATCH: not all within'} "
+                 f"{measure.TOLERANCE:.0e}."):  # fmt: skip
+        say(line)
+    say(f"\n## Strategies: bf16, `{model}`\n")
+    say(f"{ROWS} rows a GPU and step, microbatches of 1; medians of {args.rounds} launches of "
+        f"{args.steps} steps, in turns.\n")  # fmt: skip
+    args.model, found = model, {row: [] for row in rows}
+    able = ours(n) | theirs(n) | {BARE: ""}
+    for _ in range(args.rounds):
+        for row in rows:
+            found[row].append("not of this many ranks" if able[row] is None else launch(row, args))
+    dtype = argparse.Namespace(peak_tflops=None, dtype="bf16")
+    for line in speed_table(rows, found, options.peak_tflops(dtype, device)):
+        say(line)
+    say("\n`peak GB`: of torch's allocator, on the rank with most. MFU and TFLOP/s count what the "
+        "model needs; nothing is recomputed.")  # fmt: skip
+    return same
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("tools.node", description=__doc__.splitlines()[0])
+    add = p.add_argument
+    add("--nproc", type=options.at_least(2), default=8, help="ranks, a GPU each")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--model", default="", help=f"flags of train_3d.py, in one string (default: {MODEL})")
+    add("--rows", nargs="+", metavar="ROW", help="of the last table, these alone")
+    add("--steps", type=options.at_least(1), default=10, help="timed, of a row and round")
+    add("--rounds", type=options.at_least(1), default=2)
+    add("--out", metavar="FILE", help="the report, as well")
+    add("--row", help=argparse.SUPPRESS)
+    return p
+
+
+def main() -> None:
+    arguments = parser()
+    args = arguments.parse_args()
+    if args.row:
+        return one_row(args)
+    os.environ["LOCAL_WORLD_SIZE"] = str(args.nproc)
+    known = names(args.nproc)
+    if wrong := [row for row in args.rows or () if row not in known]:
+        arguments.error(f"--rows {wrong[0]!r} is none of {', '.join(map(repr, known))}")
+    try:
+        device, _ = options.pick_device(args.device)
+        measure.check_writable("--out", args.out)
+    except ValueError as error:
+        arguments.error(str(error))
+    args.device = device.type
+    since, lines = time.monotonic(), []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+        if args.out:
+            Path(args.out).write_text("\n".join(lines) + "\n")
+
+    same = report(args, device, say)
+    say(f"\n`python -m tools.node {' '.join(sys.argv[1:])}`: {time.monotonic() - since:.0f} s")
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()
