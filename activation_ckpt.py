@@ -157,8 +157,7 @@ def checkpoint_blocks(
         raise ValueError(f"recompute policy {policy!r} is none of {', '.join(POLICIES)}")
     for block in list(blocks.values())[:layers:every] if policy != "none" else ():
         module = block.get_submodule(core) if policy == "selective" else block
-        # The class's forward on this module, not module.forward: that is what is replaced here.
-        plain = type(module).forward.__get__(module)
+        plain = module.forward
         module.forward = (
             functools.partial(_offloaded, plain, module)
             if policy == "offload"

@@ -186,8 +186,8 @@ def check(
          f"{d}"),
         (args.zero < 3 and not args.zero_reshard_after_forward, "--zero-reshard-after-forward 0 "
          f"with --zero {args.zero}: only ZeRO-3 reshards; give --zero 3"),
-        (args.compile and args.recompute != "none", f"--compile with --recompute {args.recompute}: "
-         "what is to be done again is recorded call by call; leave one out"),
+        (args.compile and args.recompute == "offload", "--compile with --recompute offload: "
+         "compiled kernels want what they keep back in its own memory order; leave one out"),
         (alone, f"--{alone} is of --dry-run: give that too"),
         (args.grad_dtype and args.dtype != "bf16", f"--grad-dtype {args.grad_dtype} with --dtype "
          f"{args.dtype}: give --dtype bf16, or leave it out"),

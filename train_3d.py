@@ -93,13 +93,12 @@ class Trainer:
         gpt.init_weights(stage, args.seed, self.dtype, device, draw)
         self.draws = getattr(stage, "draws", gpt.Draws())  # a fork's model may have no dropout
         self.draws.seed, remember = args.seed, self.draws.remember
+        if args.compile:
+            compile_blocks(stage.h)
         activation_ckpt.checkpoint_blocks(
             stage.h, args.recompute, args.recompute_every, args.recompute_layers, remember
         )
         self.model = stage
-        for block in stage.h.values() if args.compile else ():
-            block.forward = torch.compile(block.forward)  # hooks and names stay outside
-
         chunks, mine = pipeline.chunks_of(stage, self.stages, split), self.schedule[self.pp_rank]
         apart = pipeline.splits(mine)
         self.pipe = pipeline.Pipeline(chunks, n, self.pp_group, self.dtype, device, apart)
@@ -300,6 +299,16 @@ class Trainer:
             tokens = torch.cat([tokens, token.to(self.device)])
         self.model.train()
         return tokens
+
+
+def compile_blocks(blocks: nn.ModuleDict) -> None:
+    """Of each block its forward alone: hooks, names and what comes to stand around it stay outside.
+    So do masks, from a CPU's generator, and the core, which may be recomputed by itself."""
+    for block in blocks.values():
+        for module in block.modules():
+            if isinstance(module, (gpt.Dropout, gpt.Core)):
+                module.forward = torch.compiler.disable(module.forward)
+        block.forward = torch.compile(block.forward)
 
 
 def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:

@@ -18,7 +18,8 @@ from tools.oracle import Case, judge
 @pytest.mark.filterwarnings("ignore")  # what torch.compile looks at warns; a run shows none of it
 @pytest.mark.parametrize(
     "case",
-    [Case(t=2, sequence=True, dropout=0.2), Case(d=2, zero=3), Case(p=2, schedule="zb-h1")],
+    [Case(t=2, sequence=True, dropout=0.2, recompute="full"), Case(d=2, zero=3),
+     Case(p=2, schedule="zb-h1", recompute="selective", attention="explicit")],
     ids=str,
 )  # fmt: skip
 def test_compiled_equals_one_process(case):
@@ -122,9 +123,9 @@ def test_the_ranks_share_the_flops(tmp_path):
     assert "TFLOP/s a rank  MFU" in done.stdout
 
 
-def test_compile_with_recompute_is_refused():
-    args = options.parser().parse_args("--compile --recompute full".split())
-    with pytest.raises(ValueError, match="--compile with --recompute full"):
+def test_compile_with_offload_is_refused():
+    args = options.parser().parse_args("--compile --recompute offload".split())
+    with pytest.raises(ValueError, match="--compile with --recompute offload"):
         options.check(args, 1)
 
 

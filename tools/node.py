@@ -148,7 +148,7 @@ def loop_of(row: str, n: int, model: str, device: torch.device):
 
 
 def on_rank(row: str, n: int, model: str, steps: int, device: torch.device) -> dict:
-    """A step's seconds, and the most bytes that CUDA's allocator gave out, of the rank with most."""
+    """A step's seconds, and the most bytes of CUDA's allocator; both of the worst rank."""
     gpu_check.forget()
     loop, config = loop_of(row, n, model, device)
     (seconds,) = gpu_check.seconds([loop], steps, device)
@@ -219,7 +219,7 @@ def launch(row: str, args: argparse.Namespace) -> dict | str:
         out = f"{folder}/found"
         own = ["--row", row, "--out", out, "--nproc", str(args.nproc), "--device", args.device,
                "--steps", str(args.steps), f"--model={args.model}"]  # fmt: skip
-        wrong = torchrun(1 if row == BARE else args.nproc, ["-m", "tools.node", *own])
+        wrong = torchrun(1 if row == BARE else args.nproc, ["-m", "--", "tools.node", *own])
         return wrong or json.loads(Path(out).read_text())
 
 
@@ -242,7 +242,7 @@ def machine(n: int, device: torch.device) -> list[str]:
 def links_table(n: int) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/links"
-        if wrong := torchrun(n, ["-m", "tools.links", "--out", out]):
+        if wrong := torchrun(n, ["-m", "--", "tools.links", "--out", out]):
             return [wrong]
         fits = json.loads(Path(out).read_text())["fit"]
     speed = {True: lambda f: f"{f['gb_per_s']:.2f}", False: lambda f: "too noisy"}

@@ -1,0 +1,117 @@
+"""The report of make node, on CPU ranks: it works there, and says nothing of GPUs."""
+
+import sys
+
+import pytest
+import torch
+
+from tools import node, oracle
+
+TINY = "--n-layer 8 --n-head 8 --n-embd 32 --seq-len 16 --vocab-size 64 --untied"
+
+
+def every_row(n: int) -> dict[str, dict]:
+    return {row: node.on_rank(row, n, TINY, 1, torch.device("cpu"))
+            for row in node.names(n) if row != node.BARE and row in able(n)}  # fmt: skip
+
+
+def able(n: int) -> set[str]:
+    return {row for row, how in (node.ours(n) | node.theirs(n)).items() if how is not None}
+
+
+def test_every_row_of_two_ranks_runs():
+    found = oracle.launch(2, every_row, 2)[0]
+    assert set(found) == able(2) and len(found) == 13
+    assert all(x["seconds"] > 0 and x["tokens"] == 4 * 16 for x in found.values())
+
+
+def cubes() -> dict[str, dict]:
+    rows = ("2 x 2 x d", "torch 2 x 2 x d")
+    return {row: node.on_rank(row, 8, TINY, 1, torch.device("cpu")) for row in rows}
+
+
+def test_two_by_two_by_two():
+    assert set(node.names(8)) == able(8) | {node.BARE}
+    found = oracle.launch(8, cubes)[0]
+    assert all(x["seconds"] > 0 for x in found.values())
+
+
+def masters():
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = node.Masters([p])
+    for _ in range(20):  # steps of 1e-3 beside 1: bf16 alone would round each away
+        optimizer.zero_grad()
+        p.sum().backward()
+        optimizer.step()
+    return p.detach().float().tolist()
+
+
+def test_small_updates_of_theirs_add_up():
+    (found,) = oracle.launch(1, masters)
+    assert found == pytest.approx([0.98] * 4, abs=0.004)
+
+
+def report(monkeypatch, tmp_path, *arguments: str) -> tuple[str, int]:
+    out = tmp_path / "report.md"
+    line = ["node", "--nproc", "2", "--device", "cpu", "--out", str(out), "--steps", "1",
+            "--rounds", "1", f"--model={TINY}", *arguments]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit) as end:
+        node.main()
+    return out.read_text(), int(end.value.code)
+
+
+def test_the_report(monkeypatch, tmp_path):
+    said, code = report(monkeypatch, tmp_path, "--rows", "bare loop", "ZeRO-3", "2 x 2 x d")
+    assert code == 0, said
+    for what in ("# 2 ranks on one machine", "says nothing about GPUs", "| 2 | all_reduce |",
+                 "| t=2 p=1 d=1, ZeRO-0, 1f1b, SP |", "All within 1e-12", "`python -m tools.node",
+                 "| 2 x 2 x d | not of this many ranks |"):  # fmt: skip
+        assert what in said, what
+    rows = {line.split(" | ")[0]: line.split(" | ") for line in said.splitlines()}
+    assert rows["| bare loop"][5] == "1.000" and float(rows["| ZeRO-3"][1]) > 0
+
+
+def test_what_fails_says_so_and_the_report_goes_on(monkeypatch, tmp_path):
+    plain = node.launch
+
+    def launch(row, args):
+        if row == node.PARITY:
+            return {"parity": {"t=2": 1e-3}}
+        args.model = TINY.replace("--n-head 8", "--n-head 7")
+        return plain(row, args)
+
+    monkeypatch.setattr(node, "launch", launch)
+    monkeypatch.setattr(node, "links_table", lambda n: [])
+    said, code = report(monkeypatch, tmp_path, "--rows", "DDP", "torch DDP")
+    assert code == 1 and "MISMATCH: not all within 1e-12" in said
+    assert "| DDP | ValueError: --n-embd 32 is not divisible by --n-head 7: change one |" in said
+    assert "| torch DDP | ValueError: --n-embd" in said
+
+
+def broken():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle, "STEPS", 2)
+        patch.setattr(node.parity, "cases", lambda n, n_head: [oracle.Case(d=2, m=1, steps=1)])
+        whole = node.compare(2, torch.device("cpu"))["parity"]
+        patch.setattr("ddp.global_count", lambda y, group: (y >= 0).sum())
+        return whole, node.compare(2, torch.device("cpu"))["parity"]
+
+
+def test_parity_sees_a_bug():
+    for whole, wrong in oracle.launch(2, broken):
+        assert max(whole.values()) < 1e-12 and max(wrong.values()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [("--nproc 1", "is 1: give at least 2"), ("--rows DPP", "'DPP' is none of 'bare loop'"),
+     ("--nproc 2 --device cuda", "2 local ranks and 0 GPUs"),
+     ("--out /nowhere/x", "--out /nowhere/x cannot be written")],
+)  # fmt: skip
+def test_bad_input_in_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["node", *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        node.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and message in said.splitlines()[-1], said
