@@ -25,6 +25,8 @@ def test_every_byte_that_crosses_is_counted(monkeypatch, capsys):
             formula, sent = row[kind]
             assert formula < sent < 1.2 * formula + 20_000
         assert row["by_host_bytes"][1] < 0.8 * row["flat_bytes"][1]
+    (counted, formula, _) = rows.pop("tp 2 on one host")
+    assert counted == formula == 0
     for what, (counted, formula, sent) in rows.items():
         assert counted == formula < sent, what
         # gloo's reduce-scatter over all takes as many bytes as an all-reduce
@@ -48,6 +50,7 @@ def test_the_model_knows_which_link_is_slow():
     assert times["tp inside, pp across"] < 0.7 * times["tp across, pp inside"]
     assert times["tp inside, dp across"] < 0.7 * times["tp across, dp inside"]
     assert times["tp over all"] > times["tp inside, pp across"]
+    assert times["tp 2 across"] > 2 * times["tp 2 on one host"]
     assert times["DDP, flat"] < times["ZeRO-3 over all"]
     assert times["ZeRO-3 inside"] is None
 

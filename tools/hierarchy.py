@@ -6,8 +6,8 @@ Hosts are network namespaces of this machine (tools/hosts.py) with 2 ranks each;
 goes at --mbit megabits a second, what stays in it as fast as this machine copies. Then
 
 (a) an all-reduce, flat, and as ddp.py's fourth rung: summed inside first, then across;
-(b) one model with tp inside and pp or dp across, and with tp across: ranks are dealt out to hosts
-    in turn there, so that neighbours are on different ones;
+(b) one model on two ranks, of which tp keeps both on a host or has one on each, and on all of them,
+    with tp inside and pp or dp across, or the other way round (ranks are dealt out to hosts then);
 (c) its replicas, with gradients summed flat or by host; and ZeRO-3, sharded over all or inside.
 
 MB across: what a host sends to others a step, of the calls that were counted, if each goes around
@@ -22,7 +22,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,54 +45,66 @@ BUCKET = 4 << 20  # bytes
 
 
 class Place(NamedTuple):
-    """A layout, and where its ranks are."""
+    """A layout, and the host of each rank."""
 
     what: str
     layout: Layout
-    dealt: bool = False  # rank r is on host r modulo hosts: neighbours are apart
+    hosts: list[int]
     dp_nodes: int = 1
 
-    def host(self, rank: int, n_hosts: int) -> int:
-        return rank % n_hosts if self.dealt else rank // PER_HOST
+    def crossing(self, axis: str) -> int:
+        """Ranks of the first host whose neighbour in a ring along this axis is on another."""
+        t, p, d = self.layout.tp, self.layout.pp, self.layout.dp
+        ranks = torch.arange(t * p * d).view(p, d, t)  # as in train_3d.py
+        dim = ("pp", "dp", "tp").index(axis)
+        following = ranks.roll(-1, dim).flatten().tolist()
+        home = self.hosts[0]
+        return sum(self.hosts[r] == home != self.hosts[following[r]] for r in range(len(following)))
 
 
 def places(n_hosts: int) -> list[Place]:
     world = n_hosts * PER_HOST
     one = Layout(1, 1, 1, 0, B, ROWS // B, "none")
-    t = one._replace(tp=PER_HOST)
-    pp = t._replace(pp=n_hosts)
-    dp = t._replace(dp=n_hosts, microbatches=ROWS // B // n_hosts)
-    d = one._replace(dp=world, microbatches=ROWS // B // world)
+
+    def replicas(d: int, layout: Layout = one) -> Layout:
+        return layout._replace(dp=d, microbatches=ROWS // B // d)
+
+    neighbours = [rank // PER_HOST for rank in range(world)]
+    dealt = [rank % n_hosts for rank in range(world)]  # neighbours are on different hosts
+    t, wide = one._replace(tp=PER_HOST), one._replace(tp=n_hosts)
     return [
-        Place("tp inside, pp across", pp),
-        Place("tp inside, dp across", dp),
-        Place("tp across, pp inside", pp._replace(tp=n_hosts, pp=PER_HOST), dealt=True),
-        Place("tp across, dp inside", one._replace(tp=n_hosts, dp=PER_HOST,
-                                                   microbatches=ROWS // B // PER_HOST), dealt=True),
-        Place("tp over all", one._replace(tp=world)),
-        Place("DDP, flat", d),
-        Place("DDP, by host", d, dp_nodes=n_hosts),
-        Place("ZeRO-3 over all", d._replace(zero=3)),
-        Place("ZeRO-3 inside", d._replace(zero=3, shard_size=PER_HOST)),
-    ]  # fmt: skip
+        Place("tp 2 on one host", one._replace(tp=2), [0, 0]),
+        Place("pp 2 across", one._replace(pp=2), [0, 1]),
+        Place("dp 2 across", replicas(2), [0, 1]),
+        Place("tp 2 across", one._replace(tp=2), [0, 1]),
+        Place("tp inside, pp across", t._replace(pp=n_hosts), neighbours),
+        Place("tp inside, dp across", replicas(n_hosts, t), neighbours),
+        Place("tp across, pp inside", wide._replace(pp=PER_HOST), dealt),
+        Place("tp across, dp inside", replicas(PER_HOST, wide), dealt),
+        Place("tp over all", one._replace(tp=world), neighbours),
+        Place("DDP, flat", replicas(world), neighbours),
+        Place("DDP, by host", replicas(world), neighbours, dp_nodes=n_hosts),
+        Place("ZeRO-3 over all", replicas(world)._replace(zero=3), neighbours),
+        Place("ZeRO-3 inside", replicas(world)._replace(zero=3, shard_size=PER_HOST), neighbours),
+    ]
 
 
 # --- on a rank ------------------------------------------------------------------------------------
 
 
-def across(traffic: dict, members: dict[str, list[int]], host: Callable[[int], int]) -> float:
+def across(traffic: dict, members: dict[str, list[int]], host: list[int]) -> float:
     """Bytes from this rank to one on another host: to the next in the ring of each group."""
     rank, total = dist.get_rank(), 0.0
     for (group, operation), (_, payload) in traffic.items():
         ring = members[group]
         following = ring[(ring.index(rank) + 1) % len(ring)]
-        if operation != "recv" and host(following) != host(rank):
+        if operation != "recv" and host[following] != host[rank]:
             wire = links.WIRE["p2p" if operation == "send" else operation]
             total += wire(len(ring)) * payload * PROGRAM.itemsize
     return total
 
 
-def run_place(place: Place, n_hosts: int, steps: int) -> tuple[float, float, float, float]:
+def run_place(place: Place, steps: int) -> tuple[float, float, float, float]:
     """(seconds of a step; bytes in one, from this rank to other hosts: counted, predicted; from
     this host, through its interface)."""
     job = Job(CONFIG, place.layout.gpus, PER_HOST, ROWS, cost.HARDWARE["a100-80"], PROGRAM)
@@ -102,7 +113,7 @@ def run_place(place: Place, n_hosts: int, steps: int) -> tuple[float, float, flo
     trainer.step(0)
     seen = dry_run.observe(trainer, dist.get_rank(), activations=False, step=1)
     counted, expected = (
-        across(traffic, seen.members, lambda rank: place.host(rank, n_hosts))
+        across(traffic, seen.members, place.hosts)
         for traffic in seen.traffic
     )
     dist.barrier()
@@ -139,20 +150,22 @@ def small_all_reduce() -> float:
 
 
 def predicted(place: Place, fast: Hardware, mbit: float, slow_us: float) -> float | None:
-    """Seconds of a step. The rings that cross share the link. Where neighbours are apart, the slow
-    link is what the model takes for the one inside. None: a layout that the model does not know."""
+    """Seconds of a step, of ranks that share the cores and rings that share the link. None: of a
+    layout that the model does not know."""
     layout = place.layout
     if layout.shard_size or place.dp_nodes > 1:
         return None
-    whole_hosts = layout.tp > PER_HOST or layout.tp == 1  # one ring over all ranks of all hosts
-    slow = mbit / 8000 / (1 if whole_hosts else PER_HOST)
-    hardware = fast._replace(network_gb_per_s=slow, network_us=slow_us)
-    if place.dealt:
-        hardware = hardware._replace(
-            link_gb_per_s=slow, link_us=slow_us,
-            network_gb_per_s=fast.link_gb_per_s, network_us=fast.link_us,
-        )  # fmt: skip
-    return cost.predicted_step(CONFIG, layout, hardware, PER_HOST, PROGRAM).total
+    share = min(1.0, len(os.sched_getaffinity(0)) / layout.gpus)
+    hardware = fast._replace(tflops=fast.tflops * share,
+                             memory_gb_per_s=fast.memory_gb_per_s * share)
+    # tp goes over what the model takes for a machine's own links, the others over its network.
+    for axes, name in ((["tp"], "link"), (["pp", "dp"], "network")):
+        crossing = max(place.crossing(axis) for axis in axes)
+        both = {"gb_per_s": fast.link_gb_per_s, "us": fast.link_us}
+        if crossing:
+            both = {"gb_per_s": mbit / 8000 / crossing, "us": slow_us}
+        hardware = hardware._replace(**{f"{name}_{unit}": x for unit, x in both.items()})
+    return cost.predicted_step(CONFIG, layout, hardware, layout.tp, PROGRAM).total
 
 
 def compare_all_reduces(net: hosts.Hosts, mbit: float, repeats: int) -> list[dict]:
@@ -177,12 +190,12 @@ def compare_all_reduces(net: hosts.Hosts, mbit: float, repeats: int) -> list[dic
 def compare_places(
     net: hosts.Hosts, fast: Hardware, mbit: float, slow_us: float, steps: int, rounds: int
 ) -> list[dict]:
-    n, found = len(net.names), places(len(net.names))
+    found = places(len(net.names))
     measured: dict[str, list] = {place.what: [] for place in found}
     for _ in range(rounds):  # in turn: this machine's speed is not the same for long
         for place in found:
-            ranks = launch(place.layout.gpus, run_place, place, n, steps,
-                           before=lambda rank, place=place: net.enter(place.host(rank, n)))
+            ranks = launch(place.layout.gpus, run_place, place, steps,
+                           before=lambda rank, place=place: net.enter(place.hosts[rank]))
             measured[place.what].append(ranks)
     print(f"\n(b) {'':22s}{'a step':>9s}{'predicted':>12s}   MB across, per host and step: "
           "counted, formula, through the interface")  # fmt: skip
@@ -191,9 +204,9 @@ def compare_places(
         runs = measured[place.what]
         seconds = statistics.median(max(rank[0] for rank in ranks) for ranks in runs)
         # Of the host that sends most.
-        totals = [[0.0, 0.0, 0.0] for _ in range(n)]
+        totals = [[0.0, 0.0, 0.0] for _ in net.names]
         for rank, (_, counted, expected, sent) in enumerate(runs[-1]):
-            mine = totals[place.host(rank, n)]
+            mine = totals[place.hosts[rank]]
             mine[0], mine[1], mine[2] = mine[0] + counted, mine[1] + expected, sent
         most = max(totals)
         expected = predicted(place, fast, mbit, slow_us)
@@ -219,10 +232,8 @@ def main() -> None:
     args = arguments.parse_args()
     if lack := hosts.missing():
         sys.exit(f"tools.hierarchy: {lack}")
-    world, cores = args.hosts * PER_HOST, len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
     fast = calibrate(2)
-    share = min(1.0, cores / world)
-    fast = fast._replace(tflops=fast.tflops * share, memory_gb_per_s=fast.memory_gb_per_s * share)
     with hosts.Hosts(args.hosts, args.mbit) as net:
         slow_us = max(launch(args.hosts, small_all_reduce, before=net.enter))
         print(f"{args.hosts} hosts of {PER_HOST} ranks x 1 thread, {cores} cores, gloo, float32; "
