@@ -7,7 +7,7 @@ import torch
 
 from tools import node, oracle
 
-TINY = "--n-layer 8 --n-head 8 --n-embd 32 --seq-len 16 --vocab-size 64 --untied"
+TINY = "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 16 --vocab-size 64 --untied"
 
 
 def every_row(n: int) -> dict[str, dict]:
@@ -78,7 +78,7 @@ def test_what_fails_says_so_and_the_report_goes_on(monkeypatch, tmp_path):
     def launch(row, args):
         if row == node.PARITY:
             return {"parity": {"t=2": 1e-3}}
-        args.model = TINY.replace("--n-head 8", "--n-head 7")
+        args.model = TINY.replace("--n-head 2", "--n-head 7")
         return plain(row, args)
 
     monkeypatch.setattr(node, "launch", launch)

@@ -209,7 +209,8 @@ def torchrun(ranks: int, command: list[str]) -> str | None:
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         return None
-    lines = [x.strip() for x in done.stderr.splitlines() if re.search("[Ee]rror: ", x)]
+    said = (line.strip().partition("]: ") for line in done.stderr.splitlines())  # [rank0]: ...
+    lines = [rest or whole for whole, _, rest in said if re.search("[Ee]rror: ", rest or whole)]
     return (lines or [f"exit code {done.returncode}"])[0][:200].replace("|", "/")
 
 
