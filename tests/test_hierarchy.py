@@ -3,7 +3,7 @@
 import pytest
 
 import gpt
-from tools import cost, hierarchy, hosts
+from tools import cost, hierarchy, hosts, two_hosts
 
 LACK = hosts.missing()
 as_root = pytest.mark.skipif(LACK is not None, reason=str(LACK))
@@ -53,6 +53,25 @@ def test_the_model_knows_which_link_is_slow():
     assert times["tp 2 across"] > 2 * times["tp 2 on one host"]
     assert times["DDP, flat"] < times["ZeRO-3 over all"]
     assert times["ZeRO-3 inside"] is None
+
+
+@pytest.mark.parametrize("tool", [hierarchy, two_hosts])
+def test_skipped_where_there_can_be_no_hosts(tool, monkeypatch, capsys):
+    monkeypatch.setattr(hosts.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("sys.argv", [tool.__name__])
+    assert tool.main() is None
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tool.__name__}: skipped: network namespaces are for root: run it")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_every_place_is_one_that_the_trainer_takes(n):
+    for place in hierarchy.places(n):
+        assert len(place.hosts) == place.layout.gpus
+        assert hierarchy.CONFIG.n_head % place.layout.tp == 0
+        rows = place.layout.dp * place.layout.microbatches * place.layout.micro_batch_size
+        assert rows == hierarchy.ROWS, place
 
 
 @pytest.mark.parametrize(
