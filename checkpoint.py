@@ -114,6 +114,7 @@ def state_of(pieces: Pieces, optimizer: torch.optim.Optimizer) -> tuple[list[Rec
     step) must be the same for all pieces."""
     found: list[Rectangle] = []
     numbers: dict = {"moments": [], "scalars": {}}
+    scalars: dict[str, list[Tensor]] = {}
     for name, piece, parameter, offset in pieces:
         found += rectangles(f"parameter/{name}", piece, parameter, offset)
         for key, value in optimizer.state.get(piece, {}).items():
@@ -121,16 +122,21 @@ def state_of(pieces: Pieces, optimizer: torch.optim.Optimizer) -> tuple[list[Rec
                 found += rectangles(f"{key}/{name}", value, parameter, offset)
                 numbers["moments"] = sorted({*numbers["moments"], key})
             else:
-                known = numbers["scalars"].setdefault(key, value.item())
-                assert known == value.item(), f"{key} is {known} and {value.item()}"
+                scalars.setdefault(key, []).append(value)
+    for key, values in scalars.items():
+        each = torch.stack(values).tolist()  # on a GPU, if AdamW is fused: one wait
+        numbers["scalars"][key] = each[0]
+        assert len(set(each)) == 1, f"{key} is {set(each)}"
     return found, numbers
 
 
 def begin_state(pieces: Pieces, optimizer: torch.optim.Optimizer, numbers: dict) -> None:
     """An optimizer state like that which `numbers` is from, with zeros for moments."""
+    fused = optimizer.defaults.get("fused")  # then its kernel reads the step
     for _, piece, _, _ in pieces:
         moments = {key: torch.zeros_like(piece) for key in numbers["moments"]}
-        scalars = {key: torch.tensor(value) for key, value in numbers["scalars"].items()}
+        scalars = {key: torch.tensor(value, device=piece.device if fused else "cpu")
+                   for key, value in numbers["scalars"].items()}
         optimizer.state[piece] = {**scalars, **moments}
 
 

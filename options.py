@@ -35,8 +35,10 @@ RUN = ("untied", "attention", "dropout", "data", "global_batch_size", "steps", "
        "optimizer", "weight_decay", "clip", "seed", "dtype", "grad_dtype")  # fmt: skip
 
 
-# TFLOP/s of dense bf16 matmuls, by what torch.cuda.get_device_name has in it: NVIDIA's data sheets.
-PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250}
+# TFLOP/s of dense bf16 matmuls, by how torch.cuda.get_device_name begins: NVIDIA's data sheets. Of
+# a part of a GPU (MIG), and of other kinds, it is not known.
+PEAKS = {"NVIDIA H100 PCIe": 756, "NVIDIA H100 80GB HBM3": 989, "NVIDIA A100": 312}
+PEAKS |= {"NVIDIA H200": 989, "NVIDIA B200": 2250}
 
 
 class Parser(argparse.ArgumentParser):
@@ -309,7 +311,9 @@ def device_name(device: torch.device) -> str:
 
 def peak_tflops(args: argparse.Namespace, device: torch.device) -> float | None:
     """Of this rank, if that is known."""
-    known = (peak for name, peak in PEAKS.items() if name in device_name(device))
+    mine = device_name(device)
+    known = (peak for name, peak in PEAKS.items()
+             if mine.startswith(name) and not re.search("MIG|NVL", mine))  # fmt: skip
     return args.peak_tflops or (next(known, None) if args.dtype == "bf16" else None)
 
 

@@ -94,7 +94,7 @@ class Trainer:
         self.draws = getattr(stage, "draws", gpt.Draws())  # a fork's model may have no dropout
         self.draws.seed, remember = args.seed, self.draws.remember
         if args.compile:
-            compile_blocks(stage.h)
+            compile_blocks(stage.h, args.recompute)
         activation_ckpt.checkpoint_blocks(
             stage.h, args.recompute, args.recompute_every, args.recompute_layers, remember
         )
@@ -301,13 +301,12 @@ class Trainer:
         return tokens
 
 
-def compile_blocks(blocks: nn.ModuleDict) -> None:
-    """Of each block its forward alone: hooks, names and what comes to stand around it stay outside.
-    So do masks, from a CPU's generator, and the core, which may be recomputed by itself."""
+def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
+    """Of each block its forward alone: hooks, names and what comes to stand around it stay outside;
+    and so does a core that is to be recomputed by itself."""
     for block in blocks.values():
-        for module in block.modules():
-            if isinstance(module, (gpt.Dropout, gpt.Core)):
-                module.forward = torch.compiler.disable(module.forward)
+        if recompute == "selective":
+            block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
         block.forward = torch.compile(block.forward)
 
 
