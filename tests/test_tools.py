@@ -140,7 +140,7 @@ def test_coverage_counts_pairs_that_met():
     table = fuzz.coverage([case] * 3).splitlines()
     assert table[0] == "tp    " and table[2] == "dp       3   0"
     met = len(fuzz.features(case))
-    assert table[-1].startswith(f"{met * (met - 1) // 2} of 363 pairs of features have met; never")
+    assert table[-1].startswith(f"{met * (met - 1) // 2} of 386 pairs of features have met; never")
 
 
 def test_a_slice_of_races(capsys, monkeypatch):
