@@ -152,6 +152,7 @@ def test_adamw_is_fused_on_a_gpu(monkeypatch):
 def check(monkeypatch, tmp_path) -> tuple[str, object]:
     """(what make gpu-check writes, its exit code), on the CPU."""
     monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # main() sets it; put back afterwards
     monkeypatch.setattr("sys.argv", ["gpu_check", "--steps", "1", "--out", str(tmp_path / "md")])
     with pytest.raises(SystemExit) as end:
         gpu_check.main()

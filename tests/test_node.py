@@ -56,6 +56,7 @@ def report(monkeypatch, tmp_path, *arguments: str) -> tuple[str, int]:
     line = ["node", "--nproc", "2", "--device", "cpu", "--out", str(out), "--steps", "1",
             "--rounds", "1", f"--model={TINY}", *arguments]  # fmt: skip
     monkeypatch.setattr(sys, "argv", line)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # main() sets it; put back afterwards
     with pytest.raises(SystemExit) as end:
         node.main()
     return out.read_text(), int(end.value.code)
@@ -111,6 +112,7 @@ def test_parity_sees_a_bug():
 )  # fmt: skip
 def test_bad_input_in_one_line(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["node", *arguments.split()])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with pytest.raises(SystemExit) as end:
         node.main()
     said = capsys.readouterr().err
