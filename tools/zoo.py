@@ -136,8 +136,7 @@ ZOO = [
          "first = 0 * go_on(trainer, found, disk.group, run, logger) if args.resume")],
         "tests/test_checkpoint.py::test_a_run_in_three_parts_and_three_layouts"),
     Bug(17, "the optimizer's step begins again", [
-        ("checkpoint.py", "{key: torch.tensor(value) for key",
-         "{key: torch.tensor(0 * value) for key")],
+        ("checkpoint.py", "torch.tensor(value, device=", "torch.tensor(0 * value, device=")],
         "tests/test_checkpoint.py -k undisturbed"),
     Bug(17, "the optimizer's moments are forgotten", [
         ("checkpoint.py", MOMENTS, "pass")],
