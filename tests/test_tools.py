@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import io
 import json
 import os
@@ -26,6 +27,7 @@ import pipeline
 import train_3d
 import zero
 from measure import TOLERANCE
+from tests.commands import forked
 from tools import (
     bench,
     bench_checkpoint,
@@ -82,6 +84,25 @@ def test_a_rank_that_fails_dies_or_hangs_ends_the_launch():
     with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] hang: 2 s are over"):
         launch(2, hang, timeout=2)
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("start", [launch, lambda n, f: forked(n, f).check_returncode()])
+def test_garbage_from_before_a_fork_is_let_be(start):
+    """A dead process group's destructor waits for its threads, which no fork has."""
+
+    class Group:
+        def __init__(self):
+            self.circle, self.owner = self, os.getpid()
+
+        def __del__(self):
+            if os.getpid() != self.owner:
+                os._exit(3)
+
+    def collect():
+        gc.collect()
+
+    Group()
+    start(1, collect)
 
 
 def test_a_case_replays_from_its_own_line():

@@ -10,6 +10,7 @@ everything it holds with its part of the one process's, cut by the code that cut
 
 import dataclasses
 import functools
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -154,6 +155,7 @@ def launch(
     context = multiprocessing.get_context("fork")
     results, ends, processes = [None] * world_size, {}, []
     with tempfile.TemporaryDirectory() as folder:
+        gc.freeze()  # our garbage is not the ranks' to collect: a group's threads are with us alone
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
@@ -164,6 +166,7 @@ def launch(
             theirs.close()
             ends[ours] = rank
             processes.append(process)
+        gc.unfreeze()
         deadline = time.monotonic() + timeout
         try:
             while ends:
