@@ -1,7 +1,6 @@
 """Commands under test, launched as a user does (torchrun: 3 to 8 s, most of it imports), or forked:
 the same main() with the environment that torchrun gives, in processes that have imported it all."""
 
-import gc
 import json
 import multiprocessing
 import os
@@ -63,7 +62,6 @@ class Forked:
     ):  # fmt: skip
         self.folder, self.processes = tempfile.TemporaryDirectory(), []
         port, context = port or free_port(), multiprocessing.get_context("fork")
-        gc.freeze()  # as tools.oracle.launch does
         for rank in range(max(1, ranks)):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_WORLD_SIZE": 1,
@@ -71,7 +69,6 @@ class Forked:
             process = context.Process(target=self._child, args=(own, main, argv, threads, before))
             process.start()
             self.processes.append(process)
-        gc.unfreeze()
 
     def _child(
         self, own: dict, main: Callable, argv: tuple, threads: int, before: Callable
