@@ -1,5 +1,6 @@
 """What a GPU changes: chosen, named and counted, here without one; make gpu-check needs one."""
 
+import functools
 import itertools
 import json
 
@@ -18,12 +19,13 @@ from tools.oracle import Case, judge
 
 @pytest.mark.filterwarnings("ignore")  # what torch.compile looks at warns; a run shows none of it
 @pytest.mark.parametrize(
-    "case",
-    [Case(t=2, sequence=True, dropout=0.2, recompute="full"),
-     Case(d=2, zero=3, recompute="selective", attention="explicit")],
+    "backend, case",  # aot_eager: the graphs, with autograd's, but no C++ made of them (40 s)
+    [("aot_eager", Case(t=2, sequence=True, dropout=0.2, recompute="full")),
+     ("inductor", Case(d=2, zero=3, recompute="selective", attention="explicit"))],
     ids=str,
 )  # fmt: skip
-def test_compiled_equals_one_process(case):
+def test_compiled_equals_one_process(backend, case, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     case.n_layer, case.n_head, case.n_embd, case.seq_len, case.compile = 1, 4, 16, 8, True
     errors = judge(case)
     assert errors.worst <= measure.TOLERANCE, errors
