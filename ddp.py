@@ -278,7 +278,8 @@ class DDP:
 
 # Rung 4: links between hosts are slow, and a ring that knows nothing of hosts crosses them with
 # every byte that it moves: 2 (d-1)/d Psi from each host. Summed inside first, 2 (k-1)/k Psi cross
-# from each of k hosts: half as much on two, and no less on many, in 2 (k-1) turns for 2 (d-1).
+# from each of k hosts: 2/3 on 2 hosts of 2 ranks, half on 2 of many, as much on many, in 2 (k-1)
+# turns for 2 (d-1).
 # Measured (2 hosts of 2 ranks x 1 thread, 2 cores, gloo): of 25 MB in buckets of 4 MiB, 0.72 to
 # 0.74 of a flat all-reduce's time at 1 Gbit/s between the hosts, 0.67 at 200 Mbit/s; of 0.26 MB up
 # to 2.2 of it, for three latencies in place of one. `make hierarchy` says it for your machine.
