@@ -47,8 +47,8 @@ from torch import Tensor, nn
 
 # --- collectives ----------------------------------------------------------------------------------
 # all-reduce, every step. Payload: the gradient of every parameter once, and one number. Besides,
-# once: who holds which parameters, and in what order gradients come. Rung 4 needs the two halves,
-# to which torch 2.13 gave new names.
+# once: who holds which parameters, and in what order gradients come. Rung 4 needs the two halves
+# (inside a host each has every gradient once), to which torch 2.13 gave new names.
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -276,18 +276,19 @@ class DDP:
         """Every parameter whole, for who reads them: they are."""
 
 
-# Rung 4: links between hosts are slow, and a ring that knows nothing of hosts crosses them with
-# every byte that it moves: 2 (d-1)/d Psi from each host. Summed inside first, 2 (k-1)/k Psi cross
-# from each of k hosts: 2/3 on 2 hosts of 2 ranks, half on 2 of many, as much on many, in 2 (k-1)
-# turns for 2 (d-1).
-# Measured (2 hosts of 2 ranks x 1 thread, 2 cores, gloo): of 25 MB in buckets of 4 MiB, 0.72 to
-# 0.74 of a flat all-reduce's time at 1 Gbit/s between the hosts, 0.67 at 200 Mbit/s; of 0.26 MB up
-# to 2.2 of it, for three latencies in place of one. `make hierarchy` says it for your machine.
+# Rung 4 (`--dp-nodes k`): links between hosts are slow. In a flat ring over d ranks, neighbours on
+# a host side by side, each host's last rank sends 2 (d-1)/d Psi to the next host. Summed inside
+# first, 2 (k-1)/k Psi leave each of k hosts: 2/3 of that on 2 hosts of 2 ranks, half on 2 hosts of
+# many ranks, about as much on many hosts, but after 2 (k-1) turns of the slow link, not 2 (d-1).
+# Measured (2 hosts of 2 ranks x 1 thread, 2 cores, gloo): 25 MB in buckets of 4 MiB take 0.72 to
+# 0.74 of a flat all-reduce's time at 1 Gbit/s between the hosts, 0.67 at 200 Mbit/s; 0.26 MB take
+# up to 2.2 of it: three latencies in place of one. `make hierarchy` says it for your machine.
 
 
 class Hierarchical:
     """`reduce` of DDP: reduce-scatter inside a host, all-reduce of that share across, all-gather
-    inside. While one bucket is scattered, the one before it crosses and a third is gathered.
+    inside. While one bucket is scattered, the one before it crosses and a third is gathered: each
+    launch takes all that are under way one phase further, and waits for the phase they are in.
 
     inside: the ranks of the DDP's group that are on this host, equally many on each.
     across: the ranks that have this one's place on theirs."""
@@ -302,7 +303,7 @@ class Hierarchical:
         return self
 
     def wait(self) -> None:
-        """For all that are under way."""
+        """For all that are under way, whichever bucket asks: every handle is this object."""
         while self.under_way:
             self._advance()
 
@@ -342,14 +343,16 @@ def predicted_wire_bytes(numel: int, d: int, itemsize: int) -> float:
 
 
 def predicted_hierarchical_payload(numels: Iterable[int], n: int) -> dict[tuple[str, str], int]:
-    """Elements per rank and step, by (group, operation), of buckets of so many; n ranks a host."""
+    """Elements per rank and step, by (group, operation), of buckets of so many; n ranks a host. A
+    bucket that n does not divide is padded, in a copy that is held until it is gathered."""
     padded = sum(-(-numel // n) * n for numel in numels)
     return {("inside", "reduce_scatter"): padded, ("across", "all_reduce"): padded // n,
             ("inside", "all_gather"): padded}  # fmt: skip
 
 
 def predicted_hierarchical_wire_bytes(numel: int, k: int, itemsize: int) -> float:
-    """Bytes from a host to others: those of n rings, each of one rank a host and an n-th of it."""
+    """Bytes from a host to others, per step: n rings go there, a rank a host in each, and each has
+    an n-th of the payload, so that n cancels."""
     return predicted_wire_bytes(numel, k, itemsize)
 
 

@@ -226,12 +226,12 @@ class Trace:
             for _ in range(20 if rank in (0, other) else 0):
                 if rank == other:
                     dist.recv(answer, src=0)
-                    dist.send(answer.fill_(time.perf_counter()), dst=0)
+                    dist.send(answer.fill_(self.now()), dst=0)
                 else:
-                    start = time.perf_counter()
+                    start = self.now()
                     dist.send(answer, dst=other)
                     dist.recv(answer, src=other)
-                    end = time.perf_counter()
+                    end = self.now()
                     best = min(best, (end - start, answer.item() - (start + end) / 2))
             if rank == 0:
                 dist.send(answer.fill_(best[1]), dst=other)

@@ -1,10 +1,12 @@
 """The report of make node, on CPU ranks: it works there, and says nothing of GPUs."""
 
+import math
 import sys
 
 import pytest
 import torch
 
+import gpt
 from tools import node, oracle
 
 TINY = "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 16 --vocab-size 64 --untied"
@@ -34,6 +36,25 @@ def test_two_by_two_by_two():
     assert set(node.names(8)) == able(8) | {node.BARE}
     found = oracle.launch(8, cubes)[0]
     assert all(x["seconds"] > 0 for x in found.values())
+
+
+def bytes_reduced() -> list[int]:
+    sent = []
+    for row in ("DDP", "torch DDP"):
+        loop, _ = node.loop_of(row, 2, TINY, torch.device("cpu"))
+        loop.step(0)  # torch's buckets are those of the next step
+        with torch.profiler.profile(record_shapes=True) as seen:
+            loop.step(1)
+        sent.append(sum(math.prod(shapes[0]) for event in seen.events()
+                        if event.name == "gloo:all_reduce" and (shapes := event.input_shapes)))
+    return sent
+
+
+def test_neither_ddp_sends_a_gradient_twice():
+    """ROWS microbatches a step, whose sums go once; in ours, a count and a norm as well."""
+    psi = sum(p.numel() for p in gpt.GPT(gpt.GPTConfig(2, 2, 32, 64, 16, tied=False)).parameters())
+    for ours, theirs in oracle.launch(2, bytes_reduced):
+        assert (theirs, psi) == (psi, psi) and psi <= ours < psi + 16
 
 
 def masters():
@@ -83,7 +104,7 @@ def test_what_fails_says_so_and_the_report_goes_on(monkeypatch, tmp_path):
         return plain(row, args)
 
     monkeypatch.setattr(node, "launch", launch)
-    monkeypatch.setattr(node, "links_table", lambda n: [])
+    monkeypatch.setattr(node, "links_table", lambda n, device: [])
     said, code = report(monkeypatch, tmp_path, "--rows", "DDP", "torch DDP")
     assert code == 1 and "MISMATCH: not all within 1e-12" in said
     assert "| DDP | ValueError: --n-embd 32 is not divisible by --n-head 7: change one |" in said

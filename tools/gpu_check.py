@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -168,13 +169,21 @@ def copy_seconds(nbytes: int, device: torch.device) -> float:
 
 
 def memory(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
-    times = {}
-    for policy in ("none", "full", "offload"):
-        forget()
+    policies = ("none", "full", "offload")
+
+    def trainer_with(policy: str) -> train_3d.Trainer:
         args = options.parser().parse_args([*flags, "--dtype=bf16", f"--recompute={policy}"])
-        config = options.check(args, 1)
-        trainer = trainer_of(args, config, device)
-        times[policy] = seconds([trainer], steps, device)[0]
+        return trainer_of(args, options.check(args, 1), device)
+
+    taken = seconds([trainer_with(policy) for policy in policies], steps, device)
+    times = dict(zip(policies, taken, strict=True))
+    for policy in policies:
+        forget()
+        trainer = trainer_with(policy)
+        args, config = trainer.args, trainer.config
+        trainer.step(0)
+        forget()
+        trainer.step(1)
         held = dry_run.predicted_bytes(trainer)
         expected, most = sum(held.values()), "no GPU | -"
         if device.type == "cuda":
@@ -229,6 +238,7 @@ def main() -> None:
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     try:
         device, line = options.pick_device(args.device)
+        measure.check_writable("--out", args.out)
     except ValueError as error:
         sys.exit(f"tools.gpu_check: {error}")
     print(line, flush=True)
@@ -237,9 +247,8 @@ def main() -> None:
     for line in report(args.model, args.batch, args.steps, device, failed):
         print(line, flush=True)
         lines.append(line)
-    if args.out:
-        with open(args.out, "w") as file:
-            file.write("\n".join(lines) + "\n")
+        if args.out:
+            Path(args.out).write_text("\n".join(lines) + "\n")
     dist.destroy_process_group()
     sys.exit(f"MISMATCH: {failed[0]}" if failed else 0)
 

@@ -142,9 +142,10 @@ def main() -> None:
     add("--sizes-kb", type=int, nargs="+", default=[4, 64, 1024, 25 * 1024], metavar="KB",
         help="payloads")  # fmt: skip
     add("--repeats", type=int, default=30, help="timed calls of each, at least 2")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", metavar="FILE", help="the table as JSON")
     args = arguments.parse_args()
-    device, line = options.pick_device("auto")
+    device, line = options.pick_device(args.device)
     train_3d.join_ranks(device)
 
     def say(text: str) -> None:

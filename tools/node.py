@@ -99,7 +99,10 @@ class Masters:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for p in self.parameters:
-            p.grad = None
+            if set_to_none or p.grad is None:
+                p.grad = None
+            else:
+                p.grad.zero_()
 
     def step(self) -> None:
         for p, master in zip(self.parameters, self.masters, strict=True):
@@ -110,6 +113,7 @@ class Masters:
         self.optimizer.step()
         for p, master in zip(self.local, self.masters, strict=True):
             p.copy_(master)
+            master.grad = None
 
 
 class Theirs:
@@ -162,7 +166,12 @@ def on_rank(row: str, n: int, model: str, steps: int, device: torch.device) -> d
 
 def compare(n: int, device: torch.device) -> dict:
     """Layouts of these ranks beside one process, over this backend: {case: largest error}."""
-    worst = {}
+    worst, trainers = {}, []
+
+    def step_of(trainer: train_3d.Trainer, step: int) -> Tensor:
+        trainers.append(trainer)
+        return trainer.step(step)
+
     for case in parity.cases(n, n_head=24):
         if case.zero in (1, 2) or case.schedule not in ("1f1b", "zb-v") or case.shard_size:
             continue
@@ -171,10 +180,15 @@ def compare(n: int, device: torch.device) -> dict:
                     {name: t.to(device) for name, t in x.items()}
                     for kind, x in expected.items()}  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            errors = oracle.layout(case, expected, {"device": device}, 0, case.steps, folder)
+            seams = {"device": device, "step": step_of}
+            errors = oracle.layout(case, expected, seams, 0, case.steps, folder)
         every = [e if e == e else float("inf") for kind in errors.values() for e in kind.values()]
         largest = torch.tensor(max(every), dtype=torch.float64, device=device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
+        for group in vars(trainers[0]).values():  # NCCL's buffers would add up
+            if isinstance(group, dist.ProcessGroup):
+                dist.destroy_process_group(group)
+        trainers.clear()
         name = f"t={case.t} p={case.p} d={case.d}, ZeRO-{case.zero}, {case.schedule}"
         worst[name + ", SP" * case.sequence] = largest.item()
     return {"parity": worst}
@@ -240,10 +254,13 @@ def machine(n: int, device: torch.device) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
-def links_table(n: int) -> list[str]:
+def links_table(n: int, device: torch.device) -> list[str]:
+    mb = (25, 400) if device.type == "cuda" else (1, 25)  # NVLink is not full with 25
+    sizes = ["--sizes-kb", "4", *(str(1024 * size) for size in mb)]
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/links"
-        if wrong := torchrun(n, ["-m", "--", "tools.links", "--out", out]):
+        own = ["--device", device.type, *sizes, "--out", out]
+        if wrong := torchrun(n, ["-m", "--", "tools.links", *own]):
             return [wrong]
         fits = json.loads(Path(out).read_text())["fit"]
     speed = {True: lambda f: f"{f['gb_per_s']:.2f}", False: lambda f: "too noisy"}
@@ -288,7 +305,7 @@ def report(args: argparse.Namespace, device: torch.device, say: Callable[[str], 
     for line in machine(n, device):
         say(line)
     say("\n## Links (`make links`)\n")
-    for line in links_table(n):
+    for line in links_table(n, device):
         say(line)
     say("\n## Parity: float64, beside one process\n")
     lines, same = parity_table(launch(PARITY, args))
