@@ -224,8 +224,9 @@ def predicted_activation_bytes(
     """Bytes kept of a whole stage of the trainer, with in_flight microbatches. Besides the blocks
     (rest: policy, every, layers, a, attention): the `first` has for each token its row number (8)
     and whether that is on this rank (1), and a dropout mask; the `last` the norm's input, mean and
-    1/std, the head's input, the probabilities of this rank's v words in fp32, and of each token
-    the target (8), whether it is on this rank and valid (2); once, the global count (8)."""
+    1/std, the head's input, the probabilities of this rank's v words in fp32, of each token the
+    target (8), and if t > 1 whether it is on this rank and valid (2), where torch's own loss keeps
+    one number; once, the global count (8)."""
     sizes = dict(b=b, s=s, h=h, itemsize=itemsize, t=t, sequence=sequence, dropout=dropout,
                  stat=stat)  # fmt: skip
     wide, of_sequence = max(4, itemsize), t if sequence else 1
@@ -235,7 +236,7 @@ def predicted_activation_bytes(
         each += 9 * b * s + tokens * dropout
     if last:
         each += 2 * tokens * itemsize + 2 * b * s // of_sequence * (stat or itemsize)
-        each += b * s * v * wide + 10 * b * s
+        each += b * s * v * wide + (8 * b * s + wide if t == 1 else 10 * b * s)
     return in_flight * each + 8 * last
 
 

@@ -231,7 +231,8 @@ class DDP:
             self._launch()
 
     def _launch(self) -> None:
-        sent = self.buckets[len(self.launched)].to(self.dtype)  # itself, unless in bf16
+        flat = self.buckets[len(self.launched)]
+        sent = flat.to(self.dtype) if self.group.size() > 1 else flat  # itself, unless in bf16
         self.launched.append((sent, self.reduce(sent, self.group)))
 
     def finish(self) -> None:

@@ -267,6 +267,8 @@ class ColumnParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, later = self.for_graph(x)
+        if self.group.size() == 1 and later is None:
+            return F.linear(x, weight, self.bias)  # torch's, which is quicker to dispatch
         return ColumnLinear.apply(x, weight, self.bias, self.group, self.sequence, later)
 
 
@@ -281,6 +283,8 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, later = self.for_graph(x)
+        if self.group.size() == 1 and later is None:
+            return F.linear(x, weight, self.bias)
         y = LaterLinear.apply(x, weight, later) if later else F.linear(x, weight)
         y = SumOverGroup.apply(y, self.group, self.sequence)
         return y if self.bias is None else y.add_(self.bias)
@@ -432,6 +436,9 @@ def vocab_parallel_cross_entropy(
     """logits [b, s, v/t] of a column-parallel head, targets [b, s] in 0..v-1 or -1 (ignored) ->
     scalar, the same on every rank: gpt.cross_entropy of the whole logits, so at least in fp32."""
     cut, logits = head.weight.cut, logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if group.size() == 1:  # torch's, which reads and writes the logits less often
+        flat = targets.flatten().clone()  # autograd keeps it: not a view of the step's
+        return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
     return VocabParallelCrossEntropy.apply(logits, targets, cut.range(cut.shape[0])[0], group)
 
 
