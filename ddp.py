@@ -281,7 +281,7 @@ class DDP:
 # a host side by side, each host's last rank sends 2 (d-1)/d Psi to the next host. Summed inside
 # first, 2 (k-1)/k Psi leave each of k hosts: 2/3 of that on 2 hosts of 2 ranks, half on 2 hosts of
 # many ranks, about as much on many hosts, but after 2 (k-1) turns of the slow link, not 2 (d-1).
-# Measured (2 hosts of 2 ranks x 1 thread, 2 cores, gloo): 25 MB in buckets of 4 MiB take 0.72 to
+# Measured (2 hosts of 2 ranks x 1 thread, 2 cores, gloo): 25 MB in buckets of 4 MiB take 0.70 to
 # 0.74 of a flat all-reduce's time at 1 Gbit/s between the hosts, 0.67 at 200 Mbit/s; 0.26 MB take
 # up to 2.2 of it: three latencies in place of one. `make hierarchy` says it for your machine.
 
