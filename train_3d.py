@@ -338,10 +338,8 @@ def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:
 
 def join_ranks(device: torch.device, timeout: int = 600) -> None:
     """The process group of torchrun's ranks, or of this one process alone. Raises SystemExit if
-    they do not all come within `timeout` seconds."""
+    they do not all come within `timeout` seconds, or a rank has no GPU where rank 0 has one."""
     on_gpu, limit = device.type == "cuda", datetime.timedelta(seconds=timeout)
-    if on_gpu:
-        torch.cuda.set_device(device)
     store, rank, world_size = dist.HashStore(), 0, 1
     try:
         if "RANK" in os.environ:
@@ -351,6 +349,13 @@ def join_ranks(device: torch.device, timeout: int = 600) -> None:
                 # (pytorch#135712). With several nodes this count differs between them: README.
                 restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(restart, store)
+        if rank == 0:
+            store.set("device", device.type)
+        elif (first := store.get("device").decode()) != device.type:
+            sys.exit(f"train_3d.py: rank {rank} has device {device.type}, and rank 0 {first}; "
+                     "NCCL and gloo do not meet: give --device cpu, or nodes alike")  # fmt: skip
+        if on_gpu:
+            torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
             timeout=limit, device_id=device if on_gpu else None,

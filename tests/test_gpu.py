@@ -78,6 +78,18 @@ def test_mixed_gpus(monkeypatch):
     assert "alike devices" in done.stderr
 
 
+def join_with_a_gpu_on_rank_1():
+    kind = "cuda" if train_3d.os.environ["RANK"] == "1" else "cpu"
+    train_3d.join_ranks(torch.device(kind), timeout=3)
+
+
+def test_a_node_without_gpus_beside_one_with():
+    """NCCL and gloo would wait for each other. torchrun ends rank 0 when rank 1 has spoken."""
+    done = forked(2, join_with_a_gpu_on_rank_1)
+    assert "rank 1 has device cuda, and rank 0 cpu; NCCL and gloo do not meet" in done.stderr
+    assert "give --device cpu" in done.stderr and done.returncode == 1
+
+
 @pytest.mark.parametrize(
     "name, flags, peak",
     [("NVIDIA H100 80GB HBM3", "--dtype bf16", 989), ("NVIDIA H100 PCIe", "--dtype bf16", 756),
