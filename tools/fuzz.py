@@ -104,7 +104,7 @@ def refusal(case: Case) -> str | None:
 def verdict(case: Case) -> tuple[bool, str]:
     """(whether it is as it should be, one line). What is beyond the tolerance of a narrow dtype is
     held against one rank of ours with the same microbatches: where no strategy does anything, an
-    error of that size is rounding (bf16 in a LayerNorm over 4 entries: up to 0.4)."""
+    error of that size is rounding (bf16 in a LayerNorm over 4 entries: up to 3)."""
     reason = refusal(case)
     if reason is not None:
         return "\n" not in reason, f"refused: {reason}"
