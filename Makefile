@@ -56,7 +56,7 @@ train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 
 sample: $(SETUP)  ## text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def ' --top-k 40 --n 200"
 	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
-test: $(SETUP)  ## the whole suite (15 min)
+test: $(SETUP)  ## the whole suite (10 to 15 min)
 	$(PY) -m pytest -q $(ARGS)
 
 ddp zero tp pp ckpt: NPROC = $(if $(filter ddp zero,$@),4,2)
