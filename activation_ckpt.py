@@ -225,8 +225,8 @@ def predicted_activation_bytes(
     (rest: policy, every, layers, a, attention): the `first` has for each token its row number (8)
     and whether that is on this rank (1), and a dropout mask; the `last` the norm's input, mean and
     1/std, the head's input, the probabilities of this rank's v words in fp32, of each token the
-    target (8), and if t > 1 whether it is on this rank and valid (2), where torch's own loss keeps
-    one number; once, the global count (8)."""
+    target (8) and, with t > 1, whether it is on this rank and valid (2); with t = 1, whose loss is
+    torch's, one number more; once, the global count (8)."""
     sizes = dict(b=b, s=s, h=h, itemsize=itemsize, t=t, sequence=sequence, dropout=dropout,
                  stat=stat)  # fmt: skip
     wide, of_sequence = max(4, itemsize), t if sequence else 1

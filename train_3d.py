@@ -338,7 +338,7 @@ def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:
 
 def join_ranks(device: torch.device, timeout: int = 600) -> None:
     """The process group of torchrun's ranks, or of this one process alone. Raises SystemExit if
-    they do not all come within `timeout` seconds, or a rank has no GPU where rank 0 has one."""
+    they do not all come within `timeout` seconds, or some have a GPU and some have none."""
     on_gpu, limit = device.type == "cuda", datetime.timedelta(seconds=timeout)
     store, rank, world_size = dist.HashStore(), 0, 1
     try:

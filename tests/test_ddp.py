@@ -303,3 +303,18 @@ def new_ddp_after_freezing():
 
 def test_a_new_ddp_of_what_is_left():
     launch(2, new_ddp_after_freezing)
+
+
+def gradient_of_bf16() -> float:
+    """1 + 2^-10 in two microbatches: bf16 has 8 bits of it, and fp32 all."""
+    net = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    sync = ddp.DDP(net, dist.group.WORLD, 2)
+    for x in (1.0, 2**-10):
+        net(torch.full((1, 1), x, dtype=torch.bfloat16)).sum().backward()
+    sync.finish()
+    return net.weight.grad.item()
+
+
+def test_bf16_is_on_the_wire_and_nowhere_without_one():
+    assert launch(1, gradient_of_bf16) == [1 + 2**-10]
+    assert launch(2, gradient_of_bf16) == [2.0] * 2

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import gpt
 from tools import node, oracle
@@ -123,6 +124,22 @@ def broken():
 def test_parity_sees_a_bug():
     for whole, wrong in oracle.launch(2, broken):
         assert max(whole.values()) < 1e-12 and max(wrong.values()) > 1e-3
+
+
+def groups_not_given_back() -> tuple[int, int]:
+    made, given, plain = [], [], (dist.new_group, dist.destroy_process_group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node.parity, "cases", lambda n, n_head: [oracle.Case(d=2, m=1, steps=1)])
+        patch.setattr(dist, "new_group", lambda *a, **k: made.append(plain[0](*a, **k)) or made[-1])
+        patch.setattr(dist, "destroy_process_group", lambda g: given.append(g) or plain[1](g))
+        node.compare(2, torch.device("cpu"))
+    mine = {group for group in made if isinstance(group, dist.ProcessGroup)}
+    return len(mine), len(mine.difference(given))
+
+
+def test_parity_gives_its_groups_back():
+    for made, left in oracle.launch(2, groups_not_given_back):
+        assert made > 4 and left == 0
 
 
 @pytest.mark.parametrize(

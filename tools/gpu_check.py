@@ -182,7 +182,7 @@ def memory(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
         trainer = trainer_with(policy)
         args, config = trainer.args, trainer.config
         trainer.step(0)
-        forget()
+        forget()  # the peak is a step's, not that of making it
         trainer.step(1)
         held = dry_run.predicted_bytes(trainer)
         expected, most = sum(held.values()), "no GPU | -"

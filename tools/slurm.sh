@@ -27,8 +27,10 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # after a restart ranks meet anew (p
 # max-restarts: a rank that dies is started again with all others, and --resume goes on; a node that
 # dies ends the job. read_timeout: the first node may take long to import torch. cpu-bind: a task is
 # all ranks of a node. The lone -- keeps torchrun from reading our --log as its --log-dir.
-exec srun --kill-on-bad-exit=1 --cpu-bind=none "${PYTHON:-.venv/bin/python}" -m torch.distributed.run \
+exec srun --kill-on-bad-exit=1 --cpu-bind=none \
+  "${PYTHON:-.venv/bin/python}" -m torch.distributed.run \
   --nnodes "$SLURM_NNODES" --nproc-per-node "${NPROC:-${SLURM_GPUS_ON_NODE:-8}}" \
   --max-restarts 3 --shutdown-timeout 240 \
-  --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:$port" --rdzv-conf read_timeout=600 \
+  --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:$port" \
+  --rdzv-conf read_timeout=600 \
   -- "${SCRIPT:-train_3d.py}" "$@"
