@@ -1,0 +1,125 @@
+"""Single steps that go wrong, step numbers beyond any run's, and many steps in a row."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import checkpoint
+import measure
+import train_3d
+from tools.oracle import Case, launch, trainer_of
+
+SMALL = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=19, seq_len=6)
+
+
+def state(trainer: train_3d.Trainer) -> dict[str, Tensor]:
+    """Copies of what this rank holds: parameters, masters, the optimizer's tensors."""
+    found = {}
+    for name, piece, _, _ in trainer.sync.pieces():
+        found[f"piece {name}"] = piece
+        found |= {f"{key} {name}": x for key, x in trainer.optimizer.state.get(piece, {}).items()}
+    trainer.sync.gather()
+    found |= dict(trainer.model.named_parameters())
+    copies = {name: x.detach().clone() for name, x in found.items() if x is not None}
+    if trainer.args.zero == 3:
+        trainer.sync.after_step()  # back to shards
+    return copies
+
+
+def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    return [name for name in a.keys() | b.keys() if not torch.equal(a[name], b[name])]
+
+
+# --- a gradient that is not finite ----------------------------------------------------------------
+
+
+def spoiled_step(trainer: train_3d.Trainer, step: int, value: float) -> float:
+    """A step in which one entry of one gradient on the last rank is `value`. Returns the norm."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    weight = next(iter(trainer.model.h.values())).attn.c_attn.weight
+
+    def spoil(gradient: Tensor) -> Tensor:
+        spoiled = gradient.clone()
+        spoiled[-1, -1] = value
+        return spoiled if last else gradient
+
+    hook = weight.register_hook(spoil)
+    norm = trainer.step(step)[1].item()
+    hook.remove()
+    return norm
+
+
+def train_through_a_bad_step(case: Case, bad: int, value: float) -> float:
+    """Three steps; on the last rank a gradient of step `bad` is spoiled. A second trainer skips
+    that step. Returns the norm of the bad step."""
+    spoiled, clean = trainer_of(case), trainer_of(case)
+    for step in range(3):
+        before = state(spoiled)
+        if step == bad:
+            norm = spoiled_step(spoiled, step, value)
+            after = state(spoiled)
+            for name in after.keys() - before.keys():  # a first step makes moments: zeros
+                before[name] = torch.zeros_like(after[name])
+            assert differences(before, after) == []
+        else:
+            assert torch.equal(spoiled.step(step), clean.step(step)), f"step {step}"
+            after = state(spoiled)
+            assert differences(after, state(clean)) == [], f"step {step}"
+            assert any(not torch.equal(before[n], after[n]) for n in before), "no update"
+    return norm
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(d=2), Case(d=2, optimizer="sgd", clip=0.0), Case(d=2, zero=1),
+        Case(d=2, zero=3, recompute="full"), Case(d=4, zero=2, shard_size=2),
+        Case(t=2, sequence=True), Case(p=2, n_layer=4, schedule="zb-v"),
+        Case(d=2, dtype="bf16", clip=0.0), Case(d=2, zero=3, dtype="bf16", optimizer="sgd"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("bad, value", [(0, math.nan), (1, math.inf)])
+def test_a_step_with_an_infinite_gradient_changes_nothing(case, bad, value):
+    case = Case(**{**vars(case), **SMALL, "n_layer": case.n_layer if case.p > 1 else 2})
+    for norm in launch(case.world_size, train_through_a_bad_step, case, bad, value):
+        assert norm == value or math.isnan(norm) and math.isnan(value)
+
+
+def save_after_a_bad_step(case: Case, folder: str):
+    trainer, loaded = trainer_of(case), trainer_of(case)
+    trainer.step(0)
+    before = state(trainer)
+    spoiled_step(trainer, 1, math.inf)
+    disk = checkpoint.Checkpoints(folder, 1, dist.group.WORLD)
+    held, numbers = trainer.state_to_save()
+    disk.save(2, held, {"optimizer": numbers})
+    disk.wait()
+    assert disk.failed is None, disk.failed
+    dist.barrier()  # rank 0 has renamed the folder
+    (path, about), _ = checkpoint.newest_whole(checkpoint.find(folder)[0], dist.group.WORLD)
+    checkpoint.read(path, loaded.state_to_load(about["optimizer"]), dist.group.WORLD)
+    loaded.loaded()
+    assert differences(before, state(loaded)) == []
+
+
+def test_a_save_after_a_step_with_an_infinite_gradient_holds_the_state_before_it(tmp_path):
+    launch(2, save_after_a_bad_step, Case(d=2, zero=1, **SMALL), str(tmp_path))
+
+
+def test_the_logger_says_that_an_update_was_skipped(tmp_path, capsys):
+    logger = measure.Logger(str(tmp_path / "log"), steps=3, print_every=3, tokens_per_step=1,
+                            tflop=1.0)  # fmt: skip
+    logger.start()
+    for step, norm in enumerate((1.0, math.inf, math.nan)):
+        logger.step(step, torch.tensor([2.0, norm, 0.0]), lr=0.1)
+    logger.file.close()
+    rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [row.get("skipped") for row in rows] == [None, True, True]
+    skipped = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert skipped == ["step     2/3  update skipped: gradient norm inf",
+                       "step     3/3  update skipped: gradient norm nan"]  # fmt: skip
