@@ -1,9 +1,16 @@
 """Single steps that go wrong, step numbers beyond any run's, and many steps in a row."""
 
+import collections
 import contextlib
+import ctypes
+import gc
 import json
 import math
+import os
+import re
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -369,3 +376,100 @@ def test_a_corpus_shorter_than_the_run(tmp_path):
     assert alone[0] > 5 and alone[-3] < 0.8 * alone[0], "it learns its one row"
     for run in others:
         assert run == pytest.approx(alone, rel=measure.TOLERANCE)
+
+
+# --- many steps -----------------------------------------------------------------------------------
+
+
+def lengths(name: str, x: object, seen: dict[str, int]) -> dict[str, int]:
+    """The length of every container that x holds, by its path."""
+    if isinstance(x, (list, tuple, set, dict, collections.deque)):
+        seen[name] = len(x)
+        for i, item in enumerate(x.values() if isinstance(x, dict) else x):
+            lengths(f"{name}[{i}]", item, seen)
+    elif type(x).__module__ in ("ddp", "zero", "pipeline", "gpt") and not isinstance(
+        x, (torch.nn.Module, torch.autograd.Function)
+    ):
+        for key, value in vars(x).items():
+            lengths(f"{name}.{key}", value, seen)
+    return seen
+
+
+def held_by_this_process(trainer: train_3d.Trainer) -> dict[str, object]:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # free memory goes back to the kernel
+    parts = {name: getattr(trainer, name) for name in ("sync", "pipe", "draws")}
+    hooks = [getattr(module, name) for module in trainer.model.modules()
+             for name in ("_forward_hooks", "_forward_pre_hooks")]  # fmt: skip
+    hooks += [p._backward_hooks or () for p in trainer.model.parameters()]
+    state = [len(x) for x in trainer.optimizer.state.values()]
+    status = Path("/proc/self/status").read_text()
+    return {
+        "tensors": sum(isinstance(x, Tensor) for x in gc.get_objects()),
+        "threads": len(os.listdir("/proc/self/task")),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "hooks": sum(map(len, hooks)),
+        "containers": lengths("trainer", parts, {}) | {"optimizer.state": sum(state)},
+        "bytes": 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]),
+    }
+
+
+def leak(trainer: train_3d.Trainer, kept: list, step: int) -> None:
+    """One of each kind per step, of memory an activation of a block. One thread in all: each has a
+    stack."""
+    kept.append(torch.empty(0))
+    size = (trainer.args.micro_batch_size, trainer.config.seq_len, trainer.config.n_embd)
+    kept.append(torch.ones(size, dtype=torch.float64).untyped_storage())
+    kept.append(os.dup(0))
+    vars(trainer.pipe).setdefault("leaked", []).append(0)
+    next(trainer.model.parameters()).register_hook(lambda gradient: None)
+    if step == WARMUP:
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+
+WARMUP, STEPS = 20, 180
+LIMITS = {"tensors": 10, "bytes": 3 * 2**19}  # one per step is 180, and 2.9 MB
+WIDE = dict(b=2, n_layer=2, n_head=2, n_embd=32, vocab_size=19, seq_len=32)
+
+
+def without_flight_recorder(rank: int) -> None:
+    """torch.distributed records the last 2000 collectives: 2 MB that grow in the first 200 steps."""
+    os.environ["TORCH_FR_BUFFER_SIZE"] = "0"
+
+
+def what_grows(case: Case, leaking: bool = False) -> dict[str, tuple]:
+    """By kind, after the warmup and at the end: what grew by more than its limit."""
+    trainer, kept = trainer_of(case), []
+    for step in range(WARMUP):
+        trainer.step(step)
+    before = held_by_this_process(trainer)
+    for step in range(WARMUP, WARMUP + STEPS):
+        trainer.step(step)
+        if leaking:
+            leak(trainer, kept, step)
+    after = held_by_this_process(trainer)
+    return {
+        kind: (before[kind], x)
+        for kind, x in after.items()
+        if (x - before[kind] > LIMITS[kind] if kind in LIMITS else x != before[kind])
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(d=2, **WIDE), Case(d=2, zero=3, recompute="full", **WIDE),
+        Case(t=2, p=2, schedule="zb-v", **WIDE | {"n_layer": 4}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_grows_in_180_steps(case):
+    for grown in launch(case.world_size, what_grows, case, before=without_flight_recorder):
+        assert grown == {}
+
+
+@pytest.mark.slow
+def test_a_leak_in_every_step_is_seen():
+    (grown,) = launch(1, what_grows, Case(**WIDE), True, before=without_flight_recorder)
+    assert grown.keys() == {"tensors", "threads", "descriptors", "hooks", "containers", "bytes"}
