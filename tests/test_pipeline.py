@@ -355,7 +355,8 @@ def compare_with_one_process(p: int, schedules: list, as_nccl: bool = False) -> 
     results = launch(p, run_schedules, p, schedules, as_nccl, timeout=60)
     assert max(error for error, _ in results) <= measure.TOLERANCE
     # Of the blocks of 12, wpe and ln_f's two, nothing was compared by nobody.
-    assert sum(compared for _, compared in results) == sum(max(5, n) * 12 + 3 for *_, n in schedules)
+    expected = sum(max(5, n) * 12 + 3 for *_, n in schedules)
+    assert sum(compared for _, compared in results) == expected
 
 
 def sends_held(m: int) -> int:

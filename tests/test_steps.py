@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import json
 import math
@@ -28,7 +29,7 @@ import zero
 from tests.commands import TINY, forked, read_log
 from tools.oracle import Case, launch, trainer_of
 
-SMALL = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=19, seq_len=6)
+SMALL = dict(n_head=2, n_embd=8, vocab_size=19, seq_len=6)
 
 
 def state(trainer: train_3d.Trainer) -> dict[str, Tensor]:
@@ -88,21 +89,27 @@ def train_through_a_bad_step(case: Case, bad: int, value: float) -> float:
     return norm
 
 
+def train_through_bad_steps(case: Case) -> tuple[float, float]:
+    return (
+        train_through_a_bad_step(case, 1, math.inf),
+        train_through_a_bad_step(case, 0, math.nan),
+    )
+
+
 @pytest.mark.parametrize(
     "case",
     [
         Case(d=2), Case(d=2, optimizer="sgd", clip=0.0), Case(d=2, zero=1),
         Case(d=2, zero=3, recompute="full"), Case(d=4, zero=2, shard_size=2),
-        Case(t=2, sequence=True), Case(p=2, n_layer=4, schedule="zb-v"),
+        Case(t=2, sequence=True), Case(p=2, schedule="zb-v"),
         Case(d=2, dtype="bf16", clip=0.0), Case(d=2, zero=3, dtype="bf16", optimizer="sgd"),
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("bad, value", [(0, math.nan), (1, math.inf)])
-def test_a_step_with_an_infinite_gradient_changes_nothing(case, bad, value):
-    case = Case(**{**vars(case), **SMALL, "n_layer": case.n_layer if case.p > 1 else 2})
-    for norm in launch(case.world_size, train_through_a_bad_step, case, bad, value):
-        assert norm == value or math.isnan(norm) and math.isnan(value)
+def test_a_step_with_an_infinite_gradient_changes_nothing(case):
+    case = dataclasses.replace(case, **SMALL, n_layer=4 if case.p > 1 else 2)
+    for infinite, nan in launch(case.world_size, train_through_bad_steps, case):
+        assert math.isinf(infinite) and math.isnan(nan)
 
 
 def save_after_a_bad_step(case: Case, folder: str):
@@ -123,7 +130,7 @@ def save_after_a_bad_step(case: Case, folder: str):
 
 
 def test_a_save_after_a_step_with_an_infinite_gradient_holds_the_state_before_it(tmp_path):
-    launch(2, save_after_a_bad_step, Case(d=2, zero=1, **SMALL), str(tmp_path))
+    launch(2, save_after_a_bad_step, Case(d=2, zero=1, n_layer=2, **SMALL), str(tmp_path))
 
 
 def test_the_logger_says_that_an_update_was_skipped(tmp_path, capsys):
@@ -171,8 +178,8 @@ def interrupted(trainer: train_3d.Trainer, call: int, backward: bool) -> Iterato
 
 
 class Late:
-    """The handle of a collective. Its result is written by wait(), or by deliver() if wait() was not
-    called before: the slowest network that is possible."""
+    """The handle of a collective. Its result is written by wait(), or by deliver() if wait() was
+    not called before: the slowest network that is possible."""
 
     in_flight: list["Late"] = []
 
@@ -334,7 +341,7 @@ def test_dropout_masks_of_large_steps(step):
 
 
 def stats_of_large_steps(case: Case) -> Tensor:
-    """Loss and norm, by step, of a trainer that reads with data.batch."""
+    """Loss and norm of four steps, from a trainer that reads with data.batch."""
     trainer, tokens = trainer_of(case), np.arange(1000) ** 2 % case.vocab_size
     trainer.read = lambda step, rows: data.batch(tokens, step, rows, case.seq_len, case.seed)
     return torch.stack([trainer.step(step)[:2] for start in LARGE for step in (start, start + 1)])
@@ -433,7 +440,7 @@ WIDE = dict(b=2, n_layer=2, n_head=2, n_embd=32, vocab_size=19, seq_len=32)
 
 
 def without_flight_recorder(rank: int) -> None:
-    """torch.distributed records the last 2000 collectives: 2 MB that grow in the first 200 steps."""
+    """torch.distributed records the last 2000 collectives: 2 MB that grow in the first steps."""
     os.environ["TORCH_FR_BUFFER_SIZE"] = "0"
 
 
