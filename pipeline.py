@@ -761,9 +761,12 @@ def main() -> None:
             for loss in mine:
                 dist.all_reduce(loss)  # the last stage has it, the others 0
             proof.losses(name, mine, losses)
-            gradients = {n: q.grad for n, q in whole.items()}
-            proof.close(f"{name} max |d gradient|", {n: q.grad for n, q in held.items()}, gradients)
-            proof.close(f"{name} max |d parameter|", held, whole)
+            expected = {n: whole[n] for n in held}
+            gradients, expected_gradients = (
+                {n: q.grad for n, q in named.items()} for named in (held, expected)
+            )
+            proof.close(f"{name} max |d gradient|", gradients, expected_gradients)
+            proof.close(f"{name} max |d parameter|", held, expected)
             calls, elements = predicted_sends(stages, rank, m, b, config.seq_len, config.n_embd)
             sent = tuple(seen.total("pp", "send"))
             proof.equal(f"{name} sends, elements", (steps * calls, steps * elements), sent)
