@@ -111,6 +111,11 @@ class Case:
         at = self.resume["at"]
         return [(first, 0, at), (dataclasses.replace(first, **changed), at, self.steps)]
 
+    @property
+    def batches(self) -> list[int]:
+        """Rows per batch of each layout; they must be equal."""
+        return [part.d * part.m * part.b for part, _, _ in self.parts]
+
     def arguments(self) -> list[str]:
         """The command line of train_3d.py."""
         pairs = {
@@ -394,10 +399,9 @@ def judge(case: Case, seams: dict | None = None) -> Errors:
     Trainer.step. Raises ValueError if the layouts of a resumed run have different batches,
     RuntimeError if a rank failed, AssertionError if an element of a gradient was compared by no
     rank."""
-    batches = [part.d * part.m * part.b for part, _, _ in case.parts]
-    if len({*batches}) > 1:
-        raise ValueError(f"the run begins with {batches[0]} rows per batch and is resumed with "
-                         f"{batches[-1]}: change m or b of one layout")  # fmt: skip
+    if len({*case.batches}) > 1:
+        raise ValueError(f"the run begins with {case.batches[0]} rows per batch and is resumed with "
+                         f"{case.batches[-1]}: change m or b of one layout")  # fmt: skip
     ranks: list[Compared] = []
     with tempfile.TemporaryDirectory() as folder:
         for part, first, end in case.parts:
