@@ -404,9 +404,9 @@ def relative_errors(
     The error is infinite where either tensor has a NaN or an Inf. Raises ValueError if a name is
     missing or unexpected, a shape differs, or a tensor of `actual` is not in `dtype` (default: the
     dtype of the expected tensor)."""
-    missing, extra = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
-    if missing or extra:
-        raise ValueError(f"tensors missing: {missing}; unexpected: {extra}")
+    if actual.keys() != expected.keys():
+        raise ValueError(f"tensors missing: {sorted(expected.keys() - actual.keys())}; unexpected: "
+                         f"{sorted(actual.keys() - expected.keys())}")  # fmt: skip
     for name, a in actual.items():
         want = (expected[name].shape, dtype or expected[name].dtype)
         if (a.shape, a.dtype) != want:

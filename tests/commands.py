@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: each forked process makes its own
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: each child makes its own
 
 ROOT = Path(__file__).parent.parent
 TINY = (

@@ -11,8 +11,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--claims", type=Path, help="a folder, empty at first, that the processes share")
-    parser.addoption("--start", type=float, default=0.0, help="0 to 1: where in the list to begin")
+    add = parser.addoption
+    add("--claims", type=Path, help="a folder that the processes share, empty at first")
+    add("--start", type=float, default=0.0, help="0 to 1: where in the list to begin")
 
 
 def claim(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:

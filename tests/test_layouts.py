@@ -142,7 +142,8 @@ def strategies(row: dict) -> list[str]:
 
 
 def smallest_cover(rows: list[dict]) -> list[dict]:
-    """Some of the rows that still have every value of every factor, and every pair of strategies."""
+    """Some of the rows, which still have every value of every factor and every pair of
+    strategies."""
 
     def covers(row: dict) -> set:
         values = {(factor, row[factor]) for factor in FACTORS if is_live(row, factor)}

@@ -176,8 +176,8 @@ def shrink(case: Case, seconds: float = 120, say=print) -> Case:
 
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 ALL = ["tp", "sp", *(name[:6] for name in pipeline.SCHEDULES), *STAGES, "hybrid", "kept", "nodes",
-       "m>1", "b>1", "select", "full", "offloa", "drop", "explic", "untied", "mask", "odd v", "clip",
-       "sgd", "fp32", "bf16", "resume"]  # fmt: skip
+       "m>1", "b>1", "select", "full", "offloa", "drop", "explic", "untied", "mask", "odd v",
+       "clip", "sgd", "fp32", "bf16", "resume"]  # fmt: skip
 # Features of which a layout has at most one.
 ONE_OF = [STAGES, tuple(name[:6] for name in pipeline.SCHEDULES), ("select", "full", "offloa"),
           ("fp32", "bf16"), ("hybrid", "ddp"), ("nodes", "hybrid"), ("nodes", "kept"),

@@ -335,8 +335,8 @@ def layout(
         assert disk.failed is None, disk.failed
     wide = torch.promote_types(trainer.dtype, torch.float32)  # of losses, norms and gradients
     errors = {
-        kind: measure.relative_errors({"": stats[:, i]}, {"": expected[kind][first:end]}, dtype=wide)
-        for i, kind in enumerate(("loss", "norm"))
+        kind: measure.relative_errors({"": mine}, {"": expected[kind][first:end]}, dtype=wide)
+        for kind, mine in (("loss", stats[:, 0]), ("norm", stats[:, 1]))
     }
     if end < case.steps:
         return Compared(errors, {})
@@ -399,9 +399,10 @@ def judge(case: Case, seams: dict | None = None) -> Errors:
     Trainer.step. Raises ValueError if the layouts of a resumed run have different batches,
     RuntimeError if a rank failed, AssertionError if an element of a gradient was compared by no
     rank."""
-    if len({*case.batches}) > 1:
-        raise ValueError(f"the run begins with {case.batches[0]} rows per batch and is resumed with "
-                         f"{case.batches[-1]}: change m or b of one layout")  # fmt: skip
+    batches = case.batches
+    if len({*batches}) > 1:
+        raise ValueError(f"the run begins with {batches[0]} rows per batch and is resumed with "
+                         f"{batches[-1]}: change m or b of one layout")  # fmt: skip
     ranks: list[Compared] = []
     with tempfile.TemporaryDirectory() as folder:
         for part, first, end in case.parts:
