@@ -580,7 +580,8 @@ class Pipeline:
                 call, peer, tensor = dist.isend, t.dst, self.outbox.pop(made)
                 box, key = self.sending, (t.kind, t.stage)
                 if key in self.sending:
-                    self.sending.pop(key)[1].wait()
+                    _, handle = self.sending.pop(key)
+                    handle.wait()
             else:
                 call, peer = dist.irecv, t.src
                 tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
