@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,12 +221,10 @@ def test_a_wrong_schedule_file_says_where_and_what(text, message, tmp_path):
 
 
 def test_refused_under_torchrun_too():
-    start = time.monotonic()
     result = run(2, "train_3d.py", "--tp", 3)
     ours = [line for line in result.stderr.splitlines() if line.startswith("train_3d.py: error:")]
     assert result.returncode != 0 and len(ours) == 1 and "multiple of 3 ranks" in ours[0]
     assert "train_3d.py\", line" not in result.stderr, "a traceback of ours"
-    assert time.monotonic() - start < 60
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -548,10 +545,9 @@ def test_a_killed_rank_ends_the_job_and_is_named(text):
         for line in job.stdout:
             if line.startswith("step"):
                 break
-        start = time.monotonic()
         os.kill(ranks_of(job)[1], signal.SIGKILL)
         _, errors = job.communicate(timeout=60)
-        assert job.returncode != 0 and time.monotonic() - start < 60
+        assert job.returncode != 0
         assert re.search(r"rank\s*: 1 ", errors) and "Signal 9 (SIGKILL)" in errors, errors
     finally:
         job.kill()
