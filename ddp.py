@@ -382,7 +382,7 @@ def main() -> None:
         hosts = torch.arange(group.size()).view(2 - group.size() % 2, -1)  # as if on two
         inside, _ = dist.new_subgroups_by_enumeration(hosts.tolist())
         across, _ = dist.new_subgroups_by_enumeration(hosts.T.tolist())
-        tokens, _ = data.load(__file__, config.seq_len)
+        tokens = data.example()
 
         def train(rows: range, rung: str, dtype=torch.float64, seen=None, grad_dtype=None):
             """Train on `rows` of each batch, in m microbatches. One process has all of them."""

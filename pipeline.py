@@ -580,7 +580,8 @@ class Pipeline:
                 call, peer, tensor = dist.isend, t.dst, self.outbox.pop(made)
                 box, key = self.sending, (t.kind, t.stage)
                 if key in self.sending:
-                    self.sending.pop(key)[1].wait()
+                    _, handle = self.sending.pop(key)
+                    handle.wait()
             else:
                 call, peer = dist.irecv, t.src
                 tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -713,7 +714,7 @@ def main() -> None:
         group, p, rank = proof.group, proof.group.size(), proof.group.rank()
         m = 2 * p + 1
         config = gpt.GPTConfig(2 * p + 1, 2, 32, 251, 32)  # an uneven cut
-        tokens, _ = data.load(__file__, config.seq_len)
+        tokens = data.example()
 
         def train(schedule: Schedule | None):
             """schedule None: one process, the whole model, the whole batch at once."""

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,12 +221,10 @@ def test_a_wrong_schedule_file_says_where_and_what(text, message, tmp_path):
 
 
 def test_refused_under_torchrun_too():
-    start = time.monotonic()
     result = run(2, "train_3d.py", "--tp", 3)
     ours = [line for line in result.stderr.splitlines() if line.startswith("train_3d.py: error:")]
     assert result.returncode != 0 and len(ours) == 1 and "multiple of 3 ranks" in ours[0]
     assert "train_3d.py\", line" not in result.stderr, "a traceback of ours"
-    assert time.monotonic() - start < 60
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -476,11 +473,11 @@ def test_softmax_and_loss_are_in_fp32_under_bf16(case):
     assert result == [({torch.float32}, torch.float32, False)] * case.world_size
 
 
-def losses(text: str, *arguments: str) -> list[float]:
+def losses(*arguments: str) -> list[float]:
     line = "--n-layer 2 --n-head 2 --n-embd 64 --seq-len 32 --global-batch-size 8 --steps 300"
     line += " --micro-batch-size 2 --device cpu"
     args = options.parser().parse_args([*line.split(), *arguments])
-    tokens = data.load(text, args.seq_len)[0]
+    tokens = data.example()
 
     def read(step, rows):
         return data.batch(tokens, step, rows, args.seq_len, seed=0)
@@ -493,9 +490,8 @@ def test_bf16_follows_fp32_for_300_steps():
     """Seen of several texts: at most 0.007 nats apart, and 0.001 on average; the loss falls by
     2. At lr 2e-3 training itself magnifies differences: fp32 from a start that is rounded to bf16
     comes to be 0.06 apart from fp32, and bf16 up to 0.13."""
-    source, lr = str(ROOT / "gpt.py"), ("--lr", "3e-4")
-    narrow = launch(2, losses, source, *lr, "--dtype", "bf16", "--zero", "3")[0]
-    wide = launch(2, losses, source, *lr)[0]
+    narrow = launch(2, losses, "--lr", "3e-4", "--dtype", "bf16", "--zero", "3")[0]
+    wide = launch(2, losses, "--lr", "3e-4")[0]
     assert wide[:10].mean() - wide[-10:].mean() > 1.5
     assert (narrow - wide).abs().max() < 0.02 and (narrow - wide).abs().mean() < 0.003
 
@@ -549,10 +545,9 @@ def test_a_killed_rank_ends_the_job_and_is_named(text):
         for line in job.stdout:
             if line.startswith("step"):
                 break
-        start = time.monotonic()
         os.kill(ranks_of(job)[1], signal.SIGKILL)
         _, errors = job.communicate(timeout=60)
-        assert job.returncode != 0 and time.monotonic() - start < 60
+        assert job.returncode != 0
         assert re.search(r"rank\s*: 1 ", errors) and "Signal 9 (SIGKILL)" in errors, errors
     finally:
         job.kill()
