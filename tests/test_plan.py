@@ -1,6 +1,7 @@
 """What the planner adds up, beside ranks that were counted; and the planner itself."""
 
 import dataclasses
+import functools
 import json
 import random
 import re
@@ -15,8 +16,9 @@ import activation_ckpt
 import gpt
 import options
 import pipeline
+import train_3d
 import zero
-from tests.commands import run
+from tests.commands import forked
 from tools import cost, dry_run, plan, published
 from tools.cost import HARDWARE, Layout
 from tools.oracle import Case, launch, trainer_of
@@ -104,9 +106,16 @@ def test_a_dry_run_of_each_of_8_ranks_is_the_real_run(case):
     assert any("world group" in line for line in dry_run.disagreements(ranks))
 
 
+def dry(*flags: str):
+    """train_3d.py as a command: runpy warns of a module that is imported already."""
+    before = functools.partial(sys.modules.pop, "tools.dry_run")
+    return forked(0, train_3d.main, *flags, before=before)
+
+
 def test_the_dry_run_of_a_rank_of_3072():
-    done = run(0, "train_3d.py", *"--dry-run --world-size 3072 --rank 1536 --model gpt-1t --tp 8 "
-               "--pp 64 --global-batch-size 48 --micro-batch-size 1 --zero 1".split())  # fmt: skip
+    flags = ("--dry-run --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --zero 1 "
+             "--global-batch-size 48 --micro-batch-size 1").split()  # fmt: skip
+    done = dry(*flags)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
     assert "stage 32 (2 blocks); 8 microbatches" in done.stdout and "differs" not in done.stdout
     assert re.search(r"send to rank 1584: 8\n", done.stdout)
@@ -130,7 +139,7 @@ def test_a_difference_is_marked_and_is_the_exit_code(monkeypatch, capsys):
     ("--world-size 8", "--world-size is of --dry-run"), ("--rank 0", "--rank is of --dry-run"),
 ])  # fmt: skip
 def test_dry_runs_that_cannot_be(flags, message):
-    done = run(0, "train_3d.py", *flags.split())
+    done = dry(*flags.split())
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and message in line and line.startswith("train_3d.py: error: ")
 
