@@ -77,7 +77,7 @@ class Forked:
         self, ranks: int, main: Callable, *argv, threads: int = 1,
         before: Callable = lambda: None, port: int | None = None, torchrun: bool = False,
     ):  # fmt: skip
-        self.folder, self.processes = tempfile.TemporaryDirectory(), []
+        self.folder, self.processes, self.store = tempfile.TemporaryDirectory(), [], None
         context, shared = multiprocessing.get_context("fork"), {}
         if ranks and not torchrun:
             shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_WORLD_SIZE": 1,
@@ -132,6 +132,7 @@ class Forked:
         for process in self.processes:
             process.kill()
             process.join()
+        self.store = None  # now, and not in a later child: its destructor waits for its thread
         self.folder.cleanup()
 
     @property

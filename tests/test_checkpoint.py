@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ import measure
 import options
 import tensor_parallel
 import train_3d
-from tests.commands import TINY, Forked, forked, read_log
+from tests.commands import ROOT, TINY, Forked, command_line, environment, forked, read_log
 from tests.test_train_3d import text  # noqa: F401
 from tools.fuzz import draw_resume
 from tools.oracle import STEPS, Case, judge, launch, reader, trainer_of
@@ -509,24 +510,41 @@ def test_a_run_in_three_parts_and_three_layouts(text, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "ranks, number, to", [(0, signal.SIGINT, "it"), (2, signal.SIGTERM, "torchrun"),
-                          (2, signal.SIGTERM, "one rank")],
+    "ranks, number, to",
+    [(0, signal.SIGINT, "it"), (2, signal.SIGTERM, "one rank"),
+     pytest.param(2, signal.SIGTERM, "torchrun", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_signal_ends_the_run_saved(ranks, number, to, text, tmp_path):  # noqa: F811
     """torchrun passes the signal on, and returns 1 itself. One rank alone tells the others."""
     folder = tmp_path / "saves"
     flags = [*TINY, "--data", text, "--steps", 100_000, "--val-every", 0, "--print-every", 1,
              "--checkpoint-dir", folder, "--save-every", 0]  # fmt: skip
-    with Forked(ranks, train_3d.main, *flags, torchrun=to == "torchrun") as job:
-        job.until("step ")
-        os.kill(job.pids[-1], number)
-        (code,) = {*job.wait()}
-        out, errors = job.read("out"), job.read("errors")
-    assert to == "torchrun" or "Traceback" not in errors
+    if to == "torchrun":
+        out, errors, code = signalled_under_torchrun(ranks, number, *flags)
+    else:
+        with Forked(ranks, train_3d.main, *flags) as job:
+            job.until("step ")
+            os.kill(job.pids[-1], number)
+            code = max(job.wait())
+            out, errors = job.read("out"), job.read("errors")
+        assert "Traceback" not in errors
     stopped = int(re.search(r"stopped by a signal after step (\d+)", out)[1])
     assert os.listdir(folder) == [f"step-{stopped}"]
     assert code == (1 if to == "torchrun" else 0), errors
     assert "FAILED" not in errors  # no rank has
+
+
+def signalled_under_torchrun(ranks: int, number: int, *flags) -> tuple[str, str, int]:
+    job = subprocess.Popen(
+        command_line(ranks, "train_3d.py", *flags), cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        next(line for line in job.stdout if line.startswith("step"))
+        os.kill(job.pid, number)
+        return *job.communicate(timeout=60), job.returncode
+    finally:
+        job.kill()
 
 
 def test_a_hung_collective_ends_with_its_name(text):  # noqa: F811
