@@ -312,8 +312,11 @@ class Logger:
         speed, tflops = self.tokens_per_step / seconds, self.tflop / seconds
         mfu = {"mfu": tflops / self.peak} if self.peak else {}
         for (step, _, lr), (loss, norm, *_) in zip(self.pending, rows, strict=True):
+            skipped = {} if math.isfinite(norm) else {"skipped": True}  # see Trainer.step
             self._write(step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed,
-                        tflops_per_rank=tflops, **mfu)  # fmt: skip
+                        tflops_per_rank=tflops, **mfu, **skipped)  # fmt: skip
+            if skipped:
+                self.say(f"step {step + 1:5d}/{self.steps}  update skipped: gradient norm {norm}")
         left = seconds * (self.stop - step - 1)
         self.say(f"step {step + 1:5d}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.1e}  "
                  f"{speed:,.0f} tokens/s  {tflops:.3g} TFLOP/s a rank  "

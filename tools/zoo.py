@@ -202,7 +202,8 @@ ZOO = [
          "    def _accumulated", "        pass\n\n    def _accumulated")],
         "tests/test_tools.py -k races", ""),
     Bug(27, "nobody waits for the sums", [
-        ("ddp.py", "            handle.wait()\n", "")],
+        ("ddp.py", "            handle.wait()\n            flat.copy_(sent)",
+         "            flat.copy_(sent)")],
         "tests/test_tools.py -k races", ""),
     Bug(28, "gradients of bf16 add up in bf16", [
         ("ddp.py", "self.grad_dtype = grad_dtype or torch.promote_types(self.dtype, torch.float32)",
