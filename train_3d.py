@@ -191,7 +191,7 @@ class Trainer:
                 torch._foreach_mul_([piece.grad for _, piece, _, _ in pieces], factor)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
-            if self.optimizer.defaults.get("fused"):  # the kernels read found_inf, the host does not
+            if self.optimizer.defaults.get("fused"):  # its kernels read found_inf: no host sync
                 self.optimizer.found_inf = (~stats[1].isfinite()).float()
             self.optimizer.step()
             self.sync.after_step()

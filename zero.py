@@ -207,8 +207,8 @@ class Zero1:
         self.start()
 
     def start(self) -> None:
-        """Before the first backward of a step: gradients to zero, counters too. An exception may have
-        ended the last step: its collectives are completed, its gradients dropped."""
+        """Before the first backward of a step: gradients to zero, counters too. If an exception
+        ended the last step, its collectives are completed and its gradients dropped."""
         for unit in self.units:
             unit.land()
             if unit.gradients is not None:

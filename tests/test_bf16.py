@@ -145,9 +145,9 @@ def emulate(case: Case) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     groups = [{"params": [p for p in every if p.ndim >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
     optimizer = (
-        torch.optim.SGD(groups, lr=0.0)
+        torch.optim.SGD(groups, lr=0.0, fused=True)
         if case.optimizer == "sgd"
-        else torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=oracle.EPS)
+        else torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=oracle.EPS, fused=True)
     )
     losses = []
     for step in range(case.steps):

@@ -160,8 +160,8 @@ def interrupted(trainer: train_3d.Trainer, call: int, backward: bool) -> Iterato
 
 
 class Late:
-    """The handle of a collective. Its result is written by wait(), or by deliver() if wait() was not
-    called before: the slowest network that is possible."""
+    """The handle of a collective. Its result is written by wait(), or by deliver() if wait() was
+    not called before: the slowest network that is possible."""
 
     in_flight: list["Late"] = []
 
