@@ -118,7 +118,8 @@ def test_saved_in_one_layout_and_resumed_in_another_is_the_undisturbed_run(case)
 @pytest.mark.parametrize(
     "case",
     [
-        Case(t=2, p=2, d=2, m=3, zero=2, schedule="zb-v", n_layer=6, dropout=0.1),
+        pytest.param(Case(t=2, p=2, d=2, m=3, zero=2, schedule="zb-v", n_layer=6, dropout=0.1),
+                     marks=pytest.mark.slow),
         Case(d=4, n_layer=2),  # a ring adds in an order that depends on the place in a bucket
     ],
     ids=str,

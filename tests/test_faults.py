@@ -260,6 +260,7 @@ exec "$@"
 
 
 @pytest.mark.skipif(not hosts.capable("CAP_SYS_ADMIN"), reason="mount needs CAP_SYS_ADMIN")
+@pytest.mark.slow
 def test_a_full_shared_memory_is_no_matter(text):
     """Nothing of ours is there: CPU ranks talk through sockets."""
     line = command_line(2, "train_3d.py", *TINY, "--data", text, "--tp", 2)
@@ -269,6 +270,7 @@ def test_a_full_shared_memory_is_no_matter(text):
     assert result.returncode == 0 and "step     4/4" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_with_a_port_that_is_taken(text):
     """torchrun's own: it does not begin, and says which."""
     with socket.socket() as other:

@@ -21,7 +21,8 @@ from tools.oracle import Case, judge
 @pytest.mark.parametrize(
     "backend, case",  # aot_eager: the graphs, with autograd's, but no C++ made of them (40 s)
     [("aot_eager", Case(t=2, sequence=True, dropout=0.2, recompute="full")),
-     ("inductor", Case(d=2, zero=3, recompute="selective", attention="explicit"))],
+     pytest.param("inductor", Case(d=2, zero=3, recompute="selective", attention="explicit"),
+                  marks=pytest.mark.slow)],
     ids=str,
 )  # fmt: skip
 def test_compiled_equals_one_process(backend, case, monkeypatch):

@@ -12,6 +12,7 @@ SMALL = gpt.GPTConfig(2, 4, 64, 64, 64)
 
 
 @pytest.mark.usefixtures("namespaces")
+@pytest.mark.slow
 def test_every_byte_that_crosses_is_counted(monkeypatch, capsys):
     monkeypatch.setattr(hierarchy, "CONFIG", SMALL)
     monkeypatch.setattr(hierarchy, "BUCKET", 1 << 16)

@@ -20,6 +20,7 @@ def namespaces():
 
 
 @pytest.mark.usefixtures("namespaces")
+@pytest.mark.slow
 def test_a_pipeline_across_the_link(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["two_hosts", "--steps", "3"])
     with pytest.raises(SystemExit) as end:
@@ -54,6 +55,7 @@ with open(f"{os.path.dirname(__file__)}/rank-{os.environ['RANK']}", "w") as file
 """
 
 
+@pytest.mark.slow
 def test_what_slurm_gives_each_task(tmp_path):
     """A stub of srun starts a torchrun a node, both on this host."""
     for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\nprintf 'localhost\\nother\\n'\n"),

@@ -267,6 +267,7 @@ def test_gpt2s_own_vocabulary(t, sequence):
     assert errors.worst <= TOLERANCE, errors
 
 
+@pytest.mark.slow
 def test_a_slice_of_fuzz():
     rng = random.Random(2026)
     cases = [case for case in (draw_case(rng) for _ in range(8)) if refusal(case) is None]

@@ -17,7 +17,8 @@ from tools.oracle import draw, launch
 
 MICROBATCHES = (*range(1, 21), 31, 32, 33, 48, 63, 64)
 SIZES = [(p, m) for p in range(1, 17) for m in MICROBATCHES]
-NAMES = [(name, v) for name in pipeline.SCHEDULES
+NAMES = [pytest.param(name, v, marks=pytest.mark.slow if v > 2 else ())
+         for name in pipeline.SCHEDULES
          for v in {"interleaved": (1, 2, 3, 4), "zb-v": (2,)}.get(name, (1,))]  # fmt: skip
 
 
@@ -314,7 +315,9 @@ def run_schedules(p: int, count: int, seed: int) -> tuple[float, int]:
     return worst, compared
 
 
-@pytest.mark.parametrize("p, count", [(1, 20), (2, 70), (3, 60), (4, 50)])
+@pytest.mark.parametrize("p, count", [
+    (1, 20), *(pytest.param(p, n, marks=pytest.mark.slow) for p, n in ((2, 70), (4, 50))), (3, 60),
+])  # fmt: skip
 def test_200_random_schedules_run(p, count):
     """The executor is right for any list, not for five."""
     results = launch(p, run_schedules, p, count, p)

@@ -52,8 +52,8 @@ MORE = [
 
 @pytest.mark.parametrize("case", [
     *MORE,
-    *(dataclasses.replace(case, recompute=policy, seq_len=12) for case in UNDER_POLICIES
-      for policy in activation_ckpt.POLICIES),
+    *(pytest.param(dataclasses.replace(case, recompute=policy, seq_len=12), marks=pytest.mark.slow)
+      for case in UNDER_POLICIES for policy in activation_ckpt.POLICIES),
 ], ids=str)  # fmt: skip
 def test_a_rank_holds_sends_and_computes_what_is_predicted(case):
     """More of it, with every pair of options, in tests/test_layouts.py."""
@@ -87,7 +87,9 @@ EIGHT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", EIGHT, ids=str)
+@pytest.mark.parametrize("case", [
+    *EIGHT[:2], *(pytest.param(case, marks=pytest.mark.slow) for case in EIGHT[2:])
+], ids=str)  # fmt: skip
 def test_a_dry_run_of_each_of_8_ranks_is_the_real_run(case):
     args = options.parser().parse_args(case.arguments())
     args.world_size, config = 8, options.check(args, 8)
