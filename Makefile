@@ -32,7 +32,7 @@ export OMP_NUM_THREADS = 1
 TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test sample ddp zero tp pp ckpt draw links memory parity fuzz zoo races drill
+.PHONY: help setup train test test-all sample ddp zero tp pp ckpt draw links memory parity fuzz zoo races drill
 .PHONY: plan published plan-check dry-run two-hosts hierarchy gpu-check node plot lint clean
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint
 
@@ -56,8 +56,11 @@ train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 
 sample: $(SETUP)  ## text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def ' --top-k 40 --n 200"
 	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
-test: $(SETUP)  ## the whole suite (10 to 15 min)
-	$(PY) -m pytest -q $(ARGS)
+test: $(SETUP)  ## the fast tests, one process per core (under 3 min on 2 cores); ARGS: pytest's
+	$(PY) -m tests.run -m "not slow" $(ARGS)
+
+test-all: $(SETUP)  ## all tests; CI runs this (under 10 min)
+	$(PY) -m tests.run $(ARGS)
 
 ddp zero tp pp ckpt: NPROC = $(if $(filter ddp zero,$@),4,2)
 tp: FILE = tensor_parallel

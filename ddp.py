@@ -163,6 +163,7 @@ class DDP:
         self._lay_out([p for _, p in reversed(self.parameters)])
         self.ready: list[nn.Parameter] = []  # in the order in which gradients were complete
         self.learned = False
+        self.launched: list = []  # (what was sent, handle), by bucket
         self.start()
 
     def _lay_out(self, order: list[nn.Parameter]) -> None:
@@ -205,6 +206,9 @@ class DDP:
             if not p.requires_grad:
                 raise ValueError(f"{name} was frozen: its bucket would leave late, at every step; "
                                  "let this DDP go and make a new one")  # fmt: skip
+        for _, handle in self.launched:  # if an exception ended the last step: they write to buckets
+            handle.wait()
+        self.launched = []
         for flat in self.buckets:
             flat.zero_()
         for p, master in self.masters.items():
@@ -214,7 +218,6 @@ class DDP:
         for bucket in self.bucket_of.values():
             self.waiting[bucket] += 1
         self.ready = []
-        self.launched: list = []  # (what was sent, handle), by bucket
 
     def _accumulated(self, p: nn.Parameter) -> None:
         """Autograd calls this each time it has added to p.grad."""

@@ -520,6 +520,7 @@ class Pipeline:
         # See receive_ahead. NCCL takes the programs as they are.
         self.by_pair = dist.get_backend(group) == "gloo"
         self.watch: Callable = lambda action: contextlib.nullcontext()
+        self.running = False  # still True if an exception ended the last run
         self.queue: list[Callable] = []  # what the B that runs now leaves to its W
         for chunk in chunks.values() if apart else ():
             defer_weight_gradients(chunk, self.queue)
@@ -547,7 +548,14 @@ class Pipeline:
         loss_of(output of the last stage, microbatch) -> scalar. shape: of what crosses a boundary,
         (b, s, h). before(microbatch) is called ahead of each forward. Returns the sum of the
         losses, which is 0 where the last stage is not. Gradients are left in `.grad`,
-        accumulated."""
+        accumulated. Raises RuntimeError on several ranks if an exception ended the last run."""
+        if self.running and self.group.size() > 1:
+            raise RuntimeError(
+                "the last pipeline run was interrupted, and its messages may still be in flight "
+                "between the stages: start all ranks again and resume from the newest checkpoint"
+            )
+        self.running = True
+        self.queue.clear()
         self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, shape, before
         dtype = torch.promote_types(self.dtype, torch.float32)
         self.loss = torch.zeros((), dtype=dtype, device=self.device)
@@ -568,6 +576,7 @@ class Pipeline:
             handle.wait()
         left = (self.inbox, self.outbox, self.in_flight, self.pending)
         assert not any(left), "the program left work undone"
+        self.running = False
         return self.loss
 
     def _post(self, batch: tuple[Transfer, ...]) -> None:
@@ -762,9 +771,12 @@ def main() -> None:
             for loss in mine:
                 dist.all_reduce(loss)  # the last stage has it, the others 0
             proof.losses(name, mine, losses)
-            gradients = {n: q.grad for n, q in whole.items()}
-            proof.close(f"{name} max |d gradient|", {n: q.grad for n, q in held.items()}, gradients)
-            proof.close(f"{name} max |d parameter|", held, whole)
+            expected = {n: whole[n] for n in held}
+            gradients, expected_gradients = (
+                {n: q.grad for n, q in named.items()} for named in (held, expected)
+            )
+            proof.close(f"{name} max |d gradient|", gradients, expected_gradients)
+            proof.close(f"{name} max |d parameter|", held, expected)
             calls, elements = predicted_sends(stages, rank, m, b, config.seq_len, config.n_embd)
             sent = tuple(seen.total("pp", "send"))
             proof.equal(f"{name} sends, elements", (steps * calls, steps * elements), sent)

@@ -151,10 +151,10 @@ class Trainer:
         for _, piece, parameter, _ in self.sync.pieces():
             groups[parameter.ndim < 2]["params"].append(piece)
         groups = [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}]
+        how = {"foreach" if self.device.type == "meta" else "fused": True}  # meta has no kernels
         if self.args.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=0.0, foreach=True)
-        how = "fused" if self.device.type == "cuda" else "foreach"
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), **{how: True})
+            return torch.optim.SGD(groups, lr=0.0, **how)
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), **how)
 
     def watch(self, trace: measure.Trace) -> None:
         """From now on, what this rank does goes into `trace`."""
@@ -171,7 +171,8 @@ class Trainer:
     def step(self, step: int) -> Tensor:
         """One optimizer step on the global batch `step`. Returns [loss, gradient norm, asked]: the
         mean over the batch's valid tokens, before the update; the norm before clipping; how many
-        ranks were asked to stop. The same numbers on every rank."""
+        ranks were asked to stop. The same numbers on every rank. If the norm is inf or nan, the
+        update is skipped: parameters, moments and the optimizer's step count keep their values."""
         self.current = step
         self.sync.start()
         loss = self._run(self.program, self.read, step)
@@ -190,6 +191,8 @@ class Trainer:
                 torch._foreach_mul_([piece.grad for _, piece, _, _ in pieces], factor)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
+            if self.optimizer.defaults.get("fused"):  # the kernels read found_inf, the host does not
+                self.optimizer.found_inf = (~stats[1].isfinite()).float()
             self.optimizer.step()
             self.sync.after_step()
         return stats

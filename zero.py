@@ -207,10 +207,15 @@ class Zero1:
         self.start()
 
     def start(self) -> None:
-        """Before the first backward of a step: gradients to zero, counters too."""
+        """Before the first backward of a step: gradients to zero, counters too. An exception may have
+        ended the last step: its collectives are completed, its gradients dropped."""
         for unit in self.units:
+            unit.land()
             if unit.gradients is not None:
                 unit.gradients.zero_()
+            else:
+                for p in unit.place:
+                    p.grad = None
             for _, piece, _, _ in unit.pieces:
                 piece.grad = None
         self.done = dict.fromkeys(self.unit_of, 0)  # accumulations, by parameter
@@ -350,6 +355,9 @@ class Zero3(Zero2):
         for i, layer in enumerate(layers(model)):
             self.is_table.append(isinstance(layer, nn.Embedding))
             layer.register_forward_hook(lambda _, args, y, i=i: me()._after_forward(i, args[0], y))
+
+    def start(self) -> None:
+        super().start()
         for unit in self.units:
             unit.reshard()
 

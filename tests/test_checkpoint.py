@@ -548,8 +548,9 @@ def test_a_run_in_three_parts_and_three_layouts(text, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "ranks, number, to", [(0, signal.SIGINT, "it"), (2, signal.SIGTERM, "torchrun"),
-                          (2, signal.SIGTERM, "one rank")],
+    "ranks, number, to",
+    [(0, signal.SIGINT, "it"), (2, signal.SIGTERM, "one rank"),
+     pytest.param(2, signal.SIGTERM, "torchrun", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_signal_ends_the_run_saved(ranks, number, to, text, tmp_path):  # noqa: F811
     """torchrun passes the signal on, and returns 1 itself. One rank alone tells the others."""
@@ -608,9 +609,7 @@ def signalled_under_torchrun(ranks: int, number: int, *flags) -> tuple[str, str,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        for line in job.stdout:
-            if line.startswith("step"):
-                break
+        next(line for line in job.stdout if line.startswith("step"))
         os.kill(job.pid, number)
         return *job.communicate(timeout=60), job.returncode
     finally:

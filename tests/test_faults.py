@@ -25,7 +25,7 @@ import options
 import pipeline
 import train_3d
 import zero
-from tests.commands import ROOT, TINY, Forked, command_line, environment
+from tests.commands import ROOT, TINY, Forked, command_line, environment, free_port
 from tools import hosts
 
 ENDLESS = [*TINY, "--steps", 100_000, "--val-every", 0, "--print-every", 1, "--timeout", 30]
@@ -101,11 +101,6 @@ RECEIVE = lost("recv", "pp [0, 1]", "pipeline.py", "_take")
 @pytest.mark.parametrize(
     "flags, before, expected",
     [
-        pytest.param(
-            "--timeout 3", lambda begun: rank() == 1 and die(),
-            [r"the ranks did not meet at 127.0.0.1:\d+ within 3 s: .* 1/2 clients joined\."],
-            id="before it has met the others",
-        ),
         pytest.param("--timeout 3", die_at(dist, "new_group", 1), [NEW_GROUP],
                      id="before the first group"),
         pytest.param("--timeout 3 --pp 2", die_at(dist, "new_group", 5), [NEW_GROUP],
@@ -143,6 +138,15 @@ def test_a_rank_that_dies(flags, before, expected, text, tmp_path):
     assert codes == [1, -signal.SIGKILL]
     said, pattern = lines(errors), f"train_3d.py: rank 0: ({'|'.join(expected)})"
     assert len(said) == 1 and re.fullmatch(pattern, said[0]), errors
+
+
+def test_a_rank_that_dies_before_it_joins(text):
+    flags, port = [*TINY, "--data", text, "--timeout", 3], free_port()  # rank 0 opens the store
+    with Forked(2, train_3d.main, *flags, before=lambda: rank() == 1 and die(), port=port) as job:
+        assert job.wait() == [1, -signal.SIGKILL]
+        (line,) = lines(job.read("errors"))
+    said = f"the ranks did not meet at 127.0.0.1:{port} within 3 s: .* 1/2 clients joined."
+    assert re.fullmatch(f"train_3d.py: rank 0: {said}", line), line
 
 
 def test_a_rank_that_comes_late(text, tmp_path):

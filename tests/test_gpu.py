@@ -150,12 +150,14 @@ class FakeCuda:
     type = "cuda"
 
 
-def test_adamw_is_fused_on_a_gpu(monkeypatch):
+@pytest.mark.parametrize("name, optimizer", [("AdamW", "adamw"), ("SGD", "sgd")])
+def test_the_optimizer_is_fused_where_there_are_kernels(name, optimizer, monkeypatch):
     seen = {}
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **how: seen.update(how))
-    for device, how in ((FakeCuda, "fused"), (torch.device("cpu"), "foreach")):
+    monkeypatch.setattr(torch.optim, name, lambda groups, **how: seen.update(how))
+    for device, how in ((FakeCuda, "fused"), (torch.device("cpu"), "fused"),
+                        (torch.device("meta"), "foreach")):  # fmt: skip
         trainer = object.__new__(train_3d.Trainer)
-        trainer.args = options.parser().parse_args([])
+        trainer.args = options.parser().parse_args(["--optimizer", optimizer])
         trainer.device = device
         trainer.sync = type("Sync", (), {"pieces": staticmethod(list)})
         seen.clear()

@@ -39,7 +39,6 @@ from tools import (
     plot,
     races,
     sample,
-    zoo,
 )  # fmt: skip
 from tools.oracle import TOLERANCES, Case, Errors, judge, launch
 
@@ -150,17 +149,24 @@ def test_what_fails_is_made_small(monkeypatch):
     small = fuzz.shrink(dataclasses.replace(large, resume=None))
     assert (small.t, small.p, small.m, small.b, small.n_layer) == (1, 2, 1, 1, 3)
     assert (small.schedule, small.recompute, small.tied) == ("1f1b", "none", False)
-    assert fuzz.refusal(small) is None and fuzz.same_batch(large)
-    assert not fuzz.same_batch(dataclasses.replace(large, m=4))
+    assert fuzz.refusal(small) is None and large.batches == [10, 10]
 
 
 def test_coverage_counts_pairs_that_met():
     case = Case(t=2, d=2, zero=3, sequence=True)
-    assert fuzz.features(case)[:2] == ["tp", "dp"] and "zero3" in fuzz.features(case)
+    assert fuzz.features(case)[:3] == ["tp", "sp", "zero3"]
     table = fuzz.coverage([case] * 3).splitlines()
-    assert table[0] == "tp    " and table[2] == "dp       3   0"
-    met = len(fuzz.features(case))
-    assert table[-1].startswith(f"{met * (met - 1) // 2} of 386 pairs of features have met; never")
+    assert table[0] == "tp    " and table[1] == "sp       3"
+    n = len(fuzz.features(case))
+    assert table[-1].startswith(f"{n * (n - 1) // 2} of 377 pairs of features were tested together")
+
+
+def test_options_without_an_effect_are_no_features():
+    plain = {"m>1", "b>1", "mask", "clip"}
+    for case in (Case(sequence=True), Case(schedule="zb-v"), Case(zero=3, reshard=0)):
+        assert {*fuzz.features(case)} == plain, case
+    hybrid = [Case(d=4, zero=3, shard_size=k) for k in (1, 2, 4)]
+    assert ["hybrid" in fuzz.features(case) for case in hybrid] == [False, True, False]
 
 
 def test_a_slice_of_races(capsys, monkeypatch):
@@ -170,39 +176,6 @@ def test_a_slice_of_races(capsys, monkeypatch):
         races.main(["--n", "1"])
     out = capsys.readouterr().out
     assert end.value.code == 0 and out.count("the same to the last bit") == 4, out
-
-
-def test_all_bugs_apply_and_are_told_of():
-    for bug in zoo.ZOO:
-        for file, old, _ in bug.edits:
-            assert (zoo.ROOT / file).read_text().count(old) == 1, (bug.name, file, old)
-    told = re.findall(r"^### (\d+)\.", (zoo.ROOT / "docs/bugs.md").read_text(), re.MULTILINE)
-    assert {*map(int, told)} == {bug.number for bug in zoo.ZOO}
-
-
-def test_a_slice_of_the_zoo(capsys):
-    """One that is killed, and one that nobody kills, which fails it. The rest is `make zoo`."""
-    (real,) = (bug for bug in zoo.ZOO if bug.number == 22)
-    test = "tests/test_gpt.py -k scales"
-    harmless = zoo.Bug(99, "no bug", [("gpt.py", "# nano trains", "# Nano trains")], test)
-    with pytest.raises(SystemExit) as end:
-        zoo.main([], [real, harmless], ["tests/test_gpt.py", "-k", "future"])
-    out = capsys.readouterr().out
-    assert end.value.code == 1 and "SURVIVED" in out and "1 of 2 killed" in out, out
-    assert "by tests/test_tensor_parallel.py::test_cuts_are_torch_chunks" in out
-
-
-@pytest.mark.parametrize(
-    "edit, test, message",
-    [
-        (("gpt.py", "no such line", ""), "x", "in gpt.py this is there 0 times, expected once"),
-        (("gpt.py", "# nano trains", "#"), "tests/none.py", "tests/none.py is red without a bug"),
-    ],
-)
-def test_a_zoo_that_rots_is_refused(edit, test, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        zoo.main([], [zoo.Bug(99, "rotten", [edit], test)])
-    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):

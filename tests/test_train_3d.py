@@ -221,7 +221,7 @@ def test_a_wrong_schedule_file_says_where_and_what(text, message, tmp_path):
 
 
 def test_refused_under_torchrun_too():
-    result = run(2, "train_3d.py", "--tp", 3)
+    result = forked(2, train_3d.main, "--tp", 3, torchrun=True)
     ours = [line for line in result.stderr.splitlines() if line.startswith("train_3d.py: error:")]
     assert result.returncode != 0 and len(ours) == 1 and "multiple of 3 ranks" in ours[0]
     assert "train_3d.py\", line" not in result.stderr, "a traceback of ours"
@@ -245,10 +245,8 @@ def test_launched_runs_are_the_plain_one(text, tmp_path):
         # 18 tokens: while the sample grows to that, it has odd lengths, and t does not divide them.
         flags = ["--data", text, "--sample", 20, "--log", log, "--val-every", 2, "--seq-len", 18]
         flags += layout.split()
-        if name == "t2 p2":
-            result = run(ranks, "train_3d.py", *TINY, *flags)
-        else:
-            result = forked(ranks, train_3d.main, *TINY, *flags, threads=1 + (name[:3] == "two"))
+        how = {"torchrun": name == "t2 p2", "threads": 1 + (name == "two threads")}
+        result = forked(ranks, train_3d.main, *TINY, *flags, **how)
         assert result.returncode == 0, result.stderr
         logs[name] = read_log(log)
         samples[name] = result.stdout.split("--- sample after")[1].split("val loss")[0]
@@ -535,16 +533,16 @@ def test_what_a_flag_implies_is_said_once(flags, said, changes):
     assert torch.equal(plain, with_it) != changes
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_is_named(text):
+    """By torchrun itself, which watches all its processes."""
     flags = "--steps 1000000 --pp 2 --val-every 0 --print-every 1 --data".split()
     job = subprocess.Popen(
         command_line(2, "train_3d.py", *TINY, *flags, text), cwd=ROOT, env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        for line in job.stdout:
-            if line.startswith("step"):
-                break
+        next(line for line in job.stdout if line.startswith("step"))
         os.kill(ranks_of(job)[1], signal.SIGKILL)
         _, errors = job.communicate(timeout=60)
         assert job.returncode != 0

@@ -1,0 +1,287 @@
+"""Single steps that go wrong, step numbers beyond any run's, and many steps in a row."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import checkpoint
+import ddp
+import measure
+import train_3d
+import zero
+from tools.oracle import Case, launch, trainer_of
+
+SMALL = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=19, seq_len=6)
+
+
+def state(trainer: train_3d.Trainer) -> dict[str, Tensor]:
+    """Copies of what this rank holds: parameters, masters, the optimizer's tensors."""
+    found = {}
+    for name, piece, _, _ in trainer.sync.pieces():
+        found[f"piece {name}"] = piece
+        found |= {f"{key} {name}": x for key, x in trainer.optimizer.state.get(piece, {}).items()}
+    trainer.sync.gather()
+    found |= dict(trainer.model.named_parameters())
+    copies = {name: x.detach().clone() for name, x in found.items() if x is not None}
+    if trainer.args.zero == 3:
+        trainer.sync.after_step()  # back to shards
+    return copies
+
+
+def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    return [name for name in a.keys() | b.keys() if not torch.equal(a[name], b[name])]
+
+
+# --- a gradient that is not finite ----------------------------------------------------------------
+
+
+def spoiled_step(trainer: train_3d.Trainer, step: int, value: float) -> float:
+    """A step in which one entry of one gradient on the last rank is `value`. Returns the norm."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    weight = next(iter(trainer.model.h.values())).attn.c_attn.weight
+
+    def spoil(gradient: Tensor) -> Tensor:
+        spoiled = gradient.clone()
+        spoiled[-1, -1] = value
+        return spoiled if last else gradient
+
+    hook = weight.register_hook(spoil)
+    norm = trainer.step(step)[1].item()
+    hook.remove()
+    return norm
+
+
+def train_through_a_bad_step(case: Case, bad: int, value: float) -> float:
+    """Three steps; on the last rank a gradient of step `bad` is spoiled. A second trainer skips
+    that step. Returns the norm of the bad step."""
+    spoiled, clean = trainer_of(case), trainer_of(case)
+    for step in range(3):
+        before = state(spoiled)
+        if step == bad:
+            norm = spoiled_step(spoiled, step, value)
+            after = state(spoiled)
+            for name in after.keys() - before.keys():  # a first step makes moments: zeros
+                before[name] = torch.zeros_like(after[name])
+            assert differences(before, after) == []
+        else:
+            assert torch.equal(spoiled.step(step), clean.step(step)), f"step {step}"
+            after = state(spoiled)
+            assert differences(after, state(clean)) == [], f"step {step}"
+            assert any(not torch.equal(before[n], after[n]) for n in before), "no update"
+    return norm
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(d=2), Case(d=2, optimizer="sgd", clip=0.0), Case(d=2, zero=1),
+        Case(d=2, zero=3, recompute="full"), Case(d=4, zero=2, shard_size=2),
+        Case(t=2, sequence=True), Case(p=2, n_layer=4, schedule="zb-v"),
+        Case(d=2, dtype="bf16", clip=0.0), Case(d=2, zero=3, dtype="bf16", optimizer="sgd"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("bad, value", [(0, math.nan), (1, math.inf)])
+def test_a_step_with_an_infinite_gradient_changes_nothing(case, bad, value):
+    case = Case(**{**vars(case), **SMALL, "n_layer": case.n_layer if case.p > 1 else 2})
+    for norm in launch(case.world_size, train_through_a_bad_step, case, bad, value):
+        assert norm == value or math.isnan(norm) and math.isnan(value)
+
+
+def save_after_a_bad_step(case: Case, folder: str):
+    trainer, loaded = trainer_of(case), trainer_of(case)
+    trainer.step(0)
+    before = state(trainer)
+    spoiled_step(trainer, 1, math.inf)
+    disk = checkpoint.Checkpoints(folder, 1, dist.group.WORLD)
+    held, numbers = trainer.state_to_save()
+    disk.save(2, held, {"optimizer": numbers})
+    disk.wait()
+    assert disk.failed is None, disk.failed
+    dist.barrier()  # rank 0 has renamed the folder
+    (path, about), _ = checkpoint.newest_whole(checkpoint.find(folder)[0], dist.group.WORLD)
+    checkpoint.read(path, loaded.state_to_load(about["optimizer"]), dist.group.WORLD)
+    loaded.loaded()
+    assert differences(before, state(loaded)) == []
+
+
+def test_a_save_after_a_step_with_an_infinite_gradient_holds_the_state_before_it(tmp_path):
+    launch(2, save_after_a_bad_step, Case(d=2, zero=1, **SMALL), str(tmp_path))
+
+
+def test_the_logger_says_that_an_update_was_skipped(tmp_path, capsys):
+    logger = measure.Logger(str(tmp_path / "log"), steps=3, print_every=3, tokens_per_step=1,
+                            tflop=1.0)  # fmt: skip
+    logger.start()
+    for step, norm in enumerate((1.0, math.inf, math.nan)):
+        logger.step(step, torch.tensor([2.0, norm, 0.0]), lr=0.1)
+    logger.file.close()
+    rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [row.get("skipped") for row in rows] == [None, True, True]
+    skipped = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert skipped == ["step     2/3  update skipped: gradient norm inf",
+                       "step     3/3  update skipped: gradient norm nan"]  # fmt: skip
+
+
+# --- an exception in the middle of a step ---------------------------------------------------------
+
+
+class Interrupted(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def interrupted(trainer: train_3d.Trainer, call: int, backward: bool) -> Iterator[None]:
+    """The given call of the first block's MLP raises, or, if `backward`, the backward through it
+    does."""
+    mlp = next(iter(trainer.model.h.values())).mlp
+    plain, calls = mlp.forward, 0
+
+    def fail(_) -> None:
+        raise Interrupted
+
+    def forward(x: Tensor) -> Tensor:
+        nonlocal calls
+        y, calls = plain(x), calls + 1
+        if calls == call:
+            x.register_hook(fail) if backward else fail(x)
+        return y
+
+    mlp.forward = forward
+    with pytest.raises(Interrupted):
+        yield
+    del mlp.forward
+
+
+class Late:
+    """The handle of a collective. Its result is written by wait(), or by deliver() if wait() was not
+    called before: the slowest network that is possible."""
+
+    in_flight: list["Late"] = []
+
+    def __init__(self, work: dist.Work, output: Tensor, result: Tensor):
+        self.work, self.output, self.result = work, output, result
+        Late.in_flight.append(self)
+
+    def wait(self) -> None:
+        self.work.wait()
+        if self in Late.in_flight:
+            Late.in_flight.remove(self)
+            self.output.copy_(self.result)
+
+    @staticmethod
+    def deliver(*_) -> None:
+        while Late.in_flight:
+            Late.in_flight[0].wait()
+
+
+def make_collectives_late() -> None:
+    """From now on, in this process: the asynchronous ones of ddp.py and zero.py."""
+    all_reduce = dist.all_reduce
+
+    def late_all_reduce(x: Tensor, *args, async_op: bool = False, **kwargs):
+        if not async_op:
+            return all_reduce(x, *args, **kwargs)
+        result = x.clone()
+        return Late(all_reduce(result, *args, async_op=True, **kwargs), x, result)
+
+    def late(real: Callable) -> Callable:
+        def call(output: Tensor, x: Tensor, **kwargs) -> Late:
+            result = torch.empty_like(output)
+            return Late(real(result, x.clone(), **kwargs), output, result)
+
+        return call
+
+    dist.all_reduce = late_all_reduce
+    for module in (ddp, zero):
+        module.all_gather, module.reduce_scatter = late(zero.all_gather), late(zero.reduce_scatter)
+
+
+def train_through_interruptions(case: Case, ways: list[tuple[int, bool]]) -> int:
+    """Three steps. The first two are interrupted in each of these ways (see interrupted) before
+    they run. Returns the number of collectives in flight at the last interruption."""
+    clean, trainer = trainer_of(case), trainer_of(case)
+    expected = []
+    for step in range(3):
+        stats = clean.step(step)
+        gradients = [piece.grad.clone() for _, piece, _, _ in clean.sync.pieces()]
+        expected.append((stats, gradients, state(clean)))
+    make_collectives_late()
+    in_flight = 0
+    for step in range(3):
+        for call, backward in ways if step < 2 else ():
+            with interrupted(trainer, call, backward):
+                trainer.step(step)
+            in_flight = len(Late.in_flight)
+            trainer.sync.start()
+            assert case.zero < 3 or not any(unit.whole for unit in trainer.sync.units), "gathered"
+        block = next(iter(trainer.model.h.values()))
+        hook = block.register_forward_pre_hook(Late.deliver)
+        stats, gradients, held = expected[step]
+        assert torch.equal(trainer.step(step), stats), f"step {step}"
+        hook.remove()
+        for (name, piece, _, _), gradient in zip(trainer.sync.pieces(), gradients, strict=True):
+            assert torch.equal(piece.grad, gradient), f"step {step}: gradient of {name}"
+        assert differences(state(trainer), held) == [], f"step {step}"
+    return in_flight
+
+
+SIZES = dict(m=2, n_head=2, n_embd=8, n_layer=3, vocab_size=19, seq_len=6, bucket_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(d=2, **SIZES), Case(d=4, nodes=2, **SIZES), Case(d=2, dtype="bf16", **SIZES),
+        Case(d=2, zero=1, **SIZES), Case(d=2, zero=2, **SIZES), Case(d=2, zero=3, **SIZES),
+        Case(d=2, zero=3, reshard=0, **SIZES), Case(d=4, zero=2, shard_size=2, **SIZES),
+        Case(d=4, zero=3, shard_size=2, **SIZES),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_step_after_an_interrupted_step_equals_the_step_alone(case):
+    """The second microbatch is interrupted: in its forward, then in its backward."""
+    ways = [(2, False), (2, True)]
+    in_flight = launch(case.world_size, train_through_interruptions, case, ways)
+    assert min(in_flight) > 0, "no collective was in flight"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(t=2, sequence=True, **SIZES), Case(schedule="zb-h1", **SIZES),
+        Case(t=2, d=2, zero=2, sequence=True, schedule="zb-h1", **SIZES),
+        Case(d=2, zero=3, recompute="selective", dropout=0.1, **SIZES),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_strategies_after_an_interrupted_step(case):
+    launch(case.world_size, train_through_interruptions, case, [(2, False), (2, True)])
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_recompute_after_an_interrupted_step(zero):
+    """Calls of a block: forward, recompute, and the same of the second microbatch."""
+    case = Case(d=2, zero=zero, recompute="full", dropout=0.1, **SIZES)
+    launch(2, train_through_interruptions, case, [(3, False), (4, False), (3, True)])
+
+
+def pipeline_after_an_interrupted_step(case: Case) -> str:
+    trainer = trainer_of(case)
+    trainer.step(0)
+    with interrupted(trainer, 2 - trainer.pp_rank, False):  # rank 0 has sent a microbatch
+        trainer.step(1)
+    with pytest.raises(RuntimeError) as error:
+        trainer.step(1)
+    return str(error.value)
+
+
+def test_a_pipeline_refuses_to_run_after_an_interrupted_step():
+    for message in launch(2, pipeline_after_an_interrupted_step, Case(p=2, **SIZES)):
+        assert "interrupted" in message and "resume from the newest checkpoint" in message
