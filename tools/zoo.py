@@ -75,7 +75,8 @@ ZOO = [
          "        arrived = lambda: sum(part() for part in sums)")],
         "tests/test_tensor_parallel.py::test_collectives_of_a_block_and_what_hides_them", ""),
     Bug(7, "norms' gradients not summed over tp", [
-        ("tensor_parallel.py", 'p.partial = sequence and not hasattr(p, "cut")',
+        ("tensor_parallel.py",
+         'p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "cut"))',
          "p.partial = False")],
         LAYOUTS, ""),
     Bug(8, "an argument summed in place, and autograd not told", [
