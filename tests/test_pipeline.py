@@ -274,15 +274,32 @@ def test_layers_are_split_by_cost():
 
 # --- the executor ---------------------------------------------------------------------------------
 
+batch_isend_irecv = dist.batch_isend_irecv
 
-def run_schedules(p: int, count: int, seed: int) -> tuple[float, int]:
-    """On each rank: `count` random schedules through the executor. (worst error, gradients)."""
-    rng, worst, compared = random.Random(seed), 0.0, 0
-    config, shape, rank = gpt.GPTConfig(5, 2, 8, 17, 6), (2, 6, 8), dist.get_rank()
-    pp = dist.new_group(range(p))
-    for _ in range(count):
-        schedule, m, n = random_schedule(rng, p)
-        x = torch.randint(17, (m, 2, 6), generator=torch.Generator().manual_seed(rng.randrange(99)))
+
+class Batch:
+    """The handle of all transfers of a batch, as NCCL gives it. It may be waited for repeatedly."""
+
+    def __init__(self, works: list[dist.Work]):
+        self.works = works
+
+    def wait(self) -> None:
+        while self.works:
+            self.works.pop(0).wait()
+
+
+def one_handle_for_a_batch(operations: list[dist.P2POp]) -> list[Batch]:
+    return [Batch(batch_isend_irecv(operations))]
+
+
+def run_schedules(p: int, schedules: list, as_nccl: bool = False) -> tuple[float, int]:
+    """On each rank: the schedules (with m and the number of stages) through the executor. as_nccl:
+    in the order that NCCL needs. (worst error, gradients)."""
+    worst, compared = 0.0, 0
+    shape, rank, pp = (2, 6, 8), dist.get_rank(), dist.new_group(range(p))
+    for seed, (schedule, m, n) in enumerate(schedules):
+        config = gpt.GPTConfig(max(5, n), 2, 8, 17, 6)
+        x = torch.randint(17, (m, 2, 6), generator=torch.Generator().manual_seed(seed))
 
         def loss_of(logits, microbatch, x=x):
             return gpt.cross_entropy(logits, x[microbatch])
@@ -292,12 +309,14 @@ def run_schedules(p: int, count: int, seed: int) -> tuple[float, int]:
         gpt.init_weights(whole, 0, torch.float64, "cpu", draw)
         for i in range(m):
             loss_of(whole(x[i]), i).backward()
-        stages, split = pipeline.stages_of(schedule)[rank], pipeline.split_layers(5, n)
+        stages, split = pipeline.stages_of(schedule)[rank], pipeline.split_layers(max(5, n), n)
         pipeline.take_stages(mine, stages, split)
         gpt.init_weights(mine, 0, torch.float64, "cpu", draw)
         chunks = pipeline.chunks_of(mine, stages, split)
         apart = pipeline.splits(schedule[rank])
         pipe = pipeline.Pipeline(chunks, n, pp, torch.float64, "cpu", apart)
+        if as_nccl:
+            pipe.by_pair, dist.batch_isend_irecv = False, one_handle_for_a_batch
         program, counted = derive_programs(schedule)[rank], {}
         for q in mine.parameters():
             q.register_post_accumulate_grad_hook(
@@ -320,10 +339,26 @@ def run_schedules(p: int, count: int, seed: int) -> tuple[float, int]:
 ])  # fmt: skip
 def test_200_random_schedules_run(p, count):
     """The executor is right for any list, not for five."""
-    results = launch(p, run_schedules, p, count, p)
+    rng = random.Random(p)
+    compare_with_one_process(p, [random_schedule(rng, p) for _ in range(count)])
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_schedules_run_in_the_order_of_nccl(p):
+    """No receive is posted ahead, and a batch of transfers has one handle."""
+    schedules = []
+    for name, function in pipeline.SCHEDULES.items():
+        for m in (1, p, 2 * p + 1):
+            n = 2 * p if name in ("interleaved", "zb-v") else p
+            schedules.append((function(p, m, 2), m, n))
+    compare_with_one_process(p, schedules, as_nccl=True)
+
+
+def compare_with_one_process(p: int, schedules: list, as_nccl: bool = False) -> None:
+    results = launch(p, run_schedules, p, schedules, as_nccl, timeout=60)
     assert max(error for error, _ in results) <= measure.TOLERANCE
-    # Of 5 blocks of 12, wpe and ln_f's two, nothing was compared by nobody.
-    assert sum(compared for _, compared in results) == count * (5 * 12 + 3)
+    # Of the blocks of 12, wpe and ln_f's two, nothing was compared by nobody.
+    assert sum(compared for _, compared in results) == sum(max(5, n) * 12 + 3 for *_, n in schedules)
 
 
 def sends_held(m: int) -> int:
