@@ -112,7 +112,7 @@ dry-run: MODEL = --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --g
 dry-run: $(SETUP)  ## one rank of 3072, in one process, counted: ARGS for another (1 min)
 	$(PY) train_3d.py --dry-run $(or $(ARGS),$(MODEL) --micro-batch-size 1)
 
-two-hosts hierarchy: $(SETUP)  ## torchrun on 2 hosts; what crosses between them, and its time (root; 1, 3 min)
+two-hosts hierarchy: $(SETUP)  ## torchrun on 2 hosts; what crosses between them, and its time (as root; 1, 3 min)
 	$(PY) -m tools.$(subst -,_,$@) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 gpu-check node: $(SETUP)  ## a GPU beside a bare loop; a report of NPROC GPUs to paste: OUT=FILE (5, 30 min)
