@@ -1,4 +1,4 @@
-"""Layouts beside one process: float64, 1e-12, every gradient and parameter after some steps."""
+"""Layouts compared with one process: float64, 1e-12, every gradient and parameter."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from tools import dry_run
 from tools.fuzz import draw_case, refusal, verdict
 from tools.oracle import Case, judge
 
-# What a layout is made of. Values that only some layouts give an effect are in LIVE.
+# The options of a layout, and the values that are tested. LIVE says when they have an effect.
 FACTORS = {
     "layout": [  # (t, p, d)
         (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2),

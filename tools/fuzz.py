@@ -1,4 +1,4 @@
-"""Configurations drawn at random, beside one process: losses, norms, every gradient and parameter.
+"""Random configurations compared with one process: losses, norms, every gradient and parameter.
 
     python -m tools.fuzz --n 50 --seed 0
     python -m tools.fuzz --case '{"t": 2, "d": 2, "zero": 1}'            replay one
@@ -131,7 +131,7 @@ SMALLEST = {"m": 1, "b": 1, "n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size"
 
 
 def simpler(case: Case) -> Iterator[Case]:
-    """Cases with one thing less each, the largest steps first; of the same batch, if resumed."""
+    """Cases that are simpler in one respect each, the largest simplifications first."""
     if case.resume:
         yield dataclasses.replace(case, resume=None)
         yield dataclasses.replace(case.parts[1][0], resume=None)  # its second layout alone
@@ -153,8 +153,8 @@ def simpler(case: Case) -> Iterator[Case]:
 
 
 def shrink(case: Case, seconds: float = 120, say=print) -> Case:
-    """The smallest case found that fails as well: of the simpler ones the first that does, again
-    and again, until none does or the time is over."""
+    """A smaller case that also fails. Repeatedly takes the first simpler case that fails, until
+    none does or the time is over."""
     end, tried = time.monotonic() + seconds, 0
     while True:
         for other in simpler(case):

@@ -1,11 +1,11 @@
-"""The judge: any layout of train_3d.Trainer against one process that knows no strategy.
+"""The judge: any layout of train_3d.Trainer compared with one process that uses no strategy.
 
     case = Case(t=2, p=2, d=2)
     judge(case)              Errors(loss=1e-16, norm=..., gradient=..., parameter=..., where=...)
 
-The one process is gpt.GPT, torch's cross entropy, clip_grad_norm_ and optimizer, on the whole batch
-at once. Ranks are forked (a few milliseconds each) and meet through a file; every rank compares
-everything it holds with its part of the one process's, cut by the code that cut the weights.
+The one process is gpt.GPT with torch's cross entropy, clip_grad_norm_ and optimizer, on the full
+batch at once. Ranks are forked, which takes a few milliseconds each, and find each other through a
+file. Every rank compares everything it holds with its shard of the one process's tensors.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Errors(NamedTuple):
 @dataclasses.dataclass
 class Case:
     """A layout and a model. m microbatches of b rows on each of d replicas. resume: the run is
-    saved after step `at` and goes on with these fields replaced, of the same model and batch."""
+    saved after step `at` and resumed with these fields replaced. The model and d m b must stay."""
 
     t: int = 1
     p: int = 1
@@ -191,7 +191,7 @@ def launch(
                     results[rank] = value
         finally:
             for process in processes:
-                if ends:  # something went wrong: the others may wait for ever
+                if ends:  # something went wrong, and the others may wait indefinitely
                     process.kill()
                 process.join()
     return results
@@ -369,8 +369,8 @@ def layout(
 
 
 def _check_all_are_compared(trainer: train_3d.Trainer, named: dict, pieces: list) -> None:
-    """By object, since two tensors may have one name: every parameter of this rank is in `named`,
-    and the pieces of the ranks that share its state are as long as the parameters together."""
+    """Compares objects, since two tensors may have one name: every parameter of this rank is in
+    `named`, and the ranks that shard its state together hold as many elements as it has."""
     held = {*map(id, trainer.model.parameters())}
     assert held == {*map(id, named.values())}, "two parameters have one name"
     assert held >= {id(p) for _, _, p, _ in pieces}, "a piece of a parameter that is not here"

@@ -1,4 +1,4 @@
-"""The bug zoo: mistakes that projects of this kind have made, put into a copy of ours one by one.
+"""The bug zoo: mistakes that such projects have made, applied one by one to a copy of this one.
 
     python -m tools.zoo                  all of them: which test kills each
     python -m tools.zoo --only 9 norm    these numbers, or with this word in the name
