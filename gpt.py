@@ -232,11 +232,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, warmup: int | None, peak: float) -> float:
-    """Linear warmup (default: a tenth of the steps), never 0, then cosine down to a tenth."""
+    """Linear warmup (default: a tenth of the steps), never 0, then cosine down to a tenth, which
+    steps beyond the last one keep."""
     warmup = max(1, steps // 10) if warmup is None else warmup
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
     return peak * (0.55 + 0.45 * math.cos(math.pi * done))
 
 

@@ -5,16 +5,20 @@ import json
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import checkpoint
+import data
 import ddp
+import gpt
 import measure
 import train_3d
 import zero
+from tests.commands import TINY, forked, read_log
 from tools.oracle import Case, launch, trainer_of
 
 SMALL = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=19, seq_len=6)
@@ -285,3 +289,83 @@ def pipeline_after_an_interrupted_step(case: Case) -> str:
 def test_a_pipeline_refuses_to_run_after_an_interrupted_step():
     for message in launch(2, pipeline_after_an_interrupted_step, Case(p=2, **SIZES)):
         assert "interrupted" in message and "resume from the newest checkpoint" in message
+
+
+# --- large step numbers, small corpora ------------------------------------------------------------
+
+LARGE = (10**9, 2**40)
+
+
+@pytest.mark.parametrize("step", LARGE)
+def test_batches_of_large_steps(step):
+    tokens, rows = np.arange(10_000), range(8)
+
+    def starts(step: int, rows: range) -> list[int]:
+        x, y = data.batch(tokens, step, rows, seq_len=4, seed=0)
+        assert torch.equal(y, x + 1)
+        return x[:, 0].tolist()
+
+    here = starts(step, rows)
+    assert here == starts(step, range(3)) + starts(step, range(3, 8))
+    for other in (0, step - 1, step + 1, step % 2**32 + 1, 2 * step):
+        assert starts(other, rows) != here, other
+
+
+@pytest.mark.parametrize("step", LARGE)
+def test_dropout_masks_of_large_steps(step):
+    drop, x = gpt.Dropout(0.5), torch.ones(8, 6, 5)
+    drop.draws = gpt.Draws()
+
+    def mask(step: int, rows: range) -> Tensor:
+        drop.draws.at(step, rows)
+        return drop(x[: len(rows)])
+
+    here = mask(step, range(8))
+    assert torch.equal(here, torch.cat([mask(step, range(3)), mask(step, range(3, 8))]))
+    for other in (0, step - 1, step + 1, step % 2**32 + 1, 2 * step):
+        assert not torch.equal(mask(other, range(8)), here), other
+
+
+def stats_of_large_steps(case: Case) -> Tensor:
+    """Loss and norm, by step, of a trainer that reads with data.batch."""
+    trainer, tokens = trainer_of(case), np.arange(1000) ** 2 % case.vocab_size
+    trainer.read = lambda step, rows: data.batch(tokens, step, rows, case.seq_len, case.seed)
+    return torch.stack([trainer.step(step)[:2] for start in LARGE for step in (start, start + 1)])
+
+
+def test_large_steps_do_not_depend_on_the_layout():
+    sizes = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=19, seq_len=6, dropout=0.2)
+    (alone,) = launch(1, stats_of_large_steps, Case(m=8, b=1, **sizes))
+    assert len(set(alone[:, 0].tolist())) == 4
+    for case in (
+        Case(t=2, d=2, m=2, b=2, zero=3, sequence=True, recompute="full", **sizes),
+        Case(p=2, d=2, m=4, b=1, **sizes),
+    ):
+        for stats in launch(4, stats_of_large_steps, case):
+            torch.testing.assert_close(stats, alone, rtol=measure.TOLERANCE, atol=0)
+
+
+def test_the_learning_rate_beyond_the_last_step_stays_the_lowest():
+    for warmup in (None, 0, 7, 40):
+        for step in (40, 41, 79, 80, *LARGE):
+            rate = gpt.learning_rate(step, 40, warmup, peak=1.0)
+            assert rate == pytest.approx(0.1 if warmup != 40 or step > 40 else 1.0), (warmup, step)
+
+
+def test_a_corpus_shorter_than_the_run(tmp_path):
+    """The shortest text that is accepted: one row to train on, one to validate."""
+    path, length = tmp_path / "text", int(TINY[TINY.index("--seq-len") + 1])
+    path.write_bytes(bytes(range(2 * (length + 1))))
+    runs = []
+    for ranks, flags in ((0, ""), (0, ""), (2, "--zero 1"), (4, "--tp 2 --pp 2")):
+        log = tmp_path / f"log{len(runs)}"
+        line = [*TINY, "--steps", 12, "--val-every", 6, "--lr", 0.01, "--data", path, "--log", log]
+        done = forked(ranks, train_3d.main, *line, *flags.split())
+        assert done.returncode == 0, done.stderr
+        keys = ("loss", "grad_norm", "val_loss")
+        runs.append([row[key] for row in read_log(log) for key in keys if key in row])
+    alone, again, *others = runs
+    assert len(alone) == 2 * 12 + 2 and again == alone
+    assert alone[0] > 5 and alone[-3] < 0.8 * alone[0], "it learns its one row"
+    for run in others:
+        assert run == pytest.approx(alone, rel=measure.TOLERANCE)
