@@ -206,7 +206,7 @@ def test_a_plan_that_splits_a_kv_head_is_refused():
 
 
 class SharedKVBlock(Block):
-    """k and v have a matrix of their own, which SharedKV replicates."""
+    """k and v come from a separate matrix, which SharedKV replicates."""
 
     def __init__(self):
         super().__init__()
