@@ -33,8 +33,8 @@ def test_compiled_equals_one_process(backend, case, monkeypatch):
 
 
 class Graphs:
-    """The backend of torch.compile: runs a graph unchanged. runs: the number of linear layers in the
-    graph, for each run of a graph."""
+    """A backend of torch.compile that runs a graph unchanged. runs: for each run of a graph, the
+    number of its linear layers."""
 
     def __init__(self, monkeypatch):
         self.runs: list[int] = []
@@ -193,7 +193,7 @@ def test_the_optimizer_is_fused_where_there_are_kernels(name, optimizer, monkeyp
 
 def check(monkeypatch, tmp_path) -> tuple[str, str]:
     """(what make gpu-check writes, what it complains of), on the CPU."""
-    graphs, plain, seconds = Graphs(monkeypatch), gpu_check.seconds, []
+    graphs, plain = Graphs(monkeypatch), gpu_check.seconds
 
     def watched(loops, steps, device):
         compiled = [getattr(getattr(loop, "args", None), "compile", False) for loop in loops]
