@@ -43,8 +43,8 @@ def rank() -> int:
 
 
 def lines(errors: str) -> list[str]:
-    """Without torch's own warnings, which begin with [rank0]:[W."""
-    return [line for line in errors.splitlines() if not re.match(r"\[rank\d+\]:\[W", line)]
+    """Without torch's own warnings, which begin with [W or with [rank0]:[W."""
+    return [line for line in errors.splitlines() if not re.match(r"(\[rank\d+\]:)?\[W", line)]
 
 
 def die() -> None:
