@@ -63,6 +63,7 @@ def check_rows(ranks: list[dict[str, tuple]], families: list[list[str]], replica
         assert told["seconds"] == n, row
 
 
+@pytest.mark.slow
 def test_every_row_of_two_ranks_trains_alike():
     """Ranks that share one batch read twice as many rows as replicas do. PyTorch's strategies have
     another learning rate."""
@@ -79,6 +80,7 @@ def test_every_row_of_two_ranks_trains_alike():
     assert abs(first["DDP"] - first["torch DDP"]) < 2e-3
 
 
+@pytest.mark.slow
 def test_two_by_two_by_two():
     assert set(node.names(8)) == able(8) | {node.BARE}
     rows = ["2 x 2 x d", "torch 2 x 2 x d"]
@@ -133,6 +135,7 @@ def report(monkeypatch, tmp_path, *arguments: str) -> tuple[str, int]:
     return out.read_text(), int(end.value.code)
 
 
+@pytest.mark.slow
 def test_the_report(monkeypatch, tmp_path):
     said, code = report(monkeypatch, tmp_path, "--rows", "bare loop", "ZeRO-3", "2 x 2 x d")
     assert code == 0, said
@@ -144,6 +147,7 @@ def test_the_report(monkeypatch, tmp_path):
     assert rows["| bare loop"][5] == "1.000" and float(rows["| ZeRO-3"][1]) > 0
 
 
+@pytest.mark.slow
 def test_what_fails_says_so_and_the_report_goes_on(monkeypatch, tmp_path):
     plain = node.launch
 

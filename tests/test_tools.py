@@ -181,6 +181,7 @@ def test_a_slice_of_races(path, capsys, monkeypatch):
     assert end.value.code == 0 and out.count("the same to the last bit") == 1, out
 
 
+@pytest.mark.slow
 def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
     cases = parity.cases(8, n_head=24)
     sizes = {(c.t, c.p, c.d) for c in cases}
@@ -198,6 +199,7 @@ def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
     assert exit_.value.code == 1 and "MISMATCH" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resident_memory_falls_as_predicted():
     said = []
     config = gpt.GPTConfig(n_layer=3, n_head=8, n_embd=512, vocab_size=256, seq_len=16)
@@ -214,12 +216,14 @@ def test_resident_activations_fall_as_predicted(monkeypatch):
     assert not memory.activations_table(config, 2, lambda line: None), "nothing was dropped"
 
 
+@pytest.mark.slow
 def test_a_leak_would_show_in_resident_memory(monkeypatch):
     config = gpt.GPTConfig(n_layer=3, n_head=8, n_embd=512, vocab_size=256, seq_len=16)
     monkeypatch.setattr("zero.Unit.reshard", zero.Unit.wait)  # the whole parameters stay
     assert not memory.table(config, 2, torch.float32, lambda line: None)
 
 
+@pytest.mark.slow
 def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
     out = tmp_path / "bench.json"
@@ -246,6 +250,7 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("name", ["tp", "pp", "ckpt", "3d"])
+@pytest.mark.slow
 def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 256, 8)})
     monkeypatch.setattr(bench, "ROUNDS", 1)
@@ -341,6 +346,7 @@ def test_colors_stand_for_letters():
     assert "F" not in plain and "\033[30;44m0" in plain and "\033[30;103m2" in plain
 
 
+@pytest.mark.slow
 def test_a_drill_of_one_kill(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["drill.py", "--drills", "1", "--nproc", "2"])
     with pytest.raises(SystemExit) as end:

@@ -484,6 +484,7 @@ def losses(*arguments: str) -> list[float]:
     return torch.stack([trainer.step(step)[0] for step in range(args.steps)])
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32_for_300_steps():
     """Seen of several texts: at most 0.007 nats apart, and 0.001 on average; the loss falls by
     2. At lr 2e-3 training itself magnifies differences: fp32 from a start that is rounded to bf16
