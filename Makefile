@@ -56,11 +56,9 @@ train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 
 sample: $(SETUP)  ## text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def ' --top-k 40 --n 200"
 	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
-test: $(SETUP)  ## the fast tests, one process per core (under 3 min on 2 cores); ARGS: pytest's
-	$(PY) -m tests.run -m "not slow" $(ARGS)
-
-test-all: $(SETUP)  ## all tests; CI runs this (under 10 min)
-	$(PY) -m tests.run $(ARGS)
+test: CHOSEN = -m "not slow"
+test test-all: $(SETUP)  ## the fast tests (under 3 min on 2 cores); all, as CI runs them (under 10 min)
+	$(PY) -m tests.run $(CHOSEN) $(ARGS)
 
 ddp zero tp pp ckpt: NPROC = $(if $(filter ddp zero,$@),4,2)
 tp: FILE = tensor_parallel

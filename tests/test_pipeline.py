@@ -27,9 +27,10 @@ def test_the_timelines_in_the_docstring():
     assert results.attempted == 1 and results.failed == 0
 
 
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name, v", NAMES)
-def test_bubble_and_memory_are_as_predicted(name, v):
-    for p, m in SIZES:
+def test_bubble_and_memory_are_as_predicted(name, v, every):
+    for p, m in SIZES[::every]:
         schedule = pipeline.SCHEDULES[name](p, m, v)
         closed_form = {"gpipe": True, "1f1b": True, "zb-v": m >= 2 * p - 1}.get(name, m >= p)
         if closed_form:
@@ -44,7 +45,7 @@ def test_bubble_and_memory_are_as_predicted(name, v):
 
 @pytest.mark.parametrize("name, v", NAMES)
 def test_schedules_are_complete_and_their_transfers_never_deadlock(name, v):
-    for p, m in SIZES[::5]:
+    for p, m in SIZES[::13]:
         schedule = pipeline.SCHEDULES[name](p, m, v)
         check(schedule, m)
         few = m // 2 + 1

@@ -17,7 +17,7 @@ import options
 import pipeline
 import train_3d
 from tests.commands import forked
-from tools import cost, dry_run, plan, published
+from tools import calibrate, cost, dry_run, plan, published
 from tools.cost import HARDWARE, Layout
 from tools.oracle import Case, launch, trainer_of
 
@@ -88,7 +88,7 @@ EIGHT = [
 
 
 @pytest.mark.parametrize("case", [
-    *EIGHT[:2], *(pytest.param(case, marks=pytest.mark.slow) for case in EIGHT[2:])
+    EIGHT[1], *(pytest.param(case, marks=pytest.mark.slow) for case in EIGHT if case != EIGHT[1])
 ], ids=str)  # fmt: skip
 def test_a_dry_run_of_each_of_8_ranks_is_the_real_run(case):
     args = options.parser().parse_args(case.arguments())
@@ -332,11 +332,39 @@ def test_json(monkeypatch, capsys):
     assert times == sorted(times) and times[0] <= found["recipe"]["step_s"]
 
 
+HERE = "--calibrate --model nano --gpus 2 --global-batch-size 8 --schedule 1f1b --json"
+
+
+def test_calibration_recovers_the_speeds_of_a_machine(monkeypatch, capsys):
+    """A machine of 0.1 TFLOP/s, 2 us per matmul, 5 GB/s of memory, 30 us and 1 GB/s per message."""
+    def measured(n: int, machine) -> list[tuple]:
+        terms = [(f, c, k) for f in (1e9, 2e9, 7e9) for c in (10, 40) for k in (1e6, 9e6)]
+        blocks = [(f, c, k, f / 1e11 + 2e-6 * c + k / 5e9) for f, c, k in terms]
+        sent = [(size, 30e-6 + size / 1e9) for size in (1e3, 1e5, 1e7)]
+        return [(blocks, 5e9, sent, 0.25)] * n
+
+    monkeypatch.setattr(calibrate, "launch", measured)
+    hardware = calibrate.calibrate(2)
+    assert (hardware.tflops, hardware.ramp_gflop) == pytest.approx((0.1, 2e-6 * 100))
+    assert (hardware.memory_gb_per_s, hardware.passes) == pytest.approx((5.0, 1.0))
+    assert (hardware.link_us, hardware.link_gb_per_s) == pytest.approx((30.0, 1.0))
+    assert hardware.overlap == 0.25
+    best = json.loads(said(monkeypatch, capsys, HERE))["best"]
+    assert best["tp"] * best["pp"] * best["dp"] == 2 and best["bytes"]["parameters"] > 1e6
+    seconds = best["step_s"]
+    monkeypatch.setattr(calibrate, "calibrate", lambda n: hardware._replace(tflops=0.05))
+    assert seconds < json.loads(said(monkeypatch, capsys, HERE))["best"]["step_s"] < 2 * seconds
+
+
+@pytest.mark.slow
 def test_a_plan_for_this_machine(monkeypatch, capsys):
-    flags = "--calibrate --model nano --gpus 2 --global-batch-size 8 --schedule 1f1b --json"
-    found = json.loads(said(monkeypatch, capsys, flags))
-    assert found["best"]["tp"] * found["best"]["pp"] * found["best"]["dp"] == 2
-    assert 0 < found["best"]["step_s"] < 600 and found["best"]["bytes"]["parameters"] > 1e6
+    """Where other work disturbs the measurement, it says so in one line."""
+    try:
+        best = json.loads(said(monkeypatch, capsys, HERE))["best"]
+    except SystemExit as error:
+        assert str(error).endswith("times do not follow FLOPs: is this machine idle?")
+    else:
+        assert best["tp"] * best["pp"] * best["dp"] == 2
 
 
 def test_nothing_fits(monkeypatch, capsys):

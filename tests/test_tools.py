@@ -207,6 +207,7 @@ def test_resident_memory_falls_as_predicted():
     assert len(said) == 4 and all("ok" in line for line in said)
 
 
+@pytest.mark.slow
 def test_resident_activations_fall_as_predicted(monkeypatch):
     said = []
     config = gpt.GPTConfig(3, 8, 128, 256, seq_len=512, attention="explicit")
@@ -420,6 +421,7 @@ def trained(case: Case, folder: str, text: str) -> None:
     assert disk.failed is None
 
 
+@pytest.mark.slow
 def test_sampling_from_a_checkpoint(tmp_path):
     """An alphabet, learned by 2 x 2 ranks, said by one; cold, and of the one likeliest token."""
     case = Case(t=2, p=2, n_layer=2, n_embd=48, vocab_size=256, seq_len=8, dtype="float32",
@@ -435,6 +437,7 @@ def test_sampling_from_a_checkpoint(tmp_path):
     assert hot == again != "abcdefghabcd\n"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_bench_measures_what_it_says(monkeypatch):
     monkeypatch.setattr(bench_checkpoint, "ROUNDS", 1)
     monkeypatch.setitem(bench_checkpoint.SIZES, 24, (2, 12, 24))

@@ -230,22 +230,26 @@ def test_refused_under_torchrun_too():
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def test_launched_runs_are_the_plain_one(text, tmp_path):
-    """The same command, plain with 1 and 2 threads and under torchrun: rows, validation, sample."""
+@pytest.mark.parametrize(
+    "ranks, layout, how",
+    [
+        (4, "--tp 2 --pp 2 --sequence-parallel", {"torchrun": True}),
+        pytest.param(4, "--tp 2 --pp 2", {}, marks=pytest.mark.slow),
+        pytest.param(4, "--pp 2 --zero 2 --schedule gpipe --recompute full", {},
+                     marks=pytest.mark.slow),
+        pytest.param(0, "", {"threads": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_launched_runs_are_the_plain_one(ranks, layout, how, text, tmp_path):
+    """The same command for one process and launched: rows, validation, sample."""
     logs, samples = {}, {}
-    launches = {
-        "plain": (0, ""),
-        "two threads": (0, ""),
-        "t2 p2": (4, "--tp 2 --pp 2"),
-        "t2 p2 sp": (4, "--tp 2 --pp 2 --sequence-parallel"),
-        "p2 d2 zero": (4, "--pp 2 --zero 2 --schedule gpipe --recompute full"),
-    }
-    for name, (ranks, layout) in launches.items():
+    launches = {"plain": (0, "", {}), "launched": (ranks, layout, how)}
+    for name, (ranks, layout, how) in launches.items():
         log = tmp_path / name
         # 18 tokens: while the sample grows to that, it has odd lengths, and t does not divide them.
         flags = ["--data", text, "--sample", 20, "--log", log, "--val-every", 2, "--seq-len", 18]
         flags += layout.split()
-        how = {"torchrun": name == "t2 p2", "threads": 1 + (name == "two threads")}
         result = forked(ranks, train_3d.main, *TINY, *flags, **how)
         assert result.returncode == 0, result.stderr
         logs[name] = read_log(log)
@@ -556,7 +560,10 @@ def test_a_killed_rank_ends_the_job_and_is_named(text):
 # --- what it promises about itself ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [ddp, zero, tensor_parallel, pipeline, activation_ckpt])
+@pytest.mark.parametrize("module", [ddp, *(
+    pytest.param(module, marks=pytest.mark.slow)
+    for module in (zero, tensor_parallel, pipeline, activation_ckpt)
+)])  # fmt: skip
 def test_the_proof_of_each_strategy_file(module):
     launched = run(2, "ddp.py") if module is ddp else forked(2, module.main)
     assert launched.returncode == 0, launched.stdout + launched.stderr
