@@ -32,7 +32,7 @@ export OMP_NUM_THREADS = 1
 TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test sample ddp zero tp pp ckpt draw links memory parity fuzz zoo races drill
+.PHONY: help setup train test test-all sample ddp zero tp pp ckpt draw links memory parity fuzz zoo races drill
 .PHONY: plan published plan-check dry-run two-hosts hierarchy gpu-check node plot lint clean
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint
 
@@ -56,8 +56,9 @@ train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 
 sample: $(SETUP)  ## text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def ' --top-k 40 --n 200"
 	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
-test: $(SETUP)  ## the whole suite (10 to 15 min)
-	$(PY) -m pytest -q $(ARGS)
+test: CHOSEN = -m "not slow"
+test test-all: $(SETUP)  ## the fast tests (under 3 min on 2 cores); all, as CI runs them (under 10 min)
+	$(PY) -m tests.run $(CHOSEN) $(ARGS)
 
 ddp zero tp pp ckpt: NPROC = $(if $(filter ddp zero,$@),4,2)
 tp: FILE = tensor_parallel
@@ -109,7 +110,7 @@ dry-run: MODEL = --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --g
 dry-run: $(SETUP)  ## one rank of 3072, in one process, counted: ARGS for another (1 min)
 	$(PY) train_3d.py --dry-run $(or $(ARGS),$(MODEL) --micro-batch-size 1)
 
-two-hosts hierarchy: $(SETUP)  ## torchrun on 2 hosts; what crosses between them, and its time (root; 1, 3 min)
+two-hosts hierarchy: $(SETUP)  ## torchrun on 2 hosts; what crosses between them, and its time (as root; 1, 3 min)
 	$(PY) -m tools.$(subst -,_,$@) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 gpu-check node: $(SETUP)  ## a GPU beside a bare loop; a report of NPROC GPUs to paste: OUT=FILE (5, 30 min)

@@ -85,6 +85,15 @@ def load(
     return tokens[:-held_out], tokens[-held_out:]
 
 
+def example(n: int = 20_000) -> np.ndarray:
+    """n tokens for demos and tests, the same on every machine: a text of 64 words in random order,
+    as bytes."""
+    rng = np.random.default_rng(0)
+    words = [bytes(rng.integers(97, 123, 2 + i % 8).tolist()) + b" " for i in range(64)]
+    text = b"".join(words[i] for i in rng.integers(64, size=n))
+    return np.frombuffer(text[:n], dtype=np.uint8)
+
+
 def fingerprint(tokens: np.ndarray) -> dict[str, int]:
     """To tell a corpus from another: its length, and the crc32 of half a million tokens at either
     end."""

@@ -206,7 +206,7 @@ class DDP:
             if not p.requires_grad:
                 raise ValueError(f"{name} was frozen: its bucket would leave late, at every step; "
                                  "let this DDP go and make a new one")  # fmt: skip
-        for _, handle in self.launched:  # of a step that an exception ended
+        for _, handle in self.launched:  # if an exception ended the last step: they write buckets
             handle.wait()
         self.launched = []
         for flat in self.buckets:
@@ -385,7 +385,7 @@ def main() -> None:
         hosts = torch.arange(group.size()).view(2 - group.size() % 2, -1)  # as if on two
         inside, _ = dist.new_subgroups_by_enumeration(hosts.tolist())
         across, _ = dist.new_subgroups_by_enumeration(hosts.T.tolist())
-        tokens, _ = data.load(__file__, config.seq_len)
+        tokens = data.example()
 
         def train(rows: range, rung: str, dtype=torch.float64, seen=None, grad_dtype=None):
             """Train on `rows` of each batch, in m microbatches. One process has all of them."""

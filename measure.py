@@ -14,12 +14,14 @@ predicts its costs by formulas; these instruments are the other side of each `pr
 
 import collections
 import contextlib
+import datetime
 import functools
 import json
 import linecache
 import math
 import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Iterable
@@ -387,28 +389,53 @@ def lost_collective(error: BaseException) -> str | None:
 TOLERANCE = 1e-12  # of float64; rounding of sums in another order stays below, bugs do not
 
 
+def largest(numbers: Iterable[float]) -> float:
+    """The maximum of at least one number; infinite if any is NaN or Inf. max() skips a NaN that is
+    not the first number."""
+    numbers = list(numbers)
+    return max(numbers) if all(map(math.isfinite, numbers)) else math.inf
+
+
 def relative_errors(
-    actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-6
-) -> dict[str, float]:
-    """max|a - b| / max|b| for each name in `actual`. max|b| is taken to be at least `floor` of the
-    largest entry of all: some gradients are truly 0 (a key's bias moves all scores of a row
-    alike), and have rounding left alone."""
+    actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """max|a - b| / max|b| by name. max|b| is taken to be at least `floor` of the largest entry of
+    all tensors: some gradients are exactly 0 (a key's bias shifts all scores of a row by the same
+    amount), and what is computed for them is rounding.
+
+    The error is infinite where either tensor has a NaN or an Inf. Raises ValueError if a name is
+    missing or unexpected, a shape differs, or a tensor of `actual` is not in `dtype` (default: the
+    dtype of the expected tensor)."""
+    if actual.keys() != expected.keys():
+        raise ValueError(f"tensors missing: {sorted(expected.keys() - actual.keys())}; unexpected: "
+                         f"{sorted(actual.keys() - expected.keys())}")  # fmt: skip
+    for name, a in actual.items():
+        want = (expected[name].shape, dtype or expected[name].dtype)
+        if (a.shape, a.dtype) != want:
+            raise ValueError(f"{name} is {tuple(a.shape)} in {a.dtype}: expected {tuple(want[0])} "
+                             f"in {want[1]}")  # fmt: skip
     floor *= max((t.abs().max().item() for t in expected.values() if t.numel()), default=1.0)
-    return {
-        name: (a - expected[name]).abs().max().item()
-        / max(expected[name].abs().max().item(), floor, 1e-300)
-        for name, a in actual.items()
-        if a.numel()
-    }  # fmt: skip
+    errors = {}
+    for name, a in actual.items():
+        b = expected[name]
+        if a.numel() == 0:
+            continue
+        errors[name] = math.inf
+        if a.isfinite().all() and b.isfinite().all():
+            scale = max(b.abs().max().item(), floor, 1e-300)
+            errors[name] = (a - b).abs().max().item() / scale
+    return errors
 
 
 class Proof:
     """The frame of a strategy file's demo: joins torchrun's ranks (gloo, one thread each), collects
     what was compared, prints it from rank 0, and leaves with exit code 1 if any rank saw a
-    mismatch."""
+    mismatch. A collective that waits longer than `timeout` seconds ends the rank with one line."""
 
-    def __init__(self, title: str):
+    def __init__(self, title: str, timeout: float = 60):
         self.title, self.rows, self.failed = title, [], False
+        self.timeout = datetime.timedelta(seconds=timeout)
         self.tables: dict[str, list[str]] = {}
 
     def __enter__(self) -> "Proof":
@@ -416,13 +443,13 @@ class Proof:
             launch = f"torchrun --standalone --nproc-per-node 2 {self.title}"
             raise SystemExit(f"{self.title}: start me with  {launch}")
         torch.set_num_threads(1)
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=self.timeout)
         self.group = dist.group.WORLD
         return self
 
     def close(self, what: str, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         """Tensors that must be equal to TOLERANCE."""
-        worst = max(relative_errors(actual, expected).values())
+        worst = largest(relative_errors(actual, expected).values())
         self._row(what, f"{worst:.1e} relative", f"<= {TOLERANCE:.0e}", worst <= TOLERANCE)
 
     def losses(self, what: str, actual: list[Tensor], expected: list[Tensor]) -> None:
@@ -454,9 +481,12 @@ class Proof:
         self.rows.append(f"  {what:34s} {left:>21s} | {right:25s} {'ok' if ok else 'MISMATCH'}")
         self.failed |= not ok
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
         if kind is not None:
-            return  # the traceback says it; torchrun stops the others
+            if line := lost_collective(error):
+                print(f"{self.title}: rank {dist.get_rank()}: {line}", file=sys.stderr, flush=True)
+                os._exit(1)  # a collective that never completes would block a normal exit
+            return  # Python prints the traceback; torchrun stops the other ranks
         failed = torch.tensor(float(self.failed))
         dist.all_reduce(failed)
         if dist.get_rank() == 0 or self.failed:

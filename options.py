@@ -343,6 +343,8 @@ def look_back(
         was, complete = found[0].about, parser()
         before = was["arguments"] | ({} if args.model else was["sizes"])
         complete.set_defaults(**{name: before[name] for name in (*RUN, *SIZES) if name in before})
+        if complete.parse_args(argv).dtype != "bf16":
+            complete.set_defaults(grad_dtype=None)  # it belongs to bf16
         args = complete.parse_args(argv)
     args.checkpoint_dir = folder
     return args, found, wrong

@@ -256,7 +256,8 @@ class Linear(nn.Module):
 
 class ColumnParallelLinear(Linear):
     """x [b, s, in] -> this rank's columns [b, s, out/t]. Matrices that read the same x are best
-    fused into one, with `parts`: one f, so one all-reduce in backward and not one for each."""
+    fused into one, with `parts`: one f, so one all-reduce in backward and not one for each. It
+    splits columns and does not know which of them form a head: a model must check that itself."""
 
     def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
@@ -363,9 +364,9 @@ def parallelize(
     parallel kind, in place. Works on the meta device too. A tied weight stays tied. `sequence`:
     everything between the parallel modules sees a shard of the sequence, [b, s/t, h], so attention
     must read its length off what a column returned, not off its input; parameters that are whole
-    are marked `partial`, see all_reduce_partial. Raises ValueError for an unknown
-    style, a pattern that matches nothing (a misspelt one would leave its matrices whole, and slow),
-    or a matrix that leaves a rank without a row."""
+    are marked `partial`, see all_reduce_partial; a style may mark more. Raises ValueError for an
+    unknown style, a pattern that matches nothing (a misspelt one would leave its matrices whole,
+    and slow), or a matrix that leaves a rank without a row."""
     tied: dict[int, nn.Parameter] = {}  # whole weight -> its part, for weights with two owners
     modules = list(model.named_modules())
     for pattern in plan:
@@ -387,7 +388,7 @@ def parallelize(
             setattr(model.get_submodule(parent), attribute, new)
             break
     for p in model.parameters():
-        p.partial = sequence and not hasattr(p, "cut")
+        p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "cut"))
     return model
 
 
@@ -487,7 +488,7 @@ def main() -> None:
     b, s, h = 4, config.seq_len, config.n_embd
     with measure.Proof("tensor_parallel.py") as proof:
         group = proof.group
-        tokens, _ = data.load(__file__, s)
+        tokens = data.example()
 
         def train(parallel: bool, sequence: bool = False):
             """Every rank reads the same rows; they differ in what they hold of each matrix."""

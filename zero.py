@@ -208,7 +208,7 @@ class Zero1:
 
     def start(self) -> None:
         """Before the first backward of a step: gradients to zero, counters too. If an exception
-        ended the last step, its collectives are completed first and its gradients dropped."""
+        ended the last step, its collectives are completed and its gradients dropped."""
         for unit in self.units:
             unit.land()
             if unit.gradients is not None:
@@ -508,7 +508,7 @@ def main() -> None:
 
     config, m, steps = gpt.GPTConfig(3, 2, 32, 251, 32), 2, 3  # an odd vocabulary: uneven shards
     with measure.Proof("zero.py") as proof:
-        world, tokens = proof.group.size(), data.load(__file__, config.seq_len)[0]
+        world, tokens = proof.group.size(), data.example()
         k = max(k for k in range(1, max(2, world)) if world % k == 0)  # the hybrid's shard size
         mesh = dist.init_device_mesh("cpu", (world // k, k), mesh_dim_names=("replica", "shard"))
         across, within = mesh["replica"].get_group(), mesh["shard"].get_group()

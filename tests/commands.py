@@ -1,6 +1,8 @@
-"""Commands under test, launched as a user does (torchrun: 3 to 8 s, most of it imports), or forked:
-the same main() with the environment that torchrun gives, in processes that have imported it all."""
+"""Commands under test. `run` starts torchrun as a user does, which takes 6 to 11 s, most of it for
+imports. `Forked` calls main() in forked processes, which have imported everything: the ranks alone,
+with the environment that torchrun gives them, or torchrun's agent, which forks the ranks itself."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -15,8 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: whoever is forked makes its own
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: each child makes its own
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -52,26 +57,47 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def agent(ranks: int, main: Callable) -> None:
+    """What torchrun --standalone --nproc-per-node RANKS does when it has parsed its arguments."""
+    config = LaunchConfig(1, 1, ranks, run_id="test", rdzv_backend="c10d", start_method="fork",
+                          rdzv_endpoint="127.0.0.1:0", max_restarts=0)  # fmt: skip
+    try:
+        elastic_launch(config, main)()
+    except ChildFailedError as error:
+        sys.exit(str(error))
+
+
 class Forked:
-    """main() on forked ranks (0: plain, without torchrun's environment), with these arguments.
-    before: called on each rank, to break something. Use as a context: it leaves no process."""
+    """main() on forked ranks, with these arguments. 0 ranks: one process without torchrun's
+    environment. before: called on each rank, to break something. torchrun: the one process here is
+    torchrun's agent. port: rank 0 opens the store there, as it does without torchrun; default: the
+    store is this process's, as under torchrun. Use as a context: it leaves no process behind."""
 
     def __init__(
         self, ranks: int, main: Callable, *argv, threads: int = 1,
-        before: Callable = lambda: None, port: int | None = None,
+        before: Callable = lambda: None, port: int | None = None, torchrun: bool = False,
     ):  # fmt: skip
-        self.folder, self.processes = tempfile.TemporaryDirectory(), []
-        port, context = port or free_port(), multiprocessing.get_context("fork")
-        for rank in range(max(1, ranks)):
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks,
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_WORLD_SIZE": 1,
-                   "TORCHELASTIC_RUN_ID": "none"} if ranks else {}  # fmt: skip
-            process = context.Process(target=self._child, args=(own, main, argv, threads, before))
+        self.folder, self.processes, self.store = tempfile.TemporaryDirectory(), [], None
+        context, shared = multiprocessing.get_context("fork"), {}
+        if ranks and not torchrun:
+            shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_WORLD_SIZE": 1,
+                      "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
+            if port is None:  # the store chooses a free one
+                self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+                shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+            shared["MASTER_PORT"] = port or self.store.port
+        called = functools.partial(agent, ranks, main) if torchrun else main
+        for rank in range(1 if torchrun else max(1, ranks)):
+            own = shared | ({"RANK": rank, "LOCAL_RANK": rank} if shared else {})
+            file = Path(sys.modules[main.__module__].__file__).name
+            process = context.Process(
+                target=self._child, args=(own, called, [file, *map(str, argv)], threads, before)
+            )
             process.start()
             self.processes.append(process)
 
     def _child(
-        self, own: dict, main: Callable, argv: tuple, threads: int, before: Callable
+        self, own: dict, main: Callable, argv: list[str], threads: int, before: Callable
     ) -> None:
         code = 1
         try:
@@ -83,8 +109,7 @@ class Forked:
             os.environ.update({name: str(value) for name, value in own.items()})
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)
-            file = Path(sys.modules[main.__module__].__file__).name
-            sys.argv = [file, *map(str, argv)]
+            sys.argv = argv
             torch.set_num_threads(threads)
             before()
             main()
@@ -107,6 +132,7 @@ class Forked:
         for process in self.processes:
             process.kill()
             process.join()
+        self.store = None  # now, and not in a later child: its destructor waits for its thread
         self.folder.cleanup()
 
     @property
@@ -136,9 +162,9 @@ class Forked:
         return [process.exitcode for process in self.processes]
 
 
-def forked(ranks: int, main: Callable, *argv, threads: int = 1) -> subprocess.CompletedProcess:
-    """Like run(): returncode is the largest of the ranks'."""
-    with Forked(ranks, main, *argv, threads=threads) as job:
+def forked(ranks: int, main: Callable, *argv, **how) -> subprocess.CompletedProcess:
+    """Like run(), by Forked(..., **how); returncode is the largest of the processes'."""
+    with Forked(ranks, main, *argv, **how) as job:
         codes = job.wait()
         return subprocess.CompletedProcess(
             [main.__module__, *argv], max(codes, key=abs), job.read("out"), job.read("errors")

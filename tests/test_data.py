@@ -41,10 +41,29 @@ def test_validation_walks_side_by_side_and_wraps():
     assert x[:, 0].tolist() == [0, 8, 16, 24, 32, 40, 0]
 
 
-def test_the_default_corpus_is_the_standard_library():
-    train, held_out = data.load(None)
-    assert len(train) > 5e6 and 1e5 < len(held_out) <= 1e6
-    assert b"import" in bytes(train[:100_000])
+def test_the_default_corpus_is_the_standard_library(tmp_path, monkeypatch):
+    """Its .py files, in the order of their names, without installed packages."""
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    files = {"b.py": b"def", "a/c.py": b"import", "a/d.txt": b"text", "site-packages/e.py": b"pip"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content * 20)
+    train, held_out = data.load(None, 8)
+    assert bytes(np.concatenate([train, held_out])) == b"import" * 20 + b"\n" + b"def" * 20
+
+
+def test_the_held_out_tail_is_2_percent_and_at_most_a_million_tokens(monkeypatch):
+    for n, expected in ((10_000, 200), (60_000_000, 1_000_000)):
+        monkeypatch.setattr(data, "read", lambda path, n=n: np.zeros(n, dtype=np.uint8))
+        train, held_out = data.load(None, 8)
+        assert (len(train), len(held_out)) == (n - expected, expected)
+
+
+def test_the_example_is_a_fixed_text():
+    tokens = data.example()
+    assert bytes(tokens[:17]) == b"ixg siac dsz suai"
+    assert data.fingerprint(tokens) == {"tokens": 20_000, "crc32": 2047501202}
+    assert np.array_equal(data.example(50), tokens[:50])
 
 
 def test_sources(tmp_path):

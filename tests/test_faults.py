@@ -4,6 +4,8 @@ Under torchrun the first rank that ends makes torchrun end the others; here nobo
 what each of them finds out by itself is seen.
 """
 
+import functools
+import itertools
 import os
 import re
 import signal
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -21,9 +24,11 @@ import gpt
 import options
 import pipeline
 import train_3d
-from tests.commands import ROOT, TINY, Forked, command_line, environment
+import zero
+from tests.commands import ROOT, TINY, Forked, command_line, environment, free_port
+from tools import hosts
 
-ENDLESS = [*TINY, "--steps", 100_000, "--val-every", 0, "--print-every", 1, "--timeout", 3]
+ENDLESS = [*TINY, "--steps", 100_000, "--val-every", 0, "--print-every", 1, "--timeout", 30]
 
 
 @pytest.fixture(scope="module")
@@ -38,76 +43,138 @@ def rank() -> int:
 
 
 def lines(errors: str) -> list[str]:
-    """Without torch's own warnings, which begin with [rank0]:[W."""
-    return [line for line in errors.splitlines() if not re.match(r"\[rank\d+\]:\[W", line)]
+    """Without torch's own warnings, which begin with [W or with [rank0]:[W."""
+    return [line for line in errors.splitlines() if not re.match(r"(\[rank\d+\]:)?\[W", line)]
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_at(module, name: str, nth: int, after: bool = False) -> Callable:
-    """Rank 1 dies when it calls module.name for the nth time, or when that is done."""
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
-    def before() -> None:
-        real, calls = getattr(module, name), [0]
+
+def die_at(module, name: str, nth: int, after: bool = False) -> Callable:
+    """Rank 1 dies at its nth call of module.name, before it or after it, once rank 0 has begun its
+    own nth call: rank 0 has then completed all that precedes it."""
+
+    def before(begun: Path) -> None:
+        real, calls = getattr(module, name), itertools.count(1)
 
         def call(*args, **kwargs):
-            calls[0] += 1
-            if calls[0] == nth and not after:
-                die()
-            result = real(*args, **kwargs)
-            if calls[0] == nth:
-                die()
-            return result
+            if next(calls) != nth:
+                return real(*args, **kwargs)
+            if rank() == 0:
+                begun.touch()
+                return real(*args, **kwargs)
+            until(begun.exists)
+            if after:
+                real(*args, **kwargs)
+            die()
 
-        if rank() == 1:
-            setattr(module, name, call)
+        setattr(module, name, call)
 
     return before
 
 
+def lost(operation: str, group: str, file: str, function: str) -> str:
+    return (rf"{operation} over {re.escape(group)} failed, since a rank did not come: {file}:\d+, "
+            rf"{function}: .*")  # fmt: skip
+
+
+NEW_GROUP = lost("new_group", "all ranks", "train_3d.py", "_my_group")
+COUNT = lost("all_reduce", "dp [0, 1]", "ddp.py", "global_count")
+BUCKET = lost("all_reduce", "dp [0, 1]", "ddp.py", "finish")
+STATS = lost("all_reduce", "all ranks", "train_3d.py", "_global_stats")
+GATHER = lost("all_gather", "shard [0, 1]", "zero.py", "wait")
+SCATTER = lost("reduce_scatter", "shard [0, 1]", "zero.py", "land")
+SEND = lost("send", "pp [0, 1]", "pipeline.py", "_post")
+RECEIVE = lost("recv", "pp [0, 1]", "pipeline.py", "_take")
+
+
 # Two ranks of 1F1B, 4 microbatches: rank 1 is the last stage. With --schedule gpipe it warms up.
+# Where rank 0's operation may have completed before rank 1 died, the next one is listed too.
 @pytest.mark.parametrize(
-    "flags, before",
+    "flags, before, expected",
     [
-        pytest.param("", lambda: rank() == 1 and die(), id="before it has met the others"),
-        pytest.param("", die_at(dist, "new_group", 1), id="before the first group"),
-        pytest.param("--pp 2", die_at(dist, "new_group", 5), id="between two groups"),
-        pytest.param("", die_at(gpt, "init_weights", 1), id="while the model is built"),
-        pytest.param("--pp 2 --schedule gpipe", die_at(gpt.Block, "forward", 2), id="in warmup"),
-        pytest.param("--pp 2", die_at(pipeline.Pipeline, "run", 20), id="in the steady state"),
-        pytest.param("--pp 2", die_at(gpt.Block, "forward", 22), id="in the middle of a step"),
-        pytest.param("", die_at(dist, "all_reduce", 40, after=True), id="in a collective of DDP"),
-        pytest.param("--tp 2", die_at(dist, "all_reduce", 99, after=True), id="in one of TP"),
-        pytest.param("--zero 3", die_at(dist, "all_reduce", 9, after=True), id="under ZeRO-3"),
-        pytest.param("--save-every 3", die_at(checkpoint.Writer, "write_data", 2), id="in a save"),
-        pytest.param("--val-every 2", die_at(train_3d.Trainer, "validate", 2), id="in validation"),
+        pytest.param("--timeout 3", die_at(dist, "new_group", 1), [NEW_GROUP],
+                     id="before the first group"),
+        pytest.param("--timeout 3 --pp 2", die_at(dist, "new_group", 5), [NEW_GROUP],
+                     id="between two groups"),
+        pytest.param(
+            "", die_at(gpt, "init_weights", 1),
+            [lost("all_gather_object", "dp [0, 1]", "ddp.py", "check_same_parameters")],
+            id="while the model is built",
+        ),
+        pytest.param("--pp 2 --schedule gpipe", die_at(gpt.Block, "forward", 2), [SEND, RECEIVE],
+                     id="in warmup"),
+        pytest.param("--pp 2", die_at(pipeline.Pipeline, "run", 20), [SEND, RECEIVE],
+                     id="in the steady state"),
+        pytest.param("--pp 2", die_at(gpt.Block, "forward", 22), [SEND, RECEIVE],
+                     id="in the middle of a step"),
+        pytest.param("", die_at(dist, "all_reduce", 39, after=True), [BUCKET, STATS],
+                     id="in a collective of DDP"),
+        pytest.param(
+            "--tp 2", die_at(dist, "all_reduce", 99, after=True),
+            [lost("all_reduce", "tp [0, 1]", "tensor_parallel.py", "finish")], id="in one of TP",
+        ),
+        pytest.param("--zero 3", die_at(zero, "all_gather", 22, after=True), [GATHER, SCATTER],
+                     id="under ZeRO-3"),
+        pytest.param("--save-every 3", die_at(checkpoint.Writer, "write_data", 2),
+                     [COUNT, BUCKET, STATS], id="in a save"),
+        pytest.param("--val-every 2", die_at(train_3d.Trainer, "validate", 2), [COUNT],
+                     id="in validation"),
     ],
-)
-def test_a_rank_that_dies(flags, before, text, tmp_path):
-    flags = flags.split() + (["--checkpoint-dir", tmp_path] if "save" in flags else [])
-    since = time.monotonic()
+)  # fmt: skip
+def test_a_rank_that_dies(flags, before, expected, text, tmp_path):
+    flags = flags.split() + (["--checkpoint-dir", tmp_path / "saves"] if "save" in flags else [])
+    before = functools.partial(before, tmp_path / "begun")
     with Forked(2, train_3d.main, *ENDLESS, "--data", text, *flags, before=before) as job:
-        codes, errors = job.wait(60), job.read("errors")
-    assert codes == [1, -signal.SIGKILL] and time.monotonic() - since < 30
-    assert len(lines(errors)) == 1, errors
-    said = "train_3d.py: rank 0: (.* failed, since a rank did not come|the ranks did not meet at)"
-    assert re.match(said, lines(errors)[0]), errors
+        codes, errors = job.wait(), job.read("errors")
+    assert codes == [1, -signal.SIGKILL]
+    said, pattern = lines(errors), f"train_3d.py: rank 0: ({'|'.join(expected)})"
+    assert len(said) == 1 and re.fullmatch(pattern, said[0]), errors
 
 
-def test_a_rank_that_comes_late(text):
-    flags = [*TINY, "--data", text, "--timeout", 20]
-    with Forked(2, train_3d.main, *flags, before=lambda: time.sleep(4 * rank())) as job:
+def test_a_rank_that_dies_before_it_joins(text):
+    flags, port = [*TINY, "--data", text, "--timeout", 3], free_port()  # rank 0 opens the store
+    with Forked(2, train_3d.main, *flags, before=lambda: rank() == 1 and die(), port=port) as job:
+        assert job.wait() == [1, -signal.SIGKILL]
+        (line,) = lines(job.read("errors"))
+    said = f"the ranks did not meet at 127.0.0.1:{port} within 3 s: .* 1/2 clients joined."
+    assert re.fullmatch(f"train_3d.py: rank 0: {said}", line), line
+
+
+def test_a_rank_that_comes_late(text, tmp_path):
+    """Rank 1 starts when rank 0 joins."""
+    joins = tmp_path / "joins"
+
+    def before() -> None:
+        real = train_3d.join_ranks
+
+        def join(*args) -> None:
+            joins.touch()
+            real(*args)
+
+        if rank() == 1:
+            until(joins.exists)
+        else:
+            train_3d.join_ranks = join
+
+    with Forked(2, train_3d.main, *TINY, "--data", text, before=before) as job:
         assert job.wait() == [0, 0], job.read("errors")
         assert "step     4/4" in job.read("out") and job.read("errors") == ""
 
 
 def test_a_rank_that_never_comes(text):
-    flags, since = [*TINY, "--data", text, "--timeout", 3], time.monotonic()
-    with Forked(2, train_3d.main, *flags, before=lambda: time.sleep(600 * rank())) as job:
-        job.processes[0].join(30)
-        assert job.processes[0].exitcode == 1 and time.monotonic() - since < 20
+    flags = [*TINY, "--data", text, "--timeout", 3]
+    with Forked(2, train_3d.main, *flags, before=lambda: rank() == 1 and signal.pause()) as job:
+        job.processes[0].join(60)
+        assert job.processes[0].exitcode == 1
         said = r"train_3d.py: rank 0: the ranks did not meet at 127.0.0.1:\d+ within 3 s: .*"
         (line,) = lines(job.read("errors"))
         assert re.fullmatch(said, line), line
@@ -192,7 +259,8 @@ exec "$@"
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts: needs root")
+@pytest.mark.skipif(not hosts.capable("CAP_SYS_ADMIN"), reason="mount needs CAP_SYS_ADMIN")
+@pytest.mark.slow
 def test_a_full_shared_memory_is_no_matter(text):
     """Nothing of ours is there: CPU ranks talk through sockets."""
     line = command_line(2, "train_3d.py", *TINY, "--data", text, "--tp", 2)
@@ -202,6 +270,7 @@ def test_a_full_shared_memory_is_no_matter(text):
     assert result.returncode == 0 and "step     4/4" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_with_a_port_that_is_taken(text):
     """torchrun's own: it does not begin, and says which."""
     with socket.socket() as other:

@@ -1,8 +1,9 @@
-"""Three things that a fork would do, without a change in any file: if one of these needs an edit
-elsewhere, a seam is wrong."""
+"""What a fork would do, without a change in any file: if one of these needs an edit elsewhere, a
+seam is wrong."""
 
 import functools
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import nn
 
 import ddp
 import measure
+import tensor_parallel
 import zero
 from measure import TOLERANCE
 from pipeline import Action, draw
@@ -111,10 +113,19 @@ def test_the_largest_tenth_with_error_feedback():
     assert launch(2, top_k, 0.1, False)[0][0] > 1e-3, "without feedback it must be worse"
 
 
-# --- another model, cut by its own plan: RMSNorm, SwiGLU, grouped-query attention -----------------
+# --- another model, cut by its own plan: RMSNorm, RoPE, SwiGLU, grouped-query attention -----------
 
 HEADS, KV_HEADS, SIZE, HIDDEN = 4, 2, 6, 20
 H = HEADS * SIZE
+
+
+def rotate(x):  # [b, a, s, SIZE]
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of queries or keys."""
+    rates = 10_000.0 ** -torch.arange(0, 1, 2 / SIZE, dtype=x.dtype)
+    angles = torch.outer(torch.arange(x.size(2), dtype=x.dtype), rates)  # [s, SIZE/2]
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class Block(nn.Module):
@@ -126,23 +137,30 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(H, 2 * HIDDEN, bias=False)
         self.down = nn.Linear(HIDDEN, H, bias=False)
 
+    def heads(self, x):
+        """q [b, a/t, s, SIZE], k and v of this rank. x may be a shard of the sequence."""
+        qkv = self.qkv(x)
+        kv, rest = divmod(qkv.size(-1) * KV_HEADS, (HEADS + 2 * KV_HEADS) * SIZE)
+        if rest:
+            raise ValueError(f"{KV_HEADS} kv heads cannot be split over this many tp ranks: lower "
+                             "--tp, or use SharedKVBlock")  # fmt: skip
+        heads = qkv.unflatten(-1, (-1, SIZE)).transpose(1, 2)
+        return heads.split([heads.size(1) - 2 * kv, kv, kv], dim=1)
+
     def forward(self, x):
-        qkv = self.qkv(self.norm_1(x))
-        b, s, _ = qkv.shape  # x may be a shard of the sequence
-        heads = qkv.view(b, s, -1, SIZE).transpose(1, 2)
-        kv = heads.size(1) * KV_HEADS // (HEADS + 2 * KV_HEADS)  # of this rank
-        q, k, v = heads.split([heads.size(1) - 2 * kv, kv, kv], dim=1)
+        q, k, v = self.heads(self.norm_1(x))
+        q, k = rotate(q), rotate(k)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.out(y.transpose(1, 2).reshape(b, s, -1))
+        x = x + self.out(y.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.norm_2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
 class Llama(nn.Module):
-    def __init__(self, n_layer: int, vocab_size: int):
+    def __init__(self, n_layer: int, vocab_size: int, block: type[Block] = Block):
         super().__init__()
         self.wte, self.ln_f = nn.Embedding(vocab_size, H), nn.RMSNorm(H)
-        self.h = nn.ModuleDict({str(i): Block() for i in range(n_layer)})
+        self.h = nn.ModuleDict({str(i): block() for i in range(n_layer)})
         self.lm_head = nn.Linear(H, vocab_size, bias=False)
 
     def forward(self, x):
@@ -160,16 +178,80 @@ PLAN = {
     "h.*.down": "row",
     "lm_head": "column",
 }
+SIZES = dict(n_head=HEADS, n_embd=H, n_layer=3, vocab_size=41, m=3)
+SEAMS = {"model": functools.partial(Llama, 3, 41), "plan": PLAN}
 
 
-def test_another_model_cut_by_its_own_plan():
-    sizes = dict(n_head=HEADS, n_embd=H, n_layer=3, vocab_size=41, m=3)
-    seams = {"model": functools.partial(Llama, 3, 41), "plan": PLAN}
-    for case in (
-        Case(**sizes),
-        Case(t=2, p=2, d=2, zero=1, **sizes),
-        Case(t=2, p=3, optimizer="sgd", recompute="full", **sizes),
-        Case(t=2, p=2, d=2, zero=3, sequence=True, seq_len=8, **sizes),
-    ):
-        errors = judge(case, seams)
-        assert errors.worst <= TOLERANCE, errors
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(**SIZES),
+        Case(t=2, p=2, d=2, zero=1, **SIZES),
+        Case(t=2, p=3, optimizer="sgd", recompute="full", **SIZES),
+        Case(t=2, p=2, d=2, zero=3, sequence=True, seq_len=8, **SIZES),
+    ],
+    ids=str,
+)
+def test_another_model_cut_by_its_own_plan(case):
+    errors = judge(case, SEAMS)
+    assert errors.worst <= TOLERANCE, errors
+
+
+def test_a_plan_that_splits_a_kv_head_is_refused():
+    with pytest.raises(RuntimeError, match="ValueError: 2 kv heads cannot be split .*: lower --tp"):
+        judge(Case(t=4, **SIZES), SEAMS)
+
+
+# --- fewer kv heads than tp ranks: ranks share a kv head ------------------------------------------
+
+
+class SharedKVBlock(Block):
+    """k and v come from a separate matrix, which SharedKV replicates."""
+
+    def __init__(self):
+        super().__init__()
+        del self.qkv
+        self.q = nn.Linear(H, H, bias=False)
+        self.kv = nn.Linear(H, 2 * KV_HEADS * SIZE, bias=False)
+
+    def heads(self, x):
+        q, kv = (layer(x).unflatten(-1, (-1, SIZE)).transpose(1, 2) for layer in (self.q, self.kv))
+        return q, *kv.chunk(2, dim=1)
+
+
+class SharedKV(nn.Module):
+    """A style: every rank holds the full weight and uses the kv heads that its queries read. So
+    its gradient is a partial sum, and `partial` adds it over tp."""
+
+    def __init__(self, linear: nn.Linear, parts: int, group: dist.ProcessGroup, sequence: bool):
+        super().__init__()
+        self.group, self.sequence, self.weight = group, sequence, linear.weight
+        self.weight.partial = group.size() > 1
+        queries, rank = HEADS // group.size(), group.rank()
+        first, last = (q * KV_HEADS // HEADS for q in (rank * queries, (rank + 1) * queries - 1))
+        self.mine = slice(first, last + 1)
+
+    def forward(self, x):
+        kv = self.weight.view(2, KV_HEADS, SIZE, H)[:, self.mine].flatten(0, 2)
+        return tensor_parallel.ColumnLinear.apply(x, kv, None, self.group, self.sequence, None)
+
+
+SHARED_PLAN = {name: style for name, style in PLAN.items() if name != "h.*.qkv"}
+SHARED_PLAN |= {"h.*.q": "column", "h.*.kv": "shared kv"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(t=4, optimizer="sgd", **SIZES),
+        Case(t=4, sequence=True, seq_len=8, **SIZES),
+        Case(t=4, d=2, zero=3, sequence=True, seq_len=8, optimizer="sgd", **SIZES),
+        Case(t=2, p=2, d=2, zero=1, schedule="zb-h1", **SIZES),
+    ],
+    ids=str,
+)
+def test_ranks_share_a_kv_head(case, monkeypatch):
+    monkeypatch.setitem(tensor_parallel.STYLES, "shared kv", SharedKV)
+    model = functools.partial(Llama, 3, 41, SharedKVBlock)
+    errors = judge(case, {"model": model, "plan": SHARED_PLAN})
+    assert errors.worst <= TOLERANCE, errors

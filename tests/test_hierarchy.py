@@ -1,16 +1,18 @@
-"""What crosses between hosts, on network namespaces of this machine: as root, or skipped."""
+"""What crosses between hosts, on network namespaces of this machine, or skipped."""
+
+import io
 
 import pytest
 
 import gpt
+from tests.test_hosts import namespaces  # noqa: F401
 from tools import cost, hierarchy, hosts, two_hosts
 
-LACK = hosts.missing()
-as_root = pytest.mark.skipif(LACK is not None, reason=str(LACK))
 SMALL = gpt.GPTConfig(2, 4, 64, 64, 64)
 
 
-@as_root
+@pytest.mark.usefixtures("namespaces")
+@pytest.mark.slow
 def test_every_byte_that_crosses_is_counted(monkeypatch, capsys):
     monkeypatch.setattr(hierarchy, "CONFIG", SMALL)
     monkeypatch.setattr(hierarchy, "BUCKET", 1 << 16)
@@ -36,7 +38,7 @@ def test_every_byte_that_crosses_is_counted(monkeypatch, capsys):
     assert rows["ZeRO-3 inside"][2] < 0.4 * rows["ZeRO-3 over all"][2]
 
 
-@as_root
+@pytest.mark.usefixtures("namespaces")
 def test_no_host_stays_behind():
     with pytest.raises(ZeroDivisionError), hosts.Hosts(2) as net:
         assert set(net.names) <= set(hosts.run("ip netns list").split())
@@ -55,13 +57,21 @@ def test_the_model_knows_which_link_is_slow():
     assert times["ZeRO-3 inside"] is None
 
 
+BOTH, NET, SYS = 0x201000, 0x1000, 0x200000  # CAP_NET_ADMIN, CAP_SYS_ADMIN
+
+
+def have_capabilities(monkeypatch, effective: int) -> None:
+    status = f"Name:\tpython\nCapPrm:\t{'f' * 16}\nCapEff:\t{effective:016x}\n"
+    monkeypatch.setattr(hosts, "open", lambda path: io.StringIO(status), raising=False)
+
+
 @pytest.mark.parametrize("tool", [hierarchy, two_hosts])
 def test_skipped_where_there_can_be_no_hosts(tool, monkeypatch, capsys):
-    monkeypatch.setattr(hosts.os, "geteuid", lambda: 1000)
+    have_capabilities(monkeypatch, 0)
     monkeypatch.setattr("sys.argv", [tool.__name__])
     assert tool.main() is None
     said = capsys.readouterr().out
-    assert said.startswith(f"{tool.__name__}: skipped: network namespaces are for root: run it")
+    assert said.startswith(f"{tool.__name__}: skipped: network namespaces need CAP_NET_ADMIN")
     assert said.count("\n") == 1
 
 
@@ -75,12 +85,14 @@ def test_every_place_is_one_that_the_trainer_takes(n):
 
 
 @pytest.mark.parametrize(
-    "lack, message",
-    [("root", "are for root: run it with sudo"), ("ip", "no ip: install iproute2"),
-     ("tc", "no tc: install iproute2"), ("kernel", "does not let us: ip netns add")],
+    "effective, lack, message",
+    [(NET, None, "need CAP_SYS_ADMIN: run it with sudo"),
+     (SYS, None, "need CAP_NET_ADMIN: run it with sudo"),
+     (BOTH, "ip", "no ip: install iproute2"), (BOTH, "tc", "no tc: install iproute2"),
+     (BOTH, "kernel", "does not let us: ip netns add")],
 )  # fmt: skip
-def test_what_is_missing_is_said_in_one_line(lack, message, monkeypatch):
-    monkeypatch.setattr(hosts.os, "geteuid", lambda: 1000 if lack == "root" else 0)
+def test_what_is_missing_is_said_in_one_line(effective, lack, message, monkeypatch):
+    have_capabilities(monkeypatch, effective)
     which = {"ip": "/bin/false", "tc": "/bin/false"} | {lack: None}
     monkeypatch.setattr(hosts.shutil, "which", lambda name, path: which[name])
     said = hosts.missing()

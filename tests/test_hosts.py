@@ -1,4 +1,4 @@
-"""Several hosts: launched by torchrun across namespaces (as root, or skipped), and by Slurm."""
+"""Several hosts: launched by torchrun across namespaces (or skipped), and by Slurm."""
 
 import json
 import os
@@ -11,11 +11,16 @@ import train_3d
 from tests.commands import ROOT, TINY, forked
 from tools import hosts, two_hosts
 
-LACK = hosts.missing()
-as_root = pytest.mark.skipif(LACK is not None, reason=str(LACK))
+
+@pytest.fixture(scope="session")
+def namespaces():
+    """Skips the test, with the reason, where this machine has no network namespaces."""
+    if lack := hosts.missing():
+        pytest.skip(lack)
 
 
-@as_root
+@pytest.mark.usefixtures("namespaces")
+@pytest.mark.slow
 def test_a_pipeline_across_the_link(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["two_hosts", "--steps", "3"])
     with pytest.raises(SystemExit) as end:
@@ -50,6 +55,7 @@ with open(f"{os.path.dirname(__file__)}/rank-{os.environ['RANK']}", "w") as file
 """
 
 
+@pytest.mark.slow
 def test_what_slurm_gives_each_task(tmp_path):
     """A stub of srun starts a torchrun a node, both on this host."""
     for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\nprintf 'localhost\\nother\\n'\n"),

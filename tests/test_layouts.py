@@ -1,29 +1,32 @@
-"""Layouts beside one process: float64, 1e-12, every gradient and parameter after some steps."""
+"""Layouts compared with one process: float64, 1e-12, every gradient and parameter."""
 
 import dataclasses
 import functools
 import itertools
+import math
 import random
+from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+import activation_ckpt
 import gpt
+import pipeline
 import train_3d
 from measure import TOLERANCE
 from tools import dry_run
 from tools.fuzz import draw_case, refusal, verdict
 from tools.oracle import Case, judge
 
+# The options of a layout, and the values that are tested. LIVE says when they have an effect.
 FACTORS = {
     "layout": [  # (t, p, d)
         (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2),
         (4, 1, 1), (1, 4, 1), (1, 1, 4), (3, 2, 1), (1, 3, 2), (1, 2, 4), (2, 1, 4),
     ],
-    "m": [1, 2, "p", 3],
-    "sequence": [False, True],
     "schedule": [  # and chunks
         ("gpipe", None), ("1f1b", None), ("interleaved", 2), ("interleaved", 3), ("zb-h1", None),
         ("zb-v", None),
@@ -32,66 +35,148 @@ FACTORS = {
         (0, None, 1), (0, "d/2", 1), (1, None, 1), (2, None, 1), (3, None, 1), (3, None, 0),
         (1, "d/2", 1), (2, "d/2", 1), (3, "d/2", 1),
     ],
+    "sequence": [False, True],
     "recompute": [  # policy, every, layers
         ("none", 1, None), ("full", 1, None), ("full", 2, None), ("full", 1, 1),
         ("selective", 1, None), ("offload", 1, None),
     ],
+    "n_layer": [2, 3],  # more if there are more stages
+    "dropout": [0.0, 0.2],
+    "attention": ["sdpa", "explicit"],
+    "bucket_bytes": [1, 3000, 10**9],  # one bucket per parameter, a few, one
+    "vocab_size": [40, 41],
+    "m": [1, 2, "p", 3],
     "tied": [True, False],
     "optimizer": ["adamw", "sgd"],
     "clip": [0.1, 0.0, 1e9],  # active in every step, off, larger than any norm
-    "seed": [0, 7],
-    "attention": ["sdpa", "explicit"],
-    "dropout": [0.0, 0.2],
     "masked": [True, False],
-    "n_layer": [2, 3],
-    "vocab_size": [40, 41],
-    "bucket_bytes": [1, 3000, 10**9],  # one bucket a parameter, a few, one
 }  # fmt: skip
+# Whether a row's value of a factor has an effect, and on which other factors that depends. With one
+# pipeline rank all schedules are the same; with one replica so are all ZeRO stages.
+LIVE = {
+    "schedule": (("layout",), lambda row: row["layout"][1] > 1),
+    "zero": (("layout",), lambda row: row["layout"][2] > (2 if row["zero"][1] else 1)),
+    "sequence": (("layout",), lambda row: row["layout"][0] > 1),
+    "vocab_size": (("layout",), lambda row: row["layout"][0] > 1),
+    "bucket_bytes": (("layout", "zero"), lambda row: row["layout"][2] > 1 and row["zero"][0] == 0),
+    "recompute": (  # every 2nd or the first 1 of a rank's blocks, if some rank has more than one
+        ("layout", "schedule", "n_layer"),
+        lambda row: row["recompute"][1:] == (1, None) or blocks(row) > row["layout"][1],
+    ),
+    "attention": (  # masks of dropout are applied to explicit scores only
+        ("dropout",), lambda row: row["attention"] == "explicit" or row["dropout"] == 0
+    ),
+}
+Pair = tuple[tuple[str, object], tuple[str, object]]  # two values of different factors
 
 
-def pairwise(factors: dict) -> list[dict]:
-    """Rows in which every pair of values of two factors meets at least once. Greedy: a row is begun
-    with a pair that is still missing, and filled with what covers most."""
-    names = list(factors)
+def blocks(row: dict) -> int:
+    schedule, chunks = row["schedule"]
+    stages = row["layout"][1] * (chunks or (2 if schedule == "zb-v" else 1))
+    return max(row["n_layer"], stages + row["n_layer"] - 2)
 
-    def pairs(row: dict) -> set:
-        met = [(n, row[n]) for n in names if n in row]
-        return set(itertools.combinations(met, 2))
 
-    missing = {
+def is_live(row: dict, factor: str) -> bool:
+    return factor not in LIVE or LIVE[factor][1](row)
+
+
+def live_pairs(row: dict) -> set[Pair]:
+    live = [(factor, row[factor]) for factor in FACTORS if is_live(row, factor)]
+    return set(itertools.combinations(live, 2))
+
+
+def all_live_pairs() -> list[Pair]:
+    """Of all pairs of values, those that have an effect together in at least one layout."""
+
+    def can_be_live(pair: Pair) -> bool:
+        fixed = dict(pair)
+        free = {f for factor in fixed if factor in LIVE for f in LIVE[factor][0]} - fixed.keys()
+        rows = (
+            dict(zip(free, values, strict=True)) | fixed
+            for values in itertools.product(*(FACTORS[f] for f in free))
+        )
+        return any(all(is_live(row, factor) for factor in fixed) for row in rows)
+
+    return [
         ((a, x), (b, y))
-        for a, b in itertools.combinations(names, 2)
-        for x in factors[a]
-        for y in factors[b]
-    }
-    rows, rng = [], random.Random(0)
+        for a, b in itertools.combinations(FACTORS, 2)
+        for x, y in itertools.product(FACTORS[a], FACTORS[b])
+        if can_be_live(((a, x), (b, y)))
+    ]
+
+
+def ranks(row: dict) -> int:
+    return math.prod(row["layout"])
+
+
+def pairwise(tries: int = 20) -> list[dict]:
+    """Rows that together have every live pair. Greedy: each row starts from a pair that is missing,
+    takes the best of some random completions, and then changes each other value to the one that
+    adds most missing pairs per rank."""
+    missing, rows, rng = dict.fromkeys(all_live_pairs()), [], random.Random(0)
+
+    def gain(row: dict, start: dict) -> float:
+        if not all(is_live(row, factor) for factor in start):
+            return -1.0
+        return len(live_pairs(row) & missing.keys()) / (ranks(row) + 2)
+
     while missing:
-        row = dict(rng.choice(sorted(missing, key=repr)))
-        for name in names:
-            if name not in row:
-                gains = [len(pairs(row | {name: v}) & missing) for v in factors[name]]
-                best = [v for v, g in zip(factors[name], gains, strict=True) if g == max(gains)]
-                row[name] = rng.choice(best)
-        missing -= pairs(row)
+        start = dict(next(iter(missing)))
+        drawn = ({f: rng.choice(values) for f, values in FACTORS.items()} for _ in range(tries))
+        row = max((row | start for row in drawn), key=lambda row: gain(row, start))
+        for factor in [f for f in FACTORS if f not in start] * 2:
+            values = [row | {factor: value} for value in FACTORS[factor]]
+            row = max(values, key=lambda row: gain(row, start))
+        for pair in live_pairs(row):
+            missing.pop(pair, None)
         rows.append(row)
     return rows
+
+
+def strategies(row: dict) -> list[str]:
+    """The names of the strategies that have an effect in it."""
+    t, p, d = row["layout"]
+    live = ["SP" if row["sequence"] else "TP"] * (t > 1) + [row["schedule"][0]] * (p > 1)
+    live += [f"ZeRO-{row['zero'][0]}"] * (d > 1)
+    return live + [row["recompute"][0]] * is_live(row, "recompute")
+
+
+def smallest_cover(rows: list[dict]) -> list[dict]:
+    """Some of the rows, which still have every value of every factor and every pair of
+    strategies."""
+
+    def covers(row: dict) -> set:
+        values = {(factor, row[factor]) for factor in FACTORS if is_live(row, factor)}
+        return values | set(itertools.combinations(strategies(row), 2))
+
+    missing, cover = set().union(*map(covers, rows)), []
+    while missing:
+        best = max(rows, key=lambda row: len(covers(row) & missing) / (ranks(row) + 2))
+        missing -= covers(best)
+        cover.append(best)
+    return cover
 
 
 def case_of(row: dict) -> Case:
     t, p, d = row["layout"]
     recompute, every, layers = row["recompute"]
-    m = p if row["m"] == "p" else row["m"]
     zero, shard_size, reshard = row["zero"]
     shard_size = max(1, d // 2) if shard_size and d % 2 == 0 else None
     nodes, shard_size = (1, shard_size) if zero else (d // (shard_size or d), None)
     schedule, chunks = row["schedule"]
-    stages = p * (chunks or (2 if schedule == "zb-v" else 1))
-    rest = {k: v for k, v in row.items() if k not in ("layout", "m", "recompute", "zero")}
-    rest |= {"schedule": schedule, "n_layer": max(row["n_layer"], stages + row["n_layer"] - 2)}
-    rest |= {"recompute": recompute, "every": every, "layers": layers}
-    rest |= {"zero": zero, "shard_size": shard_size, "reshard": reshard, "nodes": nodes}
-    # The second step finds what the first has left; more of them are for `make fuzz`.
-    return Case(t=t, p=p, d=d, m=m, seq_len=12, chunks=chunks, steps=2, **rest)
+    same = ("sequence", "dropout", "attention", "bucket_bytes", "vocab_size", "tied", "optimizer",
+            "clip", "masked")  # fmt: skip
+    return Case(
+        t=t, p=p, d=d, m=p if row["m"] == "p" else row["m"], schedule=schedule, chunks=chunks,
+        zero=zero, shard_size=shard_size, reshard=reshard, nodes=nodes, recompute=recompute,
+        every=every, layers=layers, n_layer=blocks(row), seq_len=12,
+        steps=2,  # the second step sees what the first one left behind
+        **{factor: row[factor] for factor in same},
+    )  # fmt: skip
+
+
+ROWS = pairwise()
+FAST = smallest_cover(ROWS)
 
 
 def counted_step(trainer: train_3d.Trainer, step: int) -> torch.Tensor:
@@ -103,18 +188,41 @@ def counted_step(trainer: train_3d.Trainer, step: int) -> torch.Tensor:
     return seen.stats
 
 
-@pytest.mark.parametrize("case", [case_of(row) for row in pairwise(FACTORS)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case_of(row), marks=() if row in FAST else pytest.mark.slow) for row in ROWS],
+    ids=str,
+)
 def test_layout_equals_one_process(case):
     """And each rank holds, sends and computes what is predicted."""
     errors = judge(case, {"step": counted_step})
     assert errors.worst <= TOLERANCE, errors
 
 
-def test_every_pair_of_options_is_met():
-    rows = pairwise(FACTORS)
-    for (a, xs), (b, ys) in itertools.combinations(FACTORS.items(), 2):
-        met = {(row[a], row[b]) for row in rows}
-        assert met == set(itertools.product(xs, ys)), (a, b)
+def test_every_live_pair_of_options_is_tested():
+    """A pair counts where both options have an effect: every schedule that runs on several pipeline
+    ranks together with every ZeRO stage that runs on several replicas, and so on."""
+    cases = list(map(case_of, ROWS))
+    for schedule, chunks in FACTORS["schedule"]:
+        for stage, part, reshard in FACTORS["zero"]:
+            assert any(
+                (case.schedule, case.chunks) == (schedule, chunks) and case.p > 1
+                and (case.zero, case.reshard) == (stage, reshard) and case.d > 1
+                and (part is None or 1 < (case.shard_size or case.d // case.nodes) < case.d)
+                for case in cases
+            ), (schedule, chunks, stage, part, reshard)  # fmt: skip
+    met = set().union(*map(live_pairs, ROWS))
+    assert met == {*all_live_pairs()} and len(met) == 1500
+
+
+def test_the_fast_run_has_every_strategy():
+    tested = Counter(name for row in FAST for name in strategies(row))
+    expected = {"TP", "SP", *pipeline.SCHEDULES, *(f"ZeRO-{n}" for n in range(4)),
+                *activation_ckpt.POLICIES}  # fmt: skip
+    assert {*tested} == expected and min(tested.values()) >= 2
+    pairs = {pair for row in FAST for pair in itertools.combinations(strategies(row), 2)}
+    for name, stage in itertools.product(pipeline.SCHEDULES, range(4)):
+        assert (name, f"ZeRO-{stage}") in pairs
 
 
 class PrimeBlock(gpt.Block):
@@ -159,6 +267,7 @@ def test_gpt2s_own_vocabulary(t, sequence):
     assert errors.worst <= TOLERANCE, errors
 
 
+@pytest.mark.slow
 def test_a_slice_of_fuzz():
     rng = random.Random(2026)
     cases = [case for case in (draw_case(rng) for _ in range(8)) if refusal(case) is None]

@@ -107,7 +107,35 @@ def test_a_trace_puts_all_ranks_on_one_clock(tmp_path):
 def test_relative_errors():
     expected = {"a": torch.tensor([4.0, -8.0]), "zero": torch.zeros(2), "b": torch.tensor([1e-3])}
     actual = {"a": torch.tensor([4.0, -6.0]), "zero": torch.tensor([0.0, 8e-12])}
+    errors = measure.relative_errors(actual | {"b": expected["b"]}, expected)
+    assert errors == pytest.approx({"a": 0.25, "zero": 1e-6, "b": 0.0})
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("side", ["actual", "expected", "both"])
+def test_nan_and_inf_are_infinite_errors(wrong, place, side):
+    """max() would skip a NaN that is not first."""
+    good = {"a": torch.ones(2), "b": torch.ones(2)}
+    bad = {"a": torch.ones(2), "b": torch.ones(2)}
+    bad["b"][place] = wrong
+    actual, expected = {"actual": (bad, good), "expected": (good, bad), "both": (bad, bad)}[side]
     errors = measure.relative_errors(actual, expected)
-    assert errors == pytest.approx({"a": 0.25, "zero": 1e-6})
-    nan = measure.relative_errors({"a": torch.tensor([float("nan"), 0.0])}, expected)
-    assert nan["a"] != nan["a"]
+    assert errors["b"] == float("inf") and measure.largest(errors.values()) == float("inf")
+    assert measure.largest([0.0, wrong]) == measure.largest([wrong, 0.0]) == float("inf")
+
+
+@pytest.mark.parametrize(
+    "actual, message",
+    [
+        ({"a": torch.ones(2)}, r"missing: \['b'\]; unexpected: \[\]"),
+        ({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1)}, r"unexpected: \['c'\]"),
+        ({"a": torch.ones(2), "b": torch.ones(1)}, r"b is \(1,\) .* expected \(3,\)"),
+        ({"a": torch.ones(1, 2), "b": torch.ones(3)}, r"a is \(1, 2\) .* expected \(2,\)"),
+        ({"a": torch.ones(2), "b": torch.ones(3).double()}, "b is .* in torch.float64: expected"),
+    ],
+)
+def test_other_names_shapes_and_dtypes_are_refused(actual, message):
+    expected = {"a": torch.ones(2), "b": torch.ones(3)}
+    with pytest.raises(ValueError, match=message):
+        measure.relative_errors(actual, expected)

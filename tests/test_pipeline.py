@@ -17,7 +17,8 @@ from tools.oracle import draw, launch
 
 MICROBATCHES = (*range(1, 21), 31, 32, 33, 48, 63, 64)
 SIZES = [(p, m) for p in range(1, 17) for m in MICROBATCHES]
-NAMES = [(name, v) for name in pipeline.SCHEDULES
+NAMES = [pytest.param(name, v, marks=pytest.mark.slow if v > 2 else ())
+         for name in pipeline.SCHEDULES
          for v in {"interleaved": (1, 2, 3, 4), "zb-v": (2,)}.get(name, (1,))]  # fmt: skip
 
 
@@ -26,9 +27,10 @@ def test_the_timelines_in_the_docstring():
     assert results.attempted == 1 and results.failed == 0
 
 
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name, v", NAMES)
-def test_bubble_and_memory_are_as_predicted(name, v):
-    for p, m in SIZES:
+def test_bubble_and_memory_are_as_predicted(name, v, every):
+    for p, m in SIZES[::every]:
         schedule = pipeline.SCHEDULES[name](p, m, v)
         closed_form = {"gpipe": True, "1f1b": True, "zb-v": m >= 2 * p - 1}.get(name, m >= p)
         if closed_form:
@@ -43,7 +45,7 @@ def test_bubble_and_memory_are_as_predicted(name, v):
 
 @pytest.mark.parametrize("name, v", NAMES)
 def test_schedules_are_complete_and_their_transfers_never_deadlock(name, v):
-    for p, m in SIZES[::5]:
+    for p, m in SIZES[::13]:
         schedule = pipeline.SCHEDULES[name](p, m, v)
         check(schedule, m)
         few = m // 2 + 1
@@ -326,14 +328,16 @@ def run_schedules(p: int, schedules: list, as_nccl: bool = False) -> tuple[float
         held = [q.grad for q in mine.parameters() if hasattr(q, "tied_name")]
         tied = sum(held) if held else torch.zeros(17, 8, dtype=torch.float64)
         pipeline.all_reduce_tied([tied], pp)  # first and last stage, wherever they are
-        expected = {n: q.grad for n, q in gpt.named_parameters(whole)}
         gradients = {n: q.grad for n, q in gpt.named_parameters(mine)} | {"wte.weight": tied}
-        worst = max(worst, *measure.relative_errors(gradients, expected).values())
+        expected = {n: q.grad for n, q in gpt.named_parameters(whole) if n in gradients}
+        worst = measure.largest([worst, *measure.relative_errors(gradients, expected).values()])
         compared += len(gradients) - 1
     return worst, compared
 
 
-@pytest.mark.parametrize("p, count", [(1, 20), (2, 70), (3, 60), (4, 50)])
+@pytest.mark.parametrize("p, count", [
+    (1, 20), *(pytest.param(p, n, marks=pytest.mark.slow) for p, n in ((2, 70), (4, 50))), (3, 60),
+])  # fmt: skip
 def test_200_random_schedules_run(p, count):
     """The executor is right for any list, not for five."""
     rng = random.Random(p)
@@ -354,9 +358,9 @@ def test_schedules_run_in_the_order_of_nccl(p):
 def compare_with_one_process(p: int, schedules: list, as_nccl: bool = False) -> None:
     results = launch(p, run_schedules, p, schedules, as_nccl, timeout=60)
     assert max(error for error, _ in results) <= measure.TOLERANCE
-    # Of the blocks of 12, wpe and ln_f's two, nothing was compared by nobody.
-    expected = sum(max(5, n) * 12 + 3 for *_, n in schedules)
-    assert sum(compared for _, compared in results) == expected
+    # Every gradient was compared by a rank: 12 per block, wpe and ln_f's two.
+    gradients = sum(12 * max(5, n) + 3 for *_, n in schedules)
+    assert sum(compared for _, compared in results) == gradients
 
 
 def sends_held(m: int) -> int:

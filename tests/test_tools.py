@@ -6,12 +6,12 @@ import functools
 import gc
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import tempfile
-import time
 
 import numpy as np
 import pytest
@@ -39,7 +39,6 @@ from tools import (
     plot,
     races,
     sample,
-    zoo,
 )  # fmt: skip
 from tools.oracle import TOLERANCES, Case, Errors, judge, launch
 
@@ -73,16 +72,16 @@ def test_a_rank_that_fails_dies_or_hangs_ends_the_launch():
         dist.barrier()
 
     def hang():
-        time.sleep(60 * dist.get_rank())
+        if dist.get_rank() == 1:
+            signal.pause()
 
-    start = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 1 failed:(.|\n)*on purpose"):
         launch(2, fail)
     with pytest.raises(RuntimeError, match="rank 1 died with exit code -9|rank 0 failed"):
         launch(2, die)
     with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] hang: 2 s are over"):
         launch(2, hang, timeout=2)
-    assert time.monotonic() - start < 30
+    assert multiprocessing.active_children() == []
 
 
 def test_a_rank_does_not_collect_what_was_garbage_before_it():
@@ -150,61 +149,39 @@ def test_what_fails_is_made_small(monkeypatch):
     small = fuzz.shrink(dataclasses.replace(large, resume=None))
     assert (small.t, small.p, small.m, small.b, small.n_layer) == (1, 2, 1, 1, 3)
     assert (small.schedule, small.recompute, small.tied) == ("1f1b", "none", False)
-    assert fuzz.refusal(small) is None and fuzz.same_batch(large)
-    assert not fuzz.same_batch(dataclasses.replace(large, m=4))
+    assert fuzz.refusal(small) is None and large.batches == [10, 10]
 
 
 def test_coverage_counts_pairs_that_met():
     case = Case(t=2, d=2, zero=3, sequence=True)
-    assert fuzz.features(case)[:2] == ["tp", "dp"] and "zero3" in fuzz.features(case)
+    assert fuzz.features(case)[:3] == ["tp", "sp", "zero3"]
     table = fuzz.coverage([case] * 3).splitlines()
-    assert table[0] == "tp    " and table[2] == "dp       3   0"
-    met = len(fuzz.features(case))
-    assert table[-1].startswith(f"{met * (met - 1) // 2} of 386 pairs of features have met; never")
+    assert table[0] == "tp    " and table[1] == "sp       3"
+    n = len(fuzz.features(case))
+    assert table[-1].startswith(f"{n * (n - 1) // 2} of 377 pairs of features were tested together")
 
 
-def test_a_slice_of_races(capsys, monkeypatch):
-    some = ("DDP, buckets", "ZeRO-1", "zb-v", "TP and SP")
-    monkeypatch.setattr(races, "PATHS", {name: races.PATHS[name] for name in some})
+def test_options_without_an_effect_are_no_features():
+    plain = {"m>1", "b>1", "mask", "clip"}
+    for case in (Case(sequence=True), Case(schedule="zb-v"), Case(zero=3, reshard=0)):
+        assert {*fuzz.features(case)} == plain, case
+    hybrid = [Case(d=4, zero=3, shard_size=k) for k in (1, 2, 4)]
+    assert ["hybrid" in fuzz.features(case) for case in hybrid] == [False, True, False]
+
+
+@pytest.mark.parametrize("path", [
+    "DDP, buckets", "ZeRO-1",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("zb-v", "TP and SP")),
+])  # fmt: skip
+def test_a_slice_of_races(path, capsys, monkeypatch):
+    monkeypatch.setattr(races, "PATHS", {path: races.PATHS[path]})
     with pytest.raises(SystemExit) as end:
         races.main(["--n", "1"])
     out = capsys.readouterr().out
-    assert end.value.code == 0 and out.count("the same to the last bit") == 4, out
+    assert end.value.code == 0 and out.count("the same to the last bit") == 1, out
 
 
-def test_all_bugs_apply_and_are_told_of():
-    for bug in zoo.ZOO:
-        for file, old, _ in bug.edits:
-            assert (zoo.ROOT / file).read_text().count(old) == 1, (bug.name, file, old)
-    told = re.findall(r"^### (\d+)\.", (zoo.ROOT / "docs/bugs.md").read_text(), re.MULTILINE)
-    assert {*map(int, told)} == {bug.number for bug in zoo.ZOO}
-
-
-def test_a_slice_of_the_zoo(capsys):
-    """One that is killed, and one that nobody kills, which fails it. The rest is `make zoo`."""
-    (real,) = (bug for bug in zoo.ZOO if bug.number == 22)
-    test = "tests/test_gpt.py -k scales"
-    harmless = zoo.Bug(99, "no bug", [("gpt.py", "# nano trains", "# Nano trains")], test)
-    with pytest.raises(SystemExit) as end:
-        zoo.main([], [real, harmless], ["tests/test_gpt.py", "-k", "future"])
-    out = capsys.readouterr().out
-    assert end.value.code == 1 and "SURVIVED" in out and "1 of 2 killed" in out, out
-    assert "by tests/test_tensor_parallel.py::test_cuts_are_torch_chunks" in out
-
-
-@pytest.mark.parametrize(
-    "edit, test, message",
-    [
-        (("gpt.py", "no such line", ""), "x", "in gpt.py this is there 0 times, expected once"),
-        (("gpt.py", "# nano trains", "#"), "tests/none.py", "tests/none.py is red without a bug"),
-    ],
-)
-def test_a_zoo_that_rots_is_refused(edit, test, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        zoo.main([], [zoo.Bug(99, "rotten", [edit], test)])
-    assert end.value.code == 2 and message in capsys.readouterr().err
-
-
+@pytest.mark.slow
 def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
     cases = parity.cases(8, n_head=24)
     sizes = {(c.t, c.p, c.d) for c in cases}
@@ -222,6 +199,7 @@ def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
     assert exit_.value.code == 1 and "MISMATCH" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resident_memory_falls_as_predicted():
     said = []
     config = gpt.GPTConfig(n_layer=3, n_head=8, n_embd=512, vocab_size=256, seq_len=16)
@@ -229,6 +207,7 @@ def test_resident_memory_falls_as_predicted():
     assert len(said) == 4 and all("ok" in line for line in said)
 
 
+@pytest.mark.slow
 def test_resident_activations_fall_as_predicted(monkeypatch):
     said = []
     config = gpt.GPTConfig(3, 8, 128, 256, seq_len=512, attention="explicit")
@@ -238,12 +217,14 @@ def test_resident_activations_fall_as_predicted(monkeypatch):
     assert not memory.activations_table(config, 2, lambda line: None), "nothing was dropped"
 
 
+@pytest.mark.slow
 def test_a_leak_would_show_in_resident_memory(monkeypatch):
     config = gpt.GPTConfig(n_layer=3, n_head=8, n_embd=512, vocab_size=256, seq_len=16)
     monkeypatch.setattr("zero.Unit.reshard", zero.Unit.wait)  # the whole parameters stay
     assert not memory.table(config, 2, torch.float32, lambda line: None)
 
 
+@pytest.mark.slow
 def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
     out = tmp_path / "bench.json"
@@ -270,6 +251,7 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("name", ["tp", "pp", "ckpt", "3d"])
+@pytest.mark.slow
 def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 256, 8)})
     monkeypatch.setattr(bench, "ROUNDS", 1)
@@ -365,6 +347,7 @@ def test_colors_stand_for_letters():
     assert "F" not in plain and "\033[30;44m0" in plain and "\033[30;103m2" in plain
 
 
+@pytest.mark.slow
 def test_a_drill_of_one_kill(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["drill.py", "--drills", "1", "--nproc", "2"])
     with pytest.raises(SystemExit) as end:
@@ -438,6 +421,7 @@ def trained(case: Case, folder: str, text: str) -> None:
     assert disk.failed is None
 
 
+@pytest.mark.slow
 def test_sampling_from_a_checkpoint(tmp_path):
     """An alphabet, learned by 2 x 2 ranks, said by one; cold, and of the one likeliest token."""
     case = Case(t=2, p=2, n_layer=2, n_embd=48, vocab_size=256, seq_len=8, dtype="float32",
@@ -453,6 +437,7 @@ def test_sampling_from_a_checkpoint(tmp_path):
     assert hot == again != "abcdefghabcd\n"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_bench_measures_what_it_says(monkeypatch):
     monkeypatch.setattr(bench_checkpoint, "ROUNDS", 1)
     monkeypatch.setitem(bench_checkpoint.SIZES, 24, (2, 12, 24))

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,36 +221,36 @@ def test_a_wrong_schedule_file_says_where_and_what(text, message, tmp_path):
 
 
 def test_refused_under_torchrun_too():
-    start = time.monotonic()
-    result = run(2, "train_3d.py", "--tp", 3)
+    result = forked(2, train_3d.main, "--tp", 3, torchrun=True)
     ours = [line for line in result.stderr.splitlines() if line.startswith("train_3d.py: error:")]
     assert result.returncode != 0 and len(ours) == 1 and "multiple of 3 ranks" in ours[0]
     assert "train_3d.py\", line" not in result.stderr, "a traceback of ours"
-    assert time.monotonic() - start < 60
 
 
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def test_launched_runs_are_the_plain_one(text, tmp_path):
-    """The same command, plain with 1 and 2 threads and under torchrun: rows, validation, sample."""
+@pytest.mark.parametrize(
+    "ranks, layout, how",
+    [
+        (4, "--tp 2 --pp 2 --sequence-parallel", {"torchrun": True}),
+        pytest.param(4, "--tp 2 --pp 2", {}, marks=pytest.mark.slow),
+        pytest.param(4, "--pp 2 --zero 2 --schedule gpipe --recompute full", {},
+                     marks=pytest.mark.slow),
+        pytest.param(0, "", {"threads": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_launched_runs_are_the_plain_one(ranks, layout, how, text, tmp_path):
+    """The same command for one process and launched: rows, validation, sample."""
     logs, samples = {}, {}
-    launches = {
-        "plain": (0, ""),
-        "two threads": (0, ""),
-        "t2 p2": (4, "--tp 2 --pp 2"),
-        "t2 p2 sp": (4, "--tp 2 --pp 2 --sequence-parallel"),
-        "p2 d2 zero": (4, "--pp 2 --zero 2 --schedule gpipe --recompute full"),
-    }
-    for name, (ranks, layout) in launches.items():
+    launches = {"plain": (0, "", {}), "launched": (ranks, layout, how)}
+    for name, (ranks, layout, how) in launches.items():
         log = tmp_path / name
         # 18 tokens: while the sample grows to that, it has odd lengths, and t does not divide them.
         flags = ["--data", text, "--sample", 20, "--log", log, "--val-every", 2, "--seq-len", 18]
         flags += layout.split()
-        if name == "t2 p2":
-            result = run(ranks, "train_3d.py", *TINY, *flags)
-        else:
-            result = forked(ranks, train_3d.main, *TINY, *flags, threads=1 + (name[:3] == "two"))
+        result = forked(ranks, train_3d.main, *TINY, *flags, **how)
         assert result.returncode == 0, result.stderr
         logs[name] = read_log(log)
         samples[name] = result.stdout.split("--- sample after")[1].split("val loss")[0]
@@ -476,11 +475,11 @@ def test_softmax_and_loss_are_in_fp32_under_bf16(case):
     assert result == [({torch.float32}, torch.float32, False)] * case.world_size
 
 
-def losses(text: str, *arguments: str) -> list[float]:
+def losses(*arguments: str) -> list[float]:
     line = "--n-layer 2 --n-head 2 --n-embd 64 --seq-len 32 --global-batch-size 8 --steps 300"
     line += " --micro-batch-size 2 --device cpu"
     args = options.parser().parse_args([*line.split(), *arguments])
-    tokens = data.load(text, args.seq_len)[0]
+    tokens = data.example()
 
     def read(step, rows):
         return data.batch(tokens, step, rows, args.seq_len, seed=0)
@@ -489,13 +488,13 @@ def losses(text: str, *arguments: str) -> list[float]:
     return torch.stack([trainer.step(step)[0] for step in range(args.steps)])
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32_for_300_steps():
     """Seen of several texts: at most 0.007 nats apart, and 0.001 on average; the loss falls by
     2. At lr 2e-3 training itself magnifies differences: fp32 from a start that is rounded to bf16
     comes to be 0.06 apart from fp32, and bf16 up to 0.13."""
-    source, lr = str(ROOT / "gpt.py"), ("--lr", "3e-4")
-    narrow = launch(2, losses, source, *lr, "--dtype", "bf16", "--zero", "3")[0]
-    wide = launch(2, losses, source, *lr)[0]
+    narrow = launch(2, losses, "--lr", "3e-4", "--dtype", "bf16", "--zero", "3")[0]
+    wide = launch(2, losses, "--lr", "3e-4")[0]
     assert wide[:10].mean() - wide[-10:].mean() > 1.5
     assert (narrow - wide).abs().max() < 0.02 and (narrow - wide).abs().mean() < 0.003
 
@@ -539,20 +538,19 @@ def test_what_a_flag_implies_is_said_once(flags, said, changes):
     assert torch.equal(plain, with_it) != changes
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_is_named(text):
+    """By torchrun itself, which watches all its processes."""
     flags = "--steps 1000000 --pp 2 --val-every 0 --print-every 1 --data".split()
     job = subprocess.Popen(
         command_line(2, "train_3d.py", *TINY, *flags, text), cwd=ROOT, env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        for line in job.stdout:
-            if line.startswith("step"):
-                break
-        start = time.monotonic()
+        next(line for line in job.stdout if line.startswith("step"))
         os.kill(ranks_of(job)[1], signal.SIGKILL)
         _, errors = job.communicate(timeout=60)
-        assert job.returncode != 0 and time.monotonic() - start < 60
+        assert job.returncode != 0
         assert re.search(r"rank\s*: 1 ", errors) and "Signal 9 (SIGKILL)" in errors, errors
     finally:
         job.kill()
@@ -562,7 +560,10 @@ def test_a_killed_rank_ends_the_job_and_is_named(text):
 # --- what it promises about itself ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [ddp, zero, tensor_parallel, pipeline, activation_ckpt])
+@pytest.mark.parametrize("module", [ddp, *(
+    pytest.param(module, marks=pytest.mark.slow)
+    for module in (zero, tensor_parallel, pipeline, activation_ckpt)
+)])  # fmt: skip
 def test_the_proof_of_each_strategy_file(module):
     launched = run(2, "ddp.py") if module is ddp else forked(2, module.main)
     assert launched.returncode == 0, launched.stdout + launched.stderr

@@ -722,8 +722,9 @@ def rows_of(
             "cpu_share": statistics.median(r["cpu"] for r in runs[key]),
             "foreign_cpu": statistics.median(r["foreign"] for r in runs[key]),
             "bubble": [statistics.median(side) for side in zip(*bubble, strict=True)],
-            "max_loss_difference": max(abs(a - b) for ls in losses
-                                       for a, b in zip(ls, expected, strict=True)),
+            "max_loss_difference": measure.largest(
+                abs(a - b) for ls in losses for a, b in zip(ls, expected, strict=True)
+            ),
         }  # fmt: skip
 
     rows = []

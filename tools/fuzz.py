@@ -1,11 +1,11 @@
-"""Configurations drawn at random, beside one process: losses, norms, every gradient and parameter.
+"""Random configurations compared with one process: losses, norms, every gradient and parameter.
 
     python -m tools.fuzz --n 50 --seed 0
     python -m tools.fuzz --case '{"t": 2, "d": 2, "zero": 1}'            replay one
 
 One in four is saved on the way and resumed in another layout. One in eight or so is invalid; it
-must be refused in one line. What fails is made as small as can be, step by step, while it goes on
-failing. At the end: which features have met, two by two, in layouts that ran.
+must be refused in one line. A case that fails is reduced step by step, as long as it still fails.
+At the end: how many of the layouts that ran had each pair of features.
 """
 
 import argparse
@@ -131,7 +131,7 @@ SMALLEST = {"m": 1, "b": 1, "n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size"
 
 
 def simpler(case: Case) -> Iterator[Case]:
-    """Cases with one thing less each, the largest steps first; of the same batch, if resumed."""
+    """Cases that are simpler in one respect each, the largest simplifications first."""
     if case.resume:
         yield dataclasses.replace(case, resume=None)
         yield dataclasses.replace(case.parts[1][0], resume=None)  # its second layout alone
@@ -152,20 +152,18 @@ def simpler(case: Case) -> Iterator[Case]:
             yield dataclasses.replace(case, resume=case.resume | {name: PLAIN[name]})
 
 
-def same_batch(case: Case) -> bool:
-    return len({part.d * part.m * part.b for part, _, _ in case.parts}) == 1
-
-
 def shrink(case: Case, seconds: float = 120, say=print) -> Case:
-    """The smallest case found that fails as well: of the simpler ones the first that does, again
-    and again, until none does or the time is over."""
+    """A smaller case that also fails. Repeatedly takes the first simpler case that fails, until
+    none does or the time is over."""
     end, tried = time.monotonic() + seconds, 0
     while True:
         for other in simpler(case):
             if time.monotonic() > end:
                 say(f"     shrinking: {seconds:.0f} s are over, after {tried} tries")
                 return case
-            valid = all(refusal(part) is None for part, _, _ in other.parts) and same_batch(other)
+            valid = len({*other.batches}) == 1 and all(
+                refusal(part) is None for part, _, _ in other.parts
+            )
             tried += valid
             if valid and not verdict(other)[0]:
                 case = other
@@ -174,44 +172,47 @@ def shrink(case: Case, seconds: float = 120, say=print) -> Case:
             return case
 
 
-# --- what has met ---------------------------------------------------------------------------------
+# --- what was tested together ---------------------------------------------------------------------
+
+STAGES = ("ddp", "zero1", "zero2", "zero3")
+ALL = ["tp", "sp", *(name[:6] for name in pipeline.SCHEDULES), *STAGES, "hybrid", "kept", "nodes",
+       "m>1", "b>1", "select", "full", "offloa", "drop", "explic", "untied", "mask", "odd v",
+       "clip", "sgd", "fp32", "bf16", "resume"]  # fmt: skip
+# Features of which a layout has at most one.
+ONE_OF = [STAGES, tuple(name[:6] for name in pipeline.SCHEDULES), ("select", "full", "offloa"),
+          ("fp32", "bf16"), ("hybrid", "ddp"), ("nodes", "hybrid"), ("nodes", "kept"),
+          *(("kept", stage) for stage in STAGES[:3]),
+          *(("nodes", stage) for stage in STAGES[1:])]  # fmt: skip
 
 
 def features(case: Case) -> list[str]:
-    """Names of what is special in it, at most 6 letters each."""
-    also = {
-        "tp": case.t > 1, "pp": case.p > 1, "dp": case.d > 1, "m>1": case.m > 1,
-        "b>1": case.b > 1, "sp": case.sequence and case.t > 1,
-        **{f"zero{n}": case.zero == n for n in (1, 2, 3)},
-        "hybrid": case.shard_size not in (None, case.d), "kept": not case.reshard,
-        "nodes": case.nodes > 1,
-        **{name[:6]: case.schedule == name for name in pipeline.SCHEDULES if name != "1f1b"},
+    """Names, at most 6 letters each, of the features that have an effect in it: a schedule only
+    with p > 1, a ZeRO stage only with d > 1, sequence parallelism only with t > 1."""
+    live = {
+        "tp": case.t > 1, "sp": case.sequence and case.t > 1,
+        **{name[:6]: case.schedule == name and case.p > 1 for name in pipeline.SCHEDULES},
+        **{name: case.zero == n and case.d > 1 for n, name in enumerate(STAGES)},
+        "hybrid": 1 < (case.shard_size or case.d) < case.d,
+        "kept": not case.reshard and case.d > 1, "nodes": case.nodes > 1,
+        "m>1": case.m > 1, "b>1": case.b > 1,
         **{p[:6]: case.recompute == p for p in activation_ckpt.POLICIES if p != "none"},
         "drop": case.dropout > 0, "explic": case.attention == "explicit",
         "untied": not case.tied, "mask": case.masked, "odd v": case.vocab_size % case.t > 0,
         "clip": case.clip == 0.1, "sgd": case.optimizer == "sgd", "fp32": case.dtype == "float32",
         "bf16": case.dtype == "bf16", "resume": case.resume is not None,
     }  # fmt: skip
-    return [name for name, there in also.items() if there]
-
-
-ALL = ["tp", "pp", "dp", "m>1", "b>1", "sp", "zero1", "zero2", "zero3", "hybrid", "nodes", "kept",
-       "gpipe", "interl", "zb-h1", "zb-v", "select", "full", "offloa", "drop", "explic", "untied",
-       "mask", "odd v", "clip", "sgd", "fp32", "bf16", "resume"]  # fmt: skip
-ONE_OF = [("zero1", "zero2", "zero3"), ("kept", "zero1"), ("kept", "zero2"), ("nodes", "hybrid"),
-          ("nodes", "kept"), *(("nodes", f"zero{n}") for n in (1, 2, 3)), ("fp32", "bf16"),
-          ("gpipe", "interl", "zb-h1", "zb-v"), ("select", "full", "offloa")]  # fmt: skip
+    return [name for name in ALL if live[name]]
 
 
 def coverage(cases: list[Case]) -> str:
-    """How often each two features were in one layout; - where they exclude each other."""
+    """How many layouts had each pair of features; - where a layout cannot have both."""
     met = {pair: 0 for pair in itertools.combinations(ALL, 2)}
     for case in cases:
-        for pair in itertools.combinations(sorted(features(case), key=ALL.index), 2):
+        for pair in itertools.combinations(features(case), 2):
             met[pair] += 1
     for group in ONE_OF:
         for pair in itertools.combinations(sorted(group, key=ALL.index), 2):
-            met.pop(pair)
+            assert met.pop(pair) == 0, pair
     lines = []
     for j, row in enumerate(ALL):
         cells = (str(min(999, met[pair])) if (pair := (column, row)) in met else "-"
@@ -219,8 +220,8 @@ def coverage(cases: list[Case]) -> str:
         lines.append(f"{row:6s}" + "".join(f"{cell:>4s}" for cell in cells))
     lines.append(" " * 6 + "".join(f"{name[:3]:>4s}" for name in ALL[:-1]))
     never = [" and ".join(pair) for pair, n in met.items() if n == 0]
-    lines.append(f"{len(met) - len(never)} of {len(met)} pairs of features have met"
-                 + ("" if not never else "; never: " + ", ".join(never[:12]))
+    lines.append(f"{len(met) - len(never)} of {len(met)} pairs of features were tested together"
+                 + ("" if not never else "; not: " + ", ".join(never[:12]))
                  + (f", and {len(never) - 12} more" if len(never) > 12 else ""))  # fmt: skip
     return "\n".join(lines)
 

@@ -133,7 +133,7 @@ def parity(flags: list[str], device: torch.device) -> Iterator[tuple[str, bool]]
         ("gradients", *({n: p.grad for n, p in named.items()} for named in (ours, theirs))),
         ("parameters", ours, theirs),
     ):
-        worst = max(measure.relative_errors(a, b).values())
+        worst = measure.largest(measure.relative_errors(a, b).values())
         yield f"| {what} | {worst:.1e} |", worst <= measure.TOLERANCE
 
 
@@ -143,8 +143,8 @@ def speed(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
         config = options.check(args, 1)
         loops = [trainer_of(args, config, device), Bare(args, config, device)]
         ours, bare = seconds(loops, steps, device)
-        apart = max(abs(a - b) for a, b in zip(*(loop.step(9)[:2].tolist() for loop in loops),
-                                               strict=True))  # fmt: skip
+        both = zip(*(loop.step(9)[:2].tolist() for loop in loops), strict=True)
+        apart = measure.largest(abs(a - b) for a, b in both)
         tokens = args.global_batch_size * config.seq_len
         tflops = 3e-12 * gpt.forward_flops_per_token(config) * tokens / ours
         peak = options.peak_tflops(args, device)

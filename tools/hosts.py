@@ -11,12 +11,14 @@ this machine copies, and `eth0`, whose other end is plugged into the bridge. Lin
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 INTERFACE = "eth0"
 CLONE_NEWNET = 0x40000000
+CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}  # bits, see capabilities(7)
 
 
 def run(line: str) -> str:
@@ -28,10 +30,22 @@ def run(line: str) -> str:
     return done.stdout
 
 
+def capable(name: str) -> bool:
+    """True if this process has the capability. False on a system other than Linux."""
+    try:
+        with open("/proc/self/status") as file:
+            effective = re.search(r"CapEff:\s*(\w+)", file.read())[1]
+    except FileNotFoundError:
+        return False
+    return bool(int(effective, 16) >> CAPABILITIES[name] & 1)
+
+
 def missing() -> str | None:
     """One line: why there can be no hosts here, and what to do. None where there can."""
-    if os.geteuid() != 0:
-        return "network namespaces are for root: run it with sudo, or in a container as root"
+    for name in CAPABILITIES:
+        if not capable(name):
+            return (f"network namespaces need {name}: run it with sudo, or in a container that was "
+                    f"started with --cap-add {name}")  # fmt: skip
     for name in ("ip", "tc"):
         if not shutil.which(name, path=PATH):
             return f"there is no {name}: install iproute2"

@@ -181,9 +181,9 @@ def compare(n: int, device: torch.device) -> dict:
                     for kind, x in expected.items()}  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             seams = {"device": device, "step": step_of}
-            errors = oracle.layout(case, expected, seams, 0, case.steps, folder)
-        every = [e if e == e else float("inf") for kind in errors.values() for e in kind.values()]
-        largest = torch.tensor(max(every), dtype=torch.float64, device=device)
+            errors = oracle.layout(case, expected, seams, 0, case.steps, folder).errors
+        every = (error for kind in errors.values() for error in kind.values())
+        largest = torch.tensor(measure.largest(every), dtype=torch.float64, device=device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         for group in vars(trainers[0]).values():  # NCCL's buffers would add up
             if isinstance(group, dist.ProcessGroup):

@@ -1,11 +1,11 @@
-"""The judge: any layout of train_3d.Trainer against one process that knows no strategy.
+"""The judge: any layout of train_3d.Trainer compared with one process that uses no strategy.
 
     case = Case(t=2, p=2, d=2)
     judge(case)              Errors(loss=1e-16, norm=..., gradient=..., parameter=..., where=...)
 
-The one process is gpt.GPT, torch's cross entropy, clip_grad_norm_ and optimizer, on the whole batch
-at once. Ranks are forked (a few milliseconds each) and meet through a file; every rank compares
-everything it holds with its part of the one process's, cut by the code that cut the weights.
+The one process is gpt.GPT with torch's cross entropy, clip_grad_norm_ and optimizer, on the full
+batch at once. Ranks are forked, which takes a few milliseconds each, and find each other through a
+file. Every rank compares everything it holds with its shard of the one process's tensors.
 """
 
 import dataclasses
@@ -55,14 +55,13 @@ class Errors(NamedTuple):
 
     @property
     def worst(self) -> float:
-        """Infinite where one is not a number."""
-        return max(e if e == e else float("inf") for e in self[:4])
+        return measure.largest(self[:4])
 
 
 @dataclasses.dataclass
 class Case:
     """A layout and a model. m microbatches of b rows on each of d replicas. resume: the run is
-    saved after step `at` and goes on with these fields replaced, of the same model and batch."""
+    saved after step `at` and resumed with these fields replaced. The model and d m b must stay."""
 
     t: int = 1
     p: int = 1
@@ -111,6 +110,11 @@ class Case:
         first = dataclasses.replace(self, resume=None)
         at = self.resume["at"]
         return [(first, 0, at), (dataclasses.replace(first, **changed), at, self.steps)]
+
+    @property
+    def batches(self) -> list[int]:
+        """Rows per batch of each layout; they must be equal."""
+        return [part.d * part.m * part.b for part, _, _ in self.parts]
 
     def arguments(self) -> list[str]:
         """The command line of train_3d.py."""
@@ -187,7 +191,7 @@ def launch(
                     results[rank] = value
         finally:
             for process in processes:
-                if ends:  # something went wrong: the others may wait for ever
+                if ends:  # something went wrong, and the others may wait indefinitely
                     process.kill()
                 process.join()
     return results
@@ -299,10 +303,21 @@ def trainer_of(case: Case, **seams) -> train_3d.Trainer:
     return trainer
 
 
-def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder: str) -> dict:
-    """On each rank: train from step `first` to `end`, and compare all that this rank holds (before
-    the last step, only loss and norm). Begins with the checkpoint in `folder` and leaves one
-    there, where the steps are not all of them."""
+class Compared(NamedTuple):
+    """What one rank compared. errors: by kind and tensor. elements: by parameter, the flat indices
+    into the full gradient."""
+
+    errors: dict[str, dict[str, float]]
+    elements: dict[str, Tensor]
+
+
+def layout(
+    case: Case, expected: dict, seams: dict, first: int, end: int, folder: str
+) -> Compared:  # fmt: skip
+    """On each rank: train from step `first` to `end`, and compare losses and norms with the one
+    process; after the last step, also every gradient and parameter that this rank holds. Starts
+    from the checkpoint in `folder` if `first` > 0, and saves one there if `end` is not the last
+    step."""
     seams = dict(seams)
     step_of = seams.pop("step", train_3d.Trainer.step)
     trainer = trainer_of(case, **seams)
@@ -318,44 +333,93 @@ def layout(case: Case, expected: dict, seams: dict, first: int, end: int, folder
         disk.save(end, mine, {"optimizer": numbers})
         disk.wait()
         assert disk.failed is None, disk.failed
+    wide = torch.promote_types(trainer.dtype, torch.float32)  # of losses, norms and gradients
     errors = {
-        kind: measure.relative_errors({"": stats[:, i]}, {"": expected[kind][first:end]})
-        for i, kind in enumerate(("loss", "norm"))
+        kind: measure.relative_errors({"": mine}, {"": expected[kind][first:end]}, dtype=wide)
+        for kind, mine in (("loss", stats[:, 0]), ("norm", stats[:, 1]))
     }
     if end < case.steps:
-        return errors
+        return Compared(errors, {})
+
     pieces = trainer.sync.pieces()
     trainer.sync.gather()
-    parts = dict(gpt.named_parameters(trainer.model))
-    part_of = {
-        kind: {
-            name: p.cut(expected[kind][name]) if hasattr(p, "cut") else expected[kind][name]
-            for name, p in parts.items()
-        }
-        for kind in ("gradient", "parameter")
-    }
-    gradients = {n: piece.grad.flatten() for n, piece, _, _ in pieces}
-    same = {n: part_of["gradient"][n].flatten()[at : at + t.numel()] for n, t, _, at in pieces}
-    return errors | {
-        "gradient": measure.relative_errors(gradients, same, FLOORS[case.dtype]),
-        "parameter": measure.relative_errors(parts, part_of["parameter"], FLOORS[case.dtype]),
-    }
+    named = dict(gpt.named_parameters(trainer.model))
+    _check_all_are_compared(trainer, named, pieces)
+
+    def shard(kind: str) -> dict[str, Tensor]:
+        """Of the expected tensors, what this rank should hold."""
+        known = {n: p for n, p in named.items() if n in expected[kind]}
+        return {n: p.cut(expected[kind][n]) if hasattr(p, "cut") else expected[kind][n]
+                for n, p in known.items()}  # fmt: skip
+
+    def ranges(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {f"{n}[{at}:]": tensors[n].flatten()[at : at + t.numel()]
+                for n, t, _, at in pieces if n in tensors}  # fmt: skip
+
+    floor, gradients = FLOORS[case.dtype], shard("gradient")
+    held = {f"{n}[{at}:]": piece.grad.flatten() for n, piece, _, at in pieces}
+    errors["gradient"] = measure.relative_errors(held, ranges(gradients), floor, wide)
+    errors["parameter"] = measure.relative_errors(named, shard("parameter"), floor, trainer.dtype)
+    expected = expected | {"index": {n: torch.arange(g.numel(), device=g.device).view(g.shape)
+                                     for n, g in expected["gradient"].items()}}  # fmt: skip
+    index = shard("index")
+    return Compared(errors, {n: torch.cat([index[n].flatten()[at : at + t.numel()]
+                                           for m, t, _, at in pieces if m == n])
+                             for n in {n for n, *_ in pieces}})  # fmt: skip
+
+
+def _check_all_are_compared(trainer: train_3d.Trainer, named: dict, pieces: list) -> None:
+    """Compares objects, since two tensors may have one name: every parameter of this rank is in
+    `named`, and the ranks that shard its state together hold as many elements as it has."""
+    held = {*map(id, trainer.model.parameters())}
+    assert held == {*map(id, named.values())}, "two parameters have one name"
+    assert held >= {id(p) for _, _, p, _ in pieces}, "a piece of a parameter that is not here"
+    updated = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert updated >= {id(piece) for _, piece, _, _ in pieces}, "a piece without an optimizer"
+    owned = torch.tensor(float(sum(piece.numel() for _, piece, _, _ in pieces)))
+    owned = owned.to(trainer.device)
+    dist.all_reduce(owned, group=trainer.shard_group)
+    assert owned == sum(p.numel() for p in trainer.model.parameters()), "elements are missing"
+
+
+def compared(
+    case: Case, part: Case, seams: dict, first: int, end: int, folder: str
+) -> Compared:
+    """layout() next to the one process, which rank 0 of the first launch runs."""
+    path = f"{folder}/expected"
+    if first == 0 and dist.get_rank() == 0:
+        torch.save(reference(case, seams.get("model")), path)
+    dist.barrier()
+    return layout(part, torch.load(path), seams, first, end, folder)
 
 
 def judge(case: Case, seams: dict | None = None) -> Errors:
-    """One process, then the layout. `seams`: arguments of train_3d.Trainer, and "step", what is
-    called with a trainer and a step's number in place of Trainer.step. Raises AssertionError
-    where some gradient was compared by nobody, RuntimeError where a rank failed."""
-    seams, ranks = seams or {}, []
-    expected = launch(1, reference, case, seams.get("model"))[0]
+    """The layout, or the layouts one after the other, next to one process. `seams`: arguments of
+    train_3d.Trainer, and "step", which is called with a trainer and a step's number in place of
+    Trainer.step. Raises ValueError if the layouts of a resumed run have different batches,
+    RuntimeError if a rank failed, AssertionError if an element of a gradient was compared by no
+    rank."""
+    batches = case.batches
+    if len({*batches}) > 1:
+        raise ValueError(f"the run begins with {batches[0]} rows per batch and is resumed with "
+                         f"{batches[-1]}: change m or b of one layout")  # fmt: skip
+    ranks: list[Compared] = []
     with tempfile.TemporaryDirectory() as folder:
         for part, first, end in case.parts:
-            ranks += launch(part.world_size, layout, part, expected, seams, first, end, folder)
-    missing = set(expected["gradient"]).difference(*(r.get("gradient", ()) for r in ranks))
-    assert not missing, f"no rank has the gradients of {sorted(missing)}"
+            ranks += launch(
+                part.world_size, compared, case, part, seams or {}, first, end, folder
+            )
+        shapes = {n: g.shape for n, g in torch.load(f"{folder}/expected")["gradient"].items()}
+    for name, shape in shapes.items():
+        seen = torch.zeros(shape.numel(), dtype=torch.bool)
+        for rank in ranks:
+            seen[rank.elements.get(name, [])] = True
+        assert seen.all(), f"{(~seen).sum()} elements of {name}'s gradient: compared by no rank"
     worst = {
         kind: max(
-            (error, f"{kind} {name}") for r in ranks for name, error in r.get(kind, {}).items()
+            (error, f"{kind} {name}")
+            for rank in ranks
+            for name, error in rank.errors.get(kind, {}).items()
         )
         for kind in ("loss", "norm", "gradient", "parameter")
     }

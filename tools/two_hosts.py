@@ -96,11 +96,12 @@ def main() -> None:
         subprocess.run([sys.executable, "train_3d.py", *flags, "--log", alone], cwd=ROOT,
                        check=True, stdout=subprocess.DEVNULL)  # fmt: skip
         two, one = rows(log), rows(alone)
-    worst = 0.0
+    errors = []
     for step, (mine, expected) in enumerate(zip(two, one, strict=True)):
-        worst = max(worst, *(abs(a / b - 1) for a, b in zip(mine, expected, strict=True)))
+        errors += [abs(a / b - 1) for a, b in zip(mine, expected, strict=True)]
         print(f"step {step}: loss {mine[0]:.15f}, norm {mine[1]:.15f} | one process "
               f"{expected[0]:.15f}, {expected[1]:.15f}")
+    worst = measure.largest(errors)
     same = len(two) == steps and worst <= measure.TOLERANCE
     print(f"largest relative difference {worst:.1e}: {'ok' if same else 'MISMATCH'}")
     args = options.parser().parse_args([*flags, *LAYOUT])

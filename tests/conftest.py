@@ -1,0 +1,49 @@
+"""Several pytest processes can share one run: each test is run by the process that claims it first.
+tests/run.py starts them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add = parser.addoption
+    add("--claims", type=Path, help="a folder that the processes share, empty at first")
+    add("--start", type=float, default=0.0, help="0 to 1: where in the list to begin")
+
+
+def claim(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:
+    """Those of `items` that no other process has claimed before."""
+    for item in items:
+        name = hashlib.sha1(item.nodeid.encode()).hexdigest()
+        try:
+            os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        yield item
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """pytest's own loop, over the tests that this process claims."""
+    option = session.config.option
+    if option.claims is None or option.collectonly or session.testsfailed:
+        return None
+    first = int(option.start * len(session.items))
+    mine = claim(session.items[first:] + session.items[:first], option.claims)
+    item = next(mine, None)
+    while item is not None and not (session.shouldfail or session.shouldstop):
+        following = next(mine, None)  # claimed ahead: pytest keeps the fixtures that it needs
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        item = following
+    return True
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.option.claims:
+        counts = {kind: len(reports) for kind, reports in terminalreporter.stats.items()}
+        (config.option.claims / f"counts-{os.getpid()}").write_text(json.dumps(counts))

@@ -1,0 +1,156 @@
+"""The judge is judged: each kind of wrong layout must be refused."""
+
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ddp
+import measure
+from tests.commands import Forked
+from tools.oracle import Case, judge
+
+
+def after_the_last_step(spoil):
+    """A step function for judge() that calls spoil(trainer) when the last step is done."""
+
+    def step_of(trainer, step: int):
+        stats = trainer.step(step)
+        if step + 1 == trainer.args.steps:
+            with torch.no_grad():
+                spoil(trainer)
+        return stats
+
+    return {"step": step_of}
+
+
+def exchange(tensor: torch.Tensor) -> None:
+    """On both of two ranks: take the other rank's values."""
+    both = [torch.empty_like(tensor) for _ in range(2)]
+    dist.all_gather(both, tensor)
+    tensor.copy_(both[1 - dist.get_rank()])
+
+
+def swap_parameter_shards(trainer) -> None:
+    exchange(trainer.model.h["0"].mlp.c_fc.weight)
+
+
+def swap_gradient_shards(trainer) -> None:
+    """Both ranks have 3 of 6 rows, so sizes and offsets agree."""
+    (piece,) = (piece for n, piece, *_ in trainer.sync.pieces() if n.endswith("0.mlp.c_fc.weight"))
+    exchange(piece.grad)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-6])
+@pytest.mark.parametrize("kind", ["gradient", "parameter"])
+def test_one_wrong_entry_on_one_rank_is_seen(kind, value):
+    def add(trainer) -> None:
+        if dist.get_rank() == 1:
+            _, piece, p, _ = trainer.sync.pieces()[-1]
+            (p if kind == "parameter" else piece.grad).view(-1)[-1] += value
+
+    errors = judge(Case(d=2, m=1, n_layer=1), after_the_last_step(add))
+    other = errors.gradient if kind == "parameter" else errors.parameter
+    assert errors.worst > 1e-8 and other <= measure.TOLERANCE and errors.where.startswith(kind)
+
+
+@pytest.mark.parametrize("swap", [swap_parameter_shards, swap_gradient_shards])
+def test_shards_that_changed_places_are_seen(swap):
+    errors = judge(Case(t=2, m=1, n_layer=1), after_the_last_step(swap))
+    assert errors.worst > 1e-3 and "c_fc" in errors.where
+
+
+def lose_a_layer(trainer) -> None:
+    del trainer.model.ln_f
+
+
+def lose_a_piece(trainer) -> None:
+    pieces = trainer.sync.pieces()
+    trainer.sync.pieces = lambda: pieces[dist.get_rank() :]
+
+
+def lose_half_a_piece(trainer) -> None:
+    *pieces, (name, piece, p, at) = trainer.sync.pieces()
+    half = piece[: piece.numel() // 2]
+    half.grad = piece.grad[: half.numel()]
+    trainer.sync.pieces = lambda: [*pieces, (name, half, p, at)]
+
+
+def two_of_one_name(trainer) -> None:
+    trainer.model.other = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    trainer.model.other.tied_name = "wte.weight"
+
+
+def one_too_many(trainer) -> None:
+    trainer.model.extra = nn.Parameter(torch.zeros(0, dtype=torch.float64))
+
+
+def reshape(trainer) -> None:
+    p = trainer.model.ln_f.weight
+    p.data = p.data.view(1, -1)
+
+
+def one_entry_for_all(trainer) -> None:
+    """Broadcasting would compare it with every entry."""
+    trainer.model.h["0"].attn.c_attn.bias.data = torch.zeros(1, dtype=torch.float64)
+
+
+def narrow(trainer) -> None:
+    p = trainer.model.ln_f.weight
+    p.data = p.data.float()
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lose_a_layer, "a piece of a parameter that is not here"),
+        (lose_a_piece, "elements are missing"),
+        (lose_half_a_piece, "a piece without an optimizer|elements are missing"),
+        (two_of_one_name, "two parameters have one name"),
+        (one_too_many, "unexpected: .'extra'"),
+        (reshape, r"ln_f.weight is \(1, 24\) .* expected \(24,\)"),
+        (one_entry_for_all, r"c_attn.bias.* is \((1|72),\) .* expected \((1|72),\)"),
+        (narrow, "ln_f.weight is .* in torch.float32: expected .* in torch.float64"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(spoil, message):
+    with pytest.raises(RuntimeError, match=message):
+        judge(Case(d=2, m=1, n_layer=1), after_the_last_step(spoil))
+
+
+def lose_a_layer_and_its_pieces(trainer) -> None:
+    lost = {id(p) for p in trainer.model.ln_f.parameters()}
+    pieces = [piece for piece in trainer.sync.pieces() if id(piece[2]) not in lost]
+    trainer.sync.pieces = lambda: pieces
+    trainer.model.ln_f = nn.Identity()
+
+
+def test_a_gradient_that_no_rank_holds_is_refused():
+    """Each rank has compared all that it holds."""
+    with pytest.raises(AssertionError, match="24 elements of ln_f.weight.*compared by no rank"):
+        judge(Case(p=2, m=1, n_layer=2), after_the_last_step(lose_a_layer_and_its_pieces))
+
+
+def test_a_resume_with_another_batch_is_refused():
+    """It would train on other rows than the one process, and be reported as a mismatch."""
+    case = Case(d=2, m=2, b=2, resume={"at": 1, "d": 1, "m": 2})
+    with pytest.raises(ValueError, match="begins with 8 rows per batch and is resumed with 4"):
+        judge(case)
+
+
+def a_rank_that_hangs() -> None:
+    with measure.Proof("hangs.py", timeout=1) as proof:
+        if proof.group.rank() == 1:
+            signal.pause()
+        ddp.global_count(torch.zeros(1), proof.group)
+
+
+def test_a_hang_in_a_demo_ends_with_a_message():
+    with Forked(2, a_rank_that_hangs) as job:
+        job.processes[0].join(60)
+        assert job.processes[0].exitcode == 1
+        said = job.read("errors")
+    assert said.startswith("hangs.py: rank 0: all_reduce over all ranks failed, since a rank did")
+    assert said.count("\n") == 1

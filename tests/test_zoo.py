@@ -1,0 +1,74 @@
+"""The bug zoo: a kill counts only if the named test fails in the expected way."""
+
+import re
+
+import pytest
+
+from tools import zoo
+
+HARMLESS = [("gpt.py", "# nano trains", "# Nano trains")]
+
+
+def test_all_bugs_apply_and_are_told_of():
+    for bug in zoo.ZOO:
+        for file, old, _ in bug.edits:
+            assert (zoo.ROOT / file).read_text().count(old) == 1, (bug.name, file, old)
+    told = re.findall(r"^### (\d+)\.", (zoo.ROOT / "docs/bugs.md").read_text(), re.MULTILINE)
+    assert {*map(int, told)} == {bug.number for bug in zoo.ZOO}
+
+
+FAST, SLOW = ["-m", "not slow"], ["-m", "slow"]
+PASSED, NONE = (0, "3 passed"), (5, "3 deselected")
+
+
+@pytest.mark.parametrize(
+    "fast, slow, failure, verdict",
+    [
+        ((1, "x.py::test - assert 3 == 4"), None, "3 == 4", "killed"),
+        ((1, "x.py::test - NameError: x"), None, "3 == 4", "SURVIVED"),
+        ((None, zoo.HANG), None, "3 == 4", "SURVIVED"),
+        ((None, zoo.HANG), None, zoo.HANG, "killed"),
+        ((1, "x.py::test - assert 3 == 4"), None, zoo.HANG, "SURVIVED"),
+        (PASSED, (1, "x.py::test[2] - assert 3 == 4"), "3 == 4", "test-all"),
+        (NONE, (1, "x.py::test[2] - assert 3 == 4"), "3 == 4", "test-all"),
+        (PASSED, (1, "x.py::test[2] - NameError: x"), "3 == 4", "SURVIVED"),
+        (PASSED, NONE, "3 == 4", "SURVIVED"),
+        (PASSED, PASSED, "", "SURVIVED"),
+    ],
+)
+def test_a_kill_is_the_expected_failure_of_the_named_test(
+    fast, slow, failure, verdict, monkeypatch
+):
+    def run_pytest(root, arguments, timeout):
+        assert "# Nano trains" in (root / "gpt.py").read_text() and arguments[0] == "x.py"
+        return {tuple(FAST): fast, tuple(SLOW): slow}[tuple(arguments[1:])]
+
+    monkeypatch.setattr(zoo, "run_pytest", run_pytest)
+    assert zoo.hunt(zoo.Bug(99, "no bug", HARMLESS, "x.py", failure))[0] == verdict
+
+
+@pytest.mark.slow
+def test_a_slice_of_the_zoo(capsys):
+    """One that is killed, and one that is not, so that the command fails."""
+    (real,) = (bug for bug in zoo.ZOO if bug.number == 22)
+    harmless = zoo.Bug(99, "no bug", HARMLESS, "tests/test_gpt.py -k scales", "")
+    with pytest.raises(SystemExit) as end:
+        zoo.main([], [real, harmless])
+    out = capsys.readouterr().out
+    assert end.value.code == 1 and "SURVIVED" in out and "1 of 2 killed" in out, out
+    assert "by test_tensor_parallel.py::test_cuts_are_torch_chunks" in out
+
+
+@pytest.mark.parametrize(
+    "edit, run, message",
+    [
+        (("gpt.py", "no such line", ""), None, "in gpt.py this is there 0 times, expected once"),
+        (HARMLESS[0], (1, "x.py::test - assert 0"), "x.py is red without a bug: x.py::test"),
+        (HARMLESS[0], (4, "no such file"), "x.py is red without a bug: no such file"),
+    ],
+)
+def test_a_zoo_that_rots_is_refused(edit, run, message, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "run_pytest", lambda *_: run)
+    with pytest.raises(SystemExit) as end:
+        zoo.main([], [zoo.Bug(99, "rotten", [edit], "x.py", "")])
+    assert end.value.code == 2 and message in capsys.readouterr().err
