@@ -422,8 +422,8 @@ def held_by_this_process(trainer: train_3d.Trainer) -> dict[str, object]:
 
 
 def leak(trainer: train_3d.Trainer, kept: list, step: int) -> None:
-    """One of each kind per step, of memory an activation of a block. One thread in all: each has a
-    stack."""
+    """Leaves one of each kind per step; of memory, as much as one activation of a block. Only one
+    thread is started, because a thread has a stack."""
     kept.append(torch.empty(0))
     size = (trainer.args.micro_batch_size, trainer.config.seq_len, trainer.config.n_embd)
     kept.append(torch.ones(size, dtype=torch.float64).untyped_storage())
@@ -435,12 +435,12 @@ def leak(trainer: train_3d.Trainer, kept: list, step: int) -> None:
 
 
 WARMUP, STEPS = 20, 180
-LIMITS = {"tensors": 10, "bytes": 3 * 2**19}  # one per step is 180, and 2.9 MB
+LIMITS = {"tensors": 10, "bytes": 3 * 2**19}  # a leak per step is 180 tensors, 2.9 MB
 WIDE = dict(b=2, n_layer=2, n_head=2, n_embd=32, vocab_size=19, seq_len=32)
 
 
 def without_flight_recorder(rank: int) -> None:
-    """torch.distributed records the last 2000 collectives: 2 MB that grow in the first steps."""
+    """torch.distributed records the last 2000 collectives: its buffer grows by 2 MB."""
     os.environ["TORCH_FR_BUFFER_SIZE"] = "0"
 
 
