@@ -18,7 +18,7 @@ VARIANTS = [(1, {}), (2, {}), (3, {}), (3, {"reshard_after_forward": False})]
 
 
 class Layer(nn.Module):
-    """x + the sum of its parameters' entries, each times an integer of its own, `coefficients`. The
+    """x + the sum of its parameters' entries, each times another integer, `coefficients`. The
     gradient of an entry is x's times this integer, so every sum is exact, and a gradient that is in
     the place of another differs from it."""
 
