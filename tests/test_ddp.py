@@ -89,12 +89,6 @@ def test_hierarchical_is_an_all_reduce(ranks, hosts):
     launch(ranks, hierarchical, hosts)
 
 
-def test_what_crosses_between_hosts():
-    """16 ranks on 2 hosts: 15/8 of Psi from each, or Psi; on 4 hosts 15/8, or 6/4."""
-    assert ddp.predicted_wire_bytes(800, 16, 4) == 6000
-    assert [ddp.predicted_hierarchical_wire_bytes(800, k, 4) for k in (1, 2, 4)] == [0, 3200, 4800]
-
-
 def unused():
     group = dist.group.WORLD
     for rung in (None, ddp.all_reduce_gradients, ddp.all_reduce_flat):

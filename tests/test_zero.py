@@ -9,7 +9,6 @@ import ddp
 import gpt
 import measure
 import zero
-from tools.links import WIRE
 from tools.oracle import launch
 
 SIZES = [((3, 5), (8,)), ((7,),), ((1,), (6, 3))]  # by layer: 23, 7, 19; no d divides a prime
@@ -245,19 +244,25 @@ def test_validation_keeps_no_parameters(options):
     assert launch(2, kept_by_a_forward_without_backward, options) == [[False] * len(SIZES)] * 2
 
 
-def test_the_state_that_is_sharded_shrinks_by_d():
-    numels = [10**6 + 3]
-    one = zero.predicted_bytes(numels, 1, 0)["optimizer"]
-    for d in (2, 4, 8):
-        ranks = [zero.predicted_bytes(numels, d, r)["optimizer"] for r in range(d)]
-        assert sum(ranks) == one and max(ranks) == 8 * zero.padded(numels[0], d) // d
+def optimizer_bytes(stage: int, options: dict) -> int:
+    sync, _ = attach(model(), stage, options, hybrid=False, accumulations=1)
+    pieces = [piece for _, piece, _, _ in sync.pieces()]
+    optimizer = torch.optim.AdamW(pieces)
+    for piece in pieces:
+        piece.grad = torch.zeros_like(piece)
+    optimizer.step()
+    return measure.bytes_by_kind(sync.held(), optimizer)["optimizer"]
 
 
-def test_both_halves_move_what_an_all_reduce_moves():
-    for d in (2, 4, 8):
-        payload = zero.predicted_payload([1024], d, [zero.Use(0, matmul=True)])
-        wire = sum(WIRE[op](d) * (p.exposed + p.hidden) for op, p in payload.items() if p.calls)
-        assert 4 * wire == ddp.predicted_wire_bytes(1024, d, 4)
+@pytest.mark.parametrize("stage, options", VARIANTS[:3])
+def test_the_state_that_is_sharded_shrinks_by_d(stage, options):
+    """Two moments of 8 bytes: all ranks' are one rank's, and no rank has more than its d-th of each
+    unit, rounded up."""
+    (one,) = launch(1, optimizer_bytes, stage, options)
+    assert one == 2 * 8 * (23 + 7 + 19)
+    for d in (2, 4):
+        ranks = launch(d, optimizer_bytes, stage, options)
+        assert sum(ranks) == one and max(ranks) == 2 * 8 * sum(-(-n // d) for n in (23, 7, 19))
 
 
 def given_back_on_the_way():
