@@ -3,11 +3,14 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import activation_ckpt as ckpt
 import gpt
 import measure
+import tensor_parallel
+from tools.oracle import launch
 
 B, S, H, A, L = 3, 10, 12, 2, 5
 
@@ -81,17 +84,32 @@ def test_bytes_kept_and_flops_are_as_predicted(attention, dropout, policy, every
         assert flops.get_total_flops() == expected
 
 
+def bytes_kept_of_a_block(b: int, s: int, h: int, a: int, policy: str, sequence: bool) -> int:
+    """In bf16 with dropout, on this rank of the world."""
+    group = dist.group.WORLD
+    net = gpt.build(gpt.GPTConfig(1, a, h, 17, s, "explicit", dropout=0.1), dtype=torch.bfloat16)
+    tensor_parallel.parallelize(net, tensor_parallel.GPT_PLAN, group, sequence)
+    ckpt.checkpoint_blocks(net.h, policy, remember=net.draws.remember)
+    net.draws.at(0, range(b))
+    shard = s // group.size() if sequence else s
+    x = torch.randn(b, shard, h, dtype=torch.bfloat16, requires_grad=True)
+    with measure.SavedActivations(net) as saved:
+        y = net.h["0"](x)
+    assert y.shape == x.shape
+    return saved.peak
+
+
 def test_korthikantis_34_and_what_is_more():
     """2205.05198, section 4.1: (34 s b h + 5 a s s b) bytes of a block; here, the softmax in fp32,
     norms' means and deviations, and a causal mask."""
-    b, s, h, a = 4, 64, 128, 8
-    ours = ckpt.predicted_block_bytes(b, s, h, a, "explicit", 2, dropout=True)
-    assert ours == 34 * s * b * h + 7 * a * s * s * b + 8 * b * s + s * s
+    b, s, h, a = 2, 16, 32, 4
+    counted = launch(1, bytes_kept_of_a_block, b, s, h, a, "none", False)
+    assert counted == [34 * s * b * h + 7 * a * s * s * b + 8 * b * s + s * s]
     for t in (2, 4):  # their table 2: s b h (10 + 24/t), and with sequence parallelism 34/t
-        tp, sp = (ckpt.predicted_block_bytes(b, s, h, a, "explicit", 2, "selective", True, t, seq)
-                  for seq in (False, True))  # fmt: skip
-        assert tp == s * b * h * (10 + 24 // t) + 8 * b * s
-        assert sp == s * b * h * 34 // t + 8 * b * s // t
+        tp, sp = (launch(t, bytes_kept_of_a_block, b, s, h, a, "selective", sequence)
+                  for sequence in (False, True))  # fmt: skip
+        assert tp == [s * b * h * (10 + 24 // t) + 8 * b * s] * t
+        assert sp == [s * b * h * 34 // t + 8 * b * s // t] * t
 
 
 @pytest.mark.parametrize("policy", ckpt.POLICIES)

@@ -15,7 +15,6 @@ import activation_ckpt
 import gpt
 import options
 import pipeline
-import zero
 from tests.commands import run
 from tools import cost, dry_run, plan, published
 from tools.cost import HARDWARE, Layout
@@ -213,22 +212,34 @@ def test_a_schedule_that_repeats_itself_is_simulated_in_part(name, v, p, m):
         assert cost.pipeline_seconds(layout, seconds, 0.02) == pytest.approx(whole, rel=near)
 
 
-def test_bubble_of_1f1b_is_the_formulas():
-    """A pipeline of equal stages, with nothing around it: (p - 1) / m of the work."""
-    layout = Layout(1, 4, 1, microbatches=12)
-    seconds = ((1.0, 1.0, 1.0),) * 4
-    whole = cost.pipeline_seconds(layout, seconds, 0.0)
-    bubble = pipeline.predicted_bubble("1f1b", 4, 12)
-    assert whole == pytest.approx(12 * 3 * (1 + bubble))
+def ticks(schedule: pipeline.Schedule, length: dict[str, int]) -> int:
+    """The clock at the end of a schedule that is run tick by tick: a rank begins its next action
+    when it is free and what the action needs is done. length: ticks of an action, by kind."""
+    rows, done, free = [list(row) for row in schedule], {}, [0] * len(schedule)
+    last, clock = max(action.stage for row in schedule for action in row), 0
+    while any(rows):
+        for rank, row in enumerate(rows):
+            if row and free[rank] <= clock:
+                needed = pipeline.needed(row[0], last)
+                if needed is None or done.get(needed, clock + 1) <= clock:
+                    free[rank] = done[row[0]] = clock + length[row[0].kind]
+                    row.pop(0)
+        clock += 1
+    return max(free)
 
 
-def test_memory_of_a_rank_is_the_strategies_own():
-    """7.5 B parameters, 64 replicas: 16, 4 + 12/64 and so on bytes a parameter (1910.02054,
-    figure 1)."""
-    numel = 7_500_000_000
-    for stage, gb in ((1, 31.4), (2, 16.6), (3, 1.9)):
-        held = zero.predicted_bytes([numel], 64, 0, stage, torch.bfloat16, torch.bfloat16)
-        assert sum(held.values()) / 1e9 == pytest.approx(gb, abs=0.06)
+@pytest.mark.parametrize("p, m", [(1, 3), (2, 5), (4, 12)])
+@pytest.mark.parametrize("name", pipeline.SCHEDULES)
+def test_a_pipeline_takes_the_ticks_that_are_counted(name, p, m):
+    """F 2, B 3 and W 1 ticks. Where F = B = W, the bubble of 1F1B is (p - 1) / m of the work."""
+    v = {"interleaved": 2, "zb-v": 2}.get(name, 1)
+    schedule, layout = (pipeline.SCHEDULES[name](p, m, v),
+                        Layout(1, p, 1, microbatches=m, schedule=name, chunks=v))  # fmt: skip
+    apart = any(map(pipeline.splits, schedule))
+    counted = ticks(schedule, {"F": 2, "B": 3 if apart else 4, "W": 1})
+    assert cost.pipeline_seconds(layout, ((2.0, 3.0, 1.0),) * (p * v), 0.0) == counted
+    if name == "1f1b":
+        assert ticks(schedule, {"F": 1, "B": 2}) == 3 * m * (1 + (p - 1) / m)
 
 
 # --- published ------------------------------------------------------------------------------------
@@ -246,6 +257,9 @@ def test_published_tables(title):
 
 
 def test_zeros_table_and_bubble_rates():
+    """The bytes are compared with counts in tests/test_zero.py::
+    test_bf16_is_bitwise_one_process_that_adds_in_the_same_order, the simulation with a count of
+    ticks in test_a_pipeline_takes_the_ticks_that_are_counted."""
     assert all(ours == pytest.approx(gb, rel=0.03) for _, gb, ours in published.zero_memory())
     off = [abs(ours - rate) for _, rate, ours in published.bubble_rates()]
     assert statistics.fmean(off) < 0.02 and max(off) < 0.06

@@ -22,7 +22,7 @@ SENT: collections.Counter = collections.Counter()  # (from, to), ranks of the wo
 
 
 def pass_on(out: Tensor, into: Tensor, group: dist.ProcessGroup) -> None:
-    """`out` to the next rank of the ring, `into` from the rank before."""
+    """`out` to the next rank of the ring, `into` from the previous one."""
     n, rank = group.size(), group.rank()
     work = dist.isend(out, group=group, group_dst=(rank + 1) % n)
     dist.irecv(into, group=group, group_src=(rank - 1) % n).wait()
