@@ -307,7 +307,22 @@ def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
     for block in blocks.values():
         if recompute == "selective":
             block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
-        block.forward = torch.compile(block.forward)
+        compiled = torch.compile(block.forward)
+        block.forward = functools.partial(without_wide_gradients, compiled, block)
+
+
+def without_wide_gradients(forward: Callable, block: nn.Module, *xs: Tensor) -> Tensor:
+    """torch.compile skips each layer whose parameter and gradient differ in dtype (bf16 and fp32),
+    so it sees no such gradient."""
+    wide = [(p, p.grad) for p in block.parameters()
+            if p.grad is not None and p.grad.dtype != p.dtype]  # fmt: skip
+    for p, _ in wide:
+        p.grad = None
+    try:
+        return forward(*xs)
+    finally:
+        for p, gradient in wide:
+            p.grad = gradient
 
 
 def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:
