@@ -31,11 +31,36 @@ def test_compiled_equals_one_process(backend, case, monkeypatch):
     assert errors.worst <= measure.TOLERANCE, errors
 
 
-def test_blocks_are_compiled(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda forward: compiled.append(forward) or forward)
-    done = forked(1, lambda: (train_3d.main(), print(len(compiled)))[0], *TINY, "--compile")
-    assert "compiled" in done.stdout and done.stdout.endswith("2\n"), done.stdout + done.stderr
+class Graphs:
+    """The backend of torch.compile: runs a graph unchanged. runs: the number of linear layers in the
+    graph, for each run of a graph."""
+
+    def __init__(self, monkeypatch):
+        self.runs: list[int] = []
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=self))
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list):
+        linears = sum(node.target is torch.nn.functional.linear for node in graph.graph.nodes)
+
+        def run(*args):
+            self.runs.append(linears)
+            return graph(*args)
+
+        return run
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "flags, runs",
+    [(["--compile"], 48), (["--compile", "--dtype", "bf16"], 48), ([], 0)],
+)
+def test_blocks_are_compiled(flags, runs, monkeypatch):
+    """Each forward of 2 blocks is one graph with 4 linear layers: in 4 steps and 2 batches of
+    validation, with 4 microbatches each. bf16 has gradients in fp32."""
+    graphs = Graphs(monkeypatch)
+    done = forked(1, lambda: (train_3d.main(), print(graphs.runs))[0], *TINY, *flags)
+    assert done.stdout.endswith(f"\n{[4] * runs}\n"), done.stdout + done.stderr
+    assert ("compiled" in done.stdout) == bool(flags)
 
 
 class Gpus:
@@ -165,12 +190,23 @@ def test_adamw_is_fused_on_a_gpu(monkeypatch):
 
 def check(monkeypatch, tmp_path) -> tuple[str, str]:
     """(what make gpu-check writes, what it complains of), on the CPU."""
-    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    graphs, plain, seconds = Graphs(monkeypatch), gpu_check.seconds, []
+
+    def watched(loops, steps, device):
+        compiled = [getattr(getattr(loop, "args", None), "compile", False) for loop in loops]
+        before = len(graphs.runs)
+        taken = plain(loops, steps, device)
+        blocks = sum(2 * 4 * (2 + steps) for one in compiled if one)
+        assert graphs.runs[before:] == [4] * blocks, (compiled, graphs.runs[before:])
+        return taken
+
+    monkeypatch.setattr(gpu_check, "seconds", watched)
     done = forked(1, gpu_check.main, "--steps", 1, "--out", tmp_path / "md")
     assert done.returncode == bool(done.stderr), done
     return (tmp_path / "md").read_text(), done.stderr
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_gpu_check_without_a_gpu(monkeypatch, tmp_path):
     said, complaint = check(monkeypatch, tmp_path)
     assert not complaint and "no GPU: a small model on the CPU" in said
@@ -180,6 +216,7 @@ def test_gpu_check_without_a_gpu(monkeypatch, tmp_path):
     assert "Offloading copies 4 x" in said
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_gpu_check_fails_where_the_loops_differ(monkeypatch, tmp_path):
     plain = gpu_check.Bare.step
 
