@@ -8,7 +8,6 @@ import statistics
 import sys
 
 import pytest
-import torch
 import torch.distributed as dist
 
 import activation_ckpt
