@@ -1,6 +1,7 @@
 """The report of make node, on CPU ranks: it works there, and says nothing of GPUs."""
 
 import math
+import re
 import sys
 
 import pytest
@@ -144,7 +145,21 @@ def test_the_report(monkeypatch, tmp_path):
                  "| 2 x 2 x d | not of this many ranks |"):  # fmt: skip
         assert what in said, what
     rows = {line.split(" | ")[0]: line.split(" | ") for line in said.splitlines()}
-    assert rows["| bare loop"][5] == "1.000" and float(rows["| ZeRO-3"][1]) > 0
+    for row in ("| bare loop", "| ZeRO-3"):  # milliseconds, and no error
+        assert re.fullmatch(r"\d+\.\d", rows[row][1]), rows[row]
+
+
+def test_the_table_of_speeds():
+    """From known seconds of three rounds: their median, tokens, TFLOP/s, MFU, share and GB."""
+    def step(seconds: float) -> dict:
+        return {"seconds": seconds, "peak": 3e9, "tokens": 100, "tflop": 0.5}
+
+    found = {node.BARE: [step(0.2), step(0.25), step(0.5)], "DDP": [step(0.5)], "TP": ["lost"]}
+    assert node.speed_table(list(found), found, peak=4.0)[2:] == [
+        "| bare loop | 250.0 | 400 | 2 | 50.0 % | 1.000 | 3.00 |",
+        "| DDP | 500.0 | 200 | 1 | 25.0 % | 0.500 | 3.00 |",
+        "| TP | lost | | | | | |",
+    ]
 
 
 @pytest.mark.slow

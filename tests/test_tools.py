@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,6 +13,8 @@ import random
 import re
 import signal
 import tempfile
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ import checkpoint
 import data
 import ddp
 import gpt
+import measure
 import options
 import pipeline
 import train_3d
@@ -224,9 +228,33 @@ def test_a_leak_would_show_in_resident_memory(monkeypatch):
     assert not memory.table(config, 2, torch.float32, lambda line: None)
 
 
+class Clock:
+    """In place of the module `time`: each reading is `tick` seconds after the previous one."""
+
+    def __init__(self):
+        self.now, self.tick = 0.0, 1.0
+
+    def perf_counter(self) -> float:
+        self.now += self.tick
+        return self.now
+
+    def process_time(self) -> float:
+        return 0.0
+
+
 @pytest.mark.slow
 def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, capsys):
+    """A step of each variant takes a known time: on rank 1 the one given here, on rank 0 half."""
     monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
+    variants, clock, plain = [bench.BASELINE, *bench.OURS, *bench.THEIRS], Clock(), bench.on_rank
+    seconds = {key: 1.0 + i for i, key in enumerate(variants)}
+
+    def on_rank(suite, built, *rest):
+        clock.tick = seconds[next(iter(built))] * (dist.get_rank() + 1) / dist.get_world_size()
+        return plain(suite, built, *rest)
+
+    monkeypatch.setattr(bench, "time", clock)
+    monkeypatch.setattr(bench, "on_rank", on_rank)
     out = tmp_path / "bench.json"
     arguments = f"bench dp --sizes 256 --minutes 0 --steps 2 --out {out}"
     monkeypatch.setattr("sys.argv", arguments.split())
@@ -235,13 +263,18 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
     ours = {(r["strategy"], r["variant"]): r for r in rows}
     assert set(ours) == {*bench.OURS, *(("torch", name) for name in bench.THEIRS)}
     for key, row in ours.items():
-        assert row["efficiency"] > 0 and row["h"] == 256
+        took = seconds[key[1] if key[0] == "torch" else key]
+        assert row["torch_ms" if key[0] == "torch" else "ours_ms"] == 1e3 * took, key
+        assert row["efficiency"] == pytest.approx(1.0 / min(2, len(bench.cores())) / took)
+        assert row["h"] == 256
         speaks = key[0] != "none"
         assert (row["max_loss_difference"] < 1e-5) == speaks, (key, row["max_loss_difference"])
         assert (row["wire_bytes"] > 0) == speaks, key
-    for _, _, keys in bench.THEIRS.values():
-        for key in keys:
-            assert ours[key]["ratio"] == ours[key]["ours_ms"] / ours[key]["torch_ms"]
+    for key in bench.OURS:  # against the fastest of PyTorch's for the same strategy
+        theirs = [seconds[name] for name, (*_, keys) in bench.THEIRS.items() if key in keys]
+        ratio = seconds[key] / min(theirs) if theirs else None
+        assert ours[key]["ratio"] == pytest.approx(ratio), key
+    assert ours["ddp", "bucketed 25 MB"]["torch"] == "DDP 25 MB"
     assert ours["ddp", "naive"]["ratio"] is None
     psi = sum(p.numel() for p in gpt.GPT(bench.SIZES[256]).parameters())
     assert ours["ddp", "flat"]["wire_bytes"] == 4 * psi  # 2 (d-1)/d of it
@@ -263,6 +296,9 @@ def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
                         for d, keys in zip(suite[:2], some, strict=True))  # fmt: skip
         suite = suite._replace(ours=ours, theirs=theirs)
         monkeypatch.setitem(bench.SUITES, name, suite)
+        readings = itertools.count()  # thread_time is a second more at each reading
+        clock = SimpleNamespace(**vars(time) | {"thread_time": lambda: next(readings)})
+        monkeypatch.setattr(bench, "time", clock)
     arguments = f"bench {name} --sizes 256 --minutes 0 --steps 1 --out {out}"
     monkeypatch.setattr("sys.argv", arguments.split())
     bench.main()
@@ -277,28 +313,37 @@ def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
     if name == "tp":  # 10 (t-1)/t of [b, s, h] in a block with its sequence cut, 8 without
         sent = {r["strategy"]: r["wire_bytes"] for r in rows if r["variant"] == "m 1"}
         assert 1.1 < sent["tp+sp"] / sent["tp"] < 1.4
-    share = re.findall(r"h 256: loop ([\d.]+)% of .*: data [\d.]+%, norm [\d.]+%, log [\d.]+%",
-                       capsys.readouterr().out)  # fmt: skip
-    assert [0 < float(s) < 100 for s in share] == [True] * (name == "3d")
+    share = r"h 256: loop 42.86% of .*: data 14.29%, norm 14.29%, log 14.29%"  # 1 of 7 seconds each
+    assert len(re.findall(share, capsys.readouterr().out)) == (name == "3d")
 
 
 def links_table():
-    said = []
-    rows = links.table([1, 16], repeats=4, device=torch.device("cpu"), say=said.append)
-    return rows, links.fit(rows), said
+    """A call takes rank + 1 seconds. Also the collectives that ran, by operation."""
+    said, clock = [], Clock()
+    clock.tick = dist.get_rank() + 1.0
+    with pytest.MonkeyPatch.context() as patch, measure.Collectives() as seen:
+        patch.setattr(links, "time", clock)
+        rows = links.table([1, 16], repeats=4, device=torch.device("cpu"), say=said.append)
+    ran = {operation: tuple(seen.total(operation=operation))
+           for operation in ("reduce_scatter", "all_gather", "send", "recv")}  # fmt: skip
+    return rows, links.fit(rows), said, ran
 
 
 def test_links_measures_every_operation_on_every_group():
-    (rows, fits, said), _, (third, _, _) = launch(3, links_table)
+    (rows, fits, said, ran), _, (third, _, _, _) = launch(3, links_table)
     assert third == [r for r in third if r["ranks"] == 3] and len(third) == 8
     keys = [(r["ranks"], r["operation"], r["bytes"]) for r in rows]
     sizes = {2: (1024, 16384), 3: (1020, 16380)}  # whole shards
     assert keys == [(n, op, b) for n in (2, 3) for op in links.WIRE for b in sizes[n]]
-    assert all(r["ms"] > 0 and r["spread_ms"] >= 0 for r in rows)
+    assert all((r["ms"], r["spread_ms"]) == (1e3 * r["ranks"], 0) for r in rows)
+    # 2 + 4 calls of each size on each group, and one of 1000 numbers a rank for the identity.
+    numbers = 6 * (1024 + 16384 + 1020 + 16380) // 4
+    assert ran["reduce_scatter"] == ran["all_gather"] == (26, numbers + 2000 + 3000)
+    assert ran["send"] == (24, numbers) and ran["recv"] == (0, 0)  # rank 0 to rank 1
     by_key = dict(zip(keys, rows, strict=True))
     assert by_key[3, "all_reduce", 1020]["wire_bytes"] == pytest.approx(1360)
     assert by_key[3, "all_gather", 1020]["wire_bytes"] == pytest.approx(680)
-    assert len(fits) == 8 and all(f["latency_us"] > 0 for f in fits)
+    assert [f["latency_us"] for f in fits] == [2e6] * 4 + [3e6] * 4
     assert sum("all-reduce = reduce-scatter + all-gather within" in line for line in said) == 2
 
 
@@ -437,15 +482,42 @@ def test_sampling_from_a_checkpoint(tmp_path):
     assert hot == again != "abcdefghabcd\n"
 
 
+def bench_of_checkpoints(name: str, folder: str) -> dict[str, float]:
+    """torch.save and the removal of its file take 3 seconds, a step 5, to start a save 7, to wait
+    for it 11; training stands still for 2."""
+    clock, news = Clock(), checkpoint.Checkpoints.news
+    clock.tick = 0.0
+
+    def takes(seconds: float, function):
+        def call(*args):
+            clock.now += seconds
+            return function(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_checkpoint, "time", clock)
+        for owner, function, seconds in (
+            (os, "remove", 3), (train_3d.Trainer, "step", 5), (checkpoint.Checkpoints, "save", 7),
+            (checkpoint.Checkpoints, "wait", 11),
+        ):  # fmt: skip
+            patch.setattr(owner, function, takes(seconds, getattr(owner, function)))
+        patch.setattr(checkpoint.Checkpoints, "news",
+                      lambda disk: [saved._replace(pause=2) for saved in news(disk)])  # fmt: skip
+        return bench_checkpoint.measure(name, 24, folder)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_bench_measures_what_it_says(monkeypatch):
     monkeypatch.setattr(bench_checkpoint, "ROUNDS", 1)
     monkeypatch.setitem(bench_checkpoint.SIZES, 24, (2, 12, 24))
+    with torch.device("meta"):
+        size = sum(p.numel() for p in gpt.GPT(gpt.GPTConfig(2, 12, 24, 256, 64)).parameters())
+    save = 7 + 2 * 11  # it waits twice: for an earlier save, and for its end
+    took = {"bytes": 12 * size, "torch": 3, "save": save, "pause": 2, "step": 5,
+            "step during a save": 5}  # fmt: skip
     for name, case in bench_checkpoint.CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            ranks = launch(case.world_size, bench_checkpoint.measure, name, 24, folder)
+            ranks = launch(case.world_size, bench_of_checkpoints, name, folder)
             assert os.listdir(folder) == ["step-5"]
-        with torch.device("meta"):
-            size = sum(p.numel() for p in gpt.GPT(gpt.GPTConfig(2, 12, 24, 256, 64)).parameters())
-        for row in ranks:
-            assert row["bytes"] == 12 * size and min(row.values()) > 0
+        assert ranks == [took] + [took | {"torch": 0}] * (case.world_size - 1), name
