@@ -396,17 +396,11 @@ def largest(numbers: Iterable[float]) -> float:
     return max(numbers) if all(map(math.isfinite, numbers)) else math.inf
 
 
-def relative_errors(
-    actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-6,
-    dtype: torch.dtype | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """max|a - b| / max|b| by name. max|b| is taken to be at least `floor` of the largest entry of
-    all tensors: some gradients are exactly 0 (a key's bias shifts all scores of a row by the same
-    amount), and what is computed for them is rounding.
-
-    The error is infinite where either tensor has a NaN or an Inf. Raises ValueError if a name is
-    missing or unexpected, a shape differs, or a tensor of `actual` is not in `dtype` (default: the
-    dtype of the expected tensor)."""
+def check_alike(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Raises ValueError if a name is missing or unexpected, a shape differs, or a tensor of
+    `actual` is not in `dtype` (default: the dtype of the expected tensor)."""
     if actual.keys() != expected.keys():
         raise ValueError(f"tensors missing: {sorted(expected.keys() - actual.keys())}; unexpected: "
                          f"{sorted(actual.keys() - expected.keys())}")  # fmt: skip
@@ -415,6 +409,17 @@ def relative_errors(
         if (a.shape, a.dtype) != want:
             raise ValueError(f"{name} is {tuple(a.shape)} in {a.dtype}: expected {tuple(want[0])} "
                              f"in {want[1]}")  # fmt: skip
+
+
+def relative_errors(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """max|a - b| / max|b| by name. max|b| is taken to be at least `floor` of the largest entry of
+    all tensors: some gradients are exactly 0 (a key's bias shifts all scores of a row by the same
+    amount), and what is computed for them is rounding. The error is infinite where either tensor
+    has a NaN or an Inf. Raises ValueError as check_alike does."""
+    check_alike(actual, expected, dtype)
     floor *= max((t.abs().max().item() for t in expected.values() if t.numel()), default=1.0)
     errors = {}
     for name, a in actual.items():

@@ -1,5 +1,7 @@
 """The judge is judged: each kind of wrong layout must be refused."""
 
+import functools
+import math
 import signal
 
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 import ddp
 import measure
 from tests.commands import Forked
-from tools.oracle import Case, judge
+from tools.oracle import TOLERANCES, Case, judge
 
 
 def after_the_last_step(spoil):
@@ -131,6 +133,72 @@ def test_a_gradient_that_no_rank_holds_is_refused():
     """Each rank has compared all that it holds."""
     with pytest.raises(AssertionError, match="24 elements of ln_f.weight.*compared by no rank"):
         judge(Case(p=2, m=1, n_layer=2), after_the_last_step(lose_a_layer_and_its_pieces))
+
+
+BF16 = dict(dtype="bf16", m=2, n_layer=2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(d=2, **BF16), Case(d=2, zero=3, grad_dtype="bf16", optimizer="sgd", **BF16),
+        Case(t=2, p=2, sequence=True, seq_len=8, **BF16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rounding_of_bf16_is_within_its_tolerances(case):
+    assert judge(case).within("bf16")
+
+
+class NoSum:
+    """An all-reduce that does not happen."""
+
+    def __init__(self, flat, group):
+        pass
+
+    def wait(self):
+        pass
+
+
+def lose_the_masters(trainer, step: int):
+    """As if the bf16 weights were updated: small updates are rounded away."""
+    stats = trainer.step(step)
+    for _, piece, _, _ in trainer.sync.pieces():
+        piece.data.copy_(piece.bfloat16())
+    return stats
+
+
+def decay_nothing(trainer, step: int):
+    for group in trainer.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    return trainer.step(step)
+
+
+@pytest.mark.parametrize(
+    "seams, optimizer, kind",
+    [
+        ({"sync": functools.partial(ddp.DDP, reduce=NoSum)}, "adamw", "gradient"),
+        ({"step": lose_the_masters}, "adamw", "parameter"),
+        ({"step": lose_the_masters}, "sgd", "parameter"),
+        ({"step": decay_nothing}, "sgd", "parameter"),
+        (after_the_last_step(lambda trainer: trainer.sync.pieces()[-1][1].grad.fill_(math.nan)),
+         "sgd", "gradient"),
+        (after_the_last_step(lambda trainer: trainer.sync.pieces()[-1][1].grad.zero_()), "sgd",
+         "gradient"),
+    ],
+)  # fmt: skip
+def test_bugs_are_beyond_the_tolerances_of_bf16(seams, optimizer, kind):
+    errors = judge(Case(d=2, optimizer=optimizer, **BF16), seams)
+    assert getattr(errors, kind) > TOLERANCES["bf16"][errors._fields.index(kind)], errors
+    assert not errors.within("bf16")
+
+
+def test_parameters_that_are_not_their_masters_are_refused():
+    def spoil(trainer) -> None:
+        next(trainer.model.parameters()).view(-1)[0] += 1
+
+    with pytest.raises(RuntimeError, match="is not its fp32 master, rounded"):
+        judge(Case(d=2, **BF16), after_the_last_step(spoil))
 
 
 def test_a_resume_with_another_batch_is_refused():

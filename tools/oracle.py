@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -39,9 +40,7 @@ STEPS = 3
 # AdamW divides a gradient by its own size + EPS. Where the true gradient is 0 (a key's bias) the
 # update is (rounding, about 1e-17) x lr / EPS: torch's default of 1e-8 would show it as 1e-12.
 EPS = 1e-5
-# By dtype: what rounding stays below and bugs do not, and the floor of measure.relative_errors.
-TOLERANCES = {"float64": measure.TOLERANCE, "float32": 1e-4, "bf16": 0.3}
-FLOORS = {"float64": 1e-6, "float32": 1e-2, "bf16": 0.3}
+FLOORS = {"float64": 1e-6, "float32": 1e-2}  # of measure.relative_errors
 
 
 class Errors(NamedTuple):
@@ -56,6 +55,20 @@ class Errors(NamedTuple):
     @property
     def worst(self) -> float:
         return measure.largest(self[:4])
+
+    def within(self, dtype: str) -> bool:
+        """Whether rounding alone explains them."""
+        return all(e <= tolerance for e, tolerance in zip(self[:4], TOLERANCES[dtype], strict=True))
+
+
+# By dtype, in the order of Errors: larger than rounding, smaller than the effect of a bug. Those of
+# bf16 are measured: in 295 random layouts with n_embd >= 6 the errors were at most 0.005, 0.064,
+# 0.20 and 0.12. A LayerNorm over 4 entries magnifies rounding beyond that.
+TOLERANCES = {
+    "float64": (measure.TOLERANCE,) * 4,
+    "float32": (1e-4,) * 4,
+    "bf16": (0.01, 0.15, 0.3, 0.15),  # gradients and parameters as in errors_of_bf16
+}
 
 
 @dataclasses.dataclass
@@ -247,8 +260,8 @@ def reader(case: Case) -> Callable:
 
 
 def reference(case: Case, model: Callable | None = None) -> dict:
-    """One process, no strategies, float64: losses, norms, last gradients (clipped), parameters. In
-    another dtype the layout begins with rounded weights, and so does this."""
+    """One process, no strategies, float64: losses, norms, last gradients (clipped), parameters, and
+    the initial parameters. If the layout begins with rounded weights, so does this."""
     args = options.parser().parse_args(case.arguments())
     config = options.check(args, case.world_size)
     with torch.device("meta"):
@@ -257,6 +270,7 @@ def reference(case: Case, model: Callable | None = None) -> dict:
     gpt.init_weights(whole, case.seed, dtype, "cpu", draw)
     whole.double()
     named = dict(gpt.named_parameters(whole))
+    initial = {n: p.detach().clone() for n, p in named.items()}
     groups = [
         {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
@@ -287,6 +301,7 @@ def reference(case: Case, model: Callable | None = None) -> dict:
         "norm": torch.stack(norms),
         "gradient": {n: p.grad for n, p in named.items()},
         "parameter": {n: p.detach() for n, p in named.items()},
+        "initial": initial,
     }
 
 
@@ -356,16 +371,50 @@ def layout(
         return {f"{n}[{at}:]": tensors[n].flatten()[at : at + t.numel()]
                 for n, t, _, at in pieces if n in tensors}  # fmt: skip
 
-    floor, gradients = FLOORS[case.dtype], shard("gradient")
-    held = {f"{n}[{at}:]": piece.grad.flatten() for n, piece, _, at in pieces}
-    errors["gradient"] = measure.relative_errors(held, ranges(gradients), floor, wide)
-    errors["parameter"] = measure.relative_errors(named, shard("parameter"), floor, trainer.dtype)
+    gradients = {f"{n}[{at}:]": piece.grad.flatten() for n, piece, _, at in pieces}
+    measure.check_alike(gradients, ranges(shard("gradient")), wide)
+    measure.check_alike(named, shard("parameter"), trainer.dtype)
+    if case.dtype == "bf16":
+        shards = {kind: ranges(shard(kind)) for kind in ("gradient", "initial", "parameter")}
+        rms = torch.cat([g.flatten() for g in expected["gradient"].values()]).square().mean().sqrt()
+        errors |= errors_of_bf16(pieces, shards, rms)
+    else:
+        floor, true = FLOORS[case.dtype], ranges(shard("gradient"))
+        errors["gradient"] = measure.relative_errors(gradients, true, floor, wide)
+        errors["parameter"] = measure.relative_errors(named, shard("parameter"), floor, wide)
     expected = expected | {"index": {n: torch.arange(g.numel(), device=g.device).view(g.shape)
                                      for n, g in expected["gradient"].items()}}  # fmt: skip
     index = shard("index")
     return Compared(errors, {n: torch.cat([index[n].flatten()[at : at + t.numel()]
                                            for m, t, _, at in pieces if m == n])
                              for n in {n for n, *_ in pieces}})  # fmt: skip
+
+
+def errors_of_bf16(
+    pieces: list, expected: dict[str, dict[str, Tensor]], rms: Tensor
+) -> dict[str, dict[str, float]]:
+    """Compares norms and not entries, since bf16 has 8 bits. gradient: |a - b| / |b| of each piece,
+    where |b| is at least the norm of entries of 0.01 `rms`, the root mean square of all gradients.
+    parameter: |a - b| / |b| of the update (fp32 master minus initial value) of all pieces of all
+    ranks together. AdamW moves a parameter whose gradient is 0 by the sign of its rounding, so the
+    update of a single tensor may be wrong. Raises AssertionError where a bf16 parameter is not its
+    rounded master."""
+    gradients, sums = {}, torch.zeros(2, dtype=torch.float64, device=rms.device)
+    for n, piece, p, at in pieces:
+        name, master = f"{n}[{at}:]", piece.detach().flatten()
+        a, b = piece.grad.flatten().double(), expected["gradient"][name]
+        least = (0.01 * rms * b.numel() ** 0.5).clamp(min=1e-300)
+        gradients[name] = ((a - b).norm() / torch.maximum(b.norm(), least)).item()
+        rounded = p.detach().flatten()[at : at + piece.numel()]
+        assert torch.equal(rounded, master.to(p.dtype)), f"{name} is not its fp32 master, rounded"
+        update = expected["parameter"][name] - expected["initial"][name]
+        difference = master.double() - expected["parameter"][name]
+        sums += torch.stack([difference.square().sum(), update.square().sum()])
+    dist.all_reduce(sums)
+    updates = (sums[0] / sums[1].clamp(min=1e-300)).sqrt().item()
+    errors = {"gradient": gradients, "parameter": {"updates": updates}}
+    return {kind: {name: error if math.isfinite(error) else math.inf
+                   for name, error in found.items()} for kind, found in errors.items()}  # fmt: skip
 
 
 def _check_all_are_compared(trainer: train_3d.Trainer, named: dict, pieces: list) -> None:
