@@ -272,7 +272,8 @@ def put_in(bug: Bug, root: Path) -> None:
 
 
 def run_pytest(root: Path, arguments: list[str], timeout: float) -> tuple[int | None, str]:
-    """(exit code, or None if it hung; the first test that failed and its error)."""
+    """(exit code, or None if it hung; the first test that failed, and on further lines its error,
+    with the traceback of the rank that failed)."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "999"}
     with tempfile.TemporaryFile("w+") as output:
@@ -289,7 +290,9 @@ def run_pytest(root: Path, arguments: list[str], timeout: float) -> tuple[int | 
     if code is None:
         return None, HANG
     failed = re.search(r"^(?:FAILED|ERROR) (.+)$", text, re.MULTILINE)
-    return code, failed[1] if failed else text.strip().splitlines()[-1] if text.strip() else ""
+    if not failed:
+        return code, text.strip().splitlines()[-1] if text.strip() else ""
+    return code, "\n".join([failed[1], *re.findall(r"^E +(.+)$", text, re.MULTILINE)])
 
 
 def hunt(bug: Bug) -> tuple[str, str, float]:
@@ -337,7 +340,7 @@ def main(argv: list[str] | None = None, zoo: list[Bug] = ZOO) -> None:
             since, killed = time.monotonic(), 0
             for bug, (verdict, how, took) in zip(chosen, pool.map(hunt, chosen), strict=True):
                 killed += verdict != "SURVIVED"
-                how = how.removeprefix("tests/")[:150]
+                how = how.removeprefix("tests/").splitlines()[0][:150]
                 print(f"{bug.number:3d}  {verdict:8s} {took:5.1f} s  {bug.name:52s} by {how}",
                       flush=True)  # fmt: skip
     except ValueError as error:
