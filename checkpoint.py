@@ -20,7 +20,7 @@ A save costs a pause, in which the state is copied (bytes held / memory bandwidt
 memory as this rank writes; it is written while training goes on. Ranks that hold the same share the
 writing out among them.
 
-A run may go on in another --dtype. Weights and moments are converted as they are read. bf16 is
+A run can resume in another --dtype. Weights and moments are converted as they are read. bf16 is
 updated in fp32 and saved in fp32, so nothing is rounded between float32 and bf16.
 
 GPT-2's weights in Hugging Face's format are read into any layout and written from any, see the end.

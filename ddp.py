@@ -206,7 +206,7 @@ class DDP:
             if not p.requires_grad:
                 raise ValueError(f"{name} was frozen: its bucket would leave late, at every step; "
                                  "let this DDP go and make a new one")  # fmt: skip
-        for _, handle in self.launched:  # if an exception ended the last step: they write buckets
+        for _, handle in self.launched:  # of an interrupted step: they still write to the buckets
             handle.wait()
         self.launched = []
         for flat in self.buckets:

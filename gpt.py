@@ -232,8 +232,8 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, warmup: int | None, peak: float) -> float:
-    """Linear warmup (default: a tenth of the steps), never 0, then cosine down to a tenth, which
-    steps beyond the last one keep."""
+    """Linear warmup (default: a tenth of the steps), never 0. Then cosine decay to a tenth. Later
+    steps keep that value."""
     warmup = max(1, steps // 10) if warmup is None else warmup
     if step < warmup:
         return peak * (step + 1) / warmup

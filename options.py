@@ -344,7 +344,7 @@ def look_back(
         before = was["arguments"] | ({} if args.model else was["sizes"])
         complete.set_defaults(**{name: before[name] for name in (*RUN, *SIZES) if name in before})
         if complete.parse_args(argv).dtype != "bf16":
-            complete.set_defaults(grad_dtype=None)  # it belongs to bf16
+            complete.set_defaults(grad_dtype=None)  # applies to bf16 only
         args = complete.parse_args(argv)
     args.checkpoint_dir = folder
     return args, found, wrong

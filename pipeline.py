@@ -548,11 +548,11 @@ class Pipeline:
         loss_of(output of the last stage, microbatch) -> scalar. shape: of what crosses a boundary,
         (b, s, h). before(microbatch) is called ahead of each forward. Returns the sum of the
         losses, which is 0 where the last stage is not. Gradients are left in `.grad`,
-        accumulated. Raises RuntimeError on several ranks if an exception ended the last run."""
+        accumulated. With p > 1, raises RuntimeError if an exception interrupted the last run."""
         if self.running and self.group.size() > 1:
             raise RuntimeError(
                 "the last pipeline run was interrupted, and its messages may still be in flight "
-                "between the stages: start all ranks again and resume from the newest checkpoint"
+                "between the stages: restart all ranks and resume from the newest checkpoint"
             )
         self.running = True
         self.queue.clear()

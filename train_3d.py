@@ -151,7 +151,7 @@ class Trainer:
         for _, piece, parameter, _ in self.sync.pieces():
             groups[parameter.ndim < 2]["params"].append(piece)
         groups = [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}]
-        how = {"foreach" if self.device.type == "meta" else "fused": True}  # meta has no kernels
+        how = {"fused": True} if self.device.type != "meta" else {"foreach": True}  # a dry run
         if self.args.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=0.0, **how)
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), **how)
@@ -191,7 +191,7 @@ class Trainer:
                 torch._foreach_mul_([piece.grad for _, piece, _, _ in pieces], factor)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
-            if self.optimizer.defaults.get("fused"):  # its kernels read found_inf: no host sync
+            if self.optimizer.defaults.get("fused"):  # the device skips the update: no sync
                 self.optimizer.found_inf = (~stats[1].isfinite()).float()
             self.optimizer.step()
             self.sync.after_step()

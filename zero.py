@@ -208,7 +208,8 @@ class Zero1:
 
     def start(self) -> None:
         """Before the first backward of a step: gradients to zero, counters too. If an exception
-        ended the last step, its collectives are completed and its gradients dropped."""
+        interrupted the last step, at the same place on all ranks, this completes its collectives
+        and drops its gradients."""
         for unit in self.units:
             unit.land()
             if unit.gradients is not None:

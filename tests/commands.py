@@ -1,6 +1,6 @@
-"""Commands under test. `run` starts torchrun as a user does, which takes 6 to 11 s, most of it for
-imports. `Forked` calls main() in forked processes, which have imported everything: the ranks alone,
-with the environment that torchrun gives them, or torchrun's agent, which forks the ranks itself."""
+"""Runs commands under test. `run` starts torchrun as a user does (6 to 11 s, mostly imports).
+`Forked` calls main() in forked processes that have imported everything: in the ranks, with the
+environment that torchrun gives them, or in torchrun's agent, which forks the ranks itself."""
 
 import functools
 import json
@@ -58,7 +58,7 @@ def free_port() -> int:
 
 
 def agent(ranks: int, main: Callable) -> None:
-    """What torchrun --standalone --nproc-per-node RANKS does when it has parsed its arguments."""
+    """torchrun --standalone --nproc-per-node RANKS, after it has parsed its arguments."""
     config = LaunchConfig(1, 1, ranks, run_id="test", rdzv_backend="c10d", start_method="fork",
                           rdzv_endpoint="127.0.0.1:0", max_restarts=0)  # fmt: skip
     try:
@@ -69,9 +69,9 @@ def agent(ranks: int, main: Callable) -> None:
 
 class Forked:
     """main() on forked ranks, with these arguments. 0 ranks: one process without torchrun's
-    environment. before: called on each rank, to break something. torchrun: the one process here is
-    torchrun's agent. port: rank 0 opens the store there, as it does without torchrun; default: the
-    store is this process's, as under torchrun. Use as a context: it leaves no process behind."""
+    environment. before: called first in each process, to break something. torchrun: start one
+    process, torchrun's agent. port: rank 0 opens the store on it. Without it, this process opens
+    the store, as torchrun does. Use as a context, which kills the processes that are left."""
 
     def __init__(
         self, ranks: int, main: Callable, *argv, threads: int = 1,
@@ -82,7 +82,7 @@ class Forked:
         if ranks and not torchrun:
             shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_WORLD_SIZE": 1,
                       "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
-            if port is None:  # the store chooses a free one
+            if port is None:  # the store binds a free port
                 self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
                 shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
             shared["MASTER_PORT"] = port or self.store.port
@@ -132,7 +132,7 @@ class Forked:
         for process in self.processes:
             process.kill()
             process.join()
-        self.store = None  # now, and not in a later child: its destructor waits for its thread
+        self.store = None  # destroyed here: the destructor joins a thread that no child has
         self.folder.cleanup()
 
     @property

@@ -13,11 +13,11 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.addoption
     add("--claims", type=Path, help="a folder that the processes share, empty at first")
-    add("--start", type=float, default=0.0, help="0 to 1: where in the list to begin")
+    add("--start", type=float, default=0.0, help="where in the list to start, as a fraction of it")
 
 
 def claim(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:
-    """Those of `items` that no other process has claimed before."""
+    """The items that this process is the first to claim."""
     for item in items:
         name = hashlib.sha1(item.nodeid.encode()).hexdigest()
         try:
@@ -29,16 +29,20 @@ def claim(items: list[pytest.Item], folder: Path) -> Iterator[pytest.Item]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    """pytest's own loop, over the tests that this process claims."""
+    """Like pytest's own loop, over the tests that this process claims."""
     option = session.config.option
     if option.claims is None or option.collectonly or session.testsfailed:
         return None
     first = int(option.start * len(session.items))
     mine = claim(session.items[first:] + session.items[:first], option.claims)
     item = next(mine, None)
-    while item is not None and not (session.shouldfail or session.shouldstop):
-        following = next(mine, None)  # claimed ahead: pytest keeps the fixtures that it needs
+    while item is not None:
+        following = next(mine, None)  # claimed early: pytest keeps the fixtures that it needs
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
         item = following
     return True
 

@@ -1,4 +1,4 @@
-"""The tests, by one pytest process per core.
+"""Runs the tests with one pytest process per core.
 
     python -m tests.run                      all of them
     python -m tests.run -m "not slow"        any arguments of pytest
@@ -21,7 +21,7 @@ def main() -> int:
         for i in range(cores):
             line = [sys.executable, "-m", "pytest", "-q", f"--claims={claims}",
                     f"--start={i / cores}", *sys.argv[1:]]  # fmt: skip
-            # The first process writes to the terminal, the others one after the other at the end.
+            # The first process writes to the terminal. The others' output is printed at the end.
             outputs.append(tempfile.TemporaryFile("w+") if i else None)
             jobs.append(subprocess.Popen(line, stdout=outputs[i], stderr=subprocess.STDOUT))
         codes = [job.wait() for job in jobs]
@@ -34,7 +34,7 @@ def main() -> int:
     failed = counts["failed"] + counts["error"]
     print(f"{counts['passed']} passed, {failed} failed, {counts['skipped']} skipped")
     if len(found) < cores:
-        print("A pytest process ended before it had run its tests.")
+        print(f"A pytest process ended before it had run its tests: exit codes {codes}")
     bad = [code for code in codes if code not in (0, 5)]  # 5: the others had claimed every test
     return bad[0] if bad else int(len(found) < cores or counts["passed"] == 0)
 

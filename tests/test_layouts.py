@@ -21,7 +21,7 @@ from tools import dry_run
 from tools.fuzz import draw_case, refusal, verdict
 from tools.oracle import Case, judge
 
-# The options of a layout, and the values that are tested. LIVE says when they have an effect.
+# Each option of a layout and its tested values. LIVE defines when a value has an effect.
 FACTORS = {
     "layout": [  # (t, p, d)
         (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2),
@@ -51,19 +51,19 @@ FACTORS = {
     "clip": [0.1, 0.0, 1e9],  # active in every step, off, larger than any norm
     "masked": [True, False],
 }  # fmt: skip
-# Whether a row's value of a factor has an effect, and on which other factors that depends. With one
-# pipeline rank all schedules are the same; with one replica so are all ZeRO stages.
+# For each option: the options it depends on, and whether its value has an effect in a row. All
+# schedules are equivalent at p = 1, and all ZeRO stages at d = 1.
 LIVE = {
     "schedule": (("layout",), lambda row: row["layout"][1] > 1),
     "zero": (("layout",), lambda row: row["layout"][2] > (2 if row["zero"][1] else 1)),
     "sequence": (("layout",), lambda row: row["layout"][0] > 1),
     "vocab_size": (("layout",), lambda row: row["layout"][0] > 1),
     "bucket_bytes": (("layout", "zero"), lambda row: row["layout"][2] > 1 and row["zero"][0] == 0),
-    "recompute": (  # every 2nd or the first 1 of a rank's blocks, if some rank has more than one
+    "recompute": (  # `every` and `layers` need a rank with more than one block
         ("layout", "schedule", "n_layer"),
         lambda row: row["recompute"][1:] == (1, None) or blocks(row) > row["layout"][1],
     ),
-    "attention": (  # masks of dropout are applied to explicit scores only
+    "attention": (  # with dropout, sdpa falls back to explicit attention
         ("dropout",), lambda row: row["attention"] == "explicit" or row["dropout"] == 0
     ),
 }
@@ -86,7 +86,7 @@ def live_pairs(row: dict) -> set[Pair]:
 
 
 def all_live_pairs() -> list[Pair]:
-    """Of all pairs of values, those that have an effect together in at least one layout."""
+    """The pairs of values that have an effect together in some layout."""
 
     def can_be_live(pair: Pair) -> bool:
         fixed = dict(pair)
@@ -110,9 +110,9 @@ def ranks(row: dict) -> int:
 
 
 def pairwise(tries: int = 20) -> list[dict]:
-    """Rows that together have every live pair. Greedy: each row starts from a pair that is missing,
-    takes the best of some random completions, and then changes each other value to the one that
-    adds most missing pairs per rank."""
+    """Rows that together cover every live pair. Each row starts from a pair that is missing. The
+    best of `tries` random completions is improved one option at a time. Rows are scored by the
+    missing pairs that they cover per (ranks + 2)."""
     missing, rows, rng = dict.fromkeys(all_live_pairs()), [], random.Random(0)
 
     def gain(row: dict, start: dict) -> float:
@@ -136,13 +136,20 @@ def pairwise(tries: int = 20) -> list[dict]:
 def strategies(row: dict) -> list[str]:
     """The names of the strategies that have an effect in it."""
     t, p, d = row["layout"]
-    live = ["SP" if row["sequence"] else "TP"] * (t > 1) + [row["schedule"][0]] * (p > 1)
-    live += [f"ZeRO-{row['zero'][0]}"] * (d > 1)
-    return live + [row["recompute"][0]] * is_live(row, "recompute")
+    live = []
+    if t > 1:
+        live.append("SP" if row["sequence"] else "TP")
+    if p > 1:
+        live.append(row["schedule"][0])
+    if d > 1:
+        live.append(f"ZeRO-{row['zero'][0]}")
+    if is_live(row, "recompute"):
+        live.append(row["recompute"][0])
+    return live
 
 
-def smallest_cover(rows: list[dict]) -> list[dict]:
-    """Some of the rows, which still have every value of every factor and every pair of
+def small_cover(rows: list[dict]) -> list[dict]:
+    """A small subset, chosen greedily, that covers every live value and every pair of
     strategies."""
 
     def covers(row: dict) -> set:
@@ -170,13 +177,13 @@ def case_of(row: dict) -> Case:
         t=t, p=p, d=d, m=p if row["m"] == "p" else row["m"], schedule=schedule, chunks=chunks,
         zero=zero, shard_size=shard_size, reshard=reshard, nodes=nodes, recompute=recompute,
         every=every, layers=layers, n_layer=blocks(row), seq_len=12,
-        steps=2,  # the second step sees what the first one left behind
+        steps=2,  # the second step starts from the state after the first
         **{factor: row[factor] for factor in same},
     )  # fmt: skip
 
 
 ROWS = pairwise()
-FAST = smallest_cover(ROWS)
+FAST = small_cover(ROWS)
 
 
 def counted_step(trainer: train_3d.Trainer, step: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The judge is judged: each kind of wrong layout must be refused."""
+"""The judge must refuse each kind of wrong layout."""
 
 import functools
 import math
@@ -107,9 +107,9 @@ def narrow(trainer) -> None:
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lose_a_layer, "a piece of a parameter that is not here"),
-        (lose_a_piece, "elements are missing"),
-        (lose_half_a_piece, "a piece without an optimizer|elements are missing"),
+        (lose_a_layer, "pieces of parameters that this rank does not hold: .*ln_f"),
+        (lose_a_piece, r"the ranks that shard the state hold \d+ of \d+ elements"),
+        (lose_half_a_piece, "pieces that the optimizer does not update: .*ln_f"),
         (two_of_one_name, "two parameters have one name"),
         (one_too_many, "unexpected: .'extra'"),
         (reshape, r"ln_f.weight is \(1, 24\) .* expected \(24,\)"),
@@ -130,8 +130,8 @@ def lose_a_layer_and_its_pieces(trainer) -> None:
 
 
 def test_a_gradient_that_no_rank_holds_is_refused():
-    """Each rank has compared all that it holds."""
-    with pytest.raises(AssertionError, match="24 elements of ln_f.weight.*compared by no rank"):
+    """The checks of every rank pass."""
+    with pytest.raises(AssertionError, match="no rank compared 24 elements of ln_f.weight"):
         judge(Case(p=2, m=1, n_layer=2), after_the_last_step(lose_a_layer_and_its_pieces))
 
 
@@ -161,7 +161,7 @@ class NoSum:
 
 
 def lose_the_masters(trainer, step: int):
-    """As if the bf16 weights were updated: small updates are rounded away."""
+    """Rounds the masters to bf16 after each step, so small updates are lost."""
     stats = trainer.step(step)
     for _, piece, _, _ in trainer.sync.pieces():
         piece.data.copy_(piece.bfloat16())
@@ -193,23 +193,34 @@ def test_bugs_are_beyond_the_tolerances_of_bf16(seams, optimizer, kind):
     assert not errors.within("bf16")
 
 
-def test_parameters_that_are_not_their_masters_are_refused():
-    def spoil(trainer) -> None:
+def spoil_a_parameter(trainer) -> None:
+    """One that rank 0 holds the master of; under ZeRO-3 it is gathered first, and stays."""
+    trainer.sync.gather()
+    if dist.get_rank() == trainer.args.zero // 3:
         next(trainer.model.parameters()).view(-1)[0] += 1
+    trainer.sync.gather = lambda: None
 
-    with pytest.raises(RuntimeError, match="is not its fp32 master, rounded"):
-        judge(Case(d=2, **BF16), after_the_last_step(spoil))
+
+@pytest.mark.parametrize(
+    "zero, message",
+    [(0, r"wte.weight\[0:\] does not equal its rounded master"),
+     (3, "wte.weight differs between the ranks that share it")],
+)  # fmt: skip
+def test_bf16_parameters_that_are_not_their_masters_are_refused(zero, message):
+    """Under ZeRO-3 the wrong entry is on rank 1, which does not hold its master."""
+    with pytest.raises(RuntimeError, match=message):
+        judge(Case(d=2, zero=zero, **BF16), after_the_last_step(spoil_a_parameter))
 
 
 def test_a_resume_with_another_batch_is_refused():
-    """It would train on other rows than the one process, and be reported as a mismatch."""
+    """The resumed run would read other rows and be reported as a mismatch."""
     case = Case(d=2, m=2, b=2, resume={"at": 1, "d": 1, "m": 2})
     with pytest.raises(ValueError, match="begins with 8 rows per batch and is resumed with 4"):
         judge(case)
 
 
 def a_rank_that_hangs() -> None:
-    with measure.Proof("hangs.py", timeout=1) as proof:
+    with measure.Proof("hangs.py", timeout=3) as proof:
         if proof.group.rank() == 1:
             signal.pause()
         ddp.global_count(torch.zeros(1), proof.group)

@@ -36,7 +36,7 @@ DIES = "\n\ndef test_two():\n    os._exit(0)\n"
 @pytest.mark.parametrize(
     "more, code, last",
     [("", 0, "60 passed, 0 failed, 0 skipped"), (FAILS, 1, "60 passed, 1 failed, 1 skipped"),
-     (DIES, 1, "A pytest process ended before it had run its tests.")],
+     (DIES, 1, "A pytest process ended before it had run its tests: exit codes [0, 0]")],
 )  # fmt: skip
 def test_each_test_is_run_once(more, code, last, tmp_path):
     for name, extra in (("a", ""), ("b", more), ("c", "")):

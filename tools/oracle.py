@@ -4,8 +4,8 @@
     judge(case)              Errors(loss=1e-16, norm=..., gradient=..., parameter=..., where=...)
 
 The one process is gpt.GPT with torch's cross entropy, clip_grad_norm_ and optimizer, on the full
-batch at once. Ranks are forked, which takes a few milliseconds each, and find each other through a
-file. Every rank compares everything it holds with its shard of the one process's tensors.
+batch at once. Ranks are forked (a few milliseconds each) and rendezvous through a FileStore. Each
+rank compares every tensor it holds with its shard of the one process's, after the last step.
 """
 
 import dataclasses
@@ -57,13 +57,13 @@ class Errors(NamedTuple):
         return measure.largest(self[:4])
 
     def within(self, dtype: str) -> bool:
-        """Whether rounding alone explains them."""
+        """True if every error is within its tolerance."""
         return all(e <= tolerance for e, tolerance in zip(self[:4], TOLERANCES[dtype], strict=True))
 
 
-# By dtype, in the order of Errors: larger than rounding, smaller than the effect of a bug. Those of
-# bf16 are measured: in 295 random layouts with n_embd >= 6 the errors were at most 0.005, 0.064,
-# 0.20 and 0.12. A LayerNorm over 4 entries magnifies rounding beyond that.
+# By dtype, in the order of Errors. Each exceeds rounding. For bf16, 295 layouts drawn by tools.fuzz
+# with n_embd >= 6 had errors of at most 0.005, 0.064, 0.20 and 0.12; one rank alone had up to 0.13
+# in the norm. A LayerNorm over 4 entries amplifies rounding further. Smaller bugs are for float64.
 TOLERANCES = {
     "float64": (measure.TOLERANCE,) * 4,
     "float32": (1e-4,) * 4,
@@ -74,7 +74,8 @@ TOLERANCES = {
 @dataclasses.dataclass
 class Case:
     """A layout and a model. m microbatches of b rows on each of d replicas. resume: the run is
-    saved after step `at` and resumed with these fields replaced. The model and d m b must stay."""
+    saved after step `at` and resumed with these fields replaced. The model and the rows of a batch,
+    d m b, must not change."""
 
     t: int = 1
     p: int = 1
@@ -191,20 +192,25 @@ def launch(
                 ready = multiprocessing.connection.wait(list(ends), max(0.0, left))
                 if not ready:
                     raise RuntimeError(f"ranks {sorted(ends.values())} hang: {timeout} s are over")
+                failed = []  # (when, what): the first is the cause of the others
                 for end in ready:
                     rank = ends.pop(end)
                     try:
-                        ok, value = pickle.loads(end.recv_bytes())
+                        when, ok, value = pickle.loads(end.recv_bytes())
                     except EOFError:
                         processes[rank].join()
                         code = processes[rank].exitcode
-                        raise RuntimeError(f"rank {rank} died with exit code {code}") from None
-                    if not ok:
-                        raise RuntimeError(f"rank {rank} failed:\n{value}")
-                    results[rank] = value
+                        failed.append((0.0, f"rank {rank} died with exit code {code}"))
+                        continue
+                    if ok:
+                        results[rank] = value
+                    else:
+                        failed.append((when, f"rank {rank} failed:\n{value}"))
+                if failed:
+                    raise RuntimeError(min(failed)[1])
         finally:
             for process in processes:
-                if ends:  # something went wrong, and the others may wait indefinitely
+                if ends:  # a rank failed, and the others may block in a collective
                     process.kill()
                 process.join()
     return results
@@ -223,9 +229,9 @@ def _child(
         value = function(*args)
         dist.barrier()
         dist.destroy_process_group()
-        end.send_bytes(pickle.dumps((True, value)))
+        end.send_bytes(pickle.dumps((time.monotonic(), True, value)))
     except BaseException:
-        end.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        end.send_bytes(pickle.dumps((time.monotonic(), False, traceback.format_exc())))
         os._exit(1)
     # Not through Python's own exit: what pytest would do there is the parent's business.
     os._exit(0)
@@ -261,7 +267,7 @@ def reader(case: Case) -> Callable:
 
 def reference(case: Case, model: Callable | None = None) -> dict:
     """One process, no strategies, float64: losses, norms, last gradients (clipped), parameters, and
-    the initial parameters. If the layout begins with rounded weights, so does this."""
+    the initial parameters. Initial weights are rounded to case.dtype, as the layout's are."""
     args = options.parser().parse_args(case.arguments())
     config = options.check(args, case.world_size)
     with torch.device("meta"):
@@ -319,8 +325,8 @@ def trainer_of(case: Case, **seams) -> train_3d.Trainer:
 
 
 class Compared(NamedTuple):
-    """What one rank compared. errors: by kind and tensor. elements: by parameter, the flat indices
-    into the full gradient."""
+    """What one rank compared. errors: by kind and tensor. elements: for each parameter, the flat
+    indices of the full gradient that this rank compared."""
 
     errors: dict[str, dict[str, float]]
     elements: dict[str, Tensor]
@@ -362,7 +368,7 @@ def layout(
     _check_all_are_compared(trainer, named, pieces)
 
     def shard(kind: str) -> dict[str, Tensor]:
-        """Of the expected tensors, what this rank should hold."""
+        """The one process's tensors, split as this rank holds them."""
         known = {n: p for n, p in named.items() if n in expected[kind]}
         return {n: p.cut(expected[kind][n]) if hasattr(p, "cut") else expected[kind][n]
                 for n, p in known.items()}  # fmt: skip
@@ -372,69 +378,87 @@ def layout(
                 for n, t, _, at in pieces if n in tensors}  # fmt: skip
 
     gradients = {f"{n}[{at}:]": piece.grad.flatten() for n, piece, _, at in pieces}
-    measure.check_alike(gradients, ranges(shard("gradient")), wide)
-    measure.check_alike(named, shard("parameter"), trainer.dtype)
+    true_gradients, true_parameters = ranges(shard("gradient")), shard("parameter")
+    measure.check_alike(gradients, true_gradients, wide)
+    measure.check_alike(named, true_parameters, trainer.dtype)
     if case.dtype == "bf16":
-        shards = {kind: ranges(shard(kind)) for kind in ("gradient", "initial", "parameter")}
+        initial, final = ranges(shard("initial")), ranges(true_parameters)
         rms = torch.cat([g.flatten() for g in expected["gradient"].values()]).square().mean().sqrt()
-        errors |= errors_of_bf16(pieces, shards, rms)
+        errors |= errors_of_bf16(pieces, true_gradients, initial, final, rms)
+        _check_equal_on_all(named, trainer.shard_group)
     else:
-        floor, true = FLOORS[case.dtype], ranges(shard("gradient"))
-        errors["gradient"] = measure.relative_errors(gradients, true, floor, wide)
-        errors["parameter"] = measure.relative_errors(named, shard("parameter"), floor, wide)
-    expected = expected | {"index": {n: torch.arange(g.numel(), device=g.device).view(g.shape)
-                                     for n, g in expected["gradient"].items()}}  # fmt: skip
-    index = shard("index")
-    return Compared(errors, {n: torch.cat([index[n].flatten()[at : at + t.numel()]
-                                           for m, t, _, at in pieces if m == n])
-                             for n in {n for n, *_ in pieces}})  # fmt: skip
+        floor = FLOORS[case.dtype]
+        errors["gradient"] = measure.relative_errors(gradients, true_gradients, floor, wide)
+        errors["parameter"] = measure.relative_errors(named, true_parameters, floor, wide)
+    elements: dict[str, list[Tensor]] = {}
+    for n, piece, p, at in pieces:
+        index = torch.arange(expected["gradient"][n].numel(), device=trainer.device)
+        index = index.view(expected["gradient"][n].shape)
+        mine = p.cut(index) if hasattr(p, "cut") else index
+        elements.setdefault(n, []).append(mine.flatten()[at : at + piece.numel()])
+    return Compared(errors, {n: torch.cat(parts) for n, parts in elements.items()})
 
 
 def errors_of_bf16(
-    pieces: list, expected: dict[str, dict[str, Tensor]], rms: Tensor
-) -> dict[str, dict[str, float]]:
-    """Compares norms and not entries, since bf16 has 8 bits. gradient: |a - b| / |b| of each piece,
-    where |b| is at least the norm of entries of 0.01 `rms`, the root mean square of all gradients.
-    parameter: |a - b| / |b| of the update (fp32 master minus initial value) of all pieces of all
-    ranks together. AdamW moves a parameter whose gradient is 0 by the sign of its rounding, so the
-    update of a single tensor may be wrong. Raises AssertionError where a bf16 parameter is not its
-    rounded master."""
-    gradients, sums = {}, torch.zeros(2, dtype=torch.float64, device=rms.device)
+    pieces: list, gradients: dict[str, Tensor], initial: dict[str, Tensor],
+    final: dict[str, Tensor], rms: Tensor,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Compares norms instead of entries: bf16 has 8 significant bits. `gradients`, `initial` and
+    `final` values are the one process's.
+
+    gradient: |a - b| / |b| of each piece. |b| is at least the norm of entries of 0.01 `rms`, the
+    root mean square of all gradients. parameter: |a - b| / |b| of the update (fp32 master minus
+    initial value), pooled over all pieces and ranks: where the true gradient is 0, rounding decides
+    the sign of AdamW's update. Raises AssertionError if a bf16 parameter does not equal its fp32
+    master rounded to bf16."""
+
+    def finite(error: Tensor) -> float:
+        return error.item() if error.isfinite() else math.inf
+
+    errors, sums = {}, torch.zeros(2, dtype=torch.float64, device=rms.device)
     for n, piece, p, at in pieces:
         name, master = f"{n}[{at}:]", piece.detach().flatten()
-        a, b = piece.grad.flatten().double(), expected["gradient"][name]
+        a, b = piece.grad.flatten().double(), gradients[name]
         least = (0.01 * rms * b.numel() ** 0.5).clamp(min=1e-300)
-        gradients[name] = ((a - b).norm() / torch.maximum(b.norm(), least)).item()
+        errors[name] = finite((a - b).norm() / torch.maximum(b.norm(), least))
         rounded = p.detach().flatten()[at : at + piece.numel()]
-        assert torch.equal(rounded, master.to(p.dtype)), f"{name} is not its fp32 master, rounded"
-        update = expected["parameter"][name] - expected["initial"][name]
-        difference = master.double() - expected["parameter"][name]
+        assert torch.equal(rounded, master.to(p.dtype)), f"{name} does not equal its rounded master"
+        difference, update = master.double() - final[name], final[name] - initial[name]
         sums += torch.stack([difference.square().sum(), update.square().sum()])
     dist.all_reduce(sums)
-    updates = (sums[0] / sums[1].clamp(min=1e-300)).sqrt().item()
-    errors = {"gradient": gradients, "parameter": {"updates": updates}}
-    return {kind: {name: error if math.isfinite(error) else math.inf
-                   for name, error in found.items()} for kind, found in errors.items()}  # fmt: skip
+    updates = finite((sums[0] / sums[1].clamp(min=1e-300)).sqrt())
+    return {"gradient": errors, "parameter": {"updates": updates}}
+
+
+def _check_equal_on_all(named: dict[str, Tensor], group: dist.ProcessGroup) -> None:
+    """What ZeRO has gathered is the same on the ranks that share it."""
+    for name, p in named.items():
+        lowest, highest = p.detach().float(), p.detach().float()
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+        assert torch.equal(lowest, highest), f"{name} differs between the ranks that share it"
 
 
 def _check_all_are_compared(trainer: train_3d.Trainer, named: dict, pieces: list) -> None:
-    """Compares objects, since two tensors may have one name: every parameter of this rank is in
-    `named`, and the ranks that shard its state together hold as many elements as it has."""
+    """Compares ids, because two tensors can share a name. `named` must hold every parameter of this
+    rank. The pieces of the ranks that shard its state must add up to all its elements."""
     held = {*map(id, trainer.model.parameters())}
     assert held == {*map(id, named.values())}, "two parameters have one name"
-    assert held >= {id(p) for _, _, p, _ in pieces}, "a piece of a parameter that is not here"
+    missing = {n for n, _, p, _ in pieces if id(p) not in held}
+    assert not missing, f"pieces of parameters that this rank does not hold: {missing}"
     updated = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-    assert updated >= {id(piece) for _, piece, _, _ in pieces}, "a piece without an optimizer"
-    owned = torch.tensor(float(sum(piece.numel() for _, piece, _, _ in pieces)))
-    owned = owned.to(trainer.device)
+    missing = {n for n, piece, _, _ in pieces if id(piece) not in updated}
+    assert not missing, f"pieces that the optimizer does not update: {missing}"
+    owned = torch.tensor(sum(piece.numel() for _, piece, _, _ in pieces), device=trainer.device)
     dist.all_reduce(owned, group=trainer.shard_group)
-    assert owned == sum(p.numel() for p in trainer.model.parameters()), "elements are missing"
+    n = sum(p.numel() for p in trainer.model.parameters())
+    assert owned == n, f"the ranks that shard the state hold {owned} of {n} elements"
 
 
 def compared(
     case: Case, part: Case, seams: dict, first: int, end: int, folder: str
 ) -> Compared:
-    """layout() next to the one process, which rank 0 of the first launch runs."""
+    """layout(), compared with the one process, which rank 0 of the first launch runs."""
     path = f"{folder}/expected"
     if first == 0 and dist.get_rank() == 0:
         torch.save(reference(case, seams.get("model")), path)
@@ -443,7 +467,7 @@ def compared(
 
 
 def judge(case: Case, seams: dict | None = None) -> Errors:
-    """The layout, or the layouts one after the other, next to one process. `seams`: arguments of
+    """Compares the layout, or the layouts in order, with one process. `seams`: arguments of
     train_3d.Trainer, and "step", which is called with a trainer and a step's number in place of
     Trainer.step. Raises ValueError if the layouts of a resumed run have different batches,
     RuntimeError if a rank failed, AssertionError if an element of a gradient was compared by no
@@ -463,7 +487,7 @@ def judge(case: Case, seams: dict | None = None) -> Errors:
         seen = torch.zeros(shape.numel(), dtype=torch.bool)
         for rank in ranks:
             seen[rank.elements.get(name, [])] = True
-        assert seen.all(), f"{(~seen).sum()} elements of {name}'s gradient: compared by no rank"
+        assert seen.all(), f"no rank compared {(~seen).sum()} elements of {name}'s gradient"
     worst = {
         kind: max(
             (error, f"{kind} {name}")

@@ -6,8 +6,8 @@
 Each bug is a patch (old text -> new text), the test that must fail, and what its error must say. A
 bug survives, and this command fails, if the test passes, fails in another way, or hangs although no
 hang is expected. The fast tests are tried first; "test-all" marks a kill that only a slow test
-makes. A patch whose old text is not there exactly once is an error. docs/bugs.md tells what goes
-wrong, why it is hard to see, and where it happened.
+makes. A patch whose old text is not there exactly once is an error. docs/bugs.md describes each
+bug, why it is hard to see, and where it occurred.
 """
 
 import argparse
@@ -272,8 +272,8 @@ def put_in(bug: Bug, root: Path) -> None:
 
 
 def run_pytest(root: Path, arguments: list[str], timeout: float) -> tuple[int | None, str]:
-    """(exit code, or None if it hung; the first test that failed, and on further lines its error,
-    with the traceback of the rank that failed)."""
+    """(exit code, or None if it hung; text). First line of the text: the first test that failed.
+    Next lines: its error, with the traceback of the rank that failed."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "999"}
     with tempfile.TemporaryFile("w+") as output:
@@ -304,9 +304,9 @@ def hunt(bug: Bug) -> tuple[str, str, float]:
         put_in(bug, root)
         for verdict, which in (("killed", ["-m", "not slow"]), ("test-all", ["-m", "slow"])):
             code, line = run_pytest(root, [*test, *which], LIMIT)
-            if code in (2, 3, 4):
+            if code is not None and (code < 0 or code in (2, 3, 4)):
                 raise ValueError(f"bug {bug.number}, {bug.name}: pytest could not run: {line}")
-            if code not in (0, 5):  # 5: no such test
+            if code not in (0, 5):  # 5: no test selected
                 as_expected = re.search(bug.failure, line)
                 return verdict if as_expected else "SURVIVED", line, time.monotonic() - since
     return "SURVIVED", f"{bug.test} passed", time.monotonic() - since
@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None, zoo: list[Bug] = ZOO) -> None:
         tests = dict.fromkeys(tuple(shlex.split(bug.test)) for bug in chosen)
         print(f"{len(chosen)} bugs; first their {len(tests)} tests without any", flush=True)
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            sound = pool.map(lambda test: run_pytest(ROOT, [*test], 2 * LIMIT), tests)
+            sound = pool.map(lambda test: run_pytest(ROOT, list(test), 4 * LIMIT), tests)
             for test, (code, line) in zip(tests, sound, strict=True):
                 if code != 0:
                     raise ValueError(f"{' '.join(test)} is red without a bug: {line}")
