@@ -11,6 +11,7 @@ HARMLESS = [("gpt.py", "# nano trains", "# Nano trains")]
 
 def test_all_bugs_apply_and_are_told_of():
     for bug in zoo.ZOO:
+        assert bug.failure and not re.search(bug.failure, bug.test), bug.name
         for file, old, _ in bug.edits:
             assert (zoo.ROOT / file).read_text().count(old) == 1, (bug.name, file, old)
     told = re.findall(r"^### (\d+)\.", (zoo.ROOT / "docs/bugs.md").read_text(), re.MULTILINE)

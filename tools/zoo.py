@@ -41,6 +41,8 @@ class Bug(NamedTuple):
 
 
 HANG = "the test hangs"
+NUMBERS = r"Errors\(.*where='(gradient|parameter) "  # the largest error is one of these
+NORM = r"Errors\(.*norm=\d+\.\d+,"  # printed without an exponent: at least 1e-4
 LAYOUTS = "tests/test_layouts.py::test_layout_equals_one_process"
 PARTIAL = "y = LaterLinear.apply(x, weight, later) if later else F.linear(x, weight)"
 ARRIVED = "arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)"
@@ -50,214 +52,239 @@ SENT = "events.append((end, 0, n, (rank, dst), Transfer(*action, rank, dst)))"
 ZOO = [
     Bug(1, "shards drawn from one seed on every rank", [
         ("gpt.py", 'cut = getattr(old, "cut", None)', "cut = None")],
-        "tests/test_tensor_parallel.py::test_shards_differ_and_replicas_do_not", ""),
+        "tests/test_tensor_parallel.py::test_shards_differ_and_replicas_do_not",
+        r"AssertionError: h\.0\.attn\.c_attn\.weight"),
     Bug(2, "divided by m for the log alone", [
         ("train_3d.py", "return total / count", "return total / count * self.m"),
         ("train_3d.py", "return self.pipe.run(program, x.split(b), loss_of, shape, before)",
          "return self.pipe.run(program, x.split(b), loss_of, shape, before) / self.m")],
-        LAYOUTS, ""),
+        LAYOUTS, NUMBERS),
     Bug(3, "the hook sums the parameter it is handed", [
         ("ddp.py", "sent = flat.to(self.dtype) if self.group.size() > 1 else flat",
          "sent = torch.cat([p.data.flatten() for p, b in self.bucket_of.items()\n"
          "                          if b == len(self.launched)])")],
-        "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward", ""),
+        "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward",
+        "Tensor-likes are not close"),
     Bug(4, "every stage draws the same numbers", [
         ("gpt.py", '{seed} {name}".encode()', '{seed} {len(new)}".encode()')],
-        "tests/test_layouts.py::test_layout_equals_one_process", ""),
+        "tests/test_layouts.py::test_layout_equals_one_process", NUMBERS),
     Bug(5, "a fused qkv cut as one matrix", [
         ("tensor_parallel.py", '"h.*.attn.c_attn": ("column", 3)', '"h.*.attn.c_attn": "column"')],
-        LAYOUTS, ""),
+        LAYOUTS, r"where='gradient h\.\d\.attn\.c_attn"),
     Bug(6, "three sums in backward where one would do", [
         ("tensor_parallel.py", ARRIVED,
          "start = start_scatter if ctx.sequence else start_sum\n"
          "        parts = zip(grad.chunk(3, -1), weight.chunk(3, 0), strict=True)\n"
          "        sums = [start(g @ w, ctx.group) for g, w in parts]\n"
          "        arrived = lambda: sum(part() for part in sums)")],
-        "tests/test_tensor_parallel.py::test_collectives_of_a_block_and_what_hides_them", ""),
+        "tests/test_tensor_parallel.py::test_collectives_of_a_block_and_what_hides_them",
+        r"\('backward', 'all_reduce'\): \(9, \d+\)"),
     Bug(7, "norms' gradients not summed over tp", [
         ("tensor_parallel.py",
          'p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "cut"))',
          "p.partial = False")],
-        LAYOUTS, ""),
+        LAYOUTS, r"where='gradient (h\.\d\.)?ln_"),
     Bug(8, "an argument summed in place, and autograd not told", [
         ("tensor_parallel.py", "ctx.mark_dirty(x)", "pass")],
-        "tests/test_tensor_parallel.py::test_conjugates", ""),
+        "tests/test_tensor_parallel.py::test_conjugates", "DID NOT RAISE"),
     Bug(8, "logits overwritten", [
         ("tensor_parallel.py", "shifted = logits - highest.unsqueeze(-1)",
          "shifted = logits.sub_(highest.unsqueeze(-1))")],
-        "tests/test_tensor_parallel.py::test_vocabulary_parallel_loss", ""),
+        "tests/test_tensor_parallel.py::test_vocabulary_parallel_loss",
+        "the logits were overwritten"),
     Bug(9, "the norm of what is here", [
         ("train_3d.py", "dist.all_reduce(stats)  # payload: 3, over the world",
-         "dist.all_reduce(stats[0])")],
-        LAYOUTS, ""),
+         "here = stats[1].clone()\n        dist.all_reduce(stats)\n        stats[1] = here")],
+        LAYOUTS, NORM),
     Bug(9, "whole parameters counted t times", [
         ("train_3d.py", 'alone = hasattr(p, "cut") or self.tp_group.rank() == 0', "alone = True")],
-        LAYOUTS, ""),
+        LAYOUTS, NORM),
     Bug(9, "a tied matrix counted twice", [
         ("train_3d.py", 'return alone and not (hasattr(p, "tied_name") and 0 not in self.stages)',
          "return alone")],
-        LAYOUTS, ""),
+        LAYOUTS, NORM),
     Bug(9, "replicas counted d/k times", [
         ("train_3d.py", "if first_replica and self._answers_for(p)]", "if self._answers_for(p)]")],
-        LAYOUTS, ""),
+        LAYOUTS, NORM),
     Bug(10, "the tied embedding's gradients do not meet", [
-        ("train_3d.py", "pipeline.all_reduce_tied(tied, self.tied_group)", "pass")],
-        LAYOUTS, ""),
+        ("train_3d.py", "pipeline.all_reduce_tied(tied, self.tied_group)",
+         "pipeline.all_reduce_tied([g.clone() for g in tied], self.tied_group)")],
+        LAYOUTS, NUMBERS),
     Bug(11, "gradients leave with the first microbatch", [
         ("ddp.py", "if self.missing[p] > 0:", "if self.missing[p] + 1 < self.accumulations[p]:")],
-        "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward", ""),
+        "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward",
+        "met too early"),
     Bug(11, "ZeRO-1 meets on every microbatch", [
         ("zero.py", "rounds = self.rounds = 1 if self.whole_gradients else min(",
          "rounds = self.rounds = min(")],
-        "tests/test_zero.py::test_pieces_own_every_element_once_and_padding_never", ""),
+        "tests/test_zero.py::test_pieces_own_every_element_once_and_padding_never",
+        r"AssertionError: 0\.params\.0"),
     Bug(12, "a mean of the ranks' means", [
         ("ddp.py", "dist.all_reduce(count, group=group)  # payload: 1", "count *= group.size()")],
-        "tests/test_ddp.py::test_the_count_is_of_tokens_and_not_a_mean_of_ranks", ""),
+        "tests/test_ddp.py::test_the_count_is_of_tokens_and_not_a_mean_of_ranks",
+        r"\[12, 2\] == \[7, 7\]"),
     Bug(13, "a row-parallel bias added t times", [
         ("tensor_parallel.py", PARTIAL, PARTIAL.replace("weight)", "weight, self.bias)")),
         ("tensor_parallel.py", "return y if self.bias is None else y.add_(self.bias)",
          "return y")],
-        LAYOUTS, ""),
+        LAYOUTS, r"where='gradient h\.\d\.(attn|mlp)\.c_proj\.bias"),
     Bug(14, "recompute draws new masks", [
         ("activation_ckpt.py", "torch.enable_grad(), self.again(), hooks:",
          "torch.enable_grad(), hooks:")],
-        "tests/test_activation_ckpt.py::test_the_same_gradients_and_masks_bitwise", ""),
+        "tests/test_activation_ckpt.py::test_the_same_gradients_and_masks_bitwise",
+        r"AssertionError: wte\.weight"),
     Bug(15, "replicated dropout differs between tp ranks", [
         ("tensor_parallel.py", "group, sequence) if sequence else dropout", "group, sequence)")],
-        LAYOUTS, ""),
+        LAYOUTS, NUMBERS),
     Bug(15, "sharded dropout is alike on tp ranks", [
         ("tensor_parallel.py", "dropout.part, dropout.parts = group.rank(), group.size()",
          "dropout.part, dropout.parts = 0, group.size()")],
-        LAYOUTS, ""),
+        LAYOUTS, NUMBERS),
     Bug(16, "a short microbatch meets a receive of fixed shape", [
         ("pipeline.py", "assert of == (self.shape, self.dtype),", "assert True or")],
-        "tests/test_pipeline.py::test_a_short_last_microbatch_is_refused_where_it_is_made", ""),
+        "tests/test_pipeline.py::test_a_short_last_microbatch_is_refused_where_it_is_made",
+        "Regex pattern did not match"),
     Bug(17, "a resumed run reads the data from the start", [
         ("train_3d.py", "first = go_on(trainer, found, disk.group, run, logger) if args.resume",
          "first = 0 * go_on(trainer, found, disk.group, run, logger) if args.resume")],
-        "tests/test_checkpoint.py::test_a_run_in_three_parts_and_three_layouts", ""),
+        "tests/test_checkpoint.py::test_a_run_in_three_parts_and_three_layouts",
+        r"\[2, 2, 2, 1, 1, 1\] == \[1, 1, 2, 1, 1, 1\]"),
     Bug(17, "the optimizer's step begins again", [
         ("checkpoint.py", "torch.tensor(value, device=", "torch.tensor(0 * value, device=")],
-        "tests/test_checkpoint.py -k undisturbed", ""),
+        "tests/test_checkpoint.py -k undisturbed", NUMBERS),
     Bug(17, "the optimizer's moments are forgotten", [
         ("checkpoint.py", MOMENTS, "pass")],
-        "tests/test_checkpoint.py -k undisturbed", ""),
+        "tests/test_checkpoint.py -k undisturbed", NUMBERS),
     Bug(18, "sends and receives that wait for each other", [
         ("pipeline.py", SENT,
          "need = {s.action: s.start for s in simulate(schedule)}[following(action)]\n"
          "            events.append((end, 0, n, (rank,), Transfer(*action, rank, dst)))\n"
          "            events.append((need, 0, n, (dst,), Transfer(*action, rank, dst)))"),
         ("pipeline.py", "program[-1] += (event,)", "program.append((event,))")],
-        "tests/test_pipeline.py -k never_deadlock", ""),
+        "tests/test_pipeline.py -k never_deadlock", "ValueError: deadlock: rank"),
     Bug(19, "bf16 weights without an fp32 copy", [
-        ("ddp.py", "p.detach().float().requires_grad_() if p.dtype.itemsize < 4 else p", "p")],
-        "tests/test_zero.py::test_small_updates_of_bf16_weights_add_up", ""),
+        ("ddp.py", "p.detach().float().requires_grad_() if p.dtype.itemsize < 4 else p",
+         "p.detach().clone().requires_grad_() if p.dtype.itemsize < 4 else p")],
+        "tests/test_zero.py::test_small_updates_of_bf16_weights_add_up",
+        r"\[\[1\.0\], \[1\.0\]\] == \[\[0\.9375\]"),
     Bug(19, "bf16 shards without an fp32 copy", [
         ("zero.py", "self.parameter_shard.float() if narrow else self.parameter_shard",
          "self.parameter_shard")],
-        "tests/test_zero.py::test_small_updates_of_bf16_weights_add_up", ""),
+        "tests/test_zero.py::test_small_updates_of_bf16_weights_add_up",
+        r"\[\[1\.0\], \[1\.0\]\] == \[\[0\.9375\]"),
     Bug(20, "padding is updated, decayed and counted", [
         ("zero.py", "stop = min(self.place[p].stop, mine.stop)",
          "stop = mine.stop if p is members[-1][1] else min(self.place[p].stop, mine.stop)")],
-        "tests/test_zero.py::test_pieces_own_every_element_once_and_padding_never", ""),
+        "tests/test_zero.py::test_pieces_own_every_element_once_and_padding_never",
+        "an empty piece, or padding"),
     Bug(21, "a weight gradient written to .grad by hand", [
         ("pipeline.py", "weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))",
          "dw = grad.flatten(0, -2).T @ x.flatten(0, -2)\n"
          "    weight.grad = dw if weight.grad is None else weight.grad.add_(dw)")],
-        "tests/test_pipeline.py::test_200_random_schedules_run", ""),
+        "tests/test_pipeline.py::test_200_random_schedules_run",
+        r"assert counted == pipe\.accumulations"),
     Bug(21, "the same in a tensor-parallel linear", [
         ("tensor_parallel.py",
          "weight.backward(weight_gradient(start_gather(x, group)() if group else x, grad))",
          "dw = weight_gradient(start_gather(x, group)() if group else x, grad)\n"
          "    weight.grad = dw if weight.grad is None else weight.grad.add_(dw)")],
-        "tests/test_train_3d.py::test_every_accumulation_is_seen_by_a_hook", ""),
+        "tests/test_train_3d.py::test_every_accumulation_is_seen_by_a_hook",
+        r"assert \(?\d+ == 0"),
     Bug(22, "the last rows of an uneven cut are lost", [
         ("tensor_parallel.py", "chunk = -(-n // self.size)", "chunk = n // self.size")],
-        "tests/test_tensor_parallel.py::test_cuts_are_torch_chunks_and_cover_the_whole", ""),
+        "tests/test_tensor_parallel.py::test_cuts_are_torch_chunks_and_cover_the_whole",
+        "assert False"),
     Bug(23, "a sum over the wrong group", [
         ("train_3d.py", "tensor_parallel.all_reduce_partial(partial, self.tp_group)",
          "tensor_parallel.all_reduce_partial(partial, self.dp_group)")],
-        LAYOUTS, ""),
+        LAYOUTS, r"\('tp', 'all_reduce'\)"),
     Bug(23, "shards and replicas change places", [
         ("train_3d.py", '"replica", ranks.movedim(1, 3)', '"replica", ranks.movedim(2, 3)'),
         ("train_3d.py", '"shard", ranks.movedim(2, 3)', '"shard", ranks.movedim(1, 3)')],
-        "tests/test_train_3d.py::test_neighbours_shard_and_the_far_replicate", ""),
+        "tests/test_train_3d.py::test_neighbours_shard_and_the_far_replicate",
+        r"\[1, 5\] != \[4, 5, 6, 7\]"),
     Bug(24, "a mean where a sum belongs", [
         ("ddp.py", "dist.all_reduce(flat, group=group, async_op=True)",
          "dist.all_reduce(flat, op=dist.ReduceOp.AVG, group=group, async_op=True)")],
-        "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward", ""),
+        "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward",
+        r"assert torch\.equal\(a\.grad, b\.grad\)"),
     Bug(25, "a conjugate that sums what is whole", [
         ("tensor_parallel.py",
          "return start_gather(grad, ctx.group)() if ctx.sequence else grad, None, None",
          "whole = start_gather(grad, ctx.group) if ctx.sequence else "
          "start_sum(grad.clone(), ctx.group)\n        return whole(), None, None")],
-        "tests/test_tensor_parallel.py::test_conjugates", ""),
+        "tests/test_tensor_parallel.py::test_conjugates", r"assert torch\.equal\(part\.grad"),
     Bug(26, "a buffer keeps the last step's gradients", [
         ("ddp.py", "flat.zero_()", "pass")],
-        "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward", ""),
+        "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward",
+        "Tensor-likes are not close"),
     Bug(26, "a shard begins with the last step's gradients", [
         ("zero.py", "first=round_ == 1)", "first=False)")],
-        "tests/test_zero.py::test_pieces_own_every_element_once_and_padding_never", ""),
+        "tests/test_zero.py::test_pieces_own_every_element_once_and_padding_never",
+        r"AssertionError: 0\.params\.0"),
     Bug(27, "a layer runs before its parameters are here", [
         ("zero.py", "        for unit in self.needs[i]:\n            unit.wait()\n\n"
          "    def _accumulated", "        pass\n\n    def _accumulated")],
-        "tests/test_tools.py -k races", ""),
+        "tests/test_tools.py -k races", "parameters DIFFER"),
     Bug(27, "nobody waits for the sums", [
         ("ddp.py", "            handle.wait()\n            flat.copy_(sent)",
          "            flat.copy_(sent)")],
-        "tests/test_tools.py -k races", ""),
+        "tests/test_tools.py -k races", "parameters DIFFER"),
     Bug(28, "gradients of bf16 add up in bf16", [
         ("ddp.py", "self.grad_dtype = grad_dtype or torch.promote_types(self.dtype, torch.float32)",
          "self.grad_dtype = grad_dtype or self.dtype")],
-        "tests/test_zero.py -k bf16_is_bitwise", ""),
+        "tests/test_zero.py -k bf16_is_bitwise", r"AssertionError: \('wte\.weight', tensor"),
     Bug(28, "fp32 on the wire", [
         ("ddp.py", "flat.to(self.dtype) if self.group.size() > 1 else flat", "flat")],
-        "tests/test_zero.py -k bf16_is_bitwise", ""),
+        "tests/test_zero.py -k bf16_is_bitwise", r"AssertionError: \('wte\.weight', tensor"),
     Bug(29, "no weight decay, since a shard is 1-D", [
         ("train_3d.py", "for _, piece, parameter, _ in self.sync.pieces():",
          "for _, piece, _, _ in self.sync.pieces():\n            parameter = piece")],
-        LAYOUTS, ""),
+        LAYOUTS, NUMBERS),
     Bug(30, "every replica reads the same rows", [
         ("train_3d.py",
          "rows = range(self.dp_group.rank() * share, (self.dp_group.rank() + 1) * share)",
          "rows = range(share)")],
-        LAYOUTS, ""),
+        LAYOUTS, NUMBERS),
     Bug(31, "every shard of the sequence begins at position 0", [
         ("tensor_parallel.py", "start = self.rank * x.size(1)", "start = 0")],
-        LAYOUTS, ""),
+        LAYOUTS, r"where='gradient wpe\.weight"),
     Bug(32, "ranks sample different tokens", [
         ("train_3d.py", "torch.Generator().manual_seed(self.args.seed), prompt",
          "torch.Generator().manual_seed(self.args.seed + dist.get_rank()), prompt")],
-        "tests/test_train_3d.py::test_launched_runs_are_the_plain_one", ""),
+        "tests/test_train_3d.py::test_launched_runs_are_the_plain_one", "assert .*estion"),
     Bug(33, "a save writes what training has changed since", [
         ("checkpoint.py", "r._replace(tensor=buffer.copy_(r.tensor))", "r")],
-        "tests/test_checkpoint.py::test_what_is_written_is_the_state_at_the_save", ""),
+        "tests/test_checkpoint.py::test_what_is_written_is_the_state_at_the_save",
+        r"\[False, False\] == \[True, True\]"),
     Bug(34, "a half-written checkpoint looks complete", [
         ("checkpoint.py", 'self.group.rank() == 0, self.directory / f"tmp-step-{step}"',
          'self.group.rank() == 0, self.directory / f"step-{step}"')],
-        "tests/test_checkpoint.py -k 'kill or full_disk'", ""),
-    Bug(34, "a checkpoint is renamed before all have written", [
-        ("checkpoint.py", "if not any(everyone):", "if problem is None:")],
-        "tests/test_checkpoint.py -k damaged", ""),
+        "tests/test_checkpoint.py -k 'kill or full_disk'", "No such file or directory: .*step-1'"),
+    Bug(34, "damage that rank 0 did not read is ignored", [
+        ("checkpoint.py", "if not any(everyone):", "if not everyone[0]:")],
+        "tests/test_checkpoint.py -k damaged", r"assert \(?2 == 1"),
     Bug(35, "each rank's softmax has a maximum of its own", [
         ("tensor_parallel.py",
          "        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)  # payload: b s\n",
          "")],
-        "tests/test_tensor_parallel.py::test_vocabulary_parallel_loss", ""),
+        "tests/test_tensor_parallel.py::test_vocabulary_parallel_loss", "Scalars are not close"),
     Bug(36, "a linear keeps its input's graph until its W", [
         ("pipeline.py", "linear.weight, x.detach(), grad)  # without x's graph",
          "linear.weight, x, grad)")],
-        "tests/test_pipeline.py::test_what_waits_for_its_w_keeps_no_graph", ""),
+        "tests/test_pipeline.py::test_what_waits_for_its_w_keeps_no_graph",
+        r"\[\(1, False\)\] == \[\(1, True\)\]"),
     Bug(36, "the second forward keeps itself alive", [
         ("activation_ckpt.py", "t = self.tensors[len(self.tensors)] = t.detach()",
          "self.tensors[len(self.tensors)] = t")],
-        "tests/test_activation_ckpt.py::test_nothing_of_the_second_forward_outlives_backward", ""),
+        "tests/test_activation_ckpt.py::test_nothing_of_the_second_forward_outlives_backward",
+        r"assert \(\[<weakref"),
     Bug(37, "validation drops out", [
         ("train_3d.py", "        loss = 0.0\n        self.model.eval()\n", "        loss = 0.0\n")],
-        "tests/test_train_3d.py::test_validation_drops_nothing", ""),
+        "tests/test_train_3d.py::test_validation_drops_nothing", r"assert \(?False"),
     Bug(38, "1F1B forwards one microbatch too many", [
         ("pipeline.py", '[(p - 1 - r, "F"), (m, "FB")]', '[(p - r, "F"), (m, "FB")]')],
-        "tests/test_pipeline.py::test_bubble_and_memory_are_as_predicted", ""),
+        "tests/test_pipeline.py::test_bubble_and_memory_are_as_predicted", r"assert \(2 == 1"),
 ]  # fmt: skip
 
 
