@@ -176,7 +176,7 @@ ZOO = [
         ("zero.py", "stop = min(self.place[p].stop, mine.stop)",
          "stop = mine.stop if p is members[-1][1] else min(self.place[p].stop, mine.stop)")],
         "tests/test_zero.py::test_pieces_own_every_element_once_and_padding_never",
-        "an empty piece, or padding"),
+        "padding in a piece"),
     Bug(21, "a weight gradient written to .grad by hand", [
         ("pipeline.py", "weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))",
          "dw = grad.flatten(0, -2).T @ x.flatten(0, -2)\n"
