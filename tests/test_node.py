@@ -51,6 +51,21 @@ def trained(n: int, rows: list[str]) -> dict[str, tuple]:
     return found
 
 
+def train_rows(n: int, rows: list[str]) -> list[dict[str, tuple]]:
+    """What `trained` returns, by rank. This repository's rows and PyTorch's are launched apart.
+    PyTorch's DTensor over gloo was once seen to abort with a corrupted heap, so its rows are
+    launched again if a signal ended a rank."""
+    theirs = [row for row in rows if row.startswith("torch")]
+    ours = oracle.launch(n, trained, n, [row for row in rows if row not in theirs])
+    try:
+        found = oracle.launch(n, trained, n, theirs)
+    except RuntimeError as error:
+        if "died with exit code -" not in str(error):
+            raise
+        found = oracle.launch(n, trained, n, theirs)
+    return [a | b for a, b in zip(ours, found, strict=True)]
+
+
 def check_rows(ranks: list[dict[str, tuple]], families: list[list[str]], replicas: dict) -> None:
     """The rows of a family have the same losses (the error of bf16 is 5e-4), which fall on a batch
     that is repeated; every row takes as many tokens per rank; the slowest rank's time is told."""
@@ -74,7 +89,7 @@ def test_every_row_of_two_ranks_trains_alike():
                 ["torch DDP", "torch fully_shard", "torch fully_shard, kept"], theirs]  # fmt: skip
     rows = sum(families, [])
     assert set(rows) == able(2) | {node.BARE} and len(rows) == 14
-    ranks = oracle.launch(2, trained, 2, rows)
+    ranks = train_rows(2, rows)
     check_rows(ranks, families, dict.fromkeys(shared + theirs, 1))
     first = {row: ranks[0][row][0][0] for row in rows}
     assert abs(first["TP"] - first["torch DTensor TP"]) < 2e-3
@@ -85,7 +100,7 @@ def test_every_row_of_two_ranks_trains_alike():
 def test_two_by_two_by_two():
     assert set(node.names(8)) == able(8) | {node.BARE}
     rows = ["2 x 2 x d", "torch 2 x 2 x d"]
-    ranks = oracle.launch(8, trained, 8, rows)
+    ranks = train_rows(8, rows)
     check_rows(ranks, [rows[:1], rows[1:]], dict.fromkeys(rows, 2))
     ours, theirs = (ranks[0][row][0] for row in rows)
     assert abs(ours[0] - theirs[0]) < 2e-3
