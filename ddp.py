@@ -201,12 +201,14 @@ class DDP:
         self.learned = True
 
     def start(self) -> None:
-        """Before the first backward of a step: gradients to zero, counters to the full."""
+        """Before the first backward of a step: gradients to zero, counters to the full. If an
+        exception interrupted the last step, at the same place on all ranks, this completes its
+        collectives."""
         for name, p in self.parameters:
             if not p.requires_grad:
                 raise ValueError(f"{name} was frozen: its bucket would leave late, at every step; "
                                  "let this DDP go and make a new one")  # fmt: skip
-        for _, handle in self.launched:  # of an interrupted step: they still write to the buckets
+        for _, handle in self.launched:  # they still write to the buckets
             handle.wait()
         self.launched = []
         for flat in self.buckets:

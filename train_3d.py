@@ -315,8 +315,8 @@ def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
 
 
 def without_wide_gradients(forward: Callable, block: nn.Module, *xs: Tensor) -> Tensor:
-    """torch.compile skips each layer whose parameter and gradient differ in dtype (bf16 and fp32),
-    so it sees no such gradient."""
+    """torch.compile does not compile a layer whose parameter and gradient differ in dtype (bf16 and
+    fp32), so such gradients are removed during the forward."""
     wide = [(p, p.grad) for p in block.parameters()
             if p.grad is not None and p.grad.dtype != p.dtype]  # fmt: skip
     for p, _ in wide:

@@ -57,6 +57,14 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def until(condition: Callable[[], bool], seen: Callable = lambda: None) -> None:
+    """Waits for an event, at most a minute. seen: what to report if it does not come."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, seen()
+        time.sleep(0.01)
+
+
 def agent(ranks: int, main: Callable) -> None:
     """torchrun --standalone --nproc-per-node RANKS, after it has parsed its arguments."""
     config = LaunchConfig(1, 1, ranks, run_id="test", rdzv_backend="c10d", start_method="fork",
@@ -143,13 +151,9 @@ class Forked:
         path = Path(self.folder.name) / name
         return path.read_text() if path.exists() else ""
 
-    def until(self, text: str, name: str = "out", timeout: float = 30) -> str:
-        """The output, when `text` is in it."""
-        deadline = time.monotonic() + timeout
-        while text not in self.read(name):
-            assert time.monotonic() < deadline, (text, self.read("out"), self.read("errors"))
-            time.sleep(0.02)
-        return self.read(name)
+    def until(self, text: str) -> None:
+        """Waits until `text` is in the output."""
+        until(lambda: text in self.read("out"), lambda: self.read("out") + self.read("errors"))
 
     def wait(self, timeout: float = 60) -> list[int]:
         """Exit codes by rank."""

@@ -24,7 +24,7 @@ def is_whole(name: str) -> bool:
 
 
 def cut(name: str, whole: Tensor, rank: int, t: int) -> Tensor:
-    """The shard of a rank: rows or columns of a matrix; q, k and v are cut one by one."""
+    """The shard of a rank: rows or columns of a matrix. q, k and v are split one by one."""
     if is_whole(name):
         return whole
     fused, dim = (3 if "c_attn" in name else 1), int("c_proj" in name)

@@ -27,8 +27,16 @@ import measure
 import options
 import tensor_parallel
 import train_3d
-from tests.commands import ROOT, TINY, Forked, command_line, environment, forked, read_log
-from tests.test_faults import until
+from tests.commands import (
+    ROOT,
+    TINY,
+    Forked,
+    command_line,
+    environment,
+    forked,
+    read_log,
+    until,
+)
 from tests.test_train_3d import text  # noqa: F401
 from tools.fuzz import draw_resume
 from tools.oracle import STEPS, Case, judge, launch, reader, trainer_of

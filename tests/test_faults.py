@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import options
 import pipeline
 import train_3d
 import zero
-from tests.commands import ROOT, TINY, Forked, command_line, environment, free_port
+from tests.commands import ROOT, TINY, Forked, command_line, environment, free_port, until
 from tools import hosts
 
 ENDLESS = [*TINY, "--steps", 100_000, "--val-every", 0, "--print-every", 1, "--timeout", 30]
@@ -49,13 +48,6 @@ def lines(errors: str) -> list[str]:
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def die_at(module, name: str, nth: int, after: bool = False) -> Callable:

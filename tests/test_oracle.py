@@ -12,6 +12,7 @@ from torch import nn
 import ddp
 import measure
 from tests.commands import Forked
+from tools import oracle
 from tools.oracle import TOLERANCES, Case, judge
 
 
@@ -210,6 +211,20 @@ def test_bf16_parameters_that_are_not_their_masters_are_refused(zero, message):
     """Under ZeRO-3 the wrong entry is on rank 1, which does not hold its master."""
     with pytest.raises(RuntimeError, match=message):
         judge(Case(d=2, zero=zero, **BF16), after_the_last_step(spoil_a_parameter))
+
+
+def fail_on_rank_1() -> None:
+    assert dist.get_rank() == 0, "on purpose"
+    dist.barrier()
+
+
+def test_the_rank_that_failed_first_is_reported(monkeypatch):
+    """Rank 0 loses its connection afterwards. The parent looks when both have failed."""
+    wait = oracle.multiprocessing.connection.wait
+    monkeypatch.setattr(oracle.multiprocessing.connection, "wait",
+                        lambda ends, timeout: [wait([end])[0] for end in ends])  # fmt: skip
+    with pytest.raises(RuntimeError, match="rank 1 failed:(.|\n)*on purpose"):
+        oracle.launch(2, fail_on_rank_1)
 
 
 def test_a_resume_with_another_batch_is_refused():

@@ -48,6 +48,13 @@ def test_a_kill_is_the_expected_failure_of_the_named_test(
     assert zoo.hunt(zoo.Bug(99, "no bug", HARMLESS, "x.py", failure))[0] == verdict
 
 
+@pytest.mark.parametrize("code", [-9, 2, 4])
+def test_a_pytest_that_could_not_run_is_an_error(code, monkeypatch):
+    monkeypatch.setattr(zoo, "run_pytest", lambda *_: (code, "assert 3 == 4"))
+    with pytest.raises(ValueError, match="pytest could not run"):
+        zoo.hunt(zoo.Bug(99, "no bug", HARMLESS, "x.py", "3 == 4"))
+
+
 @pytest.mark.slow
 def test_a_slice_of_the_zoo(capsys):
     """One that is killed, and one that is not, so that the command fails."""
