@@ -50,9 +50,8 @@ class Bare:
             p.grad_dtype = torch.float32  # microbatches add up in fp32, as in ddp.py
         groups = [{"params": [m for m in self.masters if m.ndim >= 2]},
                   {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0}]
-        how = "fused" if device.type == "cuda" else "foreach"
         self.optimizer = torch.optim.AdamW(groups, 0.0, (0.9, 0.95), EPS, args.weight_decay,
-                                           **{how: True})  # fmt: skip
+                                           fused=True)  # fmt: skip
         for block in self.model.h.values() if args.compile else ():
             block.forward = torch.compile(block.forward)
 

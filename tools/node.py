@@ -90,8 +90,7 @@ class Masters:
         self.parameters = [p for group in groups for p in group]
         self.local = [self._local(p.detach()) for p in self.parameters]
         self.masters = [p.float() for p in self.local]
-        how = "fused" if self.local[0].is_cuda else "foreach"
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-3, **{how: True})
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-3, fused=True)
 
     @staticmethod
     def _local(t: Tensor) -> Tensor:
