@@ -127,8 +127,10 @@ class DDP:
     bucket_bytes: a bucket is closed when it holds at least this many; the first one at a 25th of
         it, so that the link is not idle until 25 MB of gradients are there.
     reduce: (flat bucket, group) -> a handle with wait(); the seam for compression.
-    grad_dtype: in which the gradients of bf16 parameters add up over microbatches; default: fp32.
-        Between ranks they travel in the parameters' dtype.
+    grad_dtype: the dtype in which gradients of bf16 parameters are summed over microbatches;
+        default: fp32.
+    reduce_dtype: the dtype in which gradients of bf16 parameters are sent and summed over ranks;
+        default: the parameters'. fp32 sends twice the bytes.
 
     A step: start(); forwards and backwards; finish(); before_step(); the optimizer updates
     pieces(); after_step(). Raises ValueError where ranks hold different parameters, a parameter is
@@ -139,7 +141,7 @@ class DDP:
         self, model: nn.Module, group: dist.ProcessGroup,
         accumulations: int | dict[nn.Parameter, int],
         bucket_bytes: int = 25 * 2**20, reduce: Callable = all_reduce_bucket,
-        grad_dtype: torch.dtype | None = None,
+        grad_dtype: torch.dtype | None = None, reduce_dtype: torch.dtype | None = None,
     ):  # fmt: skip
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [(getattr(p, "tied_name", name), p) for name, p in named]
@@ -149,6 +151,7 @@ class DDP:
         self.accumulations = accumulations
         self.bucket_bytes = bucket_bytes
         self.dtype = self.parameters[0][1].dtype
+        self.reduce_dtype = reduce_dtype or self.dtype
         self.grad_dtype = grad_dtype or torch.promote_types(self.dtype, torch.float32)
         check_same_parameters(self.parameters, group)
         me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
@@ -237,7 +240,7 @@ class DDP:
 
     def _launch(self) -> None:
         flat = self.buckets[len(self.launched)]
-        sent = flat.to(self.dtype) if self.group.size() > 1 else flat  # itself, unless in bf16
+        sent = flat.to(self.reduce_dtype) if self.group.size() > 1 else flat  # itself, unless in bf16
         self.launched.append((sent, self.reduce(sent, self.group)))
 
     def finish(self) -> None:

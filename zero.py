@@ -58,6 +58,7 @@ class Unit:
     def __init__(
         self, members: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup,
         whole_parameters: bool, whole_gradients: bool, grad_dtype: torch.dtype | None,
+        reduce_dtype: torch.dtype | None,
     ):  # fmt: skip
         self.group, like = group, members[0][1].detach()
         for name, p in members:
@@ -65,6 +66,7 @@ class Unit:
                 raise ValueError(f"{name} is frozen, or {p.dtype} beside {like.dtype}: what shares "
                                  "a flat buffer must be trained, in one dtype")  # fmt: skip
         grad_dtype = grad_dtype or torch.promote_types(like.dtype, torch.float32)
+        self.reduce_dtype = reduce_dtype or like.dtype
         n = -(-sum(p.numel() for _, p in members) // group.size())
         mine = self.mine = slice(group.rank() * n, (group.rank() + 1) * n)
         self.parameters = like.new_zeros(n * group.size())
@@ -121,8 +123,8 @@ class Unit:
         self.whole = False
 
     def reduce(self, flat: Tensor, first: bool) -> None:
-        """Start to sum `flat` over the group, in the parameters' dtype; land() before the next."""
-        flat = flat.to(self.parameters.dtype)
+        """Start to sum `flat` over the group, in reduce_dtype; land() before the next."""
+        flat = flat.to(self.reduce_dtype)
         self.sum, self.first = flat[self.mine], first
         self.reducing = reduce_scatter(  # payload: the unit
             self.sum, flat, group=self.group, async_op=True
@@ -137,7 +139,7 @@ class Unit:
         (self.gradient_shard.copy_ if self.first else self.gradient_shard.add_)(self.sum)
         self.sum = self.reducing = None
         if replicas is not None:
-            self.sum, self.first = self.gradient_shard.to(self.parameters.dtype), True
+            self.sum, self.first = self.gradient_shard.to(self.reduce_dtype), True
             self.reducing = dist.all_reduce(  # payload: my shard
                 self.sum, group=replicas, async_op=True
             )
@@ -158,8 +160,10 @@ class Zero1:
     model: the same on every rank of `group`, over which state is sharded.
     accumulations: how often each gradient is accumulated to in a step, or by parameter how often.
     replicas: hybrid: the ranks that hold the same shard in other groups.
-    grad_dtype: in which the gradients of bf16 parameters add up over microbatches; default: fp32.
-        Between ranks they travel in the parameters' dtype.
+    grad_dtype: the dtype in which gradients of bf16 parameters are summed over microbatches;
+        default: fp32.
+    reduce_dtype: the dtype in which gradients of bf16 parameters are sent and summed over ranks;
+        default: the parameters'. fp32 sends twice the bytes.
 
     A step: start(); forwards and backwards; finish(); before_step(); the optimizer updates
     pieces(); after_step(). Raises ValueError where a parameter is frozen, or a `.grad` is replaced
@@ -171,6 +175,7 @@ class Zero1:
         self, model: nn.Module, group: dist.ProcessGroup,
         accumulations: int | dict[nn.Parameter, int],
         replicas: dist.ProcessGroup | None = None, grad_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
     ):  # fmt: skip
         self.group, self.replicas = group, replicas
         if isinstance(accumulations, int):
@@ -191,7 +196,8 @@ class Zero1:
                     new.setdefault(getattr(p, "tied_name", None), []).append((names[p], p))
             for members in new.values():
                 unit = Unit(
-                    members, group, self.whole_parameters, self.whole_gradients, grad_dtype
+                    members, group, self.whole_parameters, self.whole_gradients, grad_dtype,
+                    reduce_dtype,
                 )
                 self.units.append(unit)
                 self.unit_of.update((p, unit) for _, p in members)
