@@ -40,10 +40,12 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 # --- collectives ----------------------------------------------------------------------------------
 # all-reduce, every step. Payload: the gradient of every parameter once, and one number. Besides,
@@ -66,16 +68,26 @@ def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
 def check_same_parameters(
     parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
 ) -> None:
-    """Raises ValueError, on every rank and naming the first difference, if the ranks do not list
-    the same parameters in the same order: they would sum one's gradients with another's."""
-    mine = [f"{name} {tuple(p.shape)} {p.dtype}" for name, p in parameters]
+    """Raises ValueError, on every rank and naming the first difference, if the ranks do not have
+    the same parameters, with the same values, in the same order."""
+    mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
+            for name, p in parameters]  # fmt: skip
     everyone: list = [None] * group.size()
     dist.all_gather_object(everyone, mine, group=group)
     for rank, theirs in enumerate(everyone):
         for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
             if a != b:
                 raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on {rank}: "
-                                 "every rank must build the model alike")  # fmt: skip
+                                 "every rank must build the same model, with the same initial "
+                                 "values (set the same seed, or load one file)")  # fmt: skip
+
+
+def checksum(p: Tensor) -> int:
+    """The sum of the elements' bit patterns as integers. It is exact in any order of addition."""
+    if p.is_meta:
+        return 0
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
+    return p.detach().view(integer).sum(dtype=torch.int64).item()
 
 
 def all_reduce_bucket(flat: Tensor, group: dist.ProcessGroup):
@@ -90,11 +102,23 @@ def all_reduce_bucket(flat: Tensor, group: dist.ProcessGroup):
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Call after the last backward of a step. Every rank must pass the same parameters in the same
-    order; one that got no gradient counts as 0 (it may have one on another rank)."""
+    order. A parameter that this rank did not use may have a gradient on another rank, so -0.0 is
+    sent for it, see is_unused. Frozen parameters are skipped."""
     for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad, group=group)  # payload: p.numel()
+        if p.requires_grad:
+            used = p.grad is not None
+            p.grad = p.grad if used else torch.full_like(p, -0.0)
+            dist.all_reduce(p.grad, group=group)  # payload: p.numel()
+            if not used and is_unused(p.grad):
+                p.grad = None
+
+
+def is_unused(gradient: Tensor) -> bool:
+    """True if no rank used the parameter: every rank sent -0.0, so the sum is -0.0 too. A sum with
+    any other number, +0.0 included, is never -0.0. The gradient is then None, as in one process,
+    and the optimizer skips the parameter: with a gradient of 0 it would apply weight decay. Only a
+    rank that did not use the parameter itself has to look."""
+    return bool((gradient == 0).all() and gradient.signbit().all())
 
 
 # Rung 2: the same sums in one call; the price is a copy in, a copy out, and a second Psi meanwhile.
@@ -104,12 +128,13 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
 
 def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Call after the last backward of a step, like all_reduce_gradients."""
-    parameters = list(parameters)
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+    parameters = [p for p in parameters if p.requires_grad]
+    flat = torch.cat([(torch.full_like(p, -0.0) if p.grad is None else p.grad).flatten()
                       for p in parameters])  # fmt: skip
     dist.all_reduce(flat, group=group)  # payload: Psi
     for p, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = summed.view_as(p)
+        unused = p.grad is None and is_unused(summed)
+        p.grad = None if unused else summed.view_as(p)
 
 
 # Rung 3: no copies, few calls, and all but the last of them hidden behind the rest of backward.
@@ -117,10 +142,38 @@ def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup
 # h 256, 0.91 at h 768, where a copy of Psi costs more.
 
 
+class Piece(NamedTuple):
+    """What the optimizer updates of one parameter: all of it here, a shard of it in zero.py."""
+
+    name: str
+    tensor: Tensor
+    parameter: nn.Parameter
+    start: int  # of the tensor in the flattened parameter
+
+
+def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
+    """Raises ValueError if a parameter's gradient is on other ranks too."""
+    for name, p in parameters:
+        sharded = hasattr(p, "cut") and p.cut.size > 1
+        if sharded or getattr(p, "partial", False) or hasattr(p, "tied_name"):
+            raise ValueError(f"clip: {name} is tensor-parallel, partial or tied between stages, so "
+                             "the norm spans more ranks: call before_step(), clip by the norm over "
+                             "all of them, optimizer.step() and after_step()")  # fmt: skip
+
+
 class DDP:
     """Attaches to the parameters; the model stays as it is.
 
-    model: the same on every rank of `group`; what is frozen from the start is left alone.
+        sync = DDP(model, accumulations=m)
+        optimizer = AdamW([piece.tensor for piece in sync.pieces()])
+        sync.start()                      # instead of optimizer.zero_grad()
+        for x, y in microbatches:         # m of them
+            loss(model(x), y).backward()
+        sync.finish()                     # gradients are summed over the ranks
+        sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_ and optimizer.step()
+
+    model: the same on every rank of `group`, values included. Frozen parameters are left alone.
+    group: default: all ranks.
     accumulations: how often each gradient is accumulated to in a step: once per microbatch (two
         uses in one backward are one), or by parameter, where they differ. Counting them, rather
         than asking which microbatch is the last, holds under every schedule.
@@ -132,64 +185,92 @@ class DDP:
     reduce_dtype: the dtype in which gradients of bf16 parameters are sent and summed over ranks;
         default: the parameters'. fp32 sends twice the bytes.
 
-    A step: start(); forwards and backwards; finish(); before_step(); the optimizer updates
-    pieces(); after_step(). Raises ValueError where ranks hold different parameters, a parameter is
-    frozen between two steps, or a `.grad` is replaced (start() zeroes them, zero_grad() must not
-    be called)."""
+    step() is before_step(), clipping, optimizer.step(), after_step(); a loop that needs something
+    in between calls these instead. A parameter that no rank uses in a step has no gradient. Its
+    bucket, and all buckets after it, are sent by finish() only: nothing hides them. The first step
+    puts such parameters into the last bucket.
+
+    Raises ValueError if ranks hold different parameters or values, if a parameter is frozen or
+    unfrozen later, if a `.grad` is replaced between start() and finish(), if a call is missing, or
+    if the optimizer updates bf16 parameters where their fp32 copies must be updated."""
 
     def __init__(
-        self, model: nn.Module, group: dist.ProcessGroup,
-        accumulations: int | dict[nn.Parameter, int],
+        self, model: nn.Module, group: dist.ProcessGroup | None = None,
+        accumulations: int | dict[nn.Parameter, int] = 1,
         bucket_bytes: int = 25 * 2**20, reduce: Callable = all_reduce_bucket,
         grad_dtype: torch.dtype | None = None, reduce_dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [(getattr(p, "tied_name", name), p) for name, p in named]
+        group = dist.group.WORLD if group is None else group
+        if group is None:
+            raise ValueError("DDP needs a process group: call dist.init_process_group() first")
+        named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
+        self.parameters = [(name, p) for name, p in named if p.requires_grad]
+        self.frozen = [(name, p) for name, p in named if not p.requires_grad]
         self.group, self.reduce = group, reduce
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
         self.accumulations = accumulations
         self.bucket_bytes = bucket_bytes
-        self.dtype = self.parameters[0][1].dtype
-        self.reduce_dtype = reduce_dtype or self.dtype
-        self.grad_dtype = grad_dtype or torch.promote_types(self.dtype, torch.float32)
-        check_same_parameters(self.parameters, group)
+        self.grad_dtype = grad_dtype or torch.float32
+        self.reduce_dtype = reduce_dtype
+        check_same_parameters(named, group)
         me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
         for _, p in self.parameters:
+            p.grad = None
             p.register_post_accumulate_grad_hook(lambda p: me() and me()._accumulated(p))
         # What the optimizer updates: in bf16 a small update, added to a weight, is rounded away.
         self.masters = {
             p: p.detach().float().requires_grad_() if p.dtype.itemsize < 4 else p
             for _, p in self.parameters
         }
+        if any(master is not p for p, master in self.masters.items()):
+            for module in model.modules():
+                module.register_load_state_dict_post_hook(
+                    lambda module, _: me() and me()._loaded(module)
+                )
+        check = register_optimizer_step_pre_hook(
+            lambda optimizer, *_: me() and me()._check(optimizer)
+        )
+        weakref.finalize(self, check.remove)
         # A guess until the first step has shown it: the last layer's gradients are ready first.
         self._lay_out([p for _, p in reversed(self.parameters)])
         self.ready: list[nn.Parameter] = []  # in the order in which gradients were complete
         self.learned = False
         self.launched: list = []  # (what was sent, handle), by bucket
+        self.phase = "idle"  # then "backward", "finished" and "update"
         self.start()
 
     def _lay_out(self, order: list[nn.Parameter]) -> None:
-        """Make the buckets. Gradients are views of them: backward accumulates in place."""
+        """Make the buckets, each of one dtype."""
         self.buckets: list[Tensor] = []
+        self.sent_dtypes: list[torch.dtype] = []
         self.bucket_of: dict[nn.Parameter, int] = {}
-        members, size = [], 0
-        for i, p in enumerate(order):
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+        filling: dict[torch.dtype, list[nn.Parameter]] = {}
+        for p in order:
+            members = filling.setdefault(p.dtype, [])
             members.append(p)
-            size += p.numel() * p.element_size()
-            full = size >= (self.bucket_bytes if self.buckets else self.bucket_bytes // 25)
-            if full or i + 1 == len(order):
-                flat = p.new_zeros(sum(q.numel() for q in members), dtype=self.grad_dtype)
-                parts = flat.split([q.numel() for q in members])
-                for q, part in zip(members, parts, strict=True):
-                    if q.grad is not None:  # of the first step, from its old bucket
-                        part.copy_(q.grad.flatten())
-                    q.grad = None
-                    q.grad_dtype = self.grad_dtype  # bf16 gradients may add up in fp32
-                    q.grad = part.view_as(q)
-                    self.bucket_of[q] = len(self.buckets)
-                self.buckets.append(flat)
-                members, size = [], 0
+            size = sum(q.numel() * q.element_size() for q in members)
+            if size >= (self.bucket_bytes if self.buckets else self.bucket_bytes // 25):
+                self._add_bucket(filling.pop(p.dtype))
+        for members in filling.values():
+            self._add_bucket(members)
+
+    def _add_bucket(self, members: list[nn.Parameter]) -> None:
+        """Gradients are views of the bucket: backward accumulates in place."""
+        dtype = sent_dtype = members[0].dtype
+        if dtype.itemsize < 4:
+            dtype, sent_dtype = self.grad_dtype, self.reduce_dtype or dtype
+        flat = members[0].new_zeros(sum(p.numel() for p in members), dtype=dtype)
+        for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
+            if p.grad is not None:  # of the first step, from its old bucket
+                part.copy_(p.grad.flatten())
+            p.grad = None
+            p.grad_dtype = dtype  # bf16 gradients may add up in fp32
+            self.gradients[p] = p.grad = part.view_as(p)
+            self.bucket_of[p] = len(self.buckets)
+        self.buckets.append(flat)
+        self.sent_dtypes.append(sent_dtype)
 
     def _learn(self) -> None:
         """After the first step's last backward: lay the buckets out anew, in the order seen on the
@@ -198,36 +279,50 @@ class DDP:
         the place in a bucket, and a run that begins again must come to the same bits."""
         number = {p: i for i, (_, p) in enumerate(self.parameters)}
         order = dict.fromkeys([*self.ready, *number])
-        numbers = torch.tensor([number[p] for p in order], device=self.buckets[0].device)
-        dist.broadcast(numbers, group=self.group, group_src=0)  # payload: parameters, once
-        self._lay_out([self.parameters[i][1] for i in numbers.tolist()])
+        if order:
+            numbers = [number[p] for p in order]
+            numbers = torch.tensor(numbers, device=self.buckets[0].device)
+            dist.broadcast(numbers, group=self.group, group_src=0)  # payload: parameters, once
+            self._lay_out([self.parameters[i][1] for i in numbers.tolist()])
         self.learned = True
 
     def start(self) -> None:
         """Before the first backward of a step: gradients to zero, counters to the full. If an
         exception interrupted the last step, at the same place on all ranks, this completes its
         collectives."""
+        if self.phase == "update":
+            raise ValueError("start() before after_step(): the model has not got the last update; "
+                             "call after_step() after optimizer.step()")  # fmt: skip
         for name, p in self.parameters:
             if not p.requires_grad:
                 raise ValueError(f"{name} was frozen: its bucket would leave late, at every step; "
                                  "let this DDP go and make a new one")  # fmt: skip
+        for name, p in self.frozen:
+            if p.requires_grad:
+                raise ValueError(f"{name} was unfrozen: its gradient would not be summed over the "
+                                 "ranks; let this DDP go and make a new one")  # fmt: skip
         for _, handle in self.launched:  # they still write to the buckets
             handle.wait()
         self.launched = []
         for flat in self.buckets:
             flat.zero_()
         for p, master in self.masters.items():
+            p.grad = self.gradients[p]
             master.grad = p.grad if master is p else None
         self.missing = {p: self.accumulations[p] for p in self.bucket_of}
         self.waiting = [0] * len(self.buckets)  # parameters that a bucket still waits for
         for bucket in self.bucket_of.values():
             self.waiting[bucket] += 1
         self.ready = []
+        self.phase = "backward"
 
     def _accumulated(self, p: nn.Parameter) -> None:
         """Autograd calls this each time it has added to p.grad."""
         self.missing[p] -= 1
-        assert self.missing[p] >= 0, f"more than {self.accumulations[p]} accumulations in a step"
+        if self.missing[p] < 0 or self.phase != "backward":
+            raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: call "
+                             "start() before each step, and give DDP accumulations=m for m "
+                             "microbatches")  # fmt: skip
         if self.missing[p] > 0:
             return
         self.ready.append(p)
@@ -239,18 +334,22 @@ class DDP:
             self._launch()
 
     def _launch(self) -> None:
-        flat = self.buckets[len(self.launched)]
-        sent = flat.to(self.reduce_dtype) if self.group.size() > 1 else flat  # itself, unless in bf16
+        flat, dtype = self.buckets[len(self.launched)], self.sent_dtypes[len(self.launched)]
+        sent = flat.to(dtype) if self.group.size() > 1 else flat  # itself, unless in bf16
         self.launched.append((sent, self.reduce(sent, self.group)))
 
     def finish(self) -> None:
         """After the last backward: every `.grad` is the sum over the group when this returns. A
         bucket that still waits for a parameter unused in this step goes as it is."""
+        if self.phase != "backward":
+            raise ValueError("finish() without start(): call each once per step, start() first")
         for name, p in self.parameters:
-            start = self.buckets[self.bucket_of[p]].untyped_storage().data_ptr()
-            if p.grad is None or p.grad.untyped_storage().data_ptr() != start:
+            if p.grad is not self.gradients[p]:
                 raise ValueError(f"{name}: its .grad was replaced and is in no bucket; start() "
                                  "zeroes gradients, zero_grad() must not")  # fmt: skip
+        unused = [p for p in self.bucket_of if self.missing[p] == self.accumulations[p]]
+        for p in unused:
+            p.grad.fill_(-0.0)  # see is_unused
         if not self.learned:
             self._learn()
         while len(self.launched) < len(self.buckets):
@@ -259,27 +358,73 @@ class DDP:
             handle.wait()
             flat.copy_(sent)
         self.launched = []
+        for p in unused:
+            if is_unused(p.grad):
+                p.grad = None
+        self.phase = "finished"
 
-    def pieces(self) -> list[tuple[str, Tensor, nn.Parameter, int]]:
-        """What this rank's optimizer updates: (name, tensor, parameter it is of, offset in it). The
-        tensor is the parameter, or an fp32 copy if that is in bf16; in zero.py less of it."""
-        return [(name, self.masters[p], p, 0) for name, p in self.parameters]
+    def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
+        """After finish(): updates the model. clip: the largest norm of all gradients together;
+        larger ones are scaled down to it. Returns their norm before that, if clip is given. Raises
+        ValueError if clip is given and the norm spans more ranks than this group's: a model with
+        tensor-parallel or tied parameters needs the four parts, as in train_3d.py."""
+        if clip is not None:
+            check_norm_is_local(self.parameters)
+        self.before_step()
+        norm = None
+        if clip is not None:
+            norm = nn.utils.clip_grad_norm_([piece.tensor for piece in self.pieces()], clip)
+        optimizer.step()
+        self.after_step()
+        return norm
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Runs before the step of any optimizer in this process."""
+        name_of = {p: name for name, p in self.parameters}
+        updated = {id(piece.tensor) for piece in self.pieces()}
+        for p in itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups):
+            if p in name_of and id(p) not in updated:
+                raise ValueError(f"the optimizer holds {name_of[p]}, which is in bf16: its fp32 "
+                                 "copy must be updated instead; build the optimizer over "
+                                 "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
+            if id(p) in updated and self.phase != "update":
+                raise ValueError("optimizer.step() before the gradients are summed over the "
+                                 "ranks: call finish() and step(optimizer)")  # fmt: skip
+
+    def _loaded(self, module: nn.Module) -> None:
+        """load_state_dict has written to the parameters of `module`: fp32 copies follow."""
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad and p not in self.masters:
+                raise ValueError(f"load_state_dict(assign=True) replaced {name}, which this DDP "
+                                 "trains: load without assign")  # fmt: skip
+            if p.requires_grad:
+                self.masters[p].detach().copy_(p.detach())
+
+    def pieces(self) -> list[Piece]:
+        """What this rank's optimizer updates: the parameters, or fp32 copies of those in bf16."""
+        return [Piece(name, self.masters[p], p, 0) for name, p in self.parameters]
 
     def held(self) -> dict[str, list[Tensor]]:
         """What is kept from step to step, by kind; the optimizer has its moments besides."""
         copies = [master for p, master in self.masters.items() if master is not p]
-        return {"parameters": list(self.masters), "gradients": self.buckets, "optimizer": copies}
+        parameters = [p for _, p in self.parameters + self.frozen]
+        return {"parameters": parameters, "gradients": self.buckets, "optimizer": copies}
 
     def before_step(self) -> None:
         """Pieces get their `.grad`, in their own dtype: with bf16 gradients, a copy in fp32."""
+        if self.phase != "finished":
+            raise ValueError("before_step() or step() without finish(): gradients are not summed "
+                             "over the ranks yet")  # fmt: skip
         for p, master in self.masters.items():
-            master.grad = p.grad.to(master.dtype)
+            master.grad = None if p.grad is None else p.grad.to(master.dtype)
+        self.phase = "update"
 
     def after_step(self) -> None:
         """After the optimizer: every rank has updated everything."""
         with torch.no_grad():
             for p, master in self.masters.items():
                 p.copy_(master)  # itself, unless in bf16
+        self.phase = "idle"
 
     def gather(self) -> None:
         """Every parameter whole, for who reads them: they are."""

@@ -60,7 +60,7 @@ ZOO = [
          "return self.pipe.run(program, x.split(b), loss_of, shape, before) / self.m")],
         LAYOUTS, NUMBERS),
     Bug(3, "the hook sums the parameter it is handed", [
-        ("ddp.py", "sent = flat.to(self.reduce_dtype) if self.group.size() > 1 else flat",
+        ("ddp.py", "sent = flat.to(dtype) if self.group.size() > 1 else flat",
          "sent = torch.cat([p.data.flatten() for p, b in self.bucket_of.items()\n"
          "                          if b == len(self.launched)])")],
         "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward",
@@ -231,11 +231,11 @@ ZOO = [
          "            flat.copy_(sent)")],
         "tests/test_tools.py -k races", "parameters DIFFER"),
     Bug(28, "gradients of bf16 add up in bf16", [
-        ("ddp.py", "self.grad_dtype = grad_dtype or torch.promote_types(self.dtype, torch.float32)",
-         "self.grad_dtype = grad_dtype or self.dtype")],
+        ("ddp.py", "self.grad_dtype = grad_dtype or torch.float32",
+         "self.grad_dtype = grad_dtype or torch.bfloat16")],
         "tests/test_zero.py -k bf16_is_bitwise", r"AssertionError: \('wte\.weight', tensor"),
     Bug(28, "fp32 on the wire", [
-        ("ddp.py", "flat.to(self.reduce_dtype) if self.group.size() > 1 else flat", "flat")],
+        ("ddp.py", "flat.to(dtype) if self.group.size() > 1 else flat", "flat")],
         "tests/test_zero.py -k bf16_is_bitwise", r"AssertionError: \('wte\.weight', tensor"),
     Bug(29, "no weight decay, since a shard is 1-D", [
         ("train_3d.py", "for _, piece, parameter, _ in self.sync.pieces():",
