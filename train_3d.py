@@ -140,7 +140,7 @@ class Trainer:
         how["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
         if stage == 3:
             how["reshard_after_forward"] = self.args.zero_reshard_after_forward == 1
-            how["starts"] = [zero.layers(chunk)[0] for chunk in self.pipe.chunks.values()]
+            how["starts"] = [next(iter(zero.layers(chunk))) for chunk in self.pipe.chunks.values()]
         return zero.STAGES[stage](self.model, self.shard_group, accumulations, **how)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:

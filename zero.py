@@ -33,13 +33,15 @@ FSDP (arXiv 2304.11277), sections 3.2 (flat, padded buffers; hybrid) and 3.3 (pr
 
 import contextlib
 import functools
+import itertools
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 # --- collectives ----------------------------------------------------------------------------------
 # torch 2.13 gave the two halves of an all-reduce new names and warns at the old; 2.11 has the old.
@@ -51,9 +53,41 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 # The same words in the same order as in ddp.py: read them side by side. Rung 1: ZeRO-1.
 
 
+class Piece(NamedTuple):
+    """What the optimizer updates of one parameter: a 1-D range of it, as in this rank's shard."""
+
+    name: str
+    tensor: Tensor
+    parameter: nn.Parameter
+    start: int  # of the tensor in the flattened parameter
+
+
+class ShardedParameter(nn.Parameter):
+    """The class that a parameter has while its memory is freed, or an all-gather fills it. Reading
+    its values is an error then; its shape, gradient and other attributes can be read."""
+
+    TENSORS = ("data", "T", "mT", "H", "mH", "real", "imag")  # attributes that give values away
+    METHODS = ("size", "numel", "dim", "stride", "element_size", "is_floating_point", "is_complex",
+               "untyped_storage", "backward")  # fmt: skip
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        attribute = function.__name__ in ("__get__", "__set__")
+        name = function.__self__.__name__ if attribute else function.__name__
+        if name not in cls.TENSORS if attribute else name in cls.METHODS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        raise ValueError(
+            f"{name}: this parameter is sharded by ZeRO, or its all-gather is not complete. Its "
+            "values can be read in the forward of the layer that holds it, or after sync.gather(); "
+            "if another layer reads it, pass blocks=[a module that contains both]"
+        )
+
+
 class Unit:
     """Parameters that travel together: flat, padded to d shards of equal length, one of them mine.
-    Without `whole_parameters` or `whole_gradients` only my shard of them is held for good."""
+    Without `whole_parameters` or `whole_gradients` only my shard of them is held for good. They
+    are of one dtype, and all trained or all frozen: frozen ones have no gradients and no pieces."""
 
     def __init__(
         self, members: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup,
@@ -61,47 +95,60 @@ class Unit:
         reduce_dtype: torch.dtype | None,
     ):  # fmt: skip
         self.group, like = group, members[0][1].detach()
-        for name, p in members:
-            if not p.requires_grad or p.dtype != like.dtype:
-                raise ValueError(f"{name} is frozen, or {p.dtype} beside {like.dtype}: what shares "
-                                 "a flat buffer must be trained, in one dtype")  # fmt: skip
-        grad_dtype = grad_dtype or torch.promote_types(like.dtype, torch.float32)
-        self.reduce_dtype = reduce_dtype or like.dtype
+        self.trained = members[0][1].requires_grad
+        narrow = like.dtype.itemsize < 4
+        grad_dtype = (grad_dtype or torch.float32) if narrow else like.dtype
+        self.reduce_dtype = reduce_dtype if narrow and reduce_dtype else like.dtype
         n = -(-sum(p.numel() for _, p in members) // group.size())
         mine = self.mine = slice(group.rank() * n, (group.rank() + 1) * n)
         self.parameters = like.new_zeros(n * group.size())
-        self.gradients = self.parameters.to(grad_dtype, copy=True) if whole_gradients else None
+        self.gradients = None
+        if whole_gradients and self.trained:
+            self.gradients = self.parameters.to(grad_dtype, copy=True)
         self.place: dict[nn.Parameter, slice] = {}
+        self.gradient_of: dict[nn.Parameter, Tensor] = {}  # views of `gradients`
         end = 0
         for _, p in members:
             here = self.place[p] = slice(end, end := end + p.numel())
             self.parameters[here] = p.detach().flatten()
             p.data = self.parameters[here].view_as(p)
-            if whole_gradients:
+            p.grad = None
+            if self.gradients is not None:
                 p.grad_dtype = grad_dtype  # bf16 gradients may add up in fp32
-                p.grad = self.gradients[here].view_as(p)
+                self.gradient_of[p] = self.gradients[here].view_as(p)
         shard = self.parameters[mine]
         self.parameter_shard = shard if whole_parameters else shard.clone()
-        self.gradient_shard = (
-            self.gradients[mine] if whole_gradients else like.new_zeros(n, dtype=grad_dtype)
-        )
+        if self.gradients is not None:
+            self.gradient_shard = self.gradients[mine]
+        else:
+            self.gradient_shard = like.new_zeros(n if self.trained else 0, dtype=grad_dtype)
         # What the optimizer updates: in bf16 a small update, added to a weight, is rounded away.
-        narrow = like.dtype.itemsize < 4
-        self.master = self.parameter_shard.float() if narrow else self.parameter_shard
-        self.pieces: list[tuple[str, Tensor, nn.Parameter, int]] = []
-        for name, p in members:
+        self.master = self.parameter_shard
+        if narrow and self.trained:
+            self.master = self.parameter_shard.float()
+        self.pieces: list[Piece] = []
+        for name, p in members if self.trained else ():
             start = max(self.place[p].start, mine.start)
             stop = min(self.place[p].stop, mine.stop)
             if start < stop:
                 here = slice(start - mine.start, stop - mine.start)  # in my shard
-                piece = self.master[here].detach().requires_grad_()
-                piece.place = here
-                self.pieces.append((name, piece, p, start - self.place[p].start))
+                self.add_piece(name, p, here, start - self.place[p].start)
         self.whole, self.gathering, self.reducing = True, None, None
+
+    def add_piece(self, name: str, p: nn.Parameter, here: slice, start: int) -> None:
+        piece = self.master[here].detach().requires_grad_()
+        piece.place = here
+        self.pieces.append(Piece(name, piece, p, start))
+
+    def allow_reads(self, allowed: bool) -> None:
+        for p in self.place:
+            if type(p) in (nn.Parameter, ShardedParameter):  # and no subclass of the user's
+                p.__class__ = nn.Parameter if allowed else ShardedParameter
 
     def unshard(self) -> None:
         """Start to fill `parameters` from all shards, unless that is done; wait() before use."""
         if not self.whole:
+            self.allow_reads(False)
             storage = self.parameters.untyped_storage()
             if not storage.nbytes():
                 storage.resize_(self.parameters.numel() * self.parameters.itemsize)
@@ -114,6 +161,7 @@ class Unit:
         if self.gathering is not None:
             self.gathering.wait()
             self.gathering = None
+            self.allow_reads(True)
 
     def reshard(self) -> None:
         """Give the memory back, but not the storage: the parameters and what autograd has saved of
@@ -121,10 +169,18 @@ class Unit:
         self.wait()
         self.parameters.untyped_storage().resize_(0)
         self.whole = False
+        self.allow_reads(False)
+
+    def refresh(self) -> None:
+        """The parameters were written to: my shard follows."""
+        if self.whole and self.gathering is None:
+            self.parameter_shard.copy_(self.parameters[self.mine])
+            self.master.detach().copy_(self.parameter_shard)
 
     def reduce(self, flat: Tensor, first: bool) -> None:
         """Start to sum `flat` over the group, in reduce_dtype; land() before the next."""
-        flat = flat.to(self.reduce_dtype)
+        if self.group.size() > 1:
+            flat = flat.to(self.reduce_dtype)
         self.sum, self.first = flat[self.mine], first
         self.reducing = reduce_scatter(  # payload: the unit
             self.sum, flat, group=self.group, async_op=True
@@ -145,88 +201,172 @@ class Unit:
             )
 
 
-def layers(module: nn.Module) -> list[nn.Module]:
-    """What is used at a time, in the order in which the model lists it: an entry of a ModuleDict or
-    ModuleList (a block), and outside of these every module that has parameters of its own."""
-    if next(module.parameters(recurse=False), None) is not None:
-        return [module]
-    blocks = isinstance(module, (nn.ModuleDict, nn.ModuleList))
-    return sum(([child] if blocks else layers(child) for child in module.children()), [])
+def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dict:
+    """{module: its parameters}: what is used at a time, in the order in which the model lists it.
+
+    A block (an entry of a ModuleDict or ModuleList that is no such container itself, or one of
+    `blocks`) is used with all its parameters. So is any other module that has parameters of its
+    own, unless there may be blocks inside of it: then it is used with its own alone, like the model
+    itself. Raises ValueError for a module without a forward, before which nothing can be gathered.
+    """
+    containers = (nn.ModuleDict, nn.ModuleList)
+    found: dict[nn.Module, list[nn.Parameter]] = {}
+    if lost := set(blocks or ()) - set(model.modules()):
+        raise ValueError(f"blocks: the model does not contain {lost.pop()}")
+
+    def visit(name: str, module: nn.Module, is_block: bool) -> None:
+        own = list(module.parameters(recurse=False))
+        outer = module is model or any(isinstance(m, containers) for m in module.modules())
+        if own and blocks is None and not outer:
+            is_block = True
+        if is_block or own:
+            parameters = list(module.parameters()) if is_block else own
+            if parameters and type(module).forward is nn.Module.forward:
+                raise ValueError(f"{name} has parameters and no forward, so that nothing can be "
+                                 "gathered before it: pass blocks=[the module that uses them, ..]")
+            if parameters:
+                found[module] = parameters
+        for child_name, child in module.named_children() if not is_block else ():
+            entry = isinstance(module, containers) and not isinstance(child, containers)
+            visit(f"{name}.{child_name}", child, entry if blocks is None else child in blocks)
+
+    visit(type(model).__name__, model, model in (blocks or ()))
+    return found
 
 
 class Zero1:
     """Attaches to the model by hooks; its parameters now live in flat buffers.
 
-    model: the same on every rank of `group`, over which state is sharded.
+        sync = Zero1(model, accumulations=m)
+        optimizer = AdamW([piece.tensor for piece in sync.pieces()])
+        sync.start()                      # instead of optimizer.zero_grad()
+        for x, y in microbatches:         # m of them
+            loss(model(x), y).backward()
+        sync.finish()                     # this rank's shards of the gradients are sums
+        sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_ and optimizer.step()
+
+    model: the same on every rank of `group`, values included.
+    group: over which state is sharded; default: all ranks.
     accumulations: how often each gradient is accumulated to in a step, or by parameter how often.
     replicas: hybrid: the ranks that hold the same shard in other groups.
     grad_dtype: the dtype in which gradients of bf16 parameters are summed over microbatches;
         default: fp32.
     reduce_dtype: the dtype in which gradients of bf16 parameters are sent and summed over ranks;
         default: the parameters'. fp32 sends twice the bytes.
+    blocks: the modules whose parameters are used at a time; default: see `layers`.
 
-    A step: start(); forwards and backwards; finish(); before_step(); the optimizer updates
-    pieces(); after_step(). Raises ValueError where a parameter is frozen, or a `.grad` is replaced
-    (start() zeroes them, zero_grad() must not be called)."""
+    step() is before_step(), clipping, optimizer.step(), after_step(); a loop that needs something
+    in between calls these instead. A parameter that no rank uses in a step has no gradient. Its
+    unit, and all units after it in backward, are reduced by finish() only: nothing hides that, and
+    ZeRO-2 and 3 hold their full gradients until then.
+
+    Parameters are read outside of the model's forward only after gather(). model.state_dict() and
+    load_state_dict() call it, so every rank must call them.
+
+    Raises ValueError if ranks hold different parameters or values, if a parameter is frozen or
+    unfrozen later, if a `.grad` is replaced between start() and finish(), if a call is missing, or
+    if the optimizer updates the parameters where their shards must be updated."""
 
     whole_parameters = whole_gradients = True
 
     def __init__(
-        self, model: nn.Module, group: dist.ProcessGroup,
-        accumulations: int | dict[nn.Parameter, int],
+        self, model: nn.Module, group: dist.ProcessGroup | None = None,
+        accumulations: int | dict[nn.Parameter, int] = 1,
         replicas: dist.ProcessGroup | None = None, grad_dtype: torch.dtype | None = None,
-        reduce_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None, blocks: Collection[nn.Module] | None = None,
     ):  # fmt: skip
+        group = dist.group.WORLD if group is None else group
+        if group is None:
+            raise ValueError("ZeRO needs a process group: call dist.init_process_group() first")
         self.group, self.replicas = group, replicas
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
         self.accumulations = accumulations
-        self.units: list[Unit] = []  # in forward order
-        self.unit_of: dict[nn.Parameter, Unit] = {}
-        self.needs: list[list[Unit]] = []  # by layer
-        me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
         names = self.names = {
             p: getattr(p, "tied_name", name) for name, p in model.named_parameters()
         }
-        for i, layer in enumerate(layers(model)):
-            # A tied matrix is a unit: two stages that hold it cut it alike and can add their shards
-            new: dict[str | None, list] = {}
-            for p in layer.parameters():
-                if p not in self.unit_of:
-                    new.setdefault(getattr(p, "tied_name", None), []).append((names[p], p))
+        self.trained = {p: p.requires_grad for p in names}
+        for ranks in (group, replicas) if replicas is not None else (group,):
+            check_same_parameters([(name, p) for p, name in names.items()], ranks)
+        self.layers = layers(model, blocks)
+        self.units: list[Unit] = []  # in forward order
+        self.unit_of: dict[nn.Parameter, Unit] = {}
+        self.needs: list[list[Unit]] = []  # by layer
+        me = self.me = weakref.ref(self)  # a hook that held self would keep it for ever
+        for i, (layer, parameters) in enumerate(self.layers.items()):
+            new: dict[tuple, list] = {}
+            for p in parameters:  # ZeRO-1 and 2 leave frozen ones alone
+                if p not in self.unit_of and (p.requires_grad or not self.whole_parameters):
+                    new.setdefault(self._kind(p, parameters), []).append((names[p], p))
             for members in new.values():
                 unit = Unit(
                     members, group, self.whole_parameters, self.whole_gradients, grad_dtype,
                     reduce_dtype,
-                )
+                )  # fmt: skip
                 self.units.append(unit)
                 self.unit_of.update((p, unit) for _, p in members)
-            self.needs.append(list(dict.fromkeys(self.unit_of[p] for p in layer.parameters())))
-            layer.register_forward_pre_hook(lambda *_, i=i: me()._before_forward(i))
-        for p in self.unit_of:
-            p.register_post_accumulate_grad_hook(lambda p: me()._accumulated(p))
+            needs = [self.unit_of[p] for p in parameters if p in self.unit_of]
+            self.needs.append(list(dict.fromkeys(needs)))
+            layer.register_forward_pre_hook(lambda *_, i=i: alive(me)._before_forward(i))
+        trained = [unit for unit in self.units if unit.trained]
+        if trained and not self.pieces():  # torch's optimizers refuse an empty list
+            p = next(iter(trained[0].place))
+            trained[0].add_piece(names[p], p, slice(0, 0), 0)
+        for unit in trained:
+            for p in unit.place:
+                p.register_post_accumulate_grad_hook(lambda p: alive(me)._accumulated(p))
+        check = register_optimizer_step_pre_hook(
+            lambda optimizer, *_: me() and me()._check(optimizer)
+        )
+        weakref.finalize(self, check.remove)
+        model.register_state_dict_pre_hook(lambda *_: alive(me).gather())
+        model.register_load_state_dict_pre_hook(lambda *_: alive(me).gather())
+        for module in model.modules():
+            module.register_load_state_dict_post_hook(lambda module, _: alive(me)._loaded(module))
         # How often gradients travel in a step: once, or m times (a tied matrix may be added to 2 m
         # times). In this order and no other, though another unit may fill first on some rank:
         # collectives are matched by order, and the ranks must agree on it.
-        rounds = self.rounds = 1 if self.whole_gradients else min(accumulations.values())
-        self.launches = [(i + 1, unit) for i in range(rounds) for unit in reversed(self.units)]
+        counts = [accumulations[p] for unit in trained for p in unit.place]
+        rounds = self.rounds = 1 if self.whole_gradients else min(counts, default=1)
+        self.launches = [(i + 1, unit) for i in range(rounds) for unit in reversed(trained)]
+        self.last_round = len(self.launches) - len(trained)
+        self.phase = "idle"  # then "backward", "finished" and "update"
         self.start()
+
+    @staticmethod
+    def _kind(p: nn.Parameter, parameters: list[nn.Parameter]) -> tuple:
+        """Parameters of a layer that share a unit are alike in this. A tied matrix is a unit: two
+        stages that hold it shard it alike and can add their shards. So are parameters of which each
+        tensor-parallel rank has a partial gradient, if the layer's matrices differ in size between
+        these ranks: they must have the same shards of them."""
+        cuts = [q.cut for q in parameters if hasattr(q, "cut")]
+        uneven = any(n % cut.size for cut in cuts for n in cut.parts)
+        partial = uneven and getattr(p, "partial", False)
+        return getattr(p, "tied_name", None), p.dtype, p.requires_grad, partial
 
     def start(self) -> None:
         """Before the first backward of a step: gradients to zero, counters too. If an exception
         interrupted the last step, at the same place on all ranks, this completes its collectives
         and drops its gradients."""
+        if self.phase == "update":
+            raise ValueError("start() before after_step(): the model has not got the last update; "
+                             "call after_step() after optimizer.step()")  # fmt: skip
+        for p, trained in self.trained.items():
+            if p.requires_grad != trained:
+                raise ValueError(f"{self.names[p]} was {'frozen' if trained else 'unfrozen'}, and "
+                                 "units are made of what was trained at the start: build the model "
+                                 "and its ZeRO object anew")  # fmt: skip
         for unit in self.units:
             unit.land()
             if unit.gradients is not None:
                 unit.gradients.zero_()
-            else:
-                for p in unit.place:
-                    p.grad = None
-            for _, piece, _, _ in unit.pieces:
-                piece.grad = None
-        self.done = dict.fromkeys(self.unit_of, 0)  # accumulations, by parameter
+            for p in unit.place:
+                p.grad = unit.gradient_of.get(p)
+            for piece in unit.pieces:
+                piece.tensor.grad = None
+        self.done = {p: 0 for p in self.unit_of if self.trained[p]}  # accumulations
         self.launched = 0
+        self.phase = "backward"
 
     def _before_forward(self, i: int) -> None:
         """Layer i is about to run: parameters that other ranks have updated must be here."""
@@ -235,9 +375,10 @@ class Zero1:
 
     def _accumulated(self, p: nn.Parameter) -> None:
         self.done[p] += 1
-        assert self.done[p] <= self.accumulations[p], (
-            f"more than {self.accumulations[p]} accumulations in a step"
-        )
+        if self.done[p] > self.accumulations[p] or self.phase != "backward":
+            raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: call "
+                             "start() before each step, and give ZeRO accumulations=m for m "
+                             "microbatches")  # fmt: skip
         while self.launched < len(self.launches) and self._full(*self.launches[self.launched]):
             self._launch()
 
@@ -255,34 +396,83 @@ class Zero1:
     def _land(self) -> None:
         """What was launched last arrives before the next: its buffer can go."""
         if self.launched:
-            last_round = len(self.launches) - len(self.units) < self.launched
-            self.launches[self.launched - 1][1].land(self.replicas if last_round else None)
+            in_last_round = self.last_round < self.launched
+            self.launches[self.launched - 1][1].land(self.replicas if in_last_round else None)
 
     def _take_gradients(self, unit: Unit) -> Tensor:
+        for p, gradient in unit.gradient_of.items():
+            if not self.done[p]:
+                gradient.fill_(-0.0)  # see is_unused
         return unit.gradients
 
     def finish(self) -> None:
         """After the last backward: when this returns, my shards of the gradients are sums. The
         other gradients hold whatever this rank computed, and nobody reads them."""
-        for p, unit in self.unit_of.items() if self.whole_gradients else ():
-            here = unit.gradients[unit.place[p]]
-            if p.grad is None or p.grad.data_ptr() != here.data_ptr():
-                raise ValueError(f"{self.names[p]}: its .grad was replaced and is in no buffer; "
-                                 "start() zeroes gradients, zero_grad() must not")  # fmt: skip
+        if self.phase != "backward":
+            raise ValueError("finish() without start(): call each once per step, start() first")
+        for unit in self.units:
+            for p, gradient in unit.gradient_of.items():
+                if p.grad is not gradient:
+                    raise ValueError(
+                        f"{self.names[p]}: its .grad was replaced and is in no buffer; start() "
+                        "zeroes gradients, zero_grad() must not"
+                    )
         while self.launched < len(self.launches):
             self._launch()
         self._land()
         for unit in self.units:
             unit.land()
+        self.phase = "finished"
 
-    def pieces(self) -> list[tuple[str, Tensor, nn.Parameter, int]]:
-        """What this rank's optimizer updates: (name, tensor, parameter it is of, offset in it). The
-        tensor is 1-D, a range of the flattened parameter, in fp32 if that is in bf16."""
+    def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
+        """After finish(): updates the model. clip: the largest norm of all gradients together;
+        larger ones are scaled down to it. Returns their norm before that, if clip is given. Raises
+        ValueError if clip is given and the norm spans more ranks than this group's: a model with
+        tensor-parallel or tied parameters needs the four parts, as in train_3d.py."""
+        if clip is not None:
+            check_norm_is_local([(self.names[p], p) for p in self.done])
+        self.before_step()
+        norm = None
+        if clip is not None:
+            pieces = [piece.tensor for piece in self.pieces()]
+            mine = nn.utils.get_total_norm([t.grad for t in pieces if t.grad is not None])
+            square = mine.to(pieces[0].device, torch.float64).square()
+            dist.all_reduce(square, group=self.group)  # payload: 1
+            norm = square.sqrt()
+            nn.utils.clip_grads_with_norm_(pieces, clip, norm)
+        optimizer.step()
+        self.after_step()
+        return norm
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Runs before the step of any optimizer in this process."""
+        updated = {id(piece.tensor) for piece in self.pieces()}
+        for p in itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups):
+            if p in self.unit_of:
+                raise ValueError(f"the optimizer holds {self.names[p]}, of which this rank's shard "
+                                 "must be updated instead; build the optimizer over "
+                                 "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
+            if id(p) in updated and self.phase != "update":
+                raise ValueError("optimizer.step() before the gradients are summed over the "
+                                 "ranks: call finish() and step(optimizer)")  # fmt: skip
+
+    def _loaded(self, module: nn.Module) -> None:
+        """load_state_dict has written to the parameters of `module`: this rank's shards follow."""
+        for name, p in module.named_parameters(recurse=False):
+            if p not in self.trained:
+                raise ValueError(f"load_state_dict(assign=True) replaced {name}, which ZeRO holds "
+                                 "in a flat buffer: load without assign")  # fmt: skip
+            if p in self.unit_of:
+                self.unit_of[p].refresh()
+
+    def pieces(self) -> list[Piece]:
+        """What this rank's optimizer updates: ranges of flattened parameters, or fp32 copies of
+        those in bf16. At least one, which is empty if the model is smaller than the group."""
         return [piece for unit in self.units for piece in unit.pieces]
 
     def held(self) -> dict[str, list[Tensor]]:
         """What is kept from step to step, by kind; the optimizer has its moments besides."""
-        held = {"parameters": list(self.unit_of), "gradients": [], "optimizer": []}
+        held = {"parameters": list(self.names), "gradients": [], "optimizer": []}
         for unit in self.units:
             held["parameters"].append(unit.parameter_shard)
             held["gradients"].append(unit.gradient_shard)
@@ -292,9 +482,15 @@ class Zero1:
 
     def before_step(self) -> None:
         """Pieces get their `.grad`, in their own dtype: with bf16 gradients, a copy in fp32."""
+        if self.phase != "finished":
+            raise ValueError("before_step() or step() without finish(): gradients are not summed "
+                             "over the ranks yet")  # fmt: skip
         for unit in self.units:
-            for _, piece, _, _ in unit.pieces:
-                piece.grad = unit.gradient_shard[piece.place].to(piece.dtype)
+            for _, piece, p, _ in unit.pieces:
+                gradient = unit.gradient_shard[piece.place]
+                unused = not self.done[p] and is_unused(gradient)
+                piece.grad = None if unused else gradient.to(piece.dtype)
+        self.phase = "update"
 
     def after_step(self) -> None:
         """After the optimizer: everyone gets the parameters that the others have updated, while the
@@ -303,12 +499,61 @@ class Zero1:
             unit.parameter_shard.copy_(unit.master)  # itself, unless in bf16
             unit.whole = False
             unit.unshard()
+        self.phase = "idle"
 
     def gather(self) -> None:
         """Every parameter whole, for who reads them outside of the model's forward."""
         for unit in self.units:
             unit.unshard()
             unit.wait()
+
+
+def alive(reference: weakref.ref) -> Zero1:
+    if (sync := reference()) is None:
+        raise ValueError("the ZeRO object that holds this model's shards was deleted: keep it in a "
+                         "variable for as long as the model is used, or build both anew")
+    return sync
+
+
+def check_same_parameters(
+    parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
+) -> None:
+    """As in ddp.py. Raises ValueError, on every rank and naming the first difference, if the ranks
+    do not have the same parameters, with the same values, in the same order."""
+    mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
+            for name, p in parameters]  # fmt: skip
+    everyone: list = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    for rank, theirs in enumerate(everyone):
+        for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
+            if a != b:
+                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on {rank}: "
+                                 "every rank must build the same model, with the same initial "
+                                 "values (set the same seed, or load one file)")  # fmt: skip
+
+
+def checksum(p: Tensor) -> int:
+    """The sum of the elements' bit patterns as integers. It is exact in any order of addition."""
+    if p.is_meta:
+        return 0
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
+    return p.detach().view(integer).sum(dtype=torch.int64).item()
+
+
+def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
+    """As in ddp.py. Raises ValueError if a parameter's gradient is on other ranks too."""
+    for name, p in parameters:
+        sharded = hasattr(p, "cut") and p.cut.size > 1
+        if sharded or getattr(p, "partial", False) or hasattr(p, "tied_name"):
+            raise ValueError(f"clip: {name} is tensor-parallel, partial or tied between stages, so "
+                             "the norm spans more ranks: call before_step(), clip by the norm over "
+                             "all of them, optimizer.step() and after_step()")  # fmt: skip
+
+
+def is_unused(gradient: Tensor) -> bool:
+    """As in ddp.py. True if no rank used the parameter: every rank sent -0.0, so the sum is -0.0
+    too. The gradient is then None, and the optimizer skips the parameter."""
+    return bool((gradient == 0).all() and gradient.signbit().all())
 
 
 # Rung 2: ZeRO-2. A gradient that was summed is needed on its owner only, so the buffer can go.
@@ -324,11 +569,14 @@ class Zero2(Zero1):
     whole_gradients = False
 
     def _take_gradients(self, unit: Unit) -> Tensor:
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.place]
+        parts = [  # a parameter without a gradient: see is_unused
+            unit.parameters.new_full((p.numel(),), -0.0) if p.grad is None else p.grad.flatten()
+            for p in unit.place
+        ]
         for p in unit.place:
             p.grad = None
         padding = unit.parameters.numel() - sum(p.numel() for p in unit.place)
-        return torch.cat([p.flatten() for p in parts] + [parts[0].new_zeros(padding)])
+        return torch.cat([*parts, unit.parameters.new_zeros(padding)])
 
 
 # Rung 3: ZeRO-3. The same for parameters: whole when a layer needs them, and only then.
@@ -342,10 +590,10 @@ class Zero3(Zero2):
     With m microbatches that is nearly 2 m all-gathers of each layer. `reshard_after_forward=False`
     is the middle way: whole from the first forward of a step to the last backward, one all-gather,
     whatever the schedule; between steps a shard. Gathers and sums are matched by order, so ranks
-    must run the same layers in the same order, and all have a gradient for each parameter. An
-    nn.Embedding, and what takes token ids, must be a table: its backward gets no weight. starts:
-    layers at which a chain begins that runs by itself, if the model has several (of a pipeline);
-    there is nothing to be had ahead of time beyond its ends."""
+    must run the same layers in the same order. Parameters that a module holds around other layers
+    (a position table on the model itself) are gathered once a step. starts: layers at which a chain
+    begins that runs by itself, if the model has several (of a pipeline); there is nothing to be had
+    ahead of time beyond its ends."""
 
     whole_parameters = False
 
@@ -355,13 +603,19 @@ class Zero3(Zero2):
     ):  # fmt: skip
         super().__init__(model, *args, **kwargs)
         self.reshard_after_forward = reshard_after_forward
-        self.starts = {i for i, layer in enumerate(layers(model)) if layer in starts}
+        self.starts = {i for i, layer in enumerate(self.layers) if layer in starts}
         self.starts |= {0, len(self.needs)}
-        me = weakref.ref(self)
-        self.is_table: list[bool] = []  # by layer: its backward reads no weight
-        for i, layer in enumerate(layers(model)):
-            self.is_table.append(isinstance(layer, nn.Embedding))
-            layer.register_forward_hook(lambda _, args, y, i=i: me()._after_forward(i, args[0], y))
+        me = self.me
+        model.register_state_dict_post_hook(lambda _, *args: alive(me)._copy_out(*args))
+        # By layer: does its forward contain other layers'; is it a table, whose backward reads no
+        # weight.
+        self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
+        self.is_table = [isinstance(layer, nn.Embedding) for layer in self.layers]
+        self.has_one = [len(parameters) == 1 for parameters in self.layers.values()]
+        for i, layer in enumerate(self.layers):
+            layer.register_forward_hook(
+                lambda _, *args, i=i: alive(me)._after_forward(i, *args), with_kwargs=True
+            )
 
     def start(self) -> None:
         super().start()
@@ -380,15 +634,31 @@ class Zero3(Zero2):
     def _before_forward(self, i: int) -> None:
         self._use(i, following=None if i + 1 in self.starts else i + 1)
 
-    def _after_forward(self, i: int, x: Tensor, y: Tensor) -> None:
-        me = weakref.ref(self)
-        self.is_table[i] |= not x.is_floating_point()
-        if y.requires_grad and not self.is_table[i]:
-            y.register_hook(lambda _: me()._before_backward(i))
-        if x.requires_grad:
-            x.register_hook(lambda _: me()._after_backward(i))
-        training, last = y.requires_grad, i + 1 in self.starts
-        if not training or (self.reshard_after_forward and not last):  # backward begins with it
+    def _after_forward(self, i: int, args: tuple, kwargs: dict, output) -> None:
+        me, inputs = self.me, [*tensors_in((args, kwargs))]
+        ys = [y for y in tensors_in(output) if y.requires_grad]
+        if self.is_outer[i]:
+            if not ys:  # no backward follows
+                self._reshard(i)
+            return
+        # What looks up token ids in its only parameter is a table too.
+        takes_ids = not any(x.is_floating_point() for x in inputs)
+        self.is_table[i] |= takes_ids and self.has_one[i]
+        for y in ys if not self.is_table[i] else ():
+            y.register_hook(lambda _: alive(me)._before_backward(i))
+        xs = [x for x in inputs if x.requires_grad]
+        left = len(xs)
+
+        def input_gradient_complete(_) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                alive(me)._after_backward(i)
+
+        for x in xs:
+            x.register_hook(input_gradient_complete)
+        last = i + 1 in self.starts
+        if not ys or (self.reshard_after_forward and not last):  # backward begins with it
             self._reshard(i)
 
     def _before_backward(self, i: int) -> None:
@@ -418,6 +688,24 @@ class Zero3(Zero2):
         for unit in self.units:
             unit.parameter_shard.copy_(unit.master)
             unit.reshard()  # if somebody has gathered it since
+        self.phase = "idle"
+
+    def _copy_out(self, state: dict, prefix: str, _) -> None:
+        """model.state_dict() was called: its tensors are views of memory that is freed now."""
+        for name, value in state.items():
+            if name.startswith(prefix) and isinstance(value, Tensor):
+                state[name] = value.clone()
+        for unit in self.units:
+            unit.reshard()
+
+
+def tensors_in(value) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(v)
 
 
 STAGES = {1: Zero1, 2: Zero2, 3: Zero3}

@@ -118,7 +118,8 @@ def unused_under_zero(kind):
     sync.before_step()
     for name, piece, p, _ in sync.pieces():
         if p is net[2].bias or p is net[2].weight:
-            assert (piece.grad == (name == "2.bias")).all(), name
+            expected = torch.ones_like(piece) if name == "2.bias" else None
+            assert piece.grad is expected or torch.equal(piece.grad, expected), name
 
 
 @pytest.mark.parametrize("kind", [zero.Zero1, zero.Zero2])
@@ -234,10 +235,6 @@ def misuse(how: str, kind=ddp.DDP):
         parts = dict(reversed(parts.items()))
     if how == "one more" and group.rank() == 1:
         parts["extra"] = torch.nn.Linear(1, 1, bias=False)
-    if how == "frozen before":
-        net[2].bias.requires_grad_(False)
-    if how == "two dtypes":
-        net[2].bias.data = net[2].bias.data.float()
     sync = kind(torch.nn.ModuleDict(parts), group, 1)
     if how == "replaced":
         net.zero_grad(set_to_none=True)
@@ -268,8 +265,6 @@ def test_misuse_is_refused_and_named(how, message):
 @pytest.mark.parametrize(
     "how, message",
     [
-        ("frozen before", "2.bias is frozen, or torch.float64"),
-        ("two dtypes", "2.bias is frozen, or torch.float32 beside torch.float64"),
         ("replaced", "0.weight: its .grad was replaced"),
         ("gone", "2.weight: its .grad was replaced"),
     ],

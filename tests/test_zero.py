@@ -249,6 +249,8 @@ def optimizer_bytes(stage: int, options: dict) -> int:
     sync, _ = attach(model(), stage, options, hybrid=False, accumulations=1)
     pieces = [piece for _, piece, _, _ in sync.pieces()]
     optimizer = torch.optim.AdamW(pieces)
+    sync.finish()
+    sync.before_step()
     for piece in pieces:
         piece.grad = torch.zeros_like(piece)
     optimizer.step()

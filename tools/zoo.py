@@ -168,8 +168,8 @@ ZOO = [
         "tests/test_zero.py::test_small_updates_of_bf16_weights_add_up",
         r"\[\[1\.0\], \[1\.0\]\] == \[\[0\.9375\]"),
     Bug(19, "bf16 shards without an fp32 copy", [
-        ("zero.py", "self.parameter_shard.float() if narrow else self.parameter_shard",
-         "self.parameter_shard")],
+        ("zero.py", "self.master = self.parameter_shard.float()",
+         "self.master = self.parameter_shard")],
         "tests/test_zero.py::test_small_updates_of_bf16_weights_add_up",
         r"\[\[1\.0\], \[1\.0\]\] == \[\[0\.9375\]"),
     Bug(20, "padding is updated, decayed and counted", [
