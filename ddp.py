@@ -545,7 +545,7 @@ def main() -> None:
             if rung in ("bucketed", "hierarchical"):
                 how = {"reduce": Hierarchical(inside, across)} if rung == "hierarchical" else {}
                 sync = DDP(model, group, m, bucket_bytes=2**16, grad_dtype=grad_dtype, **how)
-            pieces = [piece for _, piece, _, _ in sync.pieces()] if sync else named.values()
+            pieces = [piece.tensor for piece in sync.pieces()] if sync else named.values()
             optimizer, losses, held = torch.optim.AdamW(pieces, lr=1e-2, eps=1e-4), [], None
             for step in range(steps):
                 with seen if seen and step + 1 == steps else contextlib.nullcontext():

@@ -106,7 +106,8 @@ class Trainer:
         self.sync = self._attach(sync, self.pipe.accumulations(mine))
         self.span: Callable = lambda name: contextlib.nullcontext()  # who looks: see watch()
         # Their gradients meet over tp: the tp ranks must hold the same pieces of them.
-        partial = [(f"{n}[{at}:]", t) for n, t, p, at in self.sync.pieces() if p.partial]
+        partial = [(f"{piece.name}[{piece.start}:]", piece.tensor)
+                   for piece in self.sync.pieces() if piece.parameter.partial]  # fmt: skip
         ddp.check_same_parameters(partial, self.tp_group)
         self.optimizer = self._make_optimizer()
 
@@ -148,8 +149,8 @@ class Trainer:
         and not on biases and norms."""
         groups = [{"params": [], "weight_decay": self.args.weight_decay},
                   {"params": [], "weight_decay": 0.0}]  # fmt: skip
-        for _, piece, parameter, _ in self.sync.pieces():
-            groups[parameter.ndim < 2]["params"].append(piece)
+        for piece in self.sync.pieces():
+            groups[piece.parameter.ndim < 2]["params"].append(piece.tensor)
         groups = [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}]
         how = {"fused": True} if self.device.type != "meta" else {"foreach": True}  # a dry run
         if self.args.optimizer == "sgd":
@@ -179,16 +180,17 @@ class Trainer:
         with self.span("gradients meet"):
             self.sync.finish()  # over dp; then over tp, then a tied wte's two
             self.sync.before_step()
-            pieces = self.sync.pieces()
-            partial = [piece.grad for _, piece, p, _ in pieces if p.partial]
+            # One that no rank used in this step has no gradient.
+            pieces = [piece for piece in self.sync.pieces() if piece.tensor.grad is not None]
+            partial = [piece.tensor.grad for piece in pieces if piece.parameter.partial]
             tensor_parallel.all_reduce_partial(partial, self.tp_group)
-            tied = [piece.grad for _, piece, p, _ in pieces if hasattr(p, "tied_name")]
+            tied = [piece.tensor.grad for piece in pieces if hasattr(piece.parameter, "tied_name")]
             pipeline.all_reduce_tied(tied, self.tied_group)
             stats = self._global_stats(loss, pieces)
         with self.span("optimizer"):
             if self.args.clip > 0:
                 factor = (self.args.clip / (stats[1] + 1e-6)).clamp(max=1.0)
-                torch._foreach_mul_([piece.grad for _, piece, _, _ in pieces], factor)
+                torch._foreach_mul_([piece.tensor.grad for piece in pieces], factor)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
             if self.optimizer.defaults.get("fused"):  # the device skips the update: no sync
@@ -226,7 +228,8 @@ class Trainer:
         that d / k replicas hold alike counts on the first of them. The loss is alike on the tp
         ranks of the last stage."""
         first_tp, first_replica = self.tp_group.rank() == 0, self.replica_group.rank() == 0
-        mine = [piece.grad for _, piece, p, _ in pieces if first_replica and self._answers_for(p)]
+        mine = [piece.tensor.grad for piece in pieces
+                if first_replica and self._answers_for(piece.parameter)]  # fmt: skip
         norms = torch._foreach_norm(mine) if mine else [loss.new_zeros(())]
         asked = loss.new_full((), float(self.asked_to_stop))
         stats = torch.stack([loss * first_tp, torch.stack(norms).square().sum(), asked])
@@ -244,7 +247,7 @@ class Trainer:
 
     def state_to_save(self) -> tuple[list[checkpoint.Rectangle], dict]:
         """(what this rank writes, the optimizer's numbers)."""
-        pieces = [piece for piece in self.sync.pieces() if self._answers_for(piece[2])]
+        pieces = [piece for piece in self.sync.pieces() if self._answers_for(piece.parameter)]
         held, numbers = checkpoint.state_of(pieces, self.optimizer)
         return checkpoint.share(held, self.replica_group.rank(), self.replica_group.size()), numbers
 

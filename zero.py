@@ -486,10 +486,10 @@ class Zero1:
             raise ValueError("before_step() or step() without finish(): gradients are not summed "
                              "over the ranks yet")  # fmt: skip
         for unit in self.units:
-            for _, piece, p, _ in unit.pieces:
-                gradient = unit.gradient_shard[piece.place]
-                unused = not self.done[p] and is_unused(gradient)
-                piece.grad = None if unused else gradient.to(piece.dtype)
+            for piece in unit.pieces:
+                gradient = unit.gradient_shard[piece.tensor.place]
+                unused = not self.done[piece.parameter] and is_unused(gradient)
+                piece.tensor.grad = None if unused else gradient.to(piece.tensor.dtype)
         self.phase = "update"
 
     def after_step(self) -> None:
@@ -813,7 +813,7 @@ def main() -> None:
             model = gpt.build(config, seed=0, dtype=dtype)
             named = dict(gpt.named_parameters(model))
             sync = attach(model) if attach else None
-            pieces = [piece for _, piece, _, _ in sync.pieces()] if sync else named.values()
+            pieces = [piece.tensor for piece in sync.pieces()] if sync else named.values()
             optimizer, losses, held = torch.optim.AdamW(pieces, lr=1e-2, eps=1e-4), [], None
             for step in range(steps):
                 # The last step is watched, from the update before it on: its layers wait for that.

@@ -113,7 +113,7 @@ one_process = functools.partial(ladder, meet=lambda *_: None)
 
 def ours(model: nn.Module, attach: Callable, m: int = 1) -> Callable:
     sync = attach(model, dist.group.WORLD, m)
-    optimizer = adamw([piece for _, piece, _, _ in sync.pieces()])
+    optimizer = adamw([piece.tensor for piece in sync.pieces()])
 
     def step(batch: list, valid: int) -> Tensor:
         sync.start()
@@ -338,7 +338,7 @@ def make_trainer(config: gpt.GPTConfig, read: Callable, stage: str) -> train_3d.
     flags = f"--tp {RANKS} --pp {RANKS} --clip 0 --micro-batch-size 1 --zero {stage}"
     args = options.parser().parse_args([*flags.split(), f"--global-batch-size={ROWS}"])
     trainer = train_3d.Trainer(args, config, read, torch.device("cpu"))
-    trainer.optimizer = adamw([piece for _, piece, _, _ in trainer.sync.pieces()])
+    trainer.optimizer = adamw([piece.tensor for piece in trainer.sync.pieces()])
     trainer.learning_rate = lambda step: adamw.keywords["lr"]
     return trainer
 

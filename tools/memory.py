@@ -123,7 +123,7 @@ def train(config: gpt.GPTConfig, stage: int, mesh, dtype: torch.dtype) -> tuple[
         sync = zero.STAGES[stage](model, mesh["shard"].get_group(), 1, **options)
     else:
         sync = ddp.DDP(model, dist.group.WORLD, 1)
-    optimizer = torch.optim.AdamW([piece for _, piece, _, _ in sync.pieces()], foreach=True)
+    optimizer = torch.optim.AdamW([piece.tensor for piece in sync.pieces()], foreach=True)
     for step in range(2):
         sync.start()
         gpt.cross_entropy(model(x), x).backward()

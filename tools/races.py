@@ -145,7 +145,8 @@ def train(case: Case, seed: int | None, late: bool, longest: float, folder: str)
     disk.wait()
     dist.barrier()  # rank 0 has renamed it
     assert all(save.failed is None for save in disk.news()), disk.failed
-    gradients = {f"{name} {at}": piece.grad for name, piece, _, at in trainer.sync.pieces()}
+    pieces = trainer.sync.pieces()
+    gradients = {f"{piece.name} {piece.start}": piece.tensor.grad for piece in pieces}
     trainer.sync.gather()
     digests = {
         "losses and norms": digest({"": torch.stack(stats)}),

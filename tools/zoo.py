@@ -238,8 +238,7 @@ ZOO = [
         ("ddp.py", "flat.to(dtype) if self.group.size() > 1 else flat", "flat")],
         "tests/test_zero.py -k bf16_is_bitwise", r"AssertionError: \('wte\.weight', tensor"),
     Bug(29, "no weight decay, since a shard is 1-D", [
-        ("train_3d.py", "for _, piece, parameter, _ in self.sync.pieces():",
-         "for _, piece, _, _ in self.sync.pieces():\n            parameter = piece")],
+        ("train_3d.py", "groups[piece.parameter.ndim < 2]", "groups[piece.tensor.ndim < 2]")],
         LAYOUTS, NUMBERS),
     Bug(30, "every replica reads the same rows", [
         ("train_3d.py",
