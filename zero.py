@@ -68,7 +68,8 @@ class ShardedParameter(nn.Parameter):
 
     TENSORS = ("data", "T", "mT", "H", "mH", "real", "imag")  # attributes that give values away
     METHODS = ("size", "numel", "dim", "stride", "element_size", "is_floating_point", "is_complex",
-               "untyped_storage", "backward")  # fmt: skip
+               "untyped_storage", "requires_grad_", "register_hook",
+               "register_post_accumulate_grad_hook", "backward")  # fmt: skip
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

@@ -103,7 +103,7 @@ def top_k(share: float, feedback: bool) -> tuple[float, int]:
         with measure.Collectives() as seen:
             loss.backward()
             sync.finish()
-        optimizer.step()
+        sync.step(optimizer)
     return loss.item(), seen.total(None, "all_gather").payload
 
 

@@ -1,0 +1,702 @@
+"""Models that are not this repository's, in the four calls that a reader copies."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import ddp
+import measure
+import tensor_parallel
+import zero
+from tools.oracle import launch
+
+KINDS = [ddp.DDP, zero.Zero1, zero.Zero2, zero.Zero3]
+V, S, H, CLIP, M, STEPS, ROWS = 13, 6, 8, 0.2, 2, 3, 12
+BF16 = torch.bfloat16
+
+
+# --- a model with nanoGPT's layout, and LoRA ------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and a trained product of two narrow matrices."""
+
+    def __init__(self, linear: nn.Linear, rank: int = 2):
+        super().__init__()
+        self.base = linear.requires_grad_(False)
+        self.a = nn.Linear(linear.in_features, rank, bias=False)
+        self.b = nn.Linear(rank, linear.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(H), nn.LayerNorm(H)
+        self.c_attn, self.c_proj = LoRA(nn.Linear(H, 3 * H)), nn.Linear(H, H)
+        self.c_fc, self.c_out = LoRA(nn.Linear(H, 4 * H)), LoRA(nn.Linear(4 * H, H))
+
+    def forward(self, x, scale=1.0):
+        q, k, v = self.c_attn(self.ln_1(x)).chunk(3, dim=-1)
+        x = x + self.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True)) * scale
+        return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x))))
+
+
+class NanoGPT(nn.Module):
+    """Containers in a container, a tied head, and a parameter that the model itself holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(V, H), "drop": nn.Dropout(0.0),
+            "h": nn.ModuleList(Block() for _ in range(3)), "ln_f": nn.LayerNorm(H),
+        })  # fmt: skip
+        self.wpe = nn.Parameter(0.1 * torch.randn(S, H))
+        self.lm_head = nn.Linear(H, V, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, tokens, targets):
+        x = self.transformer.drop(self.transformer.wte(tokens) + self.wpe)
+        for block in self.transformer.h:
+            x = block(x=x, scale=0.5)
+        logits = self.lm_head(self.transformer.ln_f(x))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+def build() -> nn.Module:
+    torch.manual_seed(0)
+    return NanoGPT().double()
+
+
+def microbatches(step: int, rank: int = 0, d: int = 1):
+    """This rank's rows of the step's batch, in M microbatches."""
+    generator = torch.Generator().manual_seed(step)
+    rows = torch.randint(V, (ROWS, S + 1), generator=generator)[rank::d]
+    return [(x[:, :-1], x[:, 1:]) for x in rows.chunk(M)]
+
+
+def decayed(optimizer, tensors):
+    return optimizer(tensors, lr=0.05, weight_decay=0.1)
+
+
+def one_process(model, optimizer, norms):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = decayed(optimizer, trained)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for x, y in microbatches(step):
+            loss = model(x, y) / (ROWS * S)
+            loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(trained, CLIP))
+        optimizer.step()
+
+
+def many_ranks(model, optimizer, norms, kind, rank, d):
+    sync = kind(model, accumulations=M)
+    optimizer = decayed(optimizer, [piece.tensor for piece in sync.pieces()])
+    for step in range(STEPS):
+        sync.start()
+        for x, y in microbatches(step, rank, d):
+            loss = model(x, y) / (ROWS * S)
+            loss.backward()
+        sync.finish()
+        norms.append(sync.step(optimizer, clip=CLIP))
+    return sync
+
+
+def lora_run(kind, optimizer):
+    expected, model, true_norms, norms = build(), build(), [], []
+    one_process(expected, optimizer, true_norms)
+    sync = many_ranks(model, optimizer, norms, kind, dist.get_rank(), dist.get_world_size())
+    expected = dict(expected.named_parameters())
+    torch.testing.assert_close(norms, true_norms, rtol=1e-12, atol=0)
+    assert min(norms) > CLIP, "clipping is active"
+    seen = 0
+    for piece in sync.pieces():
+        true = expected[piece.name].grad.flatten()
+        true = true[piece.start : piece.start + piece.tensor.numel()]
+        torch.testing.assert_close(piece.tensor.grad.flatten(), true, rtol=1e-12, atol=1e-15)
+        seen += piece.tensor.numel()
+    sync.gather()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, expected[name], rtol=1e-12, atol=1e-14, msg=name)
+    return seen, sum(p.numel() for p in expected.values() if p.requires_grad)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", [2, 3])
+def test_nanogpt_with_lora_equals_one_process(d, kind, optimizer):
+    results = launch(d, lora_run, kind, optimizer)
+    for _, trained in results:
+        assert sum(seen for seen, _ in results) == trained * (d if kind is ddp.DDP else 1)
+
+
+def test_a_loop_over_many_ranks_has_one_line_more():
+    """DDP(model) or Zero3(model); other lines change, and none is added. (The functions differ in
+    two lines besides: the list of trained parameters, and the return.)"""
+    lines = [len(inspect.getsource(f).splitlines()) for f in (one_process, many_ranks)]
+    assert lines[1] - lines[0] == 1
+
+
+# --- what zero.py makes of a model ----------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """Holds its arguments under their names, and runs nothing."""
+
+    def __init__(self, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self):
+        raise NotImplementedError
+
+
+def test_layers_of_a_model_with_nested_containers():
+    model = build()
+    names = {module: name for name, module in model.named_modules()}
+    found = {names[layer]: len(parameters) for layer, parameters in zero.layers(model).items()}
+    of_block = len([*model.transformer.h[0].parameters()])
+    blocks = {f"transformer.h.{i}": of_block for i in range(3)}
+    assert found == {"": 1, "transformer.wte": 1, **blocks, "transformer.ln_f": 2, "lm_head": 1}
+    assert list(found)[:2] == ["", "transformer.wte"], "in the order of the forward"
+
+
+def test_blocks_can_be_passed():
+    first, second = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
+    model = Holder(first=first, second=second, norm=nn.LayerNorm(2))
+    found = zero.layers(model, blocks=[first, second])
+    assert [*found] == [first, second, model.norm] and len(found[first]) == 4
+    with pytest.raises(ValueError, match="the model does not contain Linear"):
+        zero.layers(model, blocks=[nn.Linear(1, 1)])
+
+
+def test_parameters_without_a_forward_are_refused():
+    model = Holder(scales=nn.ParameterList([torch.zeros(2)]), norm=nn.LayerNorm(2))
+    with pytest.raises(ValueError, match="Holder.scales has parameters and no forward.*blocks="):
+        zero.layers(model)
+    assert [*zero.layers(model, blocks=[model])] == [model]
+
+
+def whole_during_backward():
+    """Units whose memory is not freed, after the forward and between the blocks' backwards."""
+    model = build()
+    sync = zero.Zero3(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    held, (x, y) = [], microbatches(0)[0]
+
+    def look(_):
+        held.append([names[id([*unit.place][0])] for unit in sync.units if unit.whole])
+
+    model.transformer.h[1].register_forward_hook(lambda *args: look(args) or args[2])
+    loss = model(x, y)
+    look(None)
+    loss.backward()
+    look(None)
+    return held
+
+
+def test_a_parameter_of_the_model_itself_does_not_make_it_one_unit():
+    (inside, after_forward, after_backward), _ = launch(2, whole_during_backward)
+    assert "wpe" in inside and "transformer.h.2.ln_1.weight" in inside  # gathered ahead
+    assert not any("h.0" in name for name in inside)
+    assert "wpe" in after_forward and not any("h.1" in name for name in after_forward)
+    assert "wpe" not in after_backward
+
+
+# --- parameters that are frozen, unused, of several dtypes ----------------------------------------
+
+
+def frozen_on_the_plain_rungs(rung):
+    model = build()
+    x, y = microbatches(0, dist.get_rank(), 2)[0]
+    model(x, y).backward()
+    rung(model.parameters(), dist.group.WORLD)
+    return {p.grad is None for p in model.parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize("rung", [ddp.all_reduce_gradients, ddp.all_reduce_flat])
+def test_a_frozen_parameter_gets_no_gradient(rung):
+    assert launch(2, frozen_on_the_plain_rungs, rung) == [{True}] * 2
+
+
+class Branches(nn.Module):
+    """`never` is used by no rank, `zero` by the last rank alone and with a gradient of 0, `some`
+    by rank 0 alone and by it in the second microbatch only."""
+
+    def __init__(self):
+        super().__init__()
+        names = ("always", "never", "zero", "some")
+        self.parts = nn.ModuleDict({n: nn.Linear(3, 5, bias=False) for n in names})
+
+    def forward(self, x, first: bool, last: bool, microbatch: int):
+        y = self.parts["always"](x).sum()
+        y = y + 0.0 * self.parts["zero"](x).sum() if last else y
+        return y + self.parts["some"](x).sum() if first and microbatch == 1 else y
+
+
+def branches(kind):
+    """Two steps of AdamW, whose weight decay moves a parameter with a gradient of 0."""
+    rank, d = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model = Branches().double()
+    plain = copy.deepcopy(model)
+    optimizer = decayed(torch.optim.AdamW, plain.parameters())
+    rung = kind if kind in (ddp.all_reduce_gradients, ddp.all_reduce_flat) else None
+    sync = None if rung else kind(model, accumulations=M)
+    tensors = [piece.tensor for piece in sync.pieces()] if sync else model.parameters()
+    mine = decayed(torch.optim.AdamW, tensors)
+    for _ in range(2):
+        x = torch.randn(d, M, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        optimizer.zero_grad()
+        mine.zero_grad()
+        sync and sync.start()
+        for r in range(d):
+            for i in range(M):
+                plain(x[r, i], r == 0, r == d - 1, i).backward()
+                if r == rank:
+                    model(x[r, i], r == 0, r == d - 1, i).backward()
+        optimizer.step()
+        if sync:
+            sync.finish()
+            sync.step(mine)
+        else:
+            rung(model.parameters(), dist.group.WORLD)
+            mine.step()
+    if sync:
+        sync.gather()
+        given = {piece.name: piece.tensor.grad is not None for piece in sync.pieces()}
+    else:
+        given = {name: p.grad is not None for name, p in model.named_parameters()}
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-12, atol=0, msg=name)
+        assert given.get(name, p.grad is not None) == (p.grad is not None), name
+    return plain.parts["never"].weight.grad is None
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("kind", [ddp.all_reduce_gradients, ddp.all_reduce_flat, *KINDS[:3]])
+def test_a_parameter_is_decayed_if_and_only_if_a_rank_used_it(kind, d):
+    assert all(launch(d, branches, kind))
+
+
+class Mixed(nn.Module):
+    """Linear layers in bf16 next to a norm in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Linear(4, 4, bias=False, dtype=BF16) for _ in range(2))
+        self.norm = nn.LayerNorm(4, bias=False)
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x).float()).to(BF16))
+
+
+def mixed(kind):
+    """A gradient of 1 + 2^-12 in fp32 is kept; bf16 has 8 bits of it."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([Mixed()])
+    sync = kind(model, accumulations=1)
+    optimizer = torch.optim.SGD([piece.tensor for piece in sync.pieces()], lr=0.0)
+    model[0].norm.weight.register_hook(lambda g: torch.full_like(g, 1 + 2**-12))
+    with measure.Collectives() as seen:
+        sync.start()
+        model[0](torch.ones(2, 4, dtype=BF16)).float().sum().backward()
+        sync.finish()
+    sync.step(optimizer)
+    found = [t for name, t, _, _ in sync.pieces() if name.endswith("norm.weight")]
+    sums = [c.dtype for c in seen.calls if c.operation in ("all_reduce", "reduce_scatter")]
+    return {p.dtype for _, p, _, _ in sync.pieces()}, {*sums}, [t.grad.tolist() for t in found]
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_each_dtype_is_summed_in_its_own(kind):
+    for masters, sums, gradients in launch(2, mixed, kind):
+        assert masters == {torch.float32} and sums == {BF16, torch.float32}
+        for gradient in gradients:
+            assert gradient == [2 + 2**-11] * len(gradient)
+
+
+def gradient_of_bf16(kind, reduce_dtype):
+    """1 + 2^-10 in two microbatches. The sum over ranks is in reduce_dtype."""
+    model = nn.ModuleList([nn.Linear(1, 1, bias=False, dtype=BF16)])
+    nn.init.ones_(model[0].weight)
+    model[0].weight.grad = torch.ones_like(model[0].weight)  # a leftover, which counts for nothing
+    sync = kind(model, accumulations=2, reduce_dtype=reduce_dtype)
+    for x in (1.0, 2**-10):
+        model[0](torch.full((1, 1), x, dtype=BF16)).sum().backward()
+    sync.finish()
+    sync.before_step()
+    return sum(piece.tensor.grad.sum().item() for piece in sync.pieces())
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_bf16_gradients_are_rounded_if_they_are_sent_in_bf16(kind):
+    """With one rank nothing is sent."""
+    exact = 1 + 2**-10
+    assert launch(1, gradient_of_bf16, kind, None) == [exact]
+    everywhere = 2 if kind is ddp.DDP else 1  # ZeRO: the second rank has padding
+    assert sum(launch(2, gradient_of_bf16, kind, None)) == 2 * everywhere
+    assert sum(launch(2, gradient_of_bf16, kind, torch.float32)) == 2 * exact * everywhere
+
+
+# --- saving, loading and reading ------------------------------------------------------------------
+
+
+def state(kind, dtype):
+    """A state dict of a model under training; another is loaded, and a step continues from it."""
+    model, donor = build().to(dtype), build().to(dtype)
+    with torch.no_grad():
+        for p in donor.parameters():
+            p.mul_(2.0)
+    sync = kind(model, accumulations=M)
+    optimizer = torch.optim.SGD([piece.tensor for piece in sync.pieces()], lr=0.0)
+
+    def step():
+        sync.start()
+        for x, y in microbatches(0, dist.get_rank(), 2):
+            model(x, y).backward()
+        sync.finish()
+        sync.step(optimizer)
+
+    def check(expected):
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+            assert value.untyped_storage().nbytes() >= value.nbytes, name
+
+    step()
+    first = model.state_dict()
+    check(build().to(dtype).state_dict())
+    model.load_state_dict(donor.state_dict())
+    check(donor.state_dict())
+    step()
+    check(donor.state_dict())
+    for name, value in build().to(dtype).state_dict().items():  # no view of what is freed since
+        assert kind is not zero.Zero3 or torch.equal(first[name], value), name
+    try:
+        model.load_state_dict(donor.state_dict(), assign=True)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_state_dicts_are_complete_and_loading_lasts(kind, dtype):
+    for error in launch(2, state, kind, dtype):
+        in_place = kind is ddp.DDP and dtype is torch.float32  # holds no copies
+        assert in_place or "load without assign" in error
+
+
+def reads(kind):
+    """What a read between two steps gives."""
+    model = build()
+    sync = kind(model, accumulations=M)
+    optimizer = torch.optim.SGD([piece.tensor for piece in sync.pieces()], lr=0.1)
+    for x, y in microbatches(0, dist.get_rank(), 2):
+        model(x, y).backward()
+    sync.finish()
+    sync.step(optimizer)
+    p = model.transformer.h[1].c_proj.weight
+    assert p.shape == (H, H) and p.numel() == H * H and p.requires_grad and p.device.type == "cpu"
+    assert isinstance(p, nn.Parameter) and sum(q.numel() for q in model.parameters()) > 0
+    tries = (
+        lambda: p.sum(), lambda: p[0], lambda: p.data, lambda: p.detach(), lambda: p.T,
+        lambda: print(p), lambda: p.tolist(), lambda: torch.stack([p, p]), lambda: p.add_(1),
+        lambda: copy.deepcopy(model), lambda: model.float(), lambda: p.clone(),
+        lambda: model.transformer.h.state_dict(),
+    )  # fmt: skip
+    for attempt in tries:
+        with pytest.raises(ValueError, match=r"sync\.gather\(\)"):
+            attempt()
+    sync.gather()
+    return p.sum().item(), type(p) is nn.Parameter
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_reading_a_parameter_between_steps_is_refused_until_gather(kind):
+    first, second = launch(2, reads, kind)
+    assert first == second and first[1]
+
+
+def deleted(kind):
+    model = build()
+    kind(model)
+    with pytest.raises(ValueError, match="ZeRO object .* was deleted: keep it in a variable"):
+        model(*microbatches(0)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_deleted_zero_object_is_named(kind):
+    launch(1, deleted, kind)
+
+
+# --- layers in other forms ------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two inputs with gradients, by keyword; a dictionary with two outputs, one of them used by
+    nothing but the other model's loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, *, x, memory):
+        y = self.a(x) + torch.tanh(self.b(memory["first"]))
+        return {"y": y, "extra": (self.c(y * y), "no tensor")}
+
+
+class Chain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(4, 4)
+        self.pairs = nn.ModuleList(Pair() for _ in range(3))
+
+    def forward(self, x):
+        memory, loss = torch.sin(self.embed(x)), 0.0
+        for pair in self.pairs:
+            found = pair(x=x, memory={"first": memory})
+            x, memory, loss = found["y"], memory * x, loss + found["extra"][0].square().sum()
+        return loss
+
+
+def chain(kind, options):
+    torch.manual_seed(0)
+    model = Chain().double()
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01)
+    sync = kind(model, accumulations=M, **options)
+    mine = torch.optim.SGD([piece.tensor for piece in sync.pieces()], lr=0.01)
+    x = torch.randn(2, M, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        optimizer.zero_grad()
+        sync.start()
+        for rows in x.flatten(0, 1):
+            plain(rows).backward()
+        for rows in x[dist.get_rank()]:
+            model(rows).backward()
+        optimizer.step()
+        sync.finish()
+        sync.step(mine)
+    sync.gather()
+    torch.testing.assert_close(dict(model.named_parameters()), dict(plain.named_parameters()),
+                               rtol=1e-12, atol=1e-14)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}])
+def test_a_layer_may_be_called_by_keyword_and_return_several_tensors(options):
+    launch(2, chain, zero.Zero3, options)
+    launch(2, chain, zero.Zero2, {})
+
+
+def ids_and_weights():
+    """The first layer takes token ids, and its backward reads its weights."""
+
+    class Front(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.linear = nn.Embedding(V, H), nn.Linear(H, H)
+
+        def forward(self, tokens):
+            return self.linear(self.table(tokens))
+
+    torch.manual_seed(0)
+    model = nn.ModuleList([Front(), nn.Linear(H, 1)])
+    plain = copy.deepcopy(model)
+    sync = zero.Zero3(model)
+    tokens = torch.arange(5)
+    model[1](model[0](tokens)).sum().backward()
+    plain[1](plain[0](tokens)).sum().backward()
+    sync.finish()
+    sync.before_step()
+    for piece in sync.pieces():
+        true = 2 * plain.get_parameter(piece.name).grad.flatten()
+        true = true[piece.start : piece.start + piece.tensor.numel()]
+        torch.testing.assert_close(piece.tensor.grad, true)
+
+
+def test_a_layer_of_token_ids_may_be_more_than_a_table():
+    launch(2, ids_and_weights)
+
+
+def smaller_than_the_group(kind):
+    model = nn.ModuleList([nn.Linear(1, 1, bias=False)]).double()
+    nn.init.ones_(model[0].weight)
+    sync = kind(model)
+    optimizer = torch.optim.AdamW([piece.tensor for piece in sync.pieces()], lr=0.1)
+    model[0](torch.ones(1, 1, dtype=torch.float64)).sum().backward()
+    sync.finish()
+    norm = sync.step(optimizer, clip=1.0)
+    sync.gather()
+    return norm.item(), model[0].weight.item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_smaller_than_the_group(kind):
+    (norm, weight), *others = launch(3, smaller_than_the_group, kind)
+    assert norm == 3.0 and weight < 1.0 and others == [(norm, weight)] * 2
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def other_values(kind, hybrid: bool):
+    torch.manual_seed(dist.get_rank() // 2 if hybrid else dist.get_rank())
+    options = {}
+    if hybrid:
+        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+        options = {"group": mesh["shard"].get_group(), "replicas": mesh["replica"].get_group()}
+    kind(nn.Linear(3, 3), **options)
+
+
+@pytest.mark.parametrize("kind, hybrid", [*((k, False) for k in KINDS), (zero.Zero1, True)])
+def test_ranks_must_start_from_the_same_values(kind, hybrid):
+    with pytest.raises(RuntimeError, match="parameter 0 is weight .*the same initial values"):
+        launch(4 if hybrid else 2, other_values, kind, hybrid)
+
+
+def mistake(how: str, kind, dtype):
+    """One step, with a mistake in it."""
+    model = build().to(dtype)
+    sync = kind(model, accumulations=1 if how == "accumulations" else M)
+    pieces = [piece.tensor for piece in sync.pieces()]
+    optimizer = torch.optim.SGD(model.parameters() if how == "optimizer" else pieces, lr=0.1)
+    for _ in range(2):
+        if how == "zero_grad":
+            model.zero_grad(set_to_none=True)
+        if how != "start":
+            sync.start()
+        for x, y in microbatches(0, dist.get_rank(), dist.get_world_size()):
+            model(x, y).backward()
+        if how == "finish twice":
+            sync.finish()
+        if how not in ("finish", "finish, parts"):
+            sync.finish()
+        if how == "finish, parts":
+            optimizer.step()
+        if how == "after_step":
+            sync.before_step()
+            optimizer.step()
+        else:
+            sync.step(optimizer)
+    if how == "unfrozen":
+        next(p for p in model.parameters() if not p.requires_grad).requires_grad_(True)
+        sync.start()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("optimizer", r"the optimizer holds .*over \[piece.tensor for piece in sync.pieces\(\)\]"),
+        ("accumulations", "more than 1 accumulations in a step: .*accumulations=m"),
+        ("start", "more than 2 accumulations in a step: call start()"),
+        ("finish", "without finish()"),
+        ("finish, parts", "call finish()"),
+        ("finish twice", "call each once per step"),
+        ("after_step", r"start\(\) before after_step\(\)"),
+        ("unfrozen", "base.weight was unfrozen"),
+    ],
+)
+def test_a_call_that_is_missing_or_wrong_is_refused(how, message, kind):
+    """In bf16, where the optimizer must not update the model's own parameters under DDP either."""
+    with pytest.raises(RuntimeError, match=message):
+        launch(1, mistake, how, kind, BF16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_grad_before_start_does_no_harm(kind):
+    launch(2, mistake, "zero_grad", kind, torch.float32)
+
+
+def clipping_what_others_hold(how: str, kind):
+    model = nn.ModuleList([nn.Linear(2, 2)])
+    if how == "tied":
+        model[0].weight.tied_name = "wte.weight"
+    else:
+        model[0].bias.partial = True
+    sync = kind(model)
+    sync.finish()
+    with pytest.raises(ValueError, match="so the norm spans more ranks"):
+        sync.step(torch.optim.SGD([piece.tensor for piece in sync.pieces()]), clip=1.0)
+
+
+@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1])
+@pytest.mark.parametrize("how", ["partial", "tied"])
+def test_step_does_not_clip_by_a_part_of_the_norm(how, kind):
+    launch(1, clipping_what_others_hold, how, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_process_group_it_says_so(kind):
+    with pytest.raises(ValueError, match="init_process_group"):
+        kind(nn.Linear(1, 1))
+
+
+def only_frozen(kind):
+    model = nn.ModuleList([nn.Linear(3, 3).requires_grad_(False)])
+    sync = kind(model)
+    sync.start()
+    y = model[0](torch.ones(1, 3))
+    sync.finish()
+    sync.before_step()
+    sync.after_step()
+    return len(sync.pieces()), y.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_may_be_frozen(kind):
+    assert launch(2, only_frozen, kind) == [(0, False)] * 2
+
+
+# --- ZeRO over unevenly sharded matrices ----------------------------------------------------------
+
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(8, 3), nn.LayerNorm(8), nn.Linear(3, 8)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def uneven(kind):
+    """3 hidden units on 2 tensor-parallel ranks, with sequence parallelism, on 2 data-parallel."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    tp, dp = mesh["tp"].get_group(), mesh["dp"].get_group()
+    torch.manual_seed(0)
+    model = nn.ModuleList([MLP()]).double()
+    plain = copy.deepcopy(model)
+    plan = {"*.up": "column", "*.down": "row"}
+    tensor_parallel.parallelize(model, plan, tp, sequence=True)
+    sync = kind(model, dp)
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for rows in x:
+        plain[0](rows).square().sum().backward()
+    model[0](x[dp.rank()].chunk(2, dim=1)[tp.rank()]).square().sum().backward()
+    sync.finish()
+    sync.before_step()
+    partial = [piece for piece in sync.pieces() if piece.parameter.partial]
+    tensor_parallel.all_reduce_partial([piece.tensor.grad for piece in partial], tp)
+    for piece in sync.pieces():
+        true, p = plain.get_parameter(piece.name).grad, piece.parameter
+        true = (p.cut(true) if hasattr(p, "cut") else true).flatten()
+        true = true[piece.start : piece.start + piece.tensor.numel()]
+        torch.testing.assert_close(piece.tensor.grad.flatten(), true, rtol=1e-12, atol=1e-14)
+    return len(partial), dp.rank()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_partial_gradients_next_to_unevenly_sharded_matrices(kind):
+    """The tensor-parallel ranks must hold the same shards of what is summed over them."""
+    assert all(partial for partial, _ in launch(4, uneven, kind))
