@@ -65,31 +65,6 @@ def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
     return count.clamp(min=1)
 
 
-def check_same_parameters(
-    parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
-) -> None:
-    """Raises ValueError, on every rank and naming the first difference, if the ranks do not have
-    the same parameters, with the same values, in the same order."""
-    mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
-            for name, p in parameters]  # fmt: skip
-    everyone: list = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
-    for rank, theirs in enumerate(everyone):
-        for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
-            if a != b:
-                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on {rank}: "
-                                 "every rank must build the same model, with the same initial "
-                                 "values (set the same seed, or load one file)")  # fmt: skip
-
-
-def checksum(p: Tensor) -> int:
-    """The sum of the elements' bit patterns as integers. It is exact in any order of addition."""
-    if p.is_meta:
-        return 0
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
-    return p.detach().view(integer).sum(dtype=torch.int64).item()
-
-
 def all_reduce_bucket(flat: Tensor, group: dist.ProcessGroup):
     """The default `reduce`: starts the sum of `flat` over the group, returns what can be waited
     for. Another one (fp16 on the wire, say) has the same signature: see tests/test_forks.py."""
@@ -151,16 +126,6 @@ class Piece(NamedTuple):
     start: int  # of the tensor in the flattened parameter
 
 
-def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
-    """Raises ValueError if a parameter's gradient is on other ranks too."""
-    for name, p in parameters:
-        sharded = hasattr(p, "cut") and p.cut.size > 1
-        if sharded or getattr(p, "partial", False) or hasattr(p, "tied_name"):
-            raise ValueError(f"clip: {name} is tensor-parallel, partial or tied between stages, so "
-                             "the norm spans more ranks: call before_step(), clip by the norm over "
-                             "all of them, optimizer.step() and after_step()")  # fmt: skip
-
-
 class DDP:
     """Attaches to the parameters; the model stays as it is.
 
@@ -216,7 +181,6 @@ class DDP:
         check_same_parameters(named, group)
         me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
         for _, p in self.parameters:
-            p.grad = None
             p.register_post_accumulate_grad_hook(lambda p: me() and me()._accumulated(p))
         # What the optimizer updates: in bf16 a small update, added to a weight, is rounded away.
         self.masters = {
@@ -229,7 +193,7 @@ class DDP:
                     lambda module, _: me() and me()._loaded(module)
                 )
         check = register_optimizer_step_pre_hook(
-            lambda optimizer, *_: me() and me()._check(optimizer)
+            lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
         )
         weakref.finalize(self, check.remove)
         # A guess until the first step has shown it: the last layer's gradients are ready first.
@@ -378,18 +342,8 @@ class DDP:
         self.after_step()
         return norm
 
-    def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Runs before the step of any optimizer in this process."""
-        name_of = {p: name for name, p in self.parameters}
-        updated = {id(piece.tensor) for piece in self.pieces()}
-        for p in itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups):
-            if p in name_of and id(p) not in updated:
-                raise ValueError(f"the optimizer holds {name_of[p]}, which is in bf16: its fp32 "
-                                 "copy must be updated instead; build the optimizer over "
-                                 "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
-            if id(p) in updated and self.phase != "update":
-                raise ValueError("optimizer.step() before the gradients are summed over the "
-                                 "ranks: call finish() and step(optimizer)")  # fmt: skip
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        check_optimizer(optimizer, self.pieces(), ready=self.phase == "update")
 
     def _loaded(self, module: nn.Module) -> None:
         """load_state_dict has written to the parameters of `module`: fp32 copies follow."""
@@ -480,6 +434,60 @@ class Hierarchical:
         yield work
         work.wait()
         flat.copy_(whole[: flat.numel()])  # itself, unless n does not divide it
+
+
+# --- checks ---------------------------------------------------------------------------------------
+# Mistakes that would train something else in silence.
+
+
+def check_same_parameters(
+    parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
+) -> None:
+    """Raises ValueError, on every rank and naming the first difference, if the ranks do not have
+    the same parameters, with the same values, in the same order."""
+    mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
+            for name, p in parameters]  # fmt: skip
+    everyone: list = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    for rank, theirs in enumerate(everyone):
+        for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
+            if a != b:
+                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on {rank}: "
+                                 "every rank must build the same model, with the same initial "
+                                 "values (set the same seed, or load one file)")  # fmt: skip
+
+
+def checksum(p: Tensor) -> int:
+    """The sum of the elements' bit patterns as integers. It is exact in any order of addition."""
+    if p.is_meta:
+        return 0
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
+    return p.detach().view(integer).sum(dtype=torch.int64).item()
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, pieces: list[Piece], ready: bool) -> None:
+    """Runs before the step of every optimizer in the process. ready: gradients are summed. Raises
+    ValueError if it holds a parameter of which a piece must be updated, or comes too early."""
+    updated = {id(piece.tensor) for piece in pieces}
+    names = {piece.parameter: piece.name for piece in pieces}
+    for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
+        if p in names and id(p) not in updated:
+            raise ValueError(f"the optimizer holds {names[p]}, whose fp32 copy must be "
+                             "updated instead: build the optimizer over "
+                             "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
+        if id(p) in updated and not ready:
+            raise ValueError("optimizer.step() before the gradients are summed over the ranks: "
+                             "call finish() and step(optimizer)")  # fmt: skip
+
+
+def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
+    """Raises ValueError if a parameter's gradient is on other ranks too."""
+    for name, p in parameters:
+        sharded = hasattr(p, "cut") and p.cut.size > 1
+        if sharded or getattr(p, "partial", False) or hasattr(p, "tied_name"):
+            raise ValueError(f"clip: {name} is tensor-parallel, partial or tied between stages, so "
+                             "the norm spans more ranks: call before_step(), clip by the norm over "
+                             "all of them, optimizer.step() and after_step()")  # fmt: skip
 
 
 # --- cost -----------------------------------------------------------------------------------------

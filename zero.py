@@ -62,29 +62,6 @@ class Piece(NamedTuple):
     start: int  # of the tensor in the flattened parameter
 
 
-class ShardedParameter(nn.Parameter):
-    """The class that a parameter has while its memory is freed, or an all-gather fills it. Reading
-    its values is an error then; its shape, gradient and other attributes can be read."""
-
-    TENSORS = ("data", "T", "mT", "H", "mH", "real", "imag")  # attributes that give values away
-    METHODS = ("size", "numel", "dim", "stride", "element_size", "is_floating_point", "is_complex",
-               "untyped_storage", "requires_grad_", "register_hook",
-               "register_post_accumulate_grad_hook", "backward")  # fmt: skip
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        attribute = function.__name__ in ("__get__", "__set__")
-        name = function.__self__.__name__ if attribute else function.__name__
-        if name not in cls.TENSORS if attribute else name in cls.METHODS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **(kwargs or {}))
-        raise ValueError(
-            f"{name}: this parameter is sharded by ZeRO, or its all-gather is not complete. Its "
-            "values can be read in the forward of the layer that holds it, or after sync.gather(); "
-            "if another layer reads it, pass blocks=[a module that contains both]"
-        )
-
-
 class Unit:
     """Parameters that travel together: flat, padded to d shards of equal length, one of them mine.
     Without `whole_parameters` or `whole_gradients` only my shard of them is held for good. They
@@ -223,8 +200,10 @@ def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dic
         if is_block or own:
             parameters = list(module.parameters()) if is_block else own
             if parameters and type(module).forward is nn.Module.forward:
-                raise ValueError(f"{name} has parameters and no forward, so that nothing can be "
-                                 "gathered before it: pass blocks=[the module that uses them, ..]")
+                raise ValueError(
+                    f"{name} has parameters and no forward, so nothing can be gathered before it: "
+                    "pass blocks=[the module that uses them, ...]"
+                )
             if parameters:
                 found[module] = parameters
         for child_name, child in module.named_children() if not is_block else ():
@@ -317,7 +296,7 @@ class Zero1:
             for p in unit.place:
                 p.register_post_accumulate_grad_hook(lambda p: alive(me)._accumulated(p))
         check = register_optimizer_step_pre_hook(
-            lambda optimizer, *_: me() and me()._check(optimizer)
+            lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
         )
         weakref.finalize(self, check.remove)
         model.register_state_dict_pre_hook(lambda *_: alive(me).gather())
@@ -445,17 +424,8 @@ class Zero1:
         self.after_step()
         return norm
 
-    def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Runs before the step of any optimizer in this process."""
-        updated = {id(piece.tensor) for piece in self.pieces()}
-        for p in itertools.chain.from_iterable(g["params"] for g in optimizer.param_groups):
-            if p in self.unit_of:
-                raise ValueError(f"the optimizer holds {self.names[p]}, of which this rank's shard "
-                                 "must be updated instead; build the optimizer over "
-                                 "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
-            if id(p) in updated and self.phase != "update":
-                raise ValueError("optimizer.step() before the gradients are summed over the "
-                                 "ranks: call finish() and step(optimizer)")  # fmt: skip
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        check_optimizer(optimizer, self.pieces(), ready=self.phase == "update")
 
     def _loaded(self, module: nn.Module) -> None:
         """load_state_dict has written to the parameters of `module`: this rank's shards follow."""
@@ -507,48 +477,6 @@ class Zero1:
         for unit in self.units:
             unit.unshard()
             unit.wait()
-
-
-def alive(reference: weakref.ref) -> Zero1:
-    if (sync := reference()) is None:
-        raise ValueError("the ZeRO object that holds this model's shards was deleted: keep it in a "
-                         "variable for as long as the model is used, or build both anew")
-    return sync
-
-
-def check_same_parameters(
-    parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
-) -> None:
-    """As in ddp.py. Raises ValueError, on every rank and naming the first difference, if the ranks
-    do not have the same parameters, with the same values, in the same order."""
-    mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
-            for name, p in parameters]  # fmt: skip
-    everyone: list = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
-    for rank, theirs in enumerate(everyone):
-        for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
-            if a != b:
-                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on {rank}: "
-                                 "every rank must build the same model, with the same initial "
-                                 "values (set the same seed, or load one file)")  # fmt: skip
-
-
-def checksum(p: Tensor) -> int:
-    """The sum of the elements' bit patterns as integers. It is exact in any order of addition."""
-    if p.is_meta:
-        return 0
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
-    return p.detach().view(integer).sum(dtype=torch.int64).item()
-
-
-def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
-    """As in ddp.py. Raises ValueError if a parameter's gradient is on other ranks too."""
-    for name, p in parameters:
-        sharded = hasattr(p, "cut") and p.cut.size > 1
-        if sharded or getattr(p, "partial", False) or hasattr(p, "tied_name"):
-            raise ValueError(f"clip: {name} is tensor-parallel, partial or tied between stages, so "
-                             "the norm spans more ranks: call before_step(), clip by the norm over "
-                             "all of them, optimizer.step() and after_step()")  # fmt: skip
 
 
 def is_unused(gradient: Tensor) -> bool:
@@ -710,6 +638,90 @@ def tensors_in(value) -> Iterator[Tensor]:
 
 
 STAGES = {1: Zero1, 2: Zero2, 3: Zero3}
+
+# --- checks ---------------------------------------------------------------------------------------
+# Mistakes that would train something else in silence.
+
+
+def check_same_parameters(
+    parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
+) -> None:
+    """Raises ValueError, on every rank and naming the first difference, if the ranks do not have
+    the same parameters, with the same values, in the same order."""
+    mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
+            for name, p in parameters]  # fmt: skip
+    everyone: list = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    for rank, theirs in enumerate(everyone):
+        for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
+            if a != b:
+                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on {rank}: "
+                                 "every rank must build the same model, with the same initial "
+                                 "values (set the same seed, or load one file)")  # fmt: skip
+
+
+def checksum(p: Tensor) -> int:
+    """The sum of the elements' bit patterns as integers. It is exact in any order of addition."""
+    if p.is_meta:
+        return 0
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
+    return p.detach().view(integer).sum(dtype=torch.int64).item()
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, pieces: list[Piece], ready: bool) -> None:
+    """Runs before the step of every optimizer in the process. ready: gradients are summed. Raises
+    ValueError if it holds a parameter of which a piece must be updated, or comes too early."""
+    updated = {id(piece.tensor) for piece in pieces}
+    names = {piece.parameter: piece.name for piece in pieces}
+    for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
+        if p in names and id(p) not in updated:
+            raise ValueError(f"the optimizer holds {names[p]}, whose shard must be "
+                             "updated instead: build the optimizer over "
+                             "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
+        if id(p) in updated and not ready:
+            raise ValueError("optimizer.step() before the gradients are summed over the ranks: "
+                             "call finish() and step(optimizer)")  # fmt: skip
+
+
+def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
+    """Raises ValueError if a parameter's gradient is on other ranks too."""
+    for name, p in parameters:
+        sharded = hasattr(p, "cut") and p.cut.size > 1
+        if sharded or getattr(p, "partial", False) or hasattr(p, "tied_name"):
+            raise ValueError(f"clip: {name} is tensor-parallel, partial or tied between stages, so "
+                             "the norm spans more ranks: call before_step(), clip by the norm over "
+                             "all of them, optimizer.step() and after_step()")  # fmt: skip
+
+
+def alive(reference: weakref.ref) -> Zero1:
+    if (sync := reference()) is None:
+        raise ValueError("the ZeRO object that holds this model's shards was deleted: keep it in a "
+                         "variable for as long as the model is used, or build both anew")
+    return sync
+
+
+class ShardedParameter(nn.Parameter):
+    """The class that a parameter has while its memory is freed, or an all-gather fills it. Reading
+    its values is an error then; its shape, gradient and other attributes can be read."""
+
+    TENSORS = ("data", "T", "mT", "H", "mH", "real", "imag")  # attributes that give values away
+    METHODS = ("size", "numel", "dim", "stride", "element_size", "is_floating_point", "is_complex",
+               "untyped_storage", "requires_grad_", "register_hook",
+               "register_post_accumulate_grad_hook", "backward")  # fmt: skip
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        attribute = function.__name__ in ("__get__", "__set__")
+        name = function.__self__.__name__ if attribute else function.__name__
+        if name not in cls.TENSORS if attribute else name in cls.METHODS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        raise ValueError(
+            f"{name}: this parameter is sharded by ZeRO, or its all-gather is not complete. Its "
+            "values can be read in the forward of the layer that holds it, or after sync.gather(); "
+            "if another layer reads it, pass blocks=[a module that contains both]"
+        )
+
 
 # --- cost -----------------------------------------------------------------------------------------
 

@@ -220,13 +220,16 @@ def frozen_on_the_plain_rungs(rung):
     model = build()
     x, y = microbatches(0, dist.get_rank(), 2)[0]
     model(x, y).backward()
-    rung(model.parameters(), dist.group.WORLD)
-    return {p.grad is None for p in model.parameters() if not p.requires_grad}
+    with measure.Collectives() as seen:
+        rung(model.parameters(), dist.group.WORLD)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = {p.grad is None for p in model.parameters() if not p.requires_grad}
+    return frozen, seen.total().payload - trained
 
 
 @pytest.mark.parametrize("rung", [ddp.all_reduce_gradients, ddp.all_reduce_flat])
-def test_a_frozen_parameter_gets_no_gradient(rung):
-    assert launch(2, frozen_on_the_plain_rungs, rung) == [{True}] * 2
+def test_a_frozen_parameter_gets_no_gradient_and_is_not_sent(rung):
+    assert launch(2, frozen_on_the_plain_rungs, rung) == [({True}, 0)] * 2
 
 
 class Branches(nn.Module):

@@ -104,7 +104,8 @@ ZOO = [
          "return alone")],
         LAYOUTS, NORM),
     Bug(9, "replicas counted d/k times", [
-        ("train_3d.py", "if first_replica and self._answers_for(piece", "if self._answers_for(piece")],
+        ("train_3d.py", "if first_replica and self._answers_for(piece",
+         "if self._answers_for(piece")],
         LAYOUTS, NORM),
     Bug(10, "the tied embedding's gradients do not meet", [
         ("train_3d.py", "pipeline.all_reduce_tied(tied, self.tied_group)",
