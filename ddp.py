@@ -168,9 +168,8 @@ class DDP:
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("DDP needs a process group: call dist.init_process_group() first")
-        named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
-        self.parameters = [(name, p) for name, p in named if p.requires_grad]
-        self.frozen = [(name, p) for name, p in named if not p.requires_grad]
+        self.all = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
+        self.parameters = [(name, p) for name, p in self.all if p.requires_grad]
         self.group, self.reduce = group, reduce
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
@@ -178,7 +177,7 @@ class DDP:
         self.bucket_bytes = bucket_bytes
         self.grad_dtype = grad_dtype or torch.float32
         self.reduce_dtype = reduce_dtype
-        check_same_parameters(named, group)
+        check_same_parameters(self.all, group)
         me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
         for _, p in self.parameters:
             p.register_post_accumulate_grad_hook(lambda p: me() and me()._accumulated(p))
@@ -257,14 +256,11 @@ class DDP:
         if self.phase == "update":
             raise ValueError("start() before after_step(): the model has not got the last update; "
                              "call after_step() after optimizer.step()")  # fmt: skip
-        for name, p in self.parameters:
-            if not p.requires_grad:
-                raise ValueError(f"{name} was frozen: its bucket would leave late, at every step; "
-                                 "let this DDP go and make a new one")  # fmt: skip
-        for name, p in self.frozen:
-            if p.requires_grad:
-                raise ValueError(f"{name} was unfrozen: its gradient would not be summed over the "
-                                 "ranks; let this DDP go and make a new one")  # fmt: skip
+        for name, p in self.all:
+            if p.requires_grad != (p in self.masters):
+                change = "unfrozen" if p.requires_grad else "frozen"
+                raise ValueError(f"{name} was {change}, and the buckets hold what was trained when "
+                                 "this DDP was made: delete it and make a new one")  # fmt: skip
         for _, handle in self.launched:  # they still write to the buckets
             handle.wait()
         self.launched = []
@@ -361,7 +357,7 @@ class DDP:
     def held(self) -> dict[str, list[Tensor]]:
         """What is kept from step to step, by kind; the optimizer has its moments besides."""
         copies = [master for p, master in self.masters.items() if master is not p]
-        parameters = [p for _, p in self.parameters + self.frozen]
+        parameters = [p for _, p in self.all]
         return {"parameters": parameters, "gradients": self.buckets, "optimizer": copies}
 
     def before_step(self) -> None:
