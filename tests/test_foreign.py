@@ -120,6 +120,8 @@ def lora_run(kind, optimizer):
     expected = dict(expected.named_parameters())
     torch.testing.assert_close(norms, true_norms, rtol=1e-12, atol=0)
     assert min(norms) > CLIP, "clipping is active"
+    if kind is not ddp.DDP:
+        assert all(p.requires_grad for p in sync.unit_of) == (kind is not zero.Zero3)
     seen = 0
     for piece in sync.pieces():
         true = expected[piece.name].grad.flatten()
@@ -192,27 +194,31 @@ def test_parameters_without_a_forward_are_refused():
 def whole_during_backward():
     """Units whose memory is not freed, after the forward and between the blocks' backwards."""
     model = build()
-    sync = zero.Zero3(model)
+    sync = zero.Zero3(model, accumulations=2)
     names = {id(p): name for name, p in model.named_parameters()}
     held, (x, y) = [], microbatches(0)[0]
 
     def look(_):
         held.append([names[id([*unit.place][0])] for unit in sync.units if unit.whole])
 
-    model.transformer.h[1].register_forward_hook(lambda *args: look(args) or args[2])
+    hook = model.transformer.h[1].register_forward_hook(lambda *args: look(args) or args[2])
     loss = model(x, y)
+    hook.remove()
     look(None)
     loss.backward()
+    look(None)
+    model(x, y).backward()
     look(None)
     return held
 
 
 def test_a_parameter_of_the_model_itself_does_not_make_it_one_unit():
-    (inside, after_forward, after_backward), _ = launch(2, whole_during_backward)
+    (inside, after_forward, first, second), _ = launch(2, whole_during_backward)
     assert "wpe" in inside and "transformer.h.2.ln_1.weight" in inside  # gathered ahead
     assert not any("h.0" in name for name in inside)
     assert "wpe" in after_forward and not any("h.1" in name for name in after_forward)
-    assert "wpe" not in after_backward
+    assert "wpe" in first and not any("h." in name for name in first), "of the first microbatch"
+    assert second == []
 
 
 # --- parameters that are frozen, unused, of several dtypes ----------------------------------------
@@ -461,13 +467,15 @@ class Pair(nn.Module):
 
 
 class Chain(nn.Module):
+    """The first pair gets a parameter as an input: its gradient is complete before the pair's."""
+
     def __init__(self):
         super().__init__()
-        self.embed = nn.Linear(4, 4)
+        self.embed, self.prompt = nn.Linear(4, 4), nn.Parameter(torch.randn(5, 4))
         self.pairs = nn.ModuleList(Pair() for _ in range(3))
 
     def forward(self, x):
-        memory, loss = torch.sin(self.embed(x)), 0.0
+        x, memory, loss = self.embed(x), self.prompt, 0.0
         for pair in self.pairs:
             found = pair(x=x, memory={"first": memory})
             x, memory, loss = found["y"], memory * x, loss + found["extra"][0].square().sum()
