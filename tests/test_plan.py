@@ -49,13 +49,16 @@ MORE = [
     Case(d=2, zero=2, dtype="bf16", grad_dtype="bf16", optimizer="sgd"),
 ]  # fmt: skip
 SMALL_BF16 = functools.partial(Case, n_layer=2, b=1, dtype="bf16")
+WIDE_SUMS = functools.partial(SMALL_BF16, reduce_dtype="float32")
 SUMS = [  # of gradients, over ranks
     SMALL_BF16(d=2), SMALL_BF16(d=2, zero=1), SMALL_BF16(d=2, zero=2), SMALL_BF16(d=2, zero=3),
-    SMALL_BF16(d=2, grad_dtype="bf16"), Case(d=2, dtype="float32"),
+    SMALL_BF16(d=2, grad_dtype="bf16"), WIDE_SUMS(d=2, zero=1, grad_dtype="bf16"),
+    WIDE_SUMS(d=2), WIDE_SUMS(d=2, zero=2), WIDE_SUMS(d=2, zero=3), Case(d=2, dtype="float32"),
 ]  # fmt: skip
 IN_BF16 = [  # the other collectives
     SMALL_BF16(t=2), SMALL_BF16(t=2, sequence=True, seq_len=8), SMALL_BF16(p=2),
-    SMALL_BF16(d=4, nodes=2), SMALL_BF16(d=4, zero=2, shard_size=2),
+    SMALL_BF16(d=4, nodes=2), WIDE_SUMS(d=4, nodes=2), SMALL_BF16(d=4, zero=2, shard_size=2),
+    WIDE_SUMS(d=4, zero=3, shard_size=2),
 ]  # fmt: skip
 
 

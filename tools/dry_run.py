@@ -276,7 +276,8 @@ def program_of(trainer: train_3d.Trainer) -> cost.Program:
     wide = torch.promote_types(own, torch.float32)
     stat = own if trainer.device.type == "cpu" else wide
     grad = options.DTYPES.get(args.grad_dtype, wide)
-    return cost.Program(own.itemsize, grad.itemsize, own.itemsize, stat=stat.itemsize)
+    reduce = options.DTYPES.get(args.reduce_dtype, own)
+    return cost.Program(own.itemsize, grad.itemsize, reduce.itemsize, stat=stat.itemsize)
 
 
 def predicted_bytes(trainer: train_3d.Trainer) -> dict[str, int]:
