@@ -499,7 +499,9 @@ class Zero2(Zero1):
 
     def _take_gradients(self, unit: Unit) -> Tensor:
         parts = [  # a parameter without a gradient: see is_unused
-            unit.parameters.new_full((p.numel(),), -0.0) if p.grad is None else p.grad.flatten()
+            unit.parameters.new_full((p.numel(),), -0.0)
+            if p.grad is None
+            else p.grad.to_dense().flatten()
             for p in unit.place
         ]
         for p in unit.place:
@@ -561,9 +563,12 @@ class Zero3(Zero2):
             unit.wait()
 
     def _before_forward(self, i: int) -> None:
-        self._use(i, following=None if i + 1 in self.starts else i + 1)
+        last = i + 1 in self.starts or in_backward()
+        self._use(i, following=None if last else i + 1)
 
     def _after_forward(self, i: int, args: tuple, kwargs: dict, output) -> None:
+        if in_backward():  # the caller recomputes this layer, and its backward follows
+            return
         me, inputs = self.me, [*tensors_in((args, kwargs))]
         ys = [y for y in tensors_in(output) if y.requires_grad]
         if self.is_outer[i]:
@@ -626,6 +631,10 @@ class Zero3(Zero2):
                 state[name] = value.clone()
         for unit in self.units:
             unit.reshard()
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def tensors_in(value) -> Iterator[Tensor]:

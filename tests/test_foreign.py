@@ -1,6 +1,7 @@
 """Models that are not this repository's, in the four calls that a reader copies."""
 
 import copy
+import functools
 import inspect
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import ddp
 import measure
@@ -472,9 +474,10 @@ class Chain(nn.Module):
         return loss
 
 
-def chain(kind, options):
+def chain(kind, options, build=Chain):
+    """Two steps next to one process."""
     torch.manual_seed(0)
-    model = Chain().double()
+    model = build().double()
     plain = copy.deepcopy(model)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01)
     sync = kind(model, accumulations=M, **options)
@@ -499,6 +502,72 @@ def chain(kind, options):
 def test_a_layer_may_be_called_by_keyword_and_return_several_tensors(options):
     launch(2, chain, zero.Zero3, options)
     launch(2, chain, zero.Zero2, {})
+
+
+class Scaled(nn.Module):
+    """A scalar parameter, and a matrix in another memory order."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.matrix = nn.Parameter(torch.randn(4, 4).T)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.scale * torch.tanh(self.linear(x) @ self.matrix)
+
+
+class Loop(nn.Module):
+    """Runs its blocks twice, under torch's recomputation. (Its reentrant form runs a backward for
+    each run of a block, so that there a block is run once: `accumulations` says once per step.)"""
+
+    def __init__(self, checkpoint, times):
+        super().__init__()
+        self.checkpoint, self.times = checkpoint, times
+        self.blocks = nn.ModuleList(Scaled() for _ in range(3))
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()  # without a gradient torch's reentrant way trains nothing
+        for block in [*self.blocks] * self.times:
+            x = x + self.checkpoint(block, x)
+        return x.square().sum()
+
+
+def no_checkpoint(block, x):
+    return block(x)
+
+
+def to_the_end(block, x):
+    """Does not stop at the last tensor that backward needs: the block's forward hooks run again."""
+    with set_checkpoint_early_stop(False):
+        return checkpoint(block, x, use_reentrant=False)
+
+
+CHECKPOINTS = {
+    "none": no_checkpoint, "reentrant": functools.partial(checkpoint, use_reentrant=True),
+    "early stop": functools.partial(checkpoint, use_reentrant=False), "to the end": to_the_end,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}])
+@pytest.mark.parametrize("how", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_layer_may_run_twice_and_under_torchs_recomputation(how, options):
+    times = 1 if how is CHECKPOINTS["reentrant"] else 2
+    launch(2, chain, zero.Zero3, options, functools.partial(Loop, how, times))
+
+
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear = nn.Embedding(7, 4, sparse=True), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(self.table(x.abs().long())).square().sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_embedding_with_sparse_gradients(kind):
+    launch(2, chain, kind, {}, Sparse)
 
 
 def ids_and_weights():
