@@ -32,7 +32,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bflo
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len")
 # What makes a run what it is; the rest of the flags says how and where it is computed.
 RUN = ("untied", "attention", "dropout", "data", "global_batch_size", "steps", "lr", "warmup_steps",
-       "optimizer", "weight_decay", "clip", "seed", "dtype", "grad_dtype")  # fmt: skip
+       "optimizer", "weight_decay", "clip", "seed", "dtype", "grad_dtype",
+       "reduce_dtype")  # fmt: skip
 
 
 # TFLOP/s of dense bf16 matmuls, by how torch.cuda.get_device_name begins: NVIDIA's data sheets. Of
@@ -96,6 +97,8 @@ def parser() -> Parser:
         help="of parameters, activations and what travels; bf16 is updated in fp32")
     add("--grad-dtype", choices=("float32", "bf16"),
         help="with --dtype bf16: in which gradients add up (default float32)")  # fmt: skip
+    add("--reduce-dtype", choices=("float32", "bf16"),
+        help="with --dtype bf16: in which gradients are sent and summed over ranks (default bf16)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: cuda if every local rank has a GPU of its own, else cpu")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile, block by block")
@@ -193,6 +196,8 @@ def check(
         (alone, f"--{alone} is of --dry-run: give that too"),
         (args.grad_dtype and args.dtype != "bf16", f"--grad-dtype {args.grad_dtype} with --dtype "
          f"{args.dtype}: give --dtype bf16, or leave it out"),
+        (args.reduce_dtype and args.dtype != "bf16", f"--reduce-dtype {args.reduce_dtype} with "
+         f"--dtype {args.dtype}: give --dtype bf16, or leave it out"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
@@ -344,7 +349,7 @@ def look_back(
         before = was["arguments"] | ({} if args.model else was["sizes"])
         complete.set_defaults(**{name: before[name] for name in (*RUN, *SIZES) if name in before})
         if complete.parse_args(argv).dtype != "bf16":
-            complete.set_defaults(grad_dtype=None)  # applies to bf16 only
+            complete.set_defaults(grad_dtype=None, reduce_dtype=None)  # apply to bf16 only
         args = complete.parse_args(argv)
     args.checkpoint_dir = folder
     return args, found, wrong

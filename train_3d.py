@@ -133,7 +133,8 @@ class Trainer:
         return mine
 
     def _attach(self, sync: Callable | None, accumulations: dict[nn.Parameter, int]):
-        stage, how = self.args.zero, {"grad_dtype": options.DTYPES.get(self.args.grad_dtype)}
+        stage, dtypes = self.args.zero, ("grad_dtype", "reduce_dtype")
+        how = {name: options.DTYPES.get(getattr(self.args, name)) for name in dtypes}
         if self.args.dp_nodes > 1:
             how["reduce"] = ddp.Hierarchical(self.inside_group, self.across_group)
         if sync or stage == 0:

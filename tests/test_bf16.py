@@ -1,9 +1,12 @@
 """Layouts in bf16 against one process that does the same operations in the same order: bit by bit.
 
 The one process holds the shards of all t ranks and uses torch's functions alone. A sum over t ranks
-is a sum of t tensors in bf16. t is at most 2: two numbers have one sum.
-tests/test_zero.py has the same test for data parallelism.
+is a sum of t tensors in bf16. t is at most 2: two numbers have one sum. So is the number of ranks
+in each sum over data parallel ranks. tests/test_zero.py tests these without the trainer.
 """
+
+import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gpt
+import measure
 import options
-from tools import oracle
+from tools import dry_run, oracle
 from tools.oracle import Case, launch
 
 BF16 = torch.bfloat16
@@ -41,6 +45,7 @@ class OneProcess:
         self.shards = case.t if case.sequence else 1  # of the sequence
         self.fused = case.t == 1 and not case.schedule.startswith("zb")  # matmul and bias of a row
         self.held: list[dict[str, Tensor]] = []
+        self.sums: dict[Tensor, Tensor] = {}  # the gradient of a leaf, summed over dp ranks
         for mine in masters:
             leaves = {name: self.leaf(master) for name, master in mine.items()}
             if self.held and not case.sequence:
@@ -50,11 +55,14 @@ class OneProcess:
                 leaves["lm_head.weight"] = leaves[wte] if case.p == 1 else self.leaf(mine[wte])
             self.held.append(leaves)
 
-    @staticmethod
-    def leaf(master: Tensor) -> Tensor:
+    def leaf(self, master: Tensor) -> Tensor:
         p = master.detach().to(BF16).requires_grad_()
-        p.grad_dtype = torch.float32  # over microbatches gradients are added in fp32
+        # Gradients are added over microbatches here; under ZeRO-2 and 3, after the sum over ranks.
+        p.grad_dtype = grad_dtype(self.case) if self.case.zero < 2 else BF16
         return p
+
+    def leaves(self) -> list[Tensor]:
+        return list(dict.fromkeys(p for leaves in self.held for p in leaves.values()))
 
     def of(self, rank: int, name: str) -> list[Tensor]:
         return [self.held[rank].get(f"{name}.{kind}") for kind in ("weight", "bias")]
@@ -123,13 +131,42 @@ class OneProcess:
 
     def gradients(self, name: str) -> list[Tensor]:
         """By rank, summed over the leaves of one parameter: in fp32."""
-        by_rank = [leaves[name].grad for leaves in self.held]
+        by_rank = [self.sums[leaves[name]].float() for leaves in self.held]
         if is_whole(name) and self.case.sequence:
             by_rank = [sum(by_rank)] * self.t
         if name == "wte.weight" and self.case.tied and self.case.p > 1:
             ends = zip(by_rank, self.gradients("lm_head.weight"), strict=True)
             by_rank = [lookup + head for lookup, head in ends]
         return by_rank
+
+
+def grad_dtype(case: Case) -> torch.dtype:
+    return options.DTYPES[case.grad_dtype or "float32"]
+
+
+def reduce_dtype(case: Case) -> torch.dtype:
+    return options.DTYPES[case.reduce_dtype or "bf16"]
+
+
+def sum_over_ranks(models: list[OneProcess]) -> None:
+    """Sums the gradients of these dp ranks, and adds them to the first model's `sums`. Those of a
+    host are summed first, if there are several hosts."""
+    case, n = models[0].case, len(models) // models[0].case.nodes
+    for leaves in zip(*(model.leaves() for model in models), strict=True):
+        parts = [p.grad.to(reduce_dtype(case)) if case.d > 1 else p.grad for p in leaves]
+        total = sum(sum(parts[i : i + n]) for i in range(0, len(parts), n))
+        before = models[0].sums.get(leaves[0], 0.0)
+        models[0].sums[leaves[0]] = (before + total.float()).to(grad_dtype(case))
+        for p in leaves:
+            p.grad = None
+
+
+def sum_over_replicas(models: list[OneProcess]) -> None:
+    """Sums the first model's `sums` with those of the others, which share no state with it."""
+    for leaves in zip(*(model.leaves() for model in models), strict=True):
+        parts = zip(models, leaves, strict=True)
+        total = sum(model.sums[p].to(reduce_dtype(model.case)) for model, p in parts)
+        models[0].sums[leaves[0]] = total.to(grad_dtype(models[0].case))
 
 
 def emulate(case: Case) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -152,11 +189,21 @@ def emulate(case: Case) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     losses = []
     for step in range(case.steps):
         x, y = oracle.reader(case)(step, range(args.global_batch_size))
-        model, count = OneProcess(case, masters), (y >= 0).sum()
-        parts = zip(x.split(case.b), y.split(case.b), strict=True)
-        losses.append(sum(model.microbatch(xs, ys, count) for xs, ys in parts))
+        models, count = [OneProcess(case, masters) for _ in range(case.d)], (y >= 0).sum()
+        k = case.shard_size or case.d
+        groups = [models[i : i + k] for i in range(0, case.d, k)]
+        parts = list(zip(x.split(case.b), y.split(case.b), strict=True))
+        by_rank = [0.0] * case.d
+        for i in range(case.m):
+            for rank, model in enumerate(models):
+                by_rank[rank] += model.microbatch(*parts[rank * case.m + i], count)
+            for group in groups if case.zero >= 2 or i + 1 == case.m else ():
+                sum_over_ranks(group)
+        if len(groups) > 1:
+            sum_over_replicas([group[0] for group in groups])
+        losses.append(sum(by_rank))
         for name in named:
-            for mine, gradient in zip(masters, model.gradients(name), strict=True):
+            for mine, gradient in zip(masters, models[0].gradients(name), strict=True):
                 mine[name].grad = gradient
         for group in optimizer.param_groups:
             group["lr"] = gpt.learning_rate(step, args.steps, args.warmup_steps, args.lr)
@@ -164,21 +211,32 @@ def emulate(case: Case) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     return losses, masters
 
 
-def differences(case: Case) -> tuple[list[str], list[str]]:
-    """On each rank: (what differs from the emulation, the parameters that were compared)."""
+def differences(case: Case) -> tuple[list[str], list[str], dict]:
+    """On each rank: (what differs from the emulation, the parameters that were compared, the
+    dtypes in which gradients and parameters were sent, by (group, operation))."""
     losses, masters = emulate(case)
     trainer = oracle.trainer_of(case)
     expected, wrong = masters[trainer.tp_group.rank()], []
-    for step, loss in enumerate(losses):
-        if not torch.equal(trainer.step(step)[0], loss):
-            wrong.append(f"loss of step {step}")
+    with measure.Collectives(dry_run.groups_of(trainer)) as seen:
+        for step, loss in enumerate(losses):
+            # Four shares of a loss have several sums.
+            if not torch.equal(trainer.step(step)[0], loss) and case.d <= 2:
+                wrong.append(f"loss of step {step}")
+        trainer.sync.gather()
     pieces = trainer.sync.pieces()
-    for name, piece, p, _ in pieces:
-        if not torch.equal(piece.grad, expected[name].grad):
+    for name, piece, p, at in pieces:
+        gradient, value = (x.flatten()[at : at + piece.numel()].view_as(piece)
+                           for x in (expected[name].grad, expected[name]))  # fmt: skip
+        if not torch.equal(piece.grad, gradient):
             wrong.append(f"gradient of {name}")
-        if not (torch.equal(piece, expected[name]) and torch.equal(p, expected[name].to(BF16))):
+        if not (torch.equal(piece, value) and torch.equal(p, expected[name].to(BF16))):
             wrong.append(name)
-    return wrong, [name for name, *_ in pieces]
+    sent: dict = {}
+    for call in seen.calls:
+        summed = call.ranks > 1 and call.dtype.is_floating_point  # others count tokens
+        if summed and call.group != "world":
+            sent.setdefault((call.group, call.operation), set()).add(call.dtype)
+    return wrong, [name for name, *_ in pieces], sent
 
 
 @pytest.mark.parametrize(
@@ -193,8 +251,48 @@ def test_a_bf16_layout_is_bitwise_one_process_that_adds_in_the_same_order(layout
     sizes = {"m": 3, "n_layer": 4, "n_head": 2, "n_embd": 16, "seq_len": 8, "vocab_size": 31}
     case = Case(dtype="bf16", clip=0.0, steps=2, **sizes, **layout)
     ranks = launch(case.world_size, differences, case)
-    assert [wrong for wrong, _ in ranks] == [[]] * case.world_size
+    assert [wrong for wrong, *_ in ranks] == [[]] * case.world_size
     with torch.device("meta"):
         whole = gpt.GPT(gpt.GPTConfig(4, 2, 16, 31, 8, tied=case.tied))
     names = {name for name, _ in gpt.named_parameters(whole)}
-    assert set().union(*(compared for _, compared in ranks)) == names
+    assert set().union(*(compared for _, compared, _ in ranks)) == names
+
+
+def differences_by_dtypes(case: Case) -> dict:
+    """By (grad_dtype, reduce_dtype): (what differs, the dtypes that were sent)."""
+    found = {}
+    for dtypes in itertools.product((None, "bf16"), (None, "float32")):
+        fields = dict(zip(("grad_dtype", "reduce_dtype"), dtypes, strict=True))
+        wrong, _, sent = differences(dataclasses.replace(case, **fields))
+        found[dtypes] = wrong, sent
+    return found
+
+
+SUMS = {  # collectives that sum gradients
+    "DDP": ({}, {("dp", "all_reduce")}),
+    "DDP on 2 hosts": (
+        {"d": 4, "nodes": 2},
+        {("inside", "reduce_scatter"), ("across", "all_reduce"), ("inside", "all_gather")},
+    ),
+    **{f"ZeRO-{stage}": ({"zero": stage}, {("shard", "reduce_scatter")}) for stage in (1, 2, 3)},
+    **{
+        f"ZeRO-{stage}, hybrid": (
+            {"d": 4, "zero": stage, "shard_size": 2},
+            {("shard", "reduce_scatter"), ("replica", "all_reduce")},
+        )
+        for stage in (1, 2, 3)
+    },
+}
+
+
+@pytest.mark.parametrize("layout, sums", SUMS.values(), ids=SUMS)
+def test_gradients_are_summed_over_ranks_in_the_reduce_dtype(layout, sums):
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "seq_len": 4, "vocab_size": 11, "b": 1}
+    # SGD: fused AdamW rounds the last few entries of a piece in another way than the rest.
+    case = Case(dtype="bf16", clip=0.0, steps=2, optimizer="sgd", **{"d": 2, **sizes, **layout})
+    for found in launch(case.world_size, differences_by_dtypes, case):
+        for (grad, reduce), (wrong, sent) in found.items():
+            assert wrong == [], (grad, reduce)
+            expected = {key: {options.DTYPES[reduce or "bf16"]} for key in sums}
+            gathers = {("shard", "all_gather"): {BF16}} if case.zero else {}
+            assert sent == expected | gathers, (grad, reduce)

@@ -626,13 +626,14 @@ def signalled_under_torchrun(ranks: int, number: int, *flags) -> tuple[str, str,
 
 
 def test_a_run_with_bf16_gradients_resumes_in_float32(text, tmp_path):  # noqa: F811
-    """--grad-dtype belongs to bf16 and is not taken over."""
+    """--grad-dtype and --reduce-dtype belong to bf16 and are not taken over."""
     flags = [*TINY, "--data", text, "--val-every", 0, "--checkpoint-dir", tmp_path / "saves"]
-    bf16 = ["--dtype", "bf16", "--grad-dtype", "bf16", "--stop-after", 2]
-    assert forked(0, train_3d.main, *flags, *bf16).returncode == 0
+    bf16 = ["--dtype", "bf16", "--grad-dtype", "bf16", "--reduce-dtype", "float32"]
+    assert forked(0, train_3d.main, *flags, *bf16, "--stop-after", 2).returncode == 0
     rest = forked(0, train_3d.main, *flags, "--resume", "--dtype", "float32")
     assert rest.returncode == 0, rest.stderr
-    changed = "--dtype bf16 -> float32, --grad-dtype bf16 -> None\n"
+    changed = ("--dtype bf16 -> float32, --grad-dtype bf16 -> None, "
+               "--reduce-dtype float32 -> None\n")  # fmt: skip
     assert f"--resume: as before but for {changed}" in rest.stdout
 
 

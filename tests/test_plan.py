@@ -48,16 +48,49 @@ MORE = [
     Case(t=4, d=2, zero=3, vocab_size=50257, n_layer=1), Case(optimizer="sgd", dtype="bf16"),
     Case(d=2, zero=2, dtype="bf16", grad_dtype="bf16", optimizer="sgd"),
 ]  # fmt: skip
+SMALL_BF16 = functools.partial(Case, n_layer=2, b=1, dtype="bf16")
+WIDE_SUMS = functools.partial(SMALL_BF16, reduce_dtype="float32")
+SUMS = [  # of gradients, over ranks
+    SMALL_BF16(d=2), SMALL_BF16(d=2, zero=1), SMALL_BF16(d=2, zero=2), SMALL_BF16(d=2, zero=3),
+    SMALL_BF16(d=2, grad_dtype="bf16"), WIDE_SUMS(d=2, zero=1, grad_dtype="bf16"),
+    WIDE_SUMS(d=2), WIDE_SUMS(d=2, zero=2), WIDE_SUMS(d=2, zero=3), Case(d=2, dtype="float32"),
+]  # fmt: skip
+IN_BF16 = [  # the other collectives
+    SMALL_BF16(t=2), SMALL_BF16(t=2, sequence=True, seq_len=8), SMALL_BF16(p=2),
+    SMALL_BF16(d=4, nodes=2), WIDE_SUMS(d=4, nodes=2), SMALL_BF16(d=4, zero=2, shard_size=2),
+    WIDE_SUMS(d=4, zero=3, shard_size=2),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [
-    *MORE,
+    *MORE, *SUMS, *IN_BF16,
     *(pytest.param(dataclasses.replace(case, recompute=policy, seq_len=12), marks=pytest.mark.slow)
       for case in UNDER_POLICIES for policy in activation_ckpt.POLICIES),
 ], ids=str)  # fmt: skip
 def test_a_rank_holds_sends_and_computes_what_is_predicted(case):
     """More of it, with every pair of options, in tests/test_layouts.py."""
     assert launch(case.world_size, differences, case) == [{}] * case.world_size
+
+
+def observed(case: Case) -> tuple:
+    trainer = trainer_of(case)
+    counted, _ = dry_run.observe(trainer, dist.get_rank(), activations=False).traffic
+    about = trainer.config, dry_run.layout_of(trainer), dry_run.program_of(trainer)
+    return {key: nbytes for key, (_, nbytes) in counted.items()}, *about
+
+
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_the_time_of_gradient_sums_is_that_of_the_bytes_that_were_sent(case):
+    """On a link of 1 byte a second, and where no part of a collective is hidden."""
+    counted, config, layout, program = launch(2, observed, case)[0]
+    slow = A100._replace(link=1.0, link_gb_per_s=1e-9, link_us=0.0, overlap=1.0)
+    whole, rest = (cost.predicted_step(config, layout, slow, 8, each).total
+                   for each in (program, program._replace(reduce_itemsize=0)))  # fmt: skip
+    if case.zero:
+        sent = counted["shard", "reduce_scatter"] / 2  # (d - 1) / d
+    else:
+        sent = counted["dp", "all_reduce"] - 8  # 2 (d - 1) / d, without the count of tokens
+    assert whole - rest == pytest.approx(sent, rel=1e-9)
 
 
 def without_ranks(seen: dry_run.Seen) -> dict:

@@ -152,7 +152,7 @@ def test_coverage_counts_pairs_that_met():
     table = fuzz.coverage([case] * 3).splitlines()
     assert table[0] == "tp    " and table[1] == "sp       3"
     n = len(fuzz.features(case))
-    assert table[-1].startswith(f"{n * (n - 1) // 2} of 377 pairs of features were tested together")
+    assert table[-1].startswith(f"{n * (n - 1) // 2} of 405 pairs of features were tested together")
 
 
 def test_options_without_an_effect_are_no_features():

@@ -75,6 +75,7 @@ def text(tmp_path) -> str:
         ("--zero 3 --zero-shard-size 0", 4, "--zero-shard-size: is 0: give at least 1"),
         ("--zero 2 --zero-reshard-after-forward 0", 4, "only ZeRO-3 reshards"),
         ("--grad-dtype bf16", 1, "--grad-dtype bf16 with --dtype float32"),
+        ("--reduce-dtype float32", 1, "--reduce-dtype float32 with --dtype float32"),
         ("--recompute half", 1, "--recompute: invalid choice: 'half'.*selective.*offload"),
         ("--recompute-every 0", 1, "--recompute-every: is 0: give at least 1"),
         ("--recompute-layers 0", 1, "--recompute-layers: is 0: give at least 1"),

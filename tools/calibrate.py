@@ -21,7 +21,7 @@ from tools.cost import Hardware, Program
 from tools.oracle import launch
 from zero import all_gather, reduce_scatter
 
-PROGRAM = Program(itemsize=4, grad_itemsize=4)  # a CPU has no fast bf16
+PROGRAM = Program(itemsize=4, grad_itemsize=4, reduce_itemsize=4)  # a CPU has no fast bf16
 SIZES = (gpt.GPTConfig(4, 8, 256, 256, 128), gpt.GPTConfig(4, 8, 384, 256, 192))
 ROWS = (1, 2)  # of a microbatch
 

@@ -34,12 +34,12 @@ class Hardware(NamedTuple):
     link_gb_per_s: float  # of a GPU, inside its machine
     network_gb_per_s: float  # of a GPU's share of its machine's network
     # Fitted to the published rows, see tools/published.py:
-    matmul: float = 0.77  # of tflops, by a large matmul
-    ramp_gflop: float = 18.0  # a matmul of this size reaches half of that
+    matmul: float = 0.75  # of tflops, by a large matmul
+    ramp_gflop: float = 17.0  # a matmul of this size reaches half of that
     passes: float = 2.4  # what backward needs crosses memory so often in the forward that makes it
-    link: float = 0.86  # of link_gb_per_s, by a ring
-    network: float = 0.76  # of network_gb_per_s
-    overlap: float = 0.43  # of a collective behind compute is paid nevertheless: they share a GPU
+    link: float = 0.90  # of link_gb_per_s, by a ring
+    network: float = 0.78  # of network_gb_per_s
+    overlap: float = 0.48  # of a collective behind compute is paid nevertheless: they share a GPU
     # Of one call; inputs of Calculon (Isaev et al. 2023), not measured:
     link_us: float = 10.0
     network_us: float = 20.0
@@ -61,7 +61,8 @@ class Program(NamedTuple):
     """What a training program does that its layout does not say. The default is ours, in bf16."""
 
     itemsize: int = 2
-    grad_itemsize: int = 4
+    grad_itemsize: int = 4  # of gradients that are added up over microbatches
+    reduce_itemsize: int = 2  # of gradients that are summed over ranks
     hides_tp: bool = True  # backward's collectives of tp run beside the weights' gradients
     hides_dp: bool = True  # gradients meet while backward goes on
     scatters: bool = False  # of a boundary each tp rank sends its part, and then they gather it
@@ -155,7 +156,8 @@ def states(
     tp_rank: int = 0, shard_rank: int = 0,
 ) -> dict[str, int]:  # fmt: skip
     """Parameters, gradients, optimizer, and the buffers that come with them: of ZeRO-3 two whole
-    units and the gradients of one. (Of the layout what they depend on, see `lean`.)"""
+    units and the gradients of one, as computed and as sent. (Of the layout what they depend on, see
+    `lean`.)"""
     numels = units(config, layout.tp, n_layer, first, last, tp_rank)
     names = {2: "bf16", 4: "float32", 8: "float64"}
     dtypes = [options.DTYPES[names[n]] for n in (program.itemsize, program.grad_itemsize)]
@@ -163,7 +165,7 @@ def states(
         held = zero.predicted_bytes(numels, layout.shards, shard_rank, layout.zero, *dtypes)
     else:
         held = ddp.predicted_bytes(sum(numels), *dtypes)
-    whole = max(numels) * (2 * program.itemsize + program.grad_itemsize)
+    whole = max(numels) * (3 * program.itemsize + program.reduce_itemsize)
     return held | {"buffers": whole if layout.zero == 3 and layout.shards > 1 else 0}
 
 
@@ -206,6 +208,33 @@ def under_policy(layout: Layout, n_layers: list[int]) -> list[int]:
         counts.append(sum(start <= i < start + n for i in chosen))
         start += n
     return counts
+
+
+def dp_itemsize(program: Program, operation: str) -> int:
+    """Bytes of an element that data parallelism sends. ZeRO gathers parameters; all other
+    collectives sum gradients."""
+    return program.itemsize if operation == "all_gather" else program.reduce_itemsize
+
+
+def tp_traffic(
+    config: gpt.GPTConfig, layout: Layout, program: Program, n_layer: int, recomputed: int,
+    first: bool, last: bool, m: int = 1,
+) -> dict[tuple[str, str], tuple[int, int]]:  # fmt: skip
+    """(phase, operation) -> (calls, bytes) over tp, of m microbatches of a stage. Phase "recompute"
+    is the second forward of `recomputed` of its blocks. The loss's sums are sent in fp32 at least.
+    """
+    b, s, h = layout.micro_batch_size, config.seq_len, config.n_embd
+    sequence, itemsize = layout.sequence_parallel, program.itemsize
+    costs = tensor_parallel.predicted_collectives(n_layer, b, s, h, m, sequence, first, last)
+    traffic = {key: (calls, elements * itemsize) for key, (calls, elements) in costs.items()}
+    calls, nbytes = traffic["forward", "all_reduce"]
+    nbytes += last * 3 * m * b * s * (max(4, itemsize) - itemsize)
+    traffic["forward", "all_reduce"] = calls, nbytes
+    again = recomputed_calls(layout.recompute, sequence, config.dropout > 0)
+    for operation, calls in again.items():
+        calls *= m * recomputed
+        traffic["recompute", operation] = calls, calls * b * s * h * itemsize
+    return traffic
 
 
 def recomputed_calls(policy: str, sequence: bool, dropout: bool) -> dict[str, int]:
@@ -349,18 +378,17 @@ def chunk_seconds(
     def memory(nbytes: float) -> float:
         return hardware.passes * nbytes / (hardware.memory_gb_per_s * 1e9)
 
-    comm = {"forward": 0.0, "backward": 0.0, "hidden": 0.0}
-    costs = tensor_parallel.predicted_collectives(
-        n, b, s, h, 1, layout.sequence_parallel, first, last
-    )
-    for (phase, operation), (calls, payload) in costs.items() if t > 1 else ():
+    def dp_seconds(operation: str, elements: int) -> float:
+        nbytes = elements * dp_itemsize(program, operation)
+        return over_dp.seconds(operation, n + 1, nbytes)
+
+    comm = {"forward": 0.0, "backward": 0.0, "hidden": 0.0, "recompute": 0.0}
+    traffic = tp_traffic(config, layout, program, n, n, first, last)
+    for (phase, operation), (calls, nbytes) in traffic.items() if t > 1 else ():
         hidden = phase == "backward" and program.hides_tp
-        seconds = over_tp.seconds(operation, calls, payload * program.itemsize)
-        comm["hidden" if hidden else phase] += seconds
+        comm["hidden" if hidden else phase] += over_tp.seconds(operation, calls, nbytes)
     w = n * matmul(block - core, 4) + last * matmul(head, 1)
-    tp_b = comm["backward"] + beside(w, comm["hidden"], hardware.overlap) - w
-    for operation, calls in recomputed_calls(policy, layout.sequence_parallel, dropout).items():
-        tp_b += over_tp.seconds(operation, n * calls, n * calls * b * s * h * program.itemsize)
+    tp_b = comm["backward"] + comm["recompute"] + beside(w, comm["hidden"], hardware.overlap) - w
     calls_again = {"full": 6, "selective": 1}.get(policy, 0)
     ends = last * matmul(head, 1), last * memory(of_head)
     f = [n * matmul(block, 6) + ends[0], n * memory(kept) + ends[1], comm["forward"]]
@@ -368,8 +396,8 @@ def chunk_seconds(
           n * memory(kept + anew) + ends[1], tp_b]  # fmt: skip
     if layout.zero == 3 and layout.dp > 1:
         psi = sum(units(config, t, n, first, last))
-        gather = over_dp.seconds("all_gather", n + 1, psi * program.itemsize)
-        both = gather + over_dp.seconds("reduce_scatter", n + 1, psi * program.itemsize)
+        gather = dp_seconds("all_gather", psi)
+        both = gather + dp_seconds("reduce_scatter", psi)
         for part, collective, beyond in ((f, gather, 0.0), (bw, both, w)):
             compute = sum(part) + beyond
             part[2] += beside(compute, collective, hardware.overlap) - compute
@@ -482,15 +510,17 @@ def predicted_step(
         hidden = beside(compute, collective, hardware.overlap) - compute
         return hidden if program.hides_dp else collective
 
-    calls, grads = len(numels), psi * program.grad_itemsize
+    def dp_seconds(operation: str) -> float:
+        nbytes = psi * dp_itemsize(program, operation)
+        return over_dp.seconds(operation, len(numels), nbytes)
+
     if layout.zero == 0:
-        dp = met(over_dp.seconds("all_reduce", calls, grads), backward)
+        dp = met(dp_seconds("all_reduce"), backward)
     else:
         times = {1: 1, 2: m, 3: 0}[layout.zero]  # ZeRO-3's are in stage_seconds
-        dp = times * met(over_dp.seconds("reduce_scatter", calls, grads), backward)
+        dp = times * met(dp_seconds("reduce_scatter"), backward)
         if layout.zero < 3:
-            gather = over_dp.seconds("all_gather", calls, psi * program.itemsize)
-            dp += met(gather, forward)
+            dp += met(dp_seconds("all_gather"), forward)
     # AdamW reads and writes its states and writes the parameter; the gradient is read for the norm,
     # read and written by clipping, read by AdamW, and zeroed.
     owned, states = psi / (d if layout.zero else 1), 12 if program.itemsize < 4 else 8

@@ -42,7 +42,7 @@ import zero
 from tools import cost
 
 AXES = ("tp", "pp", "dp", "shard", "replica", "inside", "across", "tied")
-Traffic = dict[tuple[str, str], tuple[int, int]]  # (group, operation) -> (calls, elements)
+Traffic = dict[tuple[str, str], tuple[int, int]]  # (group, operation) -> (calls, bytes)
 
 
 class Transfer(NamedTuple):
@@ -225,13 +225,17 @@ def dry_run(args: argparse.Namespace, config: gpt.GPTConfig, rank: int) -> Seen:
         return observe(trainer_of(args, config), rank, is_explicit(config))
 
 
+def groups_of(trainer: train_3d.Trainer) -> dict[str, dist.ProcessGroup]:
+    groups = {name: getattr(trainer, f"{name}_group", None) for name in AXES}
+    return {name: group for name, group in groups.items() if group} | {"world": dist.group.WORLD}
+
+
 def observe(
     trainer: train_3d.Trainer, rank: int, activations: bool = True, step: int = 0
 ) -> Seen:
     """A step of a trainer, real or not, counted and predicted; activations only if they are to be
     (it takes a third of the time)."""
-    groups = {name: getattr(trainer, f"{name}_group", None) for name in AXES}
-    groups = {name: group for name, group in groups.items() if group} | {"world": dist.group.WORLD}
+    groups = groups_of(trainer)
     members = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
     transfers, peak, counter = [], [0], Flops()
     watched = watched_activations(trainer, peak) if activations else contextlib.nullcontext()
@@ -241,7 +245,8 @@ def observe(
     calls, counted = collections.defaultdict(list), collections.Counter()
     for call in collectives.calls:
         calls[call.group].append(call)
-        counted[call.group, call.operation] += torch.tensor([1, call.payload])
+        nbytes = call.payload * call.dtype.itemsize * (call.ranks > 1)
+        counted[call.group, call.operation] += torch.tensor([1, nbytes])
     counted = {key: tuple(both.tolist()) for key, both in counted.items()}
     held = measure.bytes_by_kind(trainer.sync.held(), trainer.optimizer)
     expected = predicted_bytes(trainer)
@@ -266,19 +271,24 @@ def layout_of(trainer: train_3d.Trainer) -> cost.Layout:
     )  # fmt: skip
 
 
+def program_of(trainer: train_3d.Trainer) -> cost.Program:
+    args, own = trainer.args, trainer.dtype
+    wide = torch.promote_types(own, torch.float32)
+    stat = own if trainer.device.type == "cpu" else wide
+    grad = options.DTYPES.get(args.grad_dtype, wide)
+    reduce = options.DTYPES.get(args.reduce_dtype, own)
+    return cost.Program(own.itemsize, grad.itemsize, reduce.itemsize, stat=stat.itemsize)
+
+
 def predicted_bytes(trainer: train_3d.Trainer) -> dict[str, int]:
-    layout, grad_dtype = layout_of(trainer), trainer.args.grad_dtype
-    wide = torch.promote_types(trainer.dtype, torch.float32)
-    grad_dtype = options.DTYPES[grad_dtype] if grad_dtype else wide
-    itemsize = trainer.dtype.itemsize
-    stat = itemsize if trainer.device.type == "cpu" else max(4, itemsize)
-    program = cost.Program(itemsize, grad_dtype.itemsize, stat=stat)
+    program = program_of(trainer)
     held = cost.predicted_rank_bytes(
-        trainer.config, layout, trainer.pp_rank, program, tp_rank=trainer.tp_group.rank(),
-        shard_rank=trainer.shard_group.rank(), schedule=trainer.schedule,
+        trainer.config, layout_of(trainer), trainer.pp_rank, program,
+        tp_rank=trainer.tp_group.rank(), shard_rank=trainer.shard_group.rank(),
+        schedule=trainer.schedule,
     )  # fmt: skip
     if trainer.args.optimizer == "sgd":  # of the masters and two moments: the masters
-        held["optimizer"] = held["optimizer"] // 3 if itemsize < 4 else 0
+        held["optimizer"] = held["optimizer"] // 3 if program.itemsize < 4 else 0
     return held
 
 
@@ -310,51 +320,49 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
     """Composed of the strategies' own: each knows its axis alone. What a rank sums of partial and
     tied gradients is what it owns of them, counted from its pieces."""
     args, config, stages = trainer.args, trainer.config, trainer.stages
+    layout, program, groups = layout_of(trainer), program_of(trainer), groups_of(trainer)
     t, b, s, h, m = args.tp, args.micro_batch_size, config.seq_len, config.n_embd, trainer.m
     traffic: dict = collections.defaultdict(lambda: torch.zeros(2, dtype=torch.long))
 
-    def add(group: str, operation: str, calls: int, payload: int) -> None:
+    def add(group: str, operation: str, calls: int, elements: int, itemsize: int) -> None:
         if calls:
-            traffic[group, operation] += torch.tensor([calls, payload])
+            nbytes = elements * itemsize * (groups[group].size() > 1)  # one rank sends nothing
+            traffic[group, operation] += torch.tensor([calls, nbytes])
 
-    layers = [len(trainer.pipe.chunks[k].h) for k in stages]
-    recomputed = cost.under_policy(layout_of(trainer), layers)
-    end, sequence = trainer.pipe.last, args.sequence_parallel
+    layers, end = [len(trainer.pipe.chunks[k].h) for k in stages], trainer.pipe.last
+    recomputed = cost.under_policy(layout, layers)
     for k, n, again in zip(stages, layers, recomputed, strict=True) if t > 1 else ():
-        costs = tensor_parallel.predicted_collectives(n, b, s, h, m, sequence, k == 0, k == end)
-        for (_, operation), (calls, payload) in costs.items():
-            add("tp", operation, calls, payload)
-        for operation, calls in cost.recomputed_calls(
-            args.recompute, sequence, config.dropout > 0
-        ).items():
-            add("tp", operation, m * again * calls, m * again * calls * b * s * h)
-    pieces = trainer.sync.pieces()
+        costs = cost.tp_traffic(config, layout, program, n, again, k == 0, k == end, m)
+        for (_, operation), (calls, nbytes) in costs.items():
+            add("tp", operation, calls, nbytes, 1)
+    pieces, wide = trainer.sync.pieces(), max(4, program.itemsize)  # masters are in fp32
     partial = sum(piece.numel() for _, piece, p, _ in pieces if p.partial)
     tied = sum(piece.numel() for _, piece, p, _ in pieces if hasattr(p, "tied_name"))
-    add("tp", "all_reduce", t > 1 and partial > 0, partial)
-    add("tied", "all_reduce", tied > 0, tied)
+    add("tp", "all_reduce", t > 1 and partial > 0, partial, wide)
+    add("tied", "all_reduce", tied > 0, tied, wide)
 
-    shards = t if sequence else 1
+    shards = t if args.sequence_parallel else 1
     of_all = pipeline.stages_of(trainer.schedule)
     calls, payload = pipeline.predicted_sends(of_all, trainer.pp_rank, m, b, s // shards, h)
-    add("pp", "send", calls, payload)
-    add("pp", "recv", calls, payload)  # an output from each that a gradient goes to, and so on
+    for operation in ("send", "recv"):  # an output from each that a gradient goes to, and so on
+        add("pp", operation, calls, payload, program.itemsize)
 
     if args.zero:
         for operation, total in predicted_zero(trainer).items():
             group = "replica" if operation == "all_reduce" else "shard"
-            add(group, operation, total.calls, total.exposed + total.hidden)
+            add(group, operation, total.calls, total.exposed + total.hidden,
+                cost.dp_itemsize(program, operation))  # fmt: skip
     else:
         numel = sum(p.numel() for _, p in trainer.sync.parameters)
         calls, buckets = len(trainer.sync.buckets), [f.numel() for f in trainer.sync.buckets]
-        if args.dp_nodes == 1:
-            add("dp", "all_reduce", calls, ddp.predicted_payload(numel))
-        else:
+        payloads = {("dp", "all_reduce"): ddp.predicted_payload(numel)}
+        if args.dp_nodes > 1:
             n = trainer.inside_group.size()
-            for key, payload in ddp.predicted_hierarchical_payload(buckets, n).items():
-                add(*key, calls, payload)
-    add("dp", "all_reduce", 1, 1)  # how many tokens count
-    add("world", "all_reduce", 1, 3)  # loss, norm, who was asked to stop
+            payloads = ddp.predicted_hierarchical_payload(buckets, n)
+        for key, payload in payloads.items():  # all of gradients, also the all-gather inside
+            add(*key, calls, payload, cost.dp_itemsize(program, "all_reduce"))
+    add("dp", "all_reduce", 1, 1, 8)  # how many tokens count
+    add("world", "all_reduce", 1, 3, wide)  # loss, norm, who was asked to stop
     return {key: tuple(both.tolist()) for key, both in traffic.items()}
 
 
@@ -399,7 +407,7 @@ def lines_of(seen: Seen) -> Iterator[tuple[str, bool]]:
         yield row("activations", counted, predicted)
     else:
         yield f"  {'activations (sdpa: by formula)':32s}{'':26s}{predicted:>26,d}", True
-    yield "  collectives of a step: calls, then elements", True
+    yield "  collectives of a step: calls, then bytes", True
     for key in sorted({*seen.traffic[0], *seen.traffic[1]}):
         for i, what in enumerate((f"{key[0]} {key[1]}", "")):
             yield row(what, *(traffic.get(key, (0, 0))[i] for traffic in seen.traffic))

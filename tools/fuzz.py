@@ -85,6 +85,7 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
         bucket_bytes=rng.choice((1, 500, 3000, 10**9)),
         dtype=dtype,
         grad_dtype=rng.choice((None, "float32", "bf16")) if dtype == "bf16" else None,
+        reduce_dtype=rng.choice((None, "float32")) if dtype == "bf16" else None,
         seed=rng.randint(0, 10**6),
     )  # fmt: skip
     if rng.random() < resumes and refusal(case) is None:
@@ -120,7 +121,7 @@ PLAIN = {"t": 1, "p": 1, "d": 1, "zero": 0, "shard_size": None, "nodes": 1, "res
          "sequence": False, "schedule": "1f1b", "chunks": None, "recompute": "none", "every": 1,
          "layers": None, "dropout": 0.0, "masked": False, "clip": 0.0, "optimizer": "sgd",
          "attention": "sdpa", "tied": False, "dtype": "float64", "grad_dtype": None,
-         "bucket_bytes": 10**9, "seed": 0}  # fmt: skip
+         "reduce_dtype": None, "bucket_bytes": 10**9, "seed": 0}  # fmt: skip
 SMALLEST = {"m": 1, "b": 1, "n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 5, "seq_len": 1}
 
 
@@ -172,10 +173,11 @@ def shrink(case: Case, seconds: float = 120, say=print) -> Case:
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 ALL = ["tp", "sp", *(name[:6] for name in pipeline.SCHEDULES), *STAGES, "hybrid", "kept", "nodes",
        "m>1", "b>1", "select", "full", "offloa", "drop", "explic", "untied", "mask", "odd v",
-       "clip", "sgd", "fp32", "bf16", "resume"]  # fmt: skip
+       "clip", "sgd", "fp32", "bf16", "reduce", "resume"]  # fmt: skip
 # Features of which a layout has at most one.
 ONE_OF = [STAGES, tuple(name[:6] for name in pipeline.SCHEDULES), ("select", "full", "offloa"),
-          ("fp32", "bf16"), ("hybrid", "ddp"), ("nodes", "hybrid"), ("nodes", "kept"),
+          ("fp32", "bf16"), ("fp32", "reduce"), ("hybrid", "ddp"), ("nodes", "hybrid"),
+          ("nodes", "kept"),
           *(("kept", stage) for stage in STAGES[:3]),
           *(("nodes", stage) for stage in STAGES[1:])]  # fmt: skip
 
@@ -194,7 +196,8 @@ def features(case: Case) -> list[str]:
         "drop": case.dropout > 0, "explic": case.attention == "explicit",
         "untied": not case.tied, "mask": case.masked, "odd v": case.vocab_size % case.t > 0,
         "clip": case.clip == 0.1, "sgd": case.optimizer == "sgd", "fp32": case.dtype == "float32",
-        "bf16": case.dtype == "bf16", "resume": case.resume is not None,
+        "bf16": case.dtype == "bf16", "reduce": case.reduce_dtype == "float32" and case.d > 1,
+        "resume": case.resume is not None,
     }  # fmt: skip
     return [name for name in ALL if live[name]]
 

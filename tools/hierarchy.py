@@ -95,12 +95,12 @@ def places(n_hosts: int) -> list[Place]:
 def across(traffic: dict, members: dict[str, list[int]], host: list[int]) -> float:
     """Bytes from this rank to one on another host: to the next in the ring of each group."""
     rank, total = dist.get_rank(), 0.0
-    for (group, operation), (_, payload) in traffic.items():
+    for (group, operation), (_, nbytes) in traffic.items():
         ring = members[group]
         following = ring[(ring.index(rank) + 1) % len(ring)]
         if operation != "recv" and host[following] != host[rank]:
             wire = links.WIRE["p2p" if operation == "send" else operation]
-            total += wire(len(ring)) * payload * PROGRAM.itemsize
+            total += wire(len(ring)) * nbytes
     return total
 
 

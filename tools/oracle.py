@@ -107,6 +107,7 @@ class Case:
     dtype: str = "float64"
     compile: bool = False
     grad_dtype: str | None = None
+    reduce_dtype: str | None = None
     seed: int = 0
     steps: int = STEPS
     resume: dict | None = None
@@ -147,6 +148,7 @@ class Case:
         flags += [] if self.chunks is None else [f"--chunks={self.chunks}"]
         flags += [] if self.shard_size is None else [f"--zero-shard-size={self.shard_size}"]
         flags += [] if self.grad_dtype is None else [f"--grad-dtype={self.grad_dtype}"]
+        flags += [] if self.reduce_dtype is None else [f"--reduce-dtype={self.reduce_dtype}"]
         flags += [] if self.layers is None else [f"--recompute-layers={self.layers}"]
         flags += [] if self.reshard else ["--zero-reshard-after-forward=0"]
         flags += ["--sequence-parallel"] if self.sequence else []
