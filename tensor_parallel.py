@@ -180,7 +180,8 @@ class SumOverGroup(torch.autograd.Function):
 def all_reduce_partial(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
     """With sequence parallelism: each rank has seen some of the tokens, so a parameter that is not
     cut (`partial` says so) has some of its gradient. Call once a step, with all of them, rather
-    than in each backward: one message for l blocks and m microbatches."""
+    than in each backward: one message for l blocks and m microbatches. Without sequence parallelism
+    only the parameters that the plan calls "partial" need it."""
     if gradients and group.size() > 1:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat, group=group)  # payload: norms, row biases, wpe
@@ -333,6 +334,20 @@ def cut_tokens(dropout: nn.Module, parts: int, group, sequence: bool) -> nn.Modu
     return cut_heads(dropout, parts, group, sequence) if sequence else dropout
 
 
+def mark_partial(module: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
+    """For a module between a column- and a row-parallel layer, e.g. a norm of each head (Qwen3). Its
+    input is this rank's heads, so each rank computes a partial sum of its gradient. A norm over all
+    heads (OLMo 2) needs the sum of squares of all ranks: write a style that all-reduces it."""
+    for p in module.parameters():
+        p.partial = True
+    return module
+
+
+def leave(module: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
+    """For a module that reads the residual stream, e.g. a norm before a column-parallel layer."""
+    return module
+
+
 STYLES = {
     "column": ColumnParallelLinear,
     "row": RowParallelLinear,
@@ -340,6 +355,8 @@ STYLES = {
     "position": PositionShard,
     "heads": cut_heads,
     "tokens": cut_tokens,
+    "partial": mark_partial,
+    "replicated": leave,
 }
 
 # How GPT-2 is cut. Another model needs another plan; see the Llama-like one in tests/test_forks.py.
@@ -366,8 +383,9 @@ def parallelize(
     must read its length off what a column returned, not off its input; parameters that are whole
     are marked `partial`, see all_reduce_partial; a style may mark more. Raises ValueError for an
     unknown style, a pattern that matches nothing (a misspelt one would leave its matrices whole,
-    and slow), or a matrix that leaves a rank without a row."""
+    and slow), a matrix that leaves a rank without a row, or a parameter that the plan must name."""
     tied: dict[int, nn.Parameter] = {}  # whole weight -> its part, for weights with two owners
+    styled: set[nn.Parameter] = set()
     modules = list(model.named_modules())
     for pattern in plan:
         if not any(fnmatch(name, pattern) for name, _ in modules):
@@ -386,10 +404,36 @@ def parallelize(
                 new.weight = tied.setdefault(id(module.weight), new.weight)
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new)
+            styled.update(new.parameters())
             break
-    for p in model.parameters():
+    check_between(model, styled)
+    for name, p in model.named_parameters():
+        if getattr(p, "partial", False) and hasattr(p, "cut"):
+            raise ValueError(f"{name} is sharded and 'partial': name the norms alone 'partial'")
         p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "cut"))
+        p.partial = p.partial and group.size() > 1  # one rank's gradient is complete
     return model
+
+
+def check_between(model: nn.Module, styled: set[nn.Parameter]) -> None:
+    """Raises ValueError for a trainable parameter that the plan does not name and that may lie
+    between a column- and a row-parallel layer, where its gradient is a partial sum: one whose
+    siblings are a subtree whose parallel layers are all column-parallel, and one with row-parallel
+    layers only."""
+    both = {ColumnParallelLinear, RowParallelLinear}
+    for path, module in model.named_modules():
+        kinds = {n: both & set(map(type, child.modules())) for n, child in module.named_children()}
+        if not all({kind} in kinds.values() for kind in both):
+            continue
+        for name, p in module.named_parameters():
+            said = p in styled or hasattr(p, "partial") or kinds.get(name.split(".")[0]) == both
+            if p.requires_grad and not said:
+                raise ValueError(
+                    f"{path}.{name} has a column- and a row-parallel layer as siblings. If it lies "
+                    "between them, its gradient on a rank is a partial sum: name its module "
+                    "'partial' in the plan. If it reads the residual stream, name it 'replicated'. "
+                    "(For a parameter that is no module's weight, set its .partial instead.)"
+                )
 
 
 def check_width(name: str, n: int, t: int) -> None:

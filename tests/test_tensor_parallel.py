@@ -1,6 +1,9 @@
+import types
+
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 import gpt
@@ -172,3 +175,142 @@ def parallelize_with(plan: dict):
 def test_bad_plans(plan, message):
     with pytest.raises(RuntimeError, match=message):
         launch(4, parallelize_with, plan)
+
+
+# --- models that are not gpt.GPT ------------------------------------------------------------------
+
+H, SIZE, V, S = 24, 6, 41, 8  # hidden size, head size, vocabulary, sequence length
+
+
+class Attention(nn.Module):
+    """QK-norm per head, as in Qwen3: between a column- and a row-parallel layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(H, H) for _ in range(4))
+        self.q_norm, self.k_norm = nn.RMSNorm(SIZE), nn.RMSNorm(SIZE)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (-1, SIZE)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Net(nn.Module):
+    """change(net): called before parameters are drawn."""
+
+    def __init__(self, change=lambda net: None):
+        super().__init__()
+        self.wte, self.norm, self.attn = nn.Embedding(V, H), nn.RMSNorm(H), Attention()
+        self.lm_head = nn.Linear(H, V, bias=False)
+        change(self)
+        self.double()
+        for name, p in self.named_parameters():
+            nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+
+    def forward(self, x):
+        x = self.wte(x)
+        return self.lm_head(x + self.attn(self.norm(x)))
+
+
+PLAN = {"wte": "vocab", "attn.[qkv]": "column", "attn.out": "row", "lm_head": "column"}
+QK_PLAN = PLAN | {"attn.?_norm": "partial"}
+
+
+def train(model: nn.Module, group=None, steps: int = 3) -> dict[str, torch.Tensor]:
+    """Gradients and parameters after a few steps of SGD. group: None for one process."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for step in range(steps):
+        optimizer.zero_grad()
+        x = torch.randint(V, (2, S), generator=torch.Generator().manual_seed(step))
+        if group:
+            loss = tp.vocab_parallel_cross_entropy(model(x), x.roll(1), model.lm_head, group)
+        else:
+            loss = gpt.cross_entropy(model(x), x.roll(1))
+        (loss / x.numel()).backward()
+        if group:
+            tp.all_reduce_partial([p.grad for p in model.parameters() if p.partial], group)
+        optimizer.step()
+    named = dict(model.named_parameters())
+    gradients = {f"gradient {n}": p.grad for n, p in named.items() if p.grad is not None}
+    return gradients | {n: p.detach() for n, p in named.items()}
+
+
+def beside_one_process(plan: dict, sequence: bool, change=lambda net: None):
+    """(largest relative error, the replicated tensors)."""
+    expected = train(Net(change))
+    model = tp.parallelize(Net(change), plan, dist.group.WORLD, sequence)
+    cuts = {n: p.cut for n, p in model.named_parameters() if hasattr(p, "cut")}
+    actual = train(model, dist.group.WORLD)
+    for name, cut in cuts.items():
+        for key in {name, f"gradient {name}"} & expected.keys():
+            expected[key] = cut(expected[key])
+    errors = measure.relative_errors(actual, expected)
+    replicas = {n: a for n, a in actual.items() if n.removeprefix("gradient ") not in cuts}
+    return measure.largest(errors.values()), replicas
+
+
+def check_beside_one_process(t: int, *args) -> None:
+    (worst, first), *others = launch(t, beside_one_process, *args)
+    for error, replicas in [(worst, first), *others]:
+        assert error <= measure.TOLERANCE
+        assert all(torch.equal(a, first[n]) for n, a in replicas.items())
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_per_head_qk_norm_named_partial(sequence):
+    check_beside_one_process(2, QK_PLAN, sequence)
+
+
+def parallelize_net(plan: dict, change=lambda net: None, t: int = 2) -> nn.Module:
+    return tp.parallelize(Net(change), plan, group_of(t))
+
+
+def group_of(t: int):
+    """Enough of a process group for parallelize, which makes no collective."""
+    return types.SimpleNamespace(rank=lambda: 0, size=lambda: t)
+
+
+def give_scale(net: nn.Module) -> None:
+    """A parameter that has no module of its own."""
+    net.attn.scale = nn.Parameter(torch.ones(1))
+
+
+def nest_the_norm(net: nn.Module) -> None:
+    """The row-parallel layer is not in the module of the column-parallel ones."""
+    net.attn.inner = nn.ModuleDict()
+    for name in ("q", "k", "v", "q_norm", "k_norm"):
+        net.attn.inner[name] = net.attn.get_submodule(name)
+        delattr(net.attn, name)
+
+
+@pytest.mark.parametrize(
+    "plan, change, name",
+    [
+        (PLAN, lambda net: None, "attn.q_norm.weight"),
+        (QK_PLAN, give_scale, "attn.scale"),
+        ({"attn.inner.?": "column", "attn.out": "row"}, nest_the_norm, "attn.inner.q_norm.weight"),
+    ],
+)
+def test_a_parameter_that_may_lie_between_column_and_row_must_be_named(plan, change, name):
+    with pytest.raises(ValueError, match=rf"^{name} has .* 'partial' in the plan"):
+        parallelize_net(plan, change)
+
+
+def test_who_is_partial():
+    def change(net):
+        give_scale(net)
+        net.attn.scale.partial = True
+
+    replicated = {"norm.weight", "attn.out.bias"}
+    partial = {"attn.scale", "attn.q_norm.weight", "attn.k_norm.weight"}
+    cases = (2, False, partial), (2, True, partial | replicated), (1, True, set())
+    for t, sequence, expected in cases:
+        net = tp.parallelize(Net(change), QK_PLAN, group_of(t), sequence)
+        assert {n for n, p in net.named_parameters() if p.partial} == expected
+
+
+def test_a_sharded_parameter_is_not_partial():
+    plan = {"attn": "partial", **PLAN}
+    with pytest.raises(ValueError, match="attn.q.weight is sharded and 'partial'"):
+        parallelize_net(plan)
