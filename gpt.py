@@ -223,12 +223,13 @@ def forward_flops_per_token(config: GPTConfig) -> int:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum (not mean) of -log p(target) over valid tokens: targets of -1 are ignored.
+    """Sum (not mean) of -log p(target) over valid tokens: targets < 0 (-1, -100) are ignored.
     logits [b, s, v], targets [b, s] -> scalar, in fp32 if the logits are in bf16. Divide by the
     count of valid tokens of the whole batch, and the parts of a batch add up to its mean, however
     unevenly the valid ones lie."""
     logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
+    targets = targets.flatten().clamp(min=-1)
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
 
 def learning_rate(step: int, steps: int, warmup: int | None, peak: float) -> float:

@@ -305,7 +305,8 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens - self.start
         outside = (local < 0) | (local >= self.weight.size(0))
-        x = F.embedding(local.masked_fill(outside, 0), self.weight)
+        known = (tokens >= 0) & (tokens < self.weight.cut.shape[0])  # else F.embedding fails
+        x = F.embedding(local.masked_fill(outside & known, 0), self.weight)
         x = x.masked_fill(outside.unsqueeze(-1), 0.0)
         return SumOverGroup.apply(x, self.group, self.sequence)
 
@@ -335,9 +336,9 @@ def cut_tokens(dropout: nn.Module, parts: int, group, sequence: bool) -> nn.Modu
 
 
 def mark_partial(module: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
-    """For a module between a column- and a row-parallel layer, e.g. a norm of each head (Qwen3). Its
-    input is this rank's heads, so each rank computes a partial sum of its gradient. A norm over all
-    heads (OLMo 2) needs the sum of squares of all ranks: write a style that all-reduces it."""
+    """For a module between a column- and a row-parallel layer, e.g. a norm of each head (Qwen3).
+    Its input is this rank's heads, so each rank computes a partial sum of its gradient. A norm over
+    all heads (OLMo 2) needs the sum of squares of all ranks: write a style that all-reduces it."""
     for p in module.parameters():
         p.partial = True
     return module
@@ -384,28 +385,42 @@ def parallelize(
     are marked `partial`, see all_reduce_partial; a style may mark more. Raises ValueError for an
     unknown style, a pattern that matches nothing (a misspelt one would leave its matrices whole,
     and slow), a matrix that leaves a rank without a row, or a parameter that the plan must name."""
-    tied: dict[int, nn.Parameter] = {}  # whole weight -> its part, for weights with two owners
+    tied: dict[int, tuple[str, nn.Parameter]] = {}  # full weight -> its first owner, and its shard
     styled: set[nn.Parameter] = set()
     modules = list(model.named_modules())
     for pattern in plan:
         if not any(fnmatch(name, pattern) for name, _ in modules):
             raise ValueError(f"{pattern}: the plan names a module that the model does not have")
     for name, module in modules:
-        for pattern, style in plan.items():
-            if not fnmatch(name, pattern) or isinstance(module, nn.Identity):
-                continue
-            style, parts = (style, 1) if isinstance(style, str) else style
-            if style not in STYLES:
-                raise ValueError(f"{pattern}: style {style!r} is none of {', '.join(STYLES)}")
-            new = STYLES[style](module, parts, group, sequence)
-            if hasattr(new, "weight"):
-                for n in new.weight.cut.parts if hasattr(new.weight, "cut") else ():
-                    check_width(name, n, group.size())
-                new.weight = tied.setdefault(id(module.weight), new.weight)
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new)
-            styled.update(new.parameters())
-            break
+        pattern = next((pattern for pattern in plan if fnmatch(name, pattern)), None)
+        style = plan.get(pattern)
+        style, parts = style if isinstance(style, tuple) else (style, 1)
+        check_module(name, module, style)
+        if style is None or isinstance(module, nn.Identity):
+            continue
+        if style not in STYLES:
+            raise ValueError(f"{pattern}: style {style!r} is none of {', '.join(STYLES)}")
+        new = STYLES[style](module, parts, group, sequence)
+        if hasattr(new, "weight"):
+            cut = getattr(new.weight, "cut", None)
+            for n in cut.parts if cut else ():
+                check_width(name, n, group.size())
+            first, weight = tied.setdefault(id(module.weight), (name, new.weight))
+            if getattr(weight, "cut", None) != cut:
+                raise ValueError(
+                    f"{name}.weight is tied to {first}.weight, whose style shards it otherwise: "
+                    "change one style or untie them"
+                )
+            new.weight = weight
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+        styled.update(new.parameters())
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in tied and tied[id(p)][1] is not p:
+            raise ValueError(
+                f"{name} is tied to {tied[id(p)][0]}.weight, which the plan shards: name both "
+                "modules in the plan or untie them"
+            )
     check_between(model, styled)
     for name, p in model.named_parameters():
         if getattr(p, "partial", False) and hasattr(p, "cut"):
@@ -413,6 +428,17 @@ def parallelize(
         p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "cut"))
         p.partial = p.partial and group.size() > 1  # one rank's gradient is complete
     return model
+
+
+def check_module(name: str, module: nn.Module, style: str | None) -> None:
+    """Raises ValueError if the module cannot be used under this style (None: the plan has none)."""
+    draws = isinstance(module, nn.Dropout) or style in ("heads", "tokens")
+    if draws and style != "replicated" and module.p > 0 and not hasattr(module, "parts"):
+        raise ValueError(
+            f"{name}: {type(module).__name__}({module.p}) draws from the generator of its rank, so "
+            "the masks of replicas would differ: set p to 0 or use a dropout that draws by row and "
+            "site (gpt.Dropout). If all ranks have one seed, name it 'replicated' in the plan"
+        )
 
 
 def check_between(model: nn.Module, styled: set[nn.Parameter]) -> None:
@@ -450,14 +476,14 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     size [b, s] travel: the maximum, then the sum of exponentials and the target's own logit."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, start: int, group) -> Tensor:
+    def forward(ctx, logits: Tensor, targets: Tensor, start: int, v: int, group) -> Tensor:
         highest = logits.amax(dim=-1)  # [b, s]
         if group.size() > 1:
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)  # payload: b s
         shifted = logits - highest.unsqueeze(-1)  # [b, s, v/t]
         local = targets - start
-        outside = (local < 0) | (local >= logits.size(-1))  # of another rank, or ignored (-1)
-        local = local.masked_fill(outside, 0).unsqueeze(-1)
+        outside = (local < 0) | (local >= logits.size(-1))  # of another rank, or ignored (< 0)
+        local = local.masked_fill(outside & (targets < v), 0).unsqueeze(-1)  # v: gather fails
         at_target = shifted.gather(-1, local).squeeze(-1).masked_fill(outside, 0.0)
         exponentials = shifted.exp_()
         sums = torch.stack([exponentials.sum(dim=-1), at_target])
@@ -472,19 +498,20 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         probabilities, local, outside, valid = ctx.saved_tensors
         one = (~outside).to(probabilities.dtype).unsqueeze(-1)
         d_logits = probabilities.scatter_add(-1, local, -one)  # p - 1 at the target, else p
-        return d_logits.mul_(valid.unsqueeze(-1) * grad), None, None, None
+        return d_logits.mul_(valid.unsqueeze(-1) * grad), None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
     logits: Tensor, targets: Tensor, head: nn.Module, group: dist.ProcessGroup
 ) -> Tensor:
-    """logits [b, s, v/t] of a column-parallel head, targets [b, s] in 0..v-1 or -1 (ignored) ->
+    """logits [b, s, v/t] of a column-parallel head, targets [b, s] in 0..v-1 or < 0 (ignored) ->
     scalar, the same on every rank: gpt.cross_entropy of the whole logits, so at least in fp32."""
     cut, logits = head.weight.cut, logits.to(torch.promote_types(logits.dtype, torch.float32))
     if group.size() == 1:  # torch's, which reads and writes the logits less often
-        flat = targets.flatten().clone()  # autograd keeps it: not a view of the step's
+        flat = targets.flatten().clamp(min=-1)  # a copy: autograd keeps it, and not the step's
         return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
-    return VocabParallelCrossEntropy.apply(logits, targets, cut.range(cut.shape[0])[0], group)
+    v = cut.shape[0]
+    return VocabParallelCrossEntropy.apply(logits, targets, cut.range(v)[0], v, group)
 
 
 # --- cost -----------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import contextlib
+import functools
 import types
 
 import pytest
@@ -83,14 +85,15 @@ def test_fused_matrices_are_cut_one_by_one():
     assert grouped == [[0, 1, 2, 3, 8, 10], [4, 5, 6, 7, 9, 11]]
 
 
-def loss_beside_plain(v: int, scale: float):
+def loss_beside_plain(v: int, scale: float, target: int = -100):
     group = dist.group.WORLD
     generator = torch.Generator().manual_seed(v)
     logits = (torch.randn(2, 6, v, generator=generator, dtype=D) * scale).requires_grad_()
     targets = torch.randint(v, (2, 6), generator=generator)
-    targets[0, 0] = targets[1, 3] = -1
+    targets[0, 0], targets[1, 3], targets[1, 4] = -1, -2, -100
     plain = gpt.cross_entropy(logits, targets) * 0.3
     plain.backward()
+    targets[1, 4] = target
     head = nn.Module()
     head.weight = tp.cut_parameter(nn.Parameter(torch.zeros(v, 1)), 0, 1, group)
     start, stop = head.weight.cut.range(v)
@@ -101,7 +104,7 @@ def loss_beside_plain(v: int, scale: float):
     assert torch.equal(mine, kept), "the logits were overwritten"
     torch.testing.assert_close(loss, plain, rtol=1e-13, atol=0)
     torch.testing.assert_close(mine.grad, logits.grad[..., start:stop], rtol=1e-12, atol=1e-15)
-    assert torch.equal(mine.grad[0, 0], torch.zeros(stop - start, dtype=D))
+    assert not mine.grad[0, 0].any() and not mine.grad[1, 4].any()
 
 
 @pytest.mark.parametrize("t", [1, 2, 3, 4])
@@ -314,3 +317,54 @@ def test_a_sharded_parameter_is_not_partial():
     plan = {"attn": "partial", **PLAN}
     with pytest.raises(ValueError, match="attn.q.weight is sharded and 'partial'"):
         parallelize_net(plan)
+
+
+# --- dropout, tied weights, ids out of range ------------------------------------------------------
+
+
+def give_dropout(net: nn.Module, p: float = 0.1) -> None:
+    net.drop = nn.Dropout(p)
+
+
+@pytest.mark.parametrize("style", [{"drop": "heads"}, {"drop": "tokens"}, {}], ids=str)
+def test_torchs_dropout_must_not_draw(style):
+    for p in (0.0, 0.1):
+        change = functools.partial(give_dropout, p=p)
+        with (
+            contextlib.nullcontext() if p == 0 else pytest.raises(ValueError, match="^drop: .*0.1")
+        ):
+            parallelize_net(QK_PLAN | style, change)
+    parallelize_net(QK_PLAN | {"drop": "replicated"}, give_dropout)
+
+
+def tie(net: nn.Module) -> None:
+    net.lm_head.weight = net.wte.weight
+
+
+@pytest.mark.parametrize("style", ["row", ("column", (20, 21)), "replicated", None], ids=str)
+def test_tied_weights_with_other_shards_are_refused(style):
+    plan = {name: s for name, s in QK_PLAN.items() if name != "lm_head"}
+    plan |= {"lm_head": style} if style else {}
+    with pytest.raises(ValueError, match=r"^lm_head.weight is tied to wte.weight"):
+        parallelize_net(plan, tie)
+    net = parallelize_net(QK_PLAN, tie)
+    assert net.wte.weight is net.lm_head.weight
+
+
+def embed(token: int):
+    group = dist.group.WORLD
+    layer = tp.VocabParallelEmbedding(nn.Embedding(V, 2), 1, group, False)
+    return layer(torch.tensor([[0, token]]))
+
+
+@pytest.mark.parametrize("t", [1, 2])
+@pytest.mark.parametrize("token", [V, V + 1000, -1])
+def test_a_token_outside_the_vocabulary_is_an_error(t, token):
+    with pytest.raises(RuntimeError, match="IndexError: index out of range"):
+        launch(t, embed, token)
+
+
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_a_target_outside_the_vocabulary_is_an_error(t):
+    with pytest.raises(RuntimeError, match="(Target|index) [0-9]+ is out of bounds"):
+        launch(t, loss_beside_plain, V, 1.0, V)
