@@ -125,22 +125,24 @@ class ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, group, sequence: bool, later: Callable | None):
-        ctx.group, ctx.sequence, ctx.later, ctx.has_bias = group, sequence, later, bias is not None
-        ctx.save_for_backward(x, weight)
+        ctx.group, ctx.sequence, ctx.later = group, sequence, later
+        # Only the weight's gradient reads x: it is not saved for a frozen weight.
+        ctx.save_for_backward(x if later or ctx.needs_input_grad[1] else None, weight)
         return F.linear(start_gather(x, group)() if sequence else x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]  # not for a weight left to `later`
         if ctx.later:
             ctx.later(x, grad, ctx.group if ctx.sequence else None)
-        gather = ctx.sequence and not ctx.later
-        whole_x = start_gather(x, ctx.group) if gather else lambda: x
-        d_x = grad @ weight  # a partial sum: of my columns
-        x = whole_x()
-        arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)
-        d_weight = None if ctx.later else weight_gradient(x, grad)  # while d_x travels
-        d_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
+        whole_x = start_gather(x, ctx.group) if ctx.sequence and need_weight else lambda: x
+        d_x = grad @ weight if need_x else None  # a partial sum: of my columns
+        x, arrived = whole_x(), lambda: None
+        if need_x:
+            arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)
+        d_weight = weight_gradient(x, grad) if need_weight else None  # while d_x travels
+        d_bias = grad.flatten(0, -2).sum(0) if need_bias else None
         return arrived(), d_weight, d_bias, None, None, None
 
 
@@ -177,11 +179,12 @@ class SumOverGroup(torch.autograd.Function):
         return start_gather(grad, ctx.group)() if ctx.sequence else grad, None, None
 
 
-def all_reduce_partial(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup) -> None:
     """With sequence parallelism: each rank has seen some of the tokens, so a parameter that is not
     cut (`partial` says so) has some of its gradient. Call once a step, with all of them, rather
     than in each backward: one message for l blocks and m microbatches. Without sequence parallelism
-    only the parameters that the plan calls "partial" need it."""
+    only the parameters that the plan calls "partial" need it. A frozen parameter's None is skipped."""
+    gradients = [g for g in gradients if g is not None]
     if gradients and group.size() > 1:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat, group=group)  # payload: norms, row biases, wpe

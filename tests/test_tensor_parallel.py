@@ -1,4 +1,3 @@
-import contextlib
 import functools
 import types
 
@@ -7,9 +6,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
 import measure
+import pipeline
 import tensor_parallel as tp
 from tools.oracle import draw, launch
 
@@ -328,12 +329,9 @@ def give_dropout(net: nn.Module, p: float = 0.1) -> None:
 
 @pytest.mark.parametrize("style", [{"drop": "heads"}, {"drop": "tokens"}, {}], ids=str)
 def test_torchs_dropout_must_not_draw(style):
-    for p in (0.0, 0.1):
-        change = functools.partial(give_dropout, p=p)
-        with (
-            contextlib.nullcontext() if p == 0 else pytest.raises(ValueError, match="^drop: .*0.1")
-        ):
-            parallelize_net(QK_PLAN | style, change)
+    with pytest.raises(ValueError, match=r"^drop: Dropout\(0.1\) draws .* set p to 0 or use"):
+        parallelize_net(QK_PLAN | style, give_dropout)
+    parallelize_net(QK_PLAN | style, functools.partial(give_dropout, p=0.0))
     parallelize_net(QK_PLAN | {"drop": "replicated"}, give_dropout)
 
 
@@ -368,3 +366,125 @@ def test_a_token_outside_the_vocabulary_is_an_error(t, token):
 def test_a_target_outside_the_vocabulary_is_an_error(t):
     with pytest.raises(RuntimeError, match="(Target|index) [0-9]+ is out of bounds"):
         launch(t, loss_beside_plain, V, 1.0, V)
+
+
+# --- frozen weights, autocast ---------------------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    def __init__(self, base: nn.Linear, rank: int = 3):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Linear(base.in_features, rank, bias=False)
+        self.b = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+def give_lora(net: nn.Module) -> None:
+    net.requires_grad_(False)
+    net.attn.q, net.attn.out = LoRA(net.attn.q), LoRA(net.attn.out)
+
+
+LORA_PLAN = {
+    "wte": "vocab",
+    "attn.q.a": "replicated",
+    "attn.q.b": "column",
+    "attn.out.a": "row",
+    "attn.out.b": "replicated",
+    "attn.q.base": "column",
+    "attn.[kv]": "column",
+    "attn.out.base": "row",
+    "lm_head": "column",
+}
+
+
+def freeze(net: nn.Module, *names: str) -> None:
+    for name, p in net.named_parameters():
+        p.requires_grad_(name not in names)
+
+
+SOME = ("wte.weight", "attn.q.weight", "attn.k.bias", "attn.out.weight", "lm_head.weight")
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(
+    "plan, change",
+    [(LORA_PLAN, give_lora), (QK_PLAN, lambda net: freeze(net, *SOME)),
+     (QK_PLAN, lambda net: freeze(net, "attn.out.bias"))],
+    ids=["lora", "some", "row bias"],
+)  # fmt: skip
+def test_frozen_weights(plan, change, sequence):
+    check_beside_one_process(2, plan, sequence, change)
+
+
+def cost_of_a_backward(x_needs: bool, frozen: bool, sequence: bool, defer: bool):
+    """(FLOPs in units of one matmul, collectives, whether x is saved, what waits for a W)."""
+    group, queue, b = dist.group.WORLD, [], 2
+    layer = tp.ColumnParallelLinear(nn.Linear(8, 6), 1, group, sequence)
+    layer.weight.requires_grad_(not frozen)
+    layer.weight_grad_queue = queue if defer else None
+    x = torch.zeros(b, 4, 8, requires_grad=x_needs)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    with FlopCounterMode(display=False) as flops, measure.Collectives({"tp": group}) as seen:
+        y.sum().backward()
+    operations = [op for op in tp_operations if seen.total("tp", op).calls]
+    assert layer.weight.grad is None or not frozen
+    kept = any(t.data_ptr() == x.data_ptr() for t in saved)
+    return flops.get_total_flops() / (2 * y.numel() * 8), operations, kept, len(queue)
+
+
+@pytest.mark.parametrize(
+    "x_needs, frozen, sequence, defer, expected",
+    [
+        (True, False, False, False, (2, ["all_reduce"], True, 0)),
+        (True, True, False, False, (1, ["all_reduce"], False, 0)),
+        (True, True, True, False, (1, ["reduce_scatter"], False, 0)),
+        (False, False, False, False, (1, [], True, 0)),
+        (False, False, True, False, (1, ["all_gather"], True, 0)),
+        (True, True, True, True, (1, ["reduce_scatter"], False, 0)),
+        (True, False, True, True, (1, ["reduce_scatter"], True, 1)),
+        (False, False, True, True, (1, ["all_gather"], True, 0)),
+    ],
+)
+def test_backward_computes_what_needs_a_gradient(x_needs, frozen, sequence, defer, expected):
+    assert launch(2, cost_of_a_backward, x_needs, frozen, sequence, defer) == [expected] * 2
+
+
+def under_autocast(sequence: bool, defer: bool):
+    """Of one process and of a rank: the loss and, by parameter, the gradient."""
+    runs, group = [], dist.group.WORLD
+    for parallel in (False, True):
+        net, queue = Net(lambda net: None).float(), []
+        if parallel:
+            tp.parallelize(net, QK_PLAN, group, sequence)
+        if defer:
+            pipeline.defer_weight_gradients(net, queue)
+        x = torch.arange(2 * S).view(2, S)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(x)
+            assert logits.dtype == torch.bfloat16
+            if parallel:
+                loss = tp.vocab_parallel_cross_entropy(logits, x, net.lm_head, group)
+            else:
+                loss = gpt.cross_entropy(logits, x)
+        loss.backward()
+        for work in queue:
+            work()
+        if parallel:
+            tp.all_reduce_partial([p.grad for p in net.parameters() if p.partial], group)
+        runs.append((loss.detach(), dict(net.named_parameters())))
+    (expected, full), (loss, shards) = runs
+    torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
+    gradients = {n: getattr(p, "cut", lambda w: w)(full[n].grad) for n, p in shards.items()}
+    errors = measure.relative_errors({n: p.grad for n, p in shards.items()}, gradients, floor=0.01)
+    assert measure.largest(errors.values()) < 0.1, errors
+
+
+@pytest.mark.parametrize("defer", [False, True])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_autocast(sequence, defer):
+    launch(2, under_autocast, sequence, defer)
