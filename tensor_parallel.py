@@ -109,6 +109,11 @@ def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     return finish
 
 
+def to_dtype(dtype: torch.dtype, tensors: tuple) -> list:
+    """For a backward: under torch.autocast the gradient is in a lower dtype than what was saved."""
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     return grad.flatten(0, -2).T @ x.flatten(0, -2)  # [out, in]
 
@@ -132,8 +137,10 @@ class ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]  # not for a weight left to `later`
+        x, weight = to_dtype(grad.dtype, ctx.saved_tensors)
+        need_x, need_weight, need_bias = ctx.needs_input_grad[
+            :3
+        ]  # not for a weight left to `later`
         if ctx.later:
             ctx.later(x, grad, ctx.group if ctx.sequence else None)
         whole_x = start_gather(x, ctx.group) if ctx.sequence and need_weight else lambda: x
@@ -157,7 +164,7 @@ class LaterLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
+        x, weight = to_dtype(grad.dtype, ctx.saved_tensors)
         ctx.later(x, grad)
         return grad @ weight, None, None
 
