@@ -134,14 +134,21 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.head_size = config.n_embd // config.n_head
+        self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v, fused
         self.core = Core(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.c_attn(x)  # [b, s, 3 h]
-        b, s, _ = qkv.shape
+        b, s, columns = qkv.shape
+        full = 3 * self.n_head * self.head_size
+        if columns % (3 * self.head_size) or full % columns:
+            raise ValueError(
+                f"n_head {self.n_head} cannot be split evenly: c_attn has {columns} of {full} "
+                f"columns here, for heads of {self.head_size}. Choose an n_head that is divisible "
+                "by the number of processes that share c_attn"
+            )
         q, k, v = (
             part.view(b, s, -1, self.head_size).transpose(1, 2)  # [b, a, s, h/a]
             for part in qkv.chunk(3, dim=-1)

@@ -98,6 +98,11 @@ def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     [b, s/t, h]."""
     if group.size() == 1:
         return lambda: x
+    if x.size(1) % group.size():
+        raise ValueError(
+            f"a sequence of {x.size(1)} tokens is not divisible by t = {group.size()}, "
+            "and sequence parallelism shards it: pad it, or change t"
+        )
     parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0).flatten(0, 1).contiguous()
     mine = x.new_empty(x.size(0), x.size(1) // group.size(), x.size(2))
     handle = reduce_scatter(mine, parts, group=group, async_op=True)  # payload: b s h
@@ -190,7 +195,7 @@ def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup)
     """With sequence parallelism: each rank has seen some of the tokens, so a parameter that is not
     cut (`partial` says so) has some of its gradient. Call once a step, with all of them, rather
     than in each backward: one message for l blocks and m microbatches. Without sequence parallelism
-    only the parameters that the plan calls "partial" need it. A frozen parameter's None is skipped."""
+    only the parameters that the plan calls "partial" need it. None (frozen) is skipped."""
     gradients = [g for g in gradients if g is not None]
     if gradients and group.size() > 1:
         flat = torch.cat([g.flatten() for g in gradients])
@@ -239,6 +244,11 @@ def cut_parameter(p: nn.Parameter, dim: int, parts: int | tuple[int, ...], group
     dim, or their sizes (query, key and value of grouped-query attention differ)."""
     if isinstance(parts, int):
         parts = (p.size(dim) // parts,) * parts
+    if sum(parts) != p.size(dim):
+        raise ValueError(
+            f"the plan's parts {parts} add up to {sum(parts)}, and the fused matrix has "
+            f"{p.size(dim)} rows or columns: correct the parts in the plan"
+        )
     cut = Cut(p.shape, dim, parts, group.rank(), group.size())
     new = nn.Parameter(cut(p.detach()), requires_grad=p.requires_grad)
     new.__dict__.update(p.__dict__, cut=cut)
@@ -405,13 +415,14 @@ def parallelize(
         pattern = next((pattern for pattern in plan if fnmatch(name, pattern)), None)
         style = plan.get(pattern)
         style, parts = style if isinstance(style, tuple) else (style, 1)
-        check_module(name, module, style)
+        if not isinstance(module, nn.Identity):
+            check_module(name, module, style, sequence)
         if style is None or isinstance(module, nn.Identity):
             continue
         if style not in STYLES:
             raise ValueError(f"{pattern}: style {style!r} is none of {', '.join(STYLES)}")
         new = STYLES[style](module, parts, group, sequence)
-        if hasattr(new, "weight"):
+        if hasattr(new, "weight") and new is not module:
             cut = getattr(new.weight, "cut", None)
             for n in cut.parts if cut else ():
                 check_width(name, n, group.size())
@@ -419,7 +430,7 @@ def parallelize(
             if getattr(weight, "cut", None) != cut:
                 raise ValueError(
                     f"{name}.weight is tied to {first}.weight, whose style shards it otherwise: "
-                    "change one style or untie them"
+                    "change a style or untie them"
                 )
             new.weight = weight
         parent, _, attribute = name.rpartition(".")
@@ -428,8 +439,8 @@ def parallelize(
     for name, p in model.named_parameters(remove_duplicate=False):
         if id(p) in tied and tied[id(p)][1] is not p:
             raise ValueError(
-                f"{name} is tied to {tied[id(p)][0]}.weight, which the plan shards: name both "
-                "modules in the plan or untie them"
+                f"{name} is tied to {tied[id(p)][0]}.weight, which the plan shards: give both a "
+                "style that shards or untie them"
             )
     check_between(model, styled)
     for name, p in model.named_parameters():
@@ -440,7 +451,7 @@ def parallelize(
     return model
 
 
-def check_module(name: str, module: nn.Module, style: str | None) -> None:
+def check_module(name: str, module: nn.Module, style: str | None, sequence: bool) -> None:
     """Raises ValueError if the module cannot be used under this style (None: the plan has none)."""
     draws = isinstance(module, nn.Dropout) or style in ("heads", "tokens")
     if draws and style != "replicated" and module.p > 0 and not hasattr(module, "parts"):
@@ -448,6 +459,27 @@ def check_module(name: str, module: nn.Module, style: str | None) -> None:
             f"{name}: {type(module).__name__}({module.p}) draws from the generator of its rank, so "
             "the masks of replicas would differ: set p to 0 or use a dropout that draws by row and "
             "site (gpt.Dropout). If all ranks have one seed, name it 'replicated' in the plan"
+        )
+    kinds = {"column": nn.Linear, "row": nn.Linear, "vocab": nn.Embedding}
+    if kind := kinds.get(style):
+        options = dict(padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
+        plain = getattr(module.forward, "__func__", None) is kind.forward
+        plain = plain and not {n for n, _ in module.named_parameters()} - {"weight", "bias"}
+        if not plain or any(getattr(module, o, off) is not off for o, off in options.items()):
+            raise ValueError(
+                f"{name}: style {style!r} replaces a plain nn.{kind.__name__}, and this "
+                f"{type(module).__name__} does more: name the nn.{kind.__name__} inside it, drop "
+                "the option (padding_idx, ...), or add a style of your own to STYLES"
+            )
+    if style == "position" and type(module).forward is nn.Embedding.forward:
+        raise ValueError(
+            f"{name}: style 'position' replaces a module that maps x to x + its table, "
+            "like gpt.PositionEmbedding, and this one is called with indices"
+        )
+    if style is None and sequence and isinstance(module, nn.Embedding):
+        raise ValueError(
+            f"{name}: sequence parallelism needs a style that gives each rank a shard "
+            "of the sequence: 'vocab', 'position', or one of your own"
         )
 
 

@@ -492,3 +492,75 @@ def under_autocast(sequence: bool, defer: bool):
 @pytest.mark.parametrize("sequence", [False, True])
 def test_autocast(sequence, defer):
     launch(2, under_autocast, sequence, defer)
+
+
+# --- sizes that t does not divide, modules that a style cannot replace ----------------------------
+
+
+def one_forward(n_head: int, head_size: int, s: int, sequence: bool):
+    config = gpt.GPTConfig(1, n_head, n_head * head_size, 41, s)
+    model = tp.parallelize(gpt.build(config), tp.GPT_PLAN, dist.group.WORLD, sequence)
+    model(torch.zeros(1, s, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "t, n_head, head_size, s, sequence, message",
+    [
+        (2, 3, 8, 8, False, "n_head 3 .* 36 of 72 columns .* heads of 8"),
+        (3, 5, 2, 8, False, "n_head 5 .* 12 of 30 columns .* heads of 2"),  # 2, 2 and 1 heads
+        (2, 4, 2, 7, True, "a sequence of 7 .* t = 2"),
+        (3, 3, 2, 8, True, "a sequence of 8 .* t = 3"),
+    ],
+)
+def test_sizes_that_t_does_not_divide(t, n_head, head_size, s, sequence, message):
+    with pytest.raises(RuntimeError, match=f"ValueError: {message}"):
+        launch(t, one_forward, n_head, head_size, s, sequence)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def change_layer(name: str, make, net: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(net.get_submodule(parent), attribute, make())
+
+
+@pytest.mark.parametrize(
+    "name, make",
+    [
+        ("attn.q", lambda: Doubled(H, H)),
+        ("attn.q", lambda: LoRA(nn.Linear(H, H))),
+        ("attn.out", lambda: nn.utils.parametrizations.weight_norm(nn.Linear(H, H))),
+        ("wte", lambda: nn.Embedding(V, H, padding_idx=0)),
+        ("wte", lambda: nn.Embedding(V, H, max_norm=1.0)),
+        ("wte", lambda: gpt.PositionEmbedding(V, H)),
+    ],
+)
+def test_a_module_that_computes_something_else_is_not_replaced(name, make):
+    with pytest.raises(ValueError, match=f"^{name}: style .* replaces a plain nn.(Linear|Embedd)"):
+        parallelize_net(QK_PLAN, functools.partial(change_layer, name, make))
+
+
+def test_a_position_table_that_is_called_with_indices_is_not_replaced():
+    def change(net):
+        net.wpe = nn.Embedding(S, H)
+
+    with pytest.raises(
+        ValueError, match="^wpe: style 'position' replaces .* gpt.PositionEmbedding"
+    ):
+        parallelize_net(QK_PLAN | {"wpe": "position"}, change)
+
+
+def test_parts_that_do_not_add_up_are_refused():
+    for parts in (5, (12, 11)):
+        with pytest.raises(ValueError, match=r"parts \([0-9, ]+\) .* 24"):
+            parallelize_net({"attn.q": ("column", parts)} | QK_PLAN)
+
+
+def test_an_embedding_that_does_not_shard_the_sequence_is_refused():
+    plan = {name: style for name, style in QK_PLAN.items() if name != "wte"}
+    tp.parallelize(Net(), plan, group_of(2), False)
+    with pytest.raises(ValueError, match="^wte: .* 'vocab'"):
+        tp.parallelize(Net(), plan, group_of(2), True)
