@@ -143,9 +143,7 @@ class ColumnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = to_dtype(grad.dtype, ctx.saved_tensors)
-        need_x, need_weight, need_bias = ctx.needs_input_grad[
-            :3
-        ]  # not for a weight left to `later`
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad  # weight: not if `later` has it
         if ctx.later:
             ctx.later(x, grad, ctx.group if ctx.sequence else None)
         whole_x = start_gather(x, ctx.group) if ctx.sequence and need_weight else lambda: x
@@ -320,12 +318,13 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.group, self.sequence = group, sequence
         self.weight = cut_parameter(embedding.weight, 0, 1, group)  # [v/t, h]
-        self.start, _ = self.weight.cut.range(embedding.num_embeddings)
+        self.v = embedding.num_embeddings
+        self.start, _ = self.weight.cut.range(self.v)
 
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens - self.start
         outside = (local < 0) | (local >= self.weight.size(0))
-        known = (tokens >= 0) & (tokens < self.weight.cut.shape[0])  # else F.embedding fails
+        known = (tokens >= 0) & (tokens < self.v)  # else F.embedding fails
         x = F.embedding(local.masked_fill(outside & known, 0), self.weight)
         x = x.masked_fill(outside.unsqueeze(-1), 0.0)
         return SumOverGroup.apply(x, self.group, self.sequence)
@@ -398,26 +397,30 @@ GPT_PLAN = {
 def parallelize(
     model: nn.Module, plan: dict, group: dist.ProcessGroup, sequence: bool = False
 ) -> nn.Module:
-    """Replace each module whose name matches a pattern of `plan` (style, or (style, parts)) by its
-    parallel kind, in place. Works on the meta device too. A tied weight stays tied. `sequence`:
-    everything between the parallel modules sees a shard of the sequence, [b, s/t, h], so attention
-    must read its length off what a column returned, not off its input; parameters that are whole
-    are marked `partial`, see all_reduce_partial; a style may mark more. Raises ValueError for an
-    unknown style, a pattern that matches nothing (a misspelt one would leave its matrices whole,
-    and slow), a matrix that leaves a rank without a row, or a parameter that the plan must name."""
+    """Replace each module whose name matches a pattern of `plan` (style, or (style, parts); the
+    first that matches) by its parallel kind, in place. Works on the meta device too. A tied weight
+    stays tied. Attention must read its number of heads and its length off what a column returned.
+    `sequence`: everything between the parallel modules sees a shard of the sequence, [b, s/t, h];
+    parameters that are whole are marked `partial`, see all_reduce_partial; a style may mark more.
+    A gradient norm must be summed over the ranks, as in train_3d.py: with clip_grad_norm_ each rank
+    would scale by another factor, and replicas would differ. Raises ValueError for an unknown
+    style, a pattern that matches nothing (a misspelt one would leave its matrices whole, and slow),
+    a matrix that leaves a rank without a row, and what the checks below find."""
     tied: dict[int, tuple[str, nn.Parameter]] = {}  # full weight -> its first owner, and its shard
     styled: set[nn.Parameter] = set()
     modules = list(model.named_modules())
+    check_same_values(model, group)
     for pattern in plan:
         if not any(fnmatch(name, pattern) for name, _ in modules):
             raise ValueError(f"{pattern}: the plan names a module that the model does not have")
     for name, module in modules:
         pattern = next((pattern for pattern in plan if fnmatch(name, pattern)), None)
         style = plan.get(pattern)
-        style, parts = style if isinstance(style, tuple) else (style, 1)
-        if not isinstance(module, nn.Identity):
-            check_module(name, module, style, sequence)
-        if style is None or isinstance(module, nn.Identity):
+        style, parts = (style, 1) if style is None or isinstance(style, str) else style
+        if isinstance(module, nn.Identity):
+            continue
+        check_module(name, module, style, sequence)
+        if style is None:
             continue
         if style not in STYLES:
             raise ValueError(f"{pattern}: style {style!r} is none of {', '.join(STYLES)}")
@@ -449,68 +452,6 @@ def parallelize(
         p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "cut"))
         p.partial = p.partial and group.size() > 1  # one rank's gradient is complete
     return model
-
-
-def check_module(name: str, module: nn.Module, style: str | None, sequence: bool) -> None:
-    """Raises ValueError if the module cannot be used under this style (None: the plan has none)."""
-    draws = isinstance(module, nn.Dropout) or style in ("heads", "tokens")
-    if draws and style != "replicated" and module.p > 0 and not hasattr(module, "parts"):
-        raise ValueError(
-            f"{name}: {type(module).__name__}({module.p}) draws from the generator of its rank, so "
-            "the masks of replicas would differ: set p to 0 or use a dropout that draws by row and "
-            "site (gpt.Dropout). If all ranks have one seed, name it 'replicated' in the plan"
-        )
-    kinds = {"column": nn.Linear, "row": nn.Linear, "vocab": nn.Embedding}
-    if kind := kinds.get(style):
-        options = dict(padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
-        plain = getattr(module.forward, "__func__", None) is kind.forward
-        plain = plain and not {n for n, _ in module.named_parameters()} - {"weight", "bias"}
-        if not plain or any(getattr(module, o, off) is not off for o, off in options.items()):
-            raise ValueError(
-                f"{name}: style {style!r} replaces a plain nn.{kind.__name__}, and this "
-                f"{type(module).__name__} does more: name the nn.{kind.__name__} inside it, drop "
-                "the option (padding_idx, ...), or add a style of your own to STYLES"
-            )
-    if style == "position" and type(module).forward is nn.Embedding.forward:
-        raise ValueError(
-            f"{name}: style 'position' replaces a module that maps x to x + its table, "
-            "like gpt.PositionEmbedding, and this one is called with indices"
-        )
-    if style is None and sequence and isinstance(module, nn.Embedding):
-        raise ValueError(
-            f"{name}: sequence parallelism needs a style that gives each rank a shard "
-            "of the sequence: 'vocab', 'position', or one of your own"
-        )
-
-
-def check_between(model: nn.Module, styled: set[nn.Parameter]) -> None:
-    """Raises ValueError for a trainable parameter that the plan does not name and that may lie
-    between a column- and a row-parallel layer, where its gradient is a partial sum: one whose
-    siblings are a subtree whose parallel layers are all column-parallel, and one with row-parallel
-    layers only."""
-    both = {ColumnParallelLinear, RowParallelLinear}
-    for path, module in model.named_modules():
-        kinds = {n: both & set(map(type, child.modules())) for n, child in module.named_children()}
-        if not all({kind} in kinds.values() for kind in both):
-            continue
-        for name, p in module.named_parameters():
-            said = p in styled or hasattr(p, "partial") or kinds.get(name.split(".")[0]) == both
-            if p.requires_grad and not said:
-                raise ValueError(
-                    f"{path}.{name} has a column- and a row-parallel layer as siblings. If it lies "
-                    "between them, its gradient on a rank is a partial sum: name its module "
-                    "'partial' in the plan. If it reads the residual stream, name it 'replicated'. "
-                    "(For a parameter that is no module's weight, set its .partial instead.)"
-                )
-
-
-def check_width(name: str, n: int, t: int) -> None:
-    """Raises ValueError if n rows or columns, cut into chunks, leave one of t ranks with none."""
-    if -(-n // t) * (t - 1) >= n:
-        raise ValueError(
-            f"{name}: {n} rows or columns in chunks of {-(-n // t)} leave one of t = {t} ranks "
-            "with none: lower --tp or widen the model"
-        )
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
@@ -554,6 +495,81 @@ def vocab_parallel_cross_entropy(
         return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
     v = cut.shape[0]
     return VocabParallelCrossEntropy.apply(logits, targets, cut.range(v)[0], v, group)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+# Mistakes that would train something else in silence.
+
+
+def check_same_values(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Raises ValueError, on every rank, if a parameter differs between the ranks: replicas would
+    stay different. A model on the meta device has no values yet."""
+    mine = [(name, p.shape, p.detach().flatten().view(torch.uint8).sum().item())
+            for name, p in model.named_parameters() if not p.is_meta]  # fmt: skip
+    everyone = [mine] * group.size()
+    if mine and group.size() > 1:
+        dist.all_gather_object(everyone, mine, group=group)
+    for on_each_rank in zip(*everyone, strict=True):
+        if len(set(on_each_rank)) > 1:
+            raise ValueError(f"{on_each_rank[0][0]} differs between the ranks: set one seed on all "
+                             "of them before building the model, or load one file")  # fmt: skip
+
+
+def check_module(name: str, module: nn.Module, style: str | None, sequence: bool) -> None:
+    """Raises ValueError if the module does not fit its style (None: the plan does not name it)."""
+    if (
+        isinstance(module, nn.Dropout) and style != "replicated" or style in ("heads", "tokens")
+    ) and not (hasattr(module, "parts") or getattr(module, "p", None) == 0):
+        raise ValueError(
+            f"{name}: {module} draws from the generator of its rank, so replicas would get other "
+            "masks: set p to 0 or use a dropout that draws by row and site (gpt.Dropout). If all "
+            "ranks have one seed, name it 'replicated' in the plan"
+        )
+    kind = {"column": nn.Linear, "row": nn.Linear, "vocab": nn.Embedding}.get(style)
+    options = dict(padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
+    if kind and (
+        getattr(module.forward, "__func__", None) is not kind.forward
+        or {n for n, _ in module.named_parameters()} - {"weight", "bias"}
+        or any(getattr(module, option, off) is not off for option, off in options.items())
+    ):
+        raise ValueError(
+            f"{name}: style {style!r} replaces a plain nn.{kind.__name__}, and this "
+            f"{type(module).__name__} does more: name the nn.{kind.__name__} inside it, drop the "
+            "option (padding_idx, ...), or add a style to STYLES"
+        )
+    if style is None and sequence and isinstance(module, nn.Embedding):
+        raise ValueError(f"{name}: sequence parallelism needs a style that gives each rank a shard "
+                         "of the sequence: 'vocab', 'position', or one of yours")  # fmt: skip
+
+
+def check_between(model: nn.Module, styled: set[nn.Parameter]) -> None:
+    """Raises ValueError for a trainable parameter that the plan does not name and that may lie
+    between a column- and a row-parallel layer, where its gradient is a partial sum: one whose
+    siblings are a subtree whose parallel layers are all column-parallel, and one with row-parallel
+    layers only."""
+    both = {ColumnParallelLinear, RowParallelLinear}
+    for path, module in model.named_modules():
+        kinds = {n: both & set(map(type, child.modules())) for n, child in module.named_children()}
+        if not all({kind} in kinds.values() for kind in both):
+            continue
+        for name, p in module.named_parameters():
+            said = p in styled or hasattr(p, "partial") or kinds.get(name.split(".")[0]) == both
+            if p.requires_grad and not said:
+                raise ValueError(
+                    f"{path}.{name} has a column- and a row-parallel layer as siblings. If it lies "
+                    "between them, its gradient on a rank is a partial sum: name its module "
+                    "'partial' in the plan. If it reads the residual stream, name it 'replicated'. "
+                    "(For a parameter that is no module's weight, set its .partial instead.)"
+                )
+
+
+def check_width(name: str, n: int, t: int) -> None:
+    """Raises ValueError if n rows or columns, cut into chunks, leave one of t ranks with none."""
+    if -(-n // t) * (t - 1) >= n:
+        raise ValueError(
+            f"{name}: {n} rows or columns in chunks of {-(-n // t)} leave one of t = {t} ranks "
+            "with none: lower --tp or widen the model"
+        )
 
 
 # --- cost -----------------------------------------------------------------------------------------
