@@ -134,14 +134,21 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.head_size = config.n_embd // config.n_head
+        self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v, fused
         self.core = Core(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.c_attn(x)  # [b, s, 3 h]
-        b, s, _ = qkv.shape
+        b, s, columns = qkv.shape
+        full = 3 * self.n_head * self.head_size
+        if columns % (3 * self.head_size) or full % columns:
+            raise ValueError(
+                f"n_head {self.n_head} cannot be split evenly: c_attn has {columns} of {full} "
+                f"columns here, for heads of {self.head_size}. Choose an n_head that is divisible "
+                "by the number of processes that share c_attn"
+            )
         q, k, v = (
             part.view(b, s, -1, self.head_size).transpose(1, 2)  # [b, a, s, h/a]
             for part in qkv.chunk(3, dim=-1)
@@ -223,12 +230,13 @@ def forward_flops_per_token(config: GPTConfig) -> int:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum (not mean) of -log p(target) over valid tokens: targets of -1 are ignored.
+    """Sum (not mean) of -log p(target) over valid tokens: targets < 0 (-1, -100) are ignored.
     logits [b, s, v], targets [b, s] -> scalar, in fp32 if the logits are in bf16. Divide by the
     count of valid tokens of the whole batch, and the parts of a batch add up to its mean, however
     unevenly the valid ones lie."""
     logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
+    targets = targets.flatten().clamp(min=-1)
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
 
 def learning_rate(step: int, steps: int, warmup: int | None, peak: float) -> float:

@@ -98,6 +98,11 @@ def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     [b, s/t, h]."""
     if group.size() == 1:
         return lambda: x
+    if x.size(1) % group.size():
+        raise ValueError(
+            f"a sequence of {x.size(1)} tokens is not divisible by t = {group.size()}, "
+            "and sequence parallelism shards it: pad it, or change t"
+        )
     parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0).flatten(0, 1).contiguous()
     mine = x.new_empty(x.size(0), x.size(1) // group.size(), x.size(2))
     handle = reduce_scatter(mine, parts, group=group, async_op=True)  # payload: b s h
@@ -107,6 +112,11 @@ def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
         return mine
 
     return finish
+
+
+def to_dtype(dtype: torch.dtype, tensors: tuple) -> list:
+    """For a backward: under torch.autocast the gradient is in a lower dtype than what was saved."""
+    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
@@ -125,22 +135,24 @@ class ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, group, sequence: bool, later: Callable | None):
-        ctx.group, ctx.sequence, ctx.later, ctx.has_bias = group, sequence, later, bias is not None
-        ctx.save_for_backward(x, weight)
+        ctx.group, ctx.sequence, ctx.later = group, sequence, later
+        # Only the weight's gradient reads x: it is not saved for a frozen weight.
+        ctx.save_for_backward(x if later or ctx.needs_input_grad[1] else None, weight)
         return F.linear(start_gather(x, group)() if sequence else x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
+        x, weight = to_dtype(grad.dtype, ctx.saved_tensors)
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad  # weight: not if `later` has it
         if ctx.later:
             ctx.later(x, grad, ctx.group if ctx.sequence else None)
-        gather = ctx.sequence and not ctx.later
-        whole_x = start_gather(x, ctx.group) if gather else lambda: x
-        d_x = grad @ weight  # a partial sum: of my columns
-        x = whole_x()
-        arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)
-        d_weight = None if ctx.later else weight_gradient(x, grad)  # while d_x travels
-        d_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
+        whole_x = start_gather(x, ctx.group) if ctx.sequence and need_weight else lambda: x
+        d_x = grad @ weight if need_x else None  # a partial sum: of my columns
+        x, arrived = whole_x(), lambda: None
+        if need_x:
+            arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)
+        d_weight = weight_gradient(x, grad) if need_weight else None  # while d_x travels
+        d_bias = grad.flatten(0, -2).sum(0) if need_bias else None
         return arrived(), d_weight, d_bias, None, None, None
 
 
@@ -155,7 +167,7 @@ class LaterLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
+        x, weight = to_dtype(grad.dtype, ctx.saved_tensors)
         ctx.later(x, grad)
         return grad @ weight, None, None
 
@@ -177,10 +189,12 @@ class SumOverGroup(torch.autograd.Function):
         return start_gather(grad, ctx.group)() if ctx.sequence else grad, None, None
 
 
-def all_reduce_partial(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup) -> None:
     """With sequence parallelism: each rank has seen some of the tokens, so a parameter that is not
     cut (`partial` says so) has some of its gradient. Call once a step, with all of them, rather
-    than in each backward: one message for l blocks and m microbatches."""
+    than in each backward: one message for l blocks and m microbatches. Without sequence parallelism
+    only the parameters that the plan calls "partial" need it. None (frozen) is skipped."""
+    gradients = [g for g in gradients if g is not None]
     if gradients and group.size() > 1:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat, group=group)  # payload: norms, row biases, wpe
@@ -228,6 +242,11 @@ def cut_parameter(p: nn.Parameter, dim: int, parts: int | tuple[int, ...], group
     dim, or their sizes (query, key and value of grouped-query attention differ)."""
     if isinstance(parts, int):
         parts = (p.size(dim) // parts,) * parts
+    if sum(parts) != p.size(dim):
+        raise ValueError(
+            f"the plan's parts {parts} add up to {sum(parts)}, and the fused matrix has "
+            f"{p.size(dim)} rows or columns: correct the parts in the plan"
+        )
     cut = Cut(p.shape, dim, parts, group.rank(), group.size())
     new = nn.Parameter(cut(p.detach()), requires_grad=p.requires_grad)
     new.__dict__.update(p.__dict__, cut=cut)
@@ -299,12 +318,14 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         self.group, self.sequence = group, sequence
         self.weight = cut_parameter(embedding.weight, 0, 1, group)  # [v/t, h]
-        self.start, _ = self.weight.cut.range(embedding.num_embeddings)
+        self.v = embedding.num_embeddings
+        self.start, _ = self.weight.cut.range(self.v)
 
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens - self.start
         outside = (local < 0) | (local >= self.weight.size(0))
-        x = F.embedding(local.masked_fill(outside, 0), self.weight)
+        known = (tokens >= 0) & (tokens < self.v)  # else F.embedding fails
+        x = F.embedding(local.masked_fill(outside & known, 0), self.weight)
         x = x.masked_fill(outside.unsqueeze(-1), 0.0)
         return SumOverGroup.apply(x, self.group, self.sequence)
 
@@ -333,6 +354,20 @@ def cut_tokens(dropout: nn.Module, parts: int, group, sequence: bool) -> nn.Modu
     return cut_heads(dropout, parts, group, sequence) if sequence else dropout
 
 
+def mark_partial(module: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
+    """For a module between a column- and a row-parallel layer, e.g. a norm of each head (Qwen3).
+    Its input is this rank's heads, so each rank computes a partial sum of its gradient. A norm over
+    all heads (OLMo 2) needs the sum of squares of all ranks: write a style that all-reduces it."""
+    for p in module.parameters():
+        p.partial = True
+    return module
+
+
+def leave(module: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
+    """For a module that reads the residual stream, e.g. a norm before a column-parallel layer."""
+    return module
+
+
 STYLES = {
     "column": ColumnParallelLinear,
     "row": RowParallelLinear,
@@ -340,6 +375,8 @@ STYLES = {
     "position": PositionShard,
     "heads": cut_heads,
     "tokens": cut_tokens,
+    "partial": mark_partial,
+    "replicated": leave,
 }
 
 # How GPT-2 is cut. Another model needs another plan; see the Llama-like one in tests/test_forks.py.
@@ -360,45 +397,61 @@ GPT_PLAN = {
 def parallelize(
     model: nn.Module, plan: dict, group: dist.ProcessGroup, sequence: bool = False
 ) -> nn.Module:
-    """Replace each module whose name matches a pattern of `plan` (style, or (style, parts)) by its
-    parallel kind, in place. Works on the meta device too. A tied weight stays tied. `sequence`:
-    everything between the parallel modules sees a shard of the sequence, [b, s/t, h], so attention
-    must read its length off what a column returned, not off its input; parameters that are whole
-    are marked `partial`, see all_reduce_partial; a style may mark more. Raises ValueError for an
-    unknown style, a pattern that matches nothing (a misspelt one would leave its matrices whole,
-    and slow), or a matrix that leaves a rank without a row."""
-    tied: dict[int, nn.Parameter] = {}  # whole weight -> its part, for weights with two owners
+    """Replace each module whose name matches a pattern of `plan` (style, or (style, parts); the
+    first that matches) by its parallel kind, in place. Works on the meta device too. A tied weight
+    stays tied. Attention must read its number of heads and its length off what a column returned.
+    `sequence`: everything between the parallel modules sees a shard of the sequence, [b, s/t, h];
+    parameters that are whole are marked `partial`, see all_reduce_partial; a style may mark more.
+    A gradient norm must be summed over the ranks, as in train_3d.py: with clip_grad_norm_ each rank
+    would scale by another factor, and replicas would differ. Raises ValueError for an unknown
+    style, a pattern that matches nothing (a misspelt one would leave its matrices whole, and slow),
+    a matrix that leaves a rank without a row, and what the checks below find."""
+    tied: dict[int, tuple[str, nn.Parameter]] = {}  # full weight -> its first owner, and its shard
+    styled: set[nn.Parameter] = set()
     modules = list(model.named_modules())
+    check_same_values(model, group)
     for pattern in plan:
         if not any(fnmatch(name, pattern) for name, _ in modules):
             raise ValueError(f"{pattern}: the plan names a module that the model does not have")
     for name, module in modules:
-        for pattern, style in plan.items():
-            if not fnmatch(name, pattern) or isinstance(module, nn.Identity):
-                continue
-            style, parts = (style, 1) if isinstance(style, str) else style
-            if style not in STYLES:
-                raise ValueError(f"{pattern}: style {style!r} is none of {', '.join(STYLES)}")
-            new = STYLES[style](module, parts, group, sequence)
-            if hasattr(new, "weight"):
-                for n in new.weight.cut.parts if hasattr(new.weight, "cut") else ():
-                    check_width(name, n, group.size())
-                new.weight = tied.setdefault(id(module.weight), new.weight)
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new)
-            break
-    for p in model.parameters():
+        pattern = next((pattern for pattern in plan if fnmatch(name, pattern)), None)
+        style = plan.get(pattern)
+        style, parts = (style, 1) if style is None or isinstance(style, str) else style
+        if isinstance(module, nn.Identity):
+            continue
+        check_module(name, module, style, sequence)
+        if style is None:
+            continue
+        if style not in STYLES:
+            raise ValueError(f"{pattern}: style {style!r} is none of {', '.join(STYLES)}")
+        new = STYLES[style](module, parts, group, sequence)
+        if hasattr(new, "weight") and new is not module:
+            cut = getattr(new.weight, "cut", None)
+            for n in cut.parts if cut else ():
+                check_width(name, n, group.size())
+            first, weight = tied.setdefault(id(module.weight), (name, new.weight))
+            if getattr(weight, "cut", None) != cut:
+                raise ValueError(
+                    f"{name}.weight is tied to {first}.weight, whose style shards it otherwise: "
+                    "change a style or untie them"
+                )
+            new.weight = weight
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
+        styled.update(new.parameters())
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in tied and tied[id(p)][1] is not p:
+            raise ValueError(
+                f"{name} is tied to {tied[id(p)][0]}.weight, which the plan shards: give both a "
+                "style that shards or untie them"
+            )
+    check_between(model, styled)
+    for name, p in model.named_parameters():
+        if getattr(p, "partial", False) and hasattr(p, "cut"):
+            raise ValueError(f"{name} is sharded and 'partial': name the norms alone 'partial'")
         p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "cut"))
+        p.partial = p.partial and group.size() > 1  # one rank's gradient is complete
     return model
-
-
-def check_width(name: str, n: int, t: int) -> None:
-    """Raises ValueError if n rows or columns, cut into chunks, leave one of t ranks with none."""
-    if -(-n // t) * (t - 1) >= n:
-        raise ValueError(
-            f"{name}: {n} rows or columns in chunks of {-(-n // t)} leave one of t = {t} ranks "
-            "with none: lower --tp or widen the model"
-        )
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
@@ -406,14 +459,14 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     size [b, s] travel: the maximum, then the sum of exponentials and the target's own logit."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, start: int, group) -> Tensor:
+    def forward(ctx, logits: Tensor, targets: Tensor, start: int, v: int, group) -> Tensor:
         highest = logits.amax(dim=-1)  # [b, s]
         if group.size() > 1:
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)  # payload: b s
         shifted = logits - highest.unsqueeze(-1)  # [b, s, v/t]
         local = targets - start
-        outside = (local < 0) | (local >= logits.size(-1))  # of another rank, or ignored (-1)
-        local = local.masked_fill(outside, 0).unsqueeze(-1)
+        outside = (local < 0) | (local >= logits.size(-1))  # of another rank, or ignored (< 0)
+        local = local.masked_fill(outside & (targets < v), 0).unsqueeze(-1)  # v: gather fails
         at_target = shifted.gather(-1, local).squeeze(-1).masked_fill(outside, 0.0)
         exponentials = shifted.exp_()
         sums = torch.stack([exponentials.sum(dim=-1), at_target])
@@ -428,19 +481,95 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         probabilities, local, outside, valid = ctx.saved_tensors
         one = (~outside).to(probabilities.dtype).unsqueeze(-1)
         d_logits = probabilities.scatter_add(-1, local, -one)  # p - 1 at the target, else p
-        return d_logits.mul_(valid.unsqueeze(-1) * grad), None, None, None
+        return d_logits.mul_(valid.unsqueeze(-1) * grad), None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
     logits: Tensor, targets: Tensor, head: nn.Module, group: dist.ProcessGroup
 ) -> Tensor:
-    """logits [b, s, v/t] of a column-parallel head, targets [b, s] in 0..v-1 or -1 (ignored) ->
+    """logits [b, s, v/t] of a column-parallel head, targets [b, s] in 0..v-1 or < 0 (ignored) ->
     scalar, the same on every rank: gpt.cross_entropy of the whole logits, so at least in fp32."""
     cut, logits = head.weight.cut, logits.to(torch.promote_types(logits.dtype, torch.float32))
     if group.size() == 1:  # torch's, which reads and writes the logits less often
-        flat = targets.flatten().clone()  # autograd keeps it: not a view of the step's
+        flat = targets.flatten().clamp(min=-1)  # a copy: autograd keeps it, and not the step's
         return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
-    return VocabParallelCrossEntropy.apply(logits, targets, cut.range(cut.shape[0])[0], group)
+    v = cut.shape[0]
+    return VocabParallelCrossEntropy.apply(logits, targets, cut.range(v)[0], v, group)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+# Mistakes that would train something else in silence.
+
+
+def check_same_values(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Raises ValueError, on every rank, if a parameter differs between the ranks: replicas would
+    stay different. A model on the meta device has no values yet."""
+    mine = [(name, p.shape, p.detach().flatten().view(torch.uint8).sum().item())
+            for name, p in model.named_parameters() if not p.is_meta]  # fmt: skip
+    everyone = [mine] * group.size()
+    if mine and group.size() > 1:
+        dist.all_gather_object(everyone, mine, group=group)
+    for on_each_rank in zip(*everyone, strict=True):
+        if len(set(on_each_rank)) > 1:
+            raise ValueError(f"{on_each_rank[0][0]} differs between the ranks: set one seed on all "
+                             "of them before building the model, or load one file")  # fmt: skip
+
+
+def check_module(name: str, module: nn.Module, style: str | None, sequence: bool) -> None:
+    """Raises ValueError if the module does not fit its style (None: the plan does not name it)."""
+    if (
+        isinstance(module, nn.Dropout) and style != "replicated" or style in ("heads", "tokens")
+    ) and not (hasattr(module, "parts") or getattr(module, "p", None) == 0):
+        raise ValueError(
+            f"{name}: {module} draws from the generator of its rank, so replicas would get other "
+            "masks: set p to 0 or use a dropout that draws by row and site (gpt.Dropout). If all "
+            "ranks have one seed, name it 'replicated' in the plan"
+        )
+    kind = {"column": nn.Linear, "row": nn.Linear, "vocab": nn.Embedding}.get(style)
+    options = dict(padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
+    if kind and (
+        getattr(module.forward, "__func__", None) is not kind.forward
+        or {n for n, _ in module.named_parameters()} - {"weight", "bias"}
+        or any(getattr(module, option, off) is not off for option, off in options.items())
+    ):
+        raise ValueError(
+            f"{name}: style {style!r} replaces a plain nn.{kind.__name__}, and this "
+            f"{type(module).__name__} does more: name the nn.{kind.__name__} inside it, drop the "
+            "option (padding_idx, ...), or add a style to STYLES"
+        )
+    if style is None and sequence and isinstance(module, nn.Embedding):
+        raise ValueError(f"{name}: sequence parallelism needs a style that gives each rank a shard "
+                         "of the sequence: 'vocab', 'position', or one of yours")  # fmt: skip
+
+
+def check_between(model: nn.Module, styled: set[nn.Parameter]) -> None:
+    """Raises ValueError for a trainable parameter that the plan does not name and that may lie
+    between a column- and a row-parallel layer, where its gradient is a partial sum: one whose
+    siblings are a subtree whose parallel layers are all column-parallel, and one with row-parallel
+    layers only."""
+    both = {ColumnParallelLinear, RowParallelLinear}
+    for path, module in model.named_modules():
+        kinds = {n: both & set(map(type, child.modules())) for n, child in module.named_children()}
+        if not all({kind} in kinds.values() for kind in both):
+            continue
+        for name, p in module.named_parameters():
+            said = p in styled or hasattr(p, "partial") or kinds.get(name.split(".")[0]) == both
+            if p.requires_grad and not said:
+                raise ValueError(
+                    f"{path}.{name} has a column- and a row-parallel layer as siblings. If it lies "
+                    "between them, its gradient on a rank is a partial sum: name its module "
+                    "'partial' in the plan. If it reads the residual stream, name it 'replicated'. "
+                    "(For a parameter that is no module's weight, set its .partial instead.)"
+                )
+
+
+def check_width(name: str, n: int, t: int) -> None:
+    """Raises ValueError if n rows or columns, cut into chunks, leave one of t ranks with none."""
+    if -(-n // t) * (t - 1) >= n:
+        raise ValueError(
+            f"{name}: {n} rows or columns in chunks of {-(-n // t)} leave one of t = {t} ranks "
+            "with none: lower --tp or widen the model"
+        )
 
 
 # --- cost -----------------------------------------------------------------------------------------

@@ -172,6 +172,7 @@ class Llama(nn.Module):
 
 PLAN = {
     "wte": "vocab",
+    "h.*.norm_?": "replicated",
     "h.*.qkv": ("column", (HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE)),
     "h.*.out": "row",
     "h.*.gate_up": ("column", 2),

@@ -1,10 +1,16 @@
+import functools
+import types
+
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import gpt
 import measure
+import pipeline
 import tensor_parallel as tp
 from tools.oracle import draw, launch
 
@@ -80,14 +86,15 @@ def test_fused_matrices_are_cut_one_by_one():
     assert grouped == [[0, 1, 2, 3, 8, 10], [4, 5, 6, 7, 9, 11]]
 
 
-def loss_beside_plain(v: int, scale: float):
+def loss_beside_plain(v: int, scale: float, target: int = -100):
     group = dist.group.WORLD
     generator = torch.Generator().manual_seed(v)
     logits = (torch.randn(2, 6, v, generator=generator, dtype=D) * scale).requires_grad_()
     targets = torch.randint(v, (2, 6), generator=generator)
-    targets[0, 0] = targets[1, 3] = -1
+    targets[0, 0], targets[1, 3], targets[1, 4] = -1, -2, -100
     plain = gpt.cross_entropy(logits, targets) * 0.3
     plain.backward()
+    targets[1, 4] = target
     head = nn.Module()
     head.weight = tp.cut_parameter(nn.Parameter(torch.zeros(v, 1)), 0, 1, group)
     start, stop = head.weight.cut.range(v)
@@ -98,7 +105,7 @@ def loss_beside_plain(v: int, scale: float):
     assert torch.equal(mine, kept), "the logits were overwritten"
     torch.testing.assert_close(loss, plain, rtol=1e-13, atol=0)
     torch.testing.assert_close(mine.grad, logits.grad[..., start:stop], rtol=1e-12, atol=1e-15)
-    assert torch.equal(mine.grad[0, 0], torch.zeros(stop - start, dtype=D))
+    assert not mine.grad[0, 0].any() and not mine.grad[1, 4].any()
 
 
 @pytest.mark.parametrize("t", [1, 2, 3, 4])
@@ -172,3 +179,395 @@ def parallelize_with(plan: dict):
 def test_bad_plans(plan, message):
     with pytest.raises(RuntimeError, match=message):
         launch(4, parallelize_with, plan)
+
+
+# --- models that are not gpt.GPT ------------------------------------------------------------------
+
+H, SIZE, V, S = 24, 6, 41, 8  # hidden size, head size, vocabulary, sequence length
+
+
+class Attention(nn.Module):
+    """QK-norm per head, as in Qwen3: between a column- and a row-parallel layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(H, H) for _ in range(4))
+        self.q_norm, self.k_norm = nn.RMSNorm(SIZE), nn.RMSNorm(SIZE)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (-1, SIZE)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Net(nn.Module):
+    """change(net): called before parameters are drawn."""
+
+    def __init__(self, change=lambda net: None):
+        super().__init__()
+        self.wte, self.norm, self.attn = nn.Embedding(V, H), nn.RMSNorm(H), Attention()
+        self.lm_head = nn.Linear(H, V, bias=False)
+        change(self)
+        self.double()
+        for name, p in self.named_parameters():
+            nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+
+    def forward(self, x):
+        x = self.wte(x)
+        return self.lm_head(x + self.attn(self.norm(x)))
+
+
+PLAN = {"wte": "vocab", "attn.[qkv]": "column", "attn.out": "row", "lm_head": "column"}
+QK_PLAN = PLAN | {"attn.?_norm": "partial"}
+
+
+def train(model: nn.Module, group=None, steps: int = 3) -> dict[str, torch.Tensor]:
+    """Gradients and parameters after a few steps of SGD. group: None for one process."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for step in range(steps):
+        optimizer.zero_grad()
+        x = torch.randint(V, (2, S), generator=torch.Generator().manual_seed(step))
+        if group:
+            loss = tp.vocab_parallel_cross_entropy(model(x), x.roll(1), model.lm_head, group)
+        else:
+            loss = gpt.cross_entropy(model(x), x.roll(1))
+        (loss / x.numel()).backward()
+        if group:
+            tp.all_reduce_partial([p.grad for p in model.parameters() if p.partial], group)
+        optimizer.step()
+    named = dict(model.named_parameters())
+    gradients = {f"gradient {n}": p.grad for n, p in named.items() if p.grad is not None}
+    return gradients | {n: p.detach() for n, p in named.items()}
+
+
+def beside_one_process(plan: dict, sequence: bool, change=lambda net: None):
+    """(largest relative error, the replicated tensors)."""
+    expected = train(Net(change))
+    model = tp.parallelize(Net(change), plan, dist.group.WORLD, sequence)
+    cuts = {n: p.cut for n, p in model.named_parameters() if hasattr(p, "cut")}
+    actual = train(model, dist.group.WORLD)
+    for name, cut in cuts.items():
+        for key in {name, f"gradient {name}"} & expected.keys():
+            expected[key] = cut(expected[key])
+    errors = measure.relative_errors(actual, expected)
+    replicas = {n: a for n, a in actual.items() if n.removeprefix("gradient ") not in cuts}
+    return measure.largest(errors.values()), replicas
+
+
+def check_beside_one_process(t: int, *args) -> None:
+    (worst, first), *others = launch(t, beside_one_process, *args)
+    for error, replicas in [(worst, first), *others]:
+        assert error <= measure.TOLERANCE
+        assert all(torch.equal(a, first[n]) for n, a in replicas.items())
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_per_head_qk_norm_named_partial(sequence):
+    check_beside_one_process(2, QK_PLAN, sequence)
+
+
+def parallelize_net(plan: dict, change=lambda net: None, t: int = 2) -> nn.Module:
+    return tp.parallelize(on_meta(change), plan, group_of(t))
+
+
+def on_meta(change=lambda net: None) -> Net:
+    with torch.device("meta"):
+        return Net(change)
+
+
+def group_of(t: int):
+    """Enough of a process group for parallelize, which makes no collective for a model on meta."""
+    return types.SimpleNamespace(rank=lambda: 0, size=lambda: t)
+
+
+def give_scale(net: nn.Module) -> None:
+    """A parameter that has no module of its own."""
+    net.attn.scale = nn.Parameter(torch.ones(1))
+
+
+def nest_the_norm(net: nn.Module) -> None:
+    """The row-parallel layer is not in the module of the column-parallel ones."""
+    net.attn.inner = nn.ModuleDict()
+    for name in ("q", "k", "v", "q_norm", "k_norm"):
+        net.attn.inner[name] = net.attn.get_submodule(name)
+        delattr(net.attn, name)
+
+
+@pytest.mark.parametrize(
+    "plan, change, name",
+    [
+        (PLAN, lambda net: None, "attn.q_norm.weight"),
+        (QK_PLAN, give_scale, "attn.scale"),
+        ({"attn.inner.?": "column", "attn.out": "row"}, nest_the_norm, "attn.inner.q_norm.weight"),
+    ],
+)
+def test_a_parameter_that_may_lie_between_column_and_row_must_be_named(plan, change, name):
+    with pytest.raises(ValueError, match=rf"^{name} has .* 'partial' in the plan"):
+        parallelize_net(plan, change)
+
+
+def test_who_is_partial():
+    def change(net):
+        give_scale(net)
+        net.attn.scale.partial = True
+
+    replicated = {"norm.weight", "attn.out.bias"}
+    partial = {"attn.scale", "attn.q_norm.weight", "attn.k_norm.weight"}
+    cases = (2, False, partial), (2, True, partial | replicated), (1, True, set())
+    for t, sequence, expected in cases:
+        net = tp.parallelize(on_meta(change), QK_PLAN, group_of(t), sequence)
+        assert {n for n, p in net.named_parameters() if p.partial} == expected
+
+
+def test_a_sharded_parameter_is_not_partial():
+    plan = {"attn": "partial", **PLAN}
+    with pytest.raises(ValueError, match="attn.q.weight is sharded and 'partial'"):
+        parallelize_net(plan)
+
+
+# --- dropout, tied weights, ids out of range ------------------------------------------------------
+
+
+def give_dropout(net: nn.Module, p: float = 0.1) -> None:
+    net.drop = nn.Dropout(p)
+
+
+@pytest.mark.parametrize("style", [{"drop": "heads"}, {"drop": "tokens"}, {}], ids=str)
+def test_torchs_dropout_must_not_draw(style):
+    with pytest.raises(ValueError, match=r"^drop: Dropout\(p=0.1.* draws .* set p to 0 or use"):
+        parallelize_net(QK_PLAN | style, give_dropout)
+    parallelize_net(QK_PLAN | style, functools.partial(give_dropout, p=0.0))
+    parallelize_net(QK_PLAN | {"drop": "replicated"}, give_dropout)
+
+
+def tie(net: nn.Module) -> None:
+    net.lm_head.weight = net.wte.weight
+
+
+@pytest.mark.parametrize("style", ["row", ("column", (20, 21)), "replicated", None], ids=str)
+def test_tied_weights_with_other_shards_are_refused(style):
+    plan = {name: s for name, s in QK_PLAN.items() if name != "lm_head"}
+    plan |= {"lm_head": style} if style else {}
+    with pytest.raises(ValueError, match=r"^lm_head.weight is tied to wte.weight"):
+        parallelize_net(plan, tie)
+    net = parallelize_net(QK_PLAN, tie)
+    assert net.wte.weight is net.lm_head.weight
+
+
+def embed(token: int):
+    group = dist.group.WORLD
+    layer = tp.VocabParallelEmbedding(nn.Embedding(V, 2), 1, group, False)
+    return layer(torch.tensor([[0, token]]))
+
+
+@pytest.mark.parametrize("t", [1, 2])
+@pytest.mark.parametrize("token", [V, V + 1000, -1])
+def test_a_token_outside_the_vocabulary_is_an_error(t, token):
+    with pytest.raises(RuntimeError, match="IndexError: index out of range"):
+        launch(t, embed, token)
+
+
+@pytest.mark.parametrize("t", [1, 2, 3])
+def test_a_target_outside_the_vocabulary_is_an_error(t):
+    with pytest.raises(RuntimeError, match="(Target|index) [0-9]+ is out of bounds"):
+        launch(t, loss_beside_plain, V, 1.0, V)
+
+
+# --- frozen weights, autocast ---------------------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    def __init__(self, base: nn.Linear, rank: int = 3):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Linear(base.in_features, rank, bias=False)
+        self.b = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+def give_lora(net: nn.Module) -> None:
+    net.requires_grad_(False)
+    net.attn.q, net.attn.out = LoRA(net.attn.q), LoRA(net.attn.out)
+
+
+LORA_PLAN = {
+    "wte": "vocab",
+    "attn.q.a": "replicated",
+    "attn.q.b": "column",
+    "attn.out.a": "row",
+    "attn.out.b": "replicated",
+    "attn.q.base": "column",
+    "attn.[kv]": "column",
+    "attn.out.base": "row",
+    "lm_head": "column",
+}
+
+
+def freeze(net: nn.Module, *names: str) -> None:
+    for name, p in net.named_parameters():
+        p.requires_grad_(name not in names)
+
+
+SOME = ("wte.weight", "attn.q.weight", "attn.k.bias", "attn.out.weight", "lm_head.weight")
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(
+    "plan, change",
+    [(LORA_PLAN, give_lora), (QK_PLAN, lambda net: freeze(net, *SOME)),
+     (QK_PLAN, lambda net: freeze(net, "attn.out.bias"))],
+    ids=["lora", "some", "row bias"],
+)  # fmt: skip
+def test_frozen_weights(plan, change, sequence):
+    check_beside_one_process(2, plan, sequence, change)
+
+
+def cost_of_a_backward(x_needs: bool, frozen: bool, sequence: bool, defer: bool):
+    """(FLOPs in units of one matmul, collectives, whether x is saved, what waits for a W)."""
+    group, queue, b = dist.group.WORLD, [], 2
+    layer = tp.ColumnParallelLinear(nn.Linear(8, 6), 1, group, sequence)
+    layer.weight.requires_grad_(not frozen)
+    layer.weight_grad_queue = queue if defer else None
+    x = torch.zeros(b, 4, 8, requires_grad=x_needs)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    with FlopCounterMode(display=False) as flops, measure.Collectives({"tp": group}) as seen:
+        y.sum().backward()
+    operations = [op for op in tp_operations if seen.total("tp", op).calls]
+    assert layer.weight.grad is None or not frozen
+    kept = any(t.data_ptr() == x.data_ptr() for t in saved)
+    return flops.get_total_flops() / (2 * y.numel() * 8), operations, kept, len(queue)
+
+
+@pytest.mark.parametrize(
+    "x_needs, frozen, sequence, defer, expected",
+    [
+        (True, False, False, False, (2, ["all_reduce"], True, 0)),
+        (True, True, False, False, (1, ["all_reduce"], False, 0)),
+        (True, True, True, False, (1, ["reduce_scatter"], False, 0)),
+        (False, False, False, False, (1, [], True, 0)),
+        (False, False, True, False, (1, ["all_gather"], True, 0)),
+        (True, True, True, True, (1, ["reduce_scatter"], False, 0)),
+        (True, False, True, True, (1, ["reduce_scatter"], True, 1)),
+        (False, False, True, True, (1, ["all_gather"], True, 0)),
+    ],
+)
+def test_backward_computes_what_needs_a_gradient(x_needs, frozen, sequence, defer, expected):
+    assert launch(2, cost_of_a_backward, x_needs, frozen, sequence, defer) == [expected] * 2
+
+
+def without_qk_norm(net: nn.Module) -> None:
+    net.attn.q_norm = net.attn.k_norm = nn.Identity()
+
+
+def under_autocast(sequence: bool, defer: bool):
+    """Of one process and of a rank: the loss and, by parameter, the gradient."""
+    runs, group = [], dist.group.WORLD
+    for parallel in (False, True):
+        net, queue = Net(without_qk_norm).float(), []
+        if parallel:
+            tp.parallelize(net, PLAN, group, sequence)
+        if parallel and defer:
+            pipeline.defer_weight_gradients(net, queue)
+        x = torch.arange(2 * S).view(2, S)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(x)
+            assert logits.dtype == torch.bfloat16
+            if parallel:
+                loss = tp.vocab_parallel_cross_entropy(logits, x, net.lm_head, group)
+            else:
+                loss = gpt.cross_entropy(logits, x)
+        loss.backward()
+        for work in queue:
+            work()
+        if parallel:
+            tp.all_reduce_partial([p.grad for p in net.parameters() if p.partial], group)
+        runs.append((loss.detach(), dict(net.named_parameters())))
+    (expected, full), (loss, shards) = runs
+    torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
+    gradients = {n: getattr(p, "cut", lambda w: w)(full[n].grad) for n, p in shards.items()}
+    errors = measure.relative_errors({n: p.grad for n, p in shards.items()}, gradients, floor=0.01)
+    assert measure.largest(errors.values()) < 0.1, errors
+
+
+@pytest.mark.parametrize("defer", [False, True])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_autocast(sequence, defer):
+    launch(2, under_autocast, sequence, defer)
+
+
+# --- sizes that t does not divide, modules that a style cannot replace ----------------------------
+
+
+def one_forward(n_head: int, head_size: int, s: int, sequence: bool):
+    config = gpt.GPTConfig(1, n_head, n_head * head_size, 41, s)
+    model = tp.parallelize(gpt.build(config), tp.GPT_PLAN, dist.group.WORLD, sequence)
+    model(torch.zeros(1, s, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    "t, n_head, head_size, s, sequence, message",
+    [
+        (2, 3, 8, 8, False, "n_head 3 .* 36 of 72 columns .* heads of 8"),
+        (3, 5, 2, 8, False, "n_head 5 .* 12 of 30 columns .* heads of 2"),  # 2, 2 and 1 heads
+        (2, 4, 2, 7, True, "a sequence of 7 .* t = 2"),
+        (3, 3, 2, 8, True, "a sequence of 8 .* t = 3"),
+    ],
+)
+def test_sizes_that_t_does_not_divide(t, n_head, head_size, s, sequence, message):
+    with pytest.raises(RuntimeError, match=f"ValueError: {message}"):
+        launch(t, one_forward, n_head, head_size, s, sequence)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def change_layer(name: str, make, net: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(net.get_submodule(parent), attribute, make())
+
+
+@pytest.mark.parametrize(
+    "name, make",
+    [
+        ("attn.q", lambda: Doubled(H, H)),
+        ("attn.q", lambda: LoRA(nn.Linear(H, H))),
+        ("attn.out", lambda: nn.utils.parametrizations.weight_norm(nn.Linear(H, H))),
+        ("wte", lambda: nn.Embedding(V, H, padding_idx=0)),
+        ("wte", lambda: nn.Embedding(V, H, max_norm=1.0)),
+        ("wte", lambda: gpt.PositionEmbedding(V, H)),
+    ],
+)
+def test_a_module_that_computes_something_else_is_not_replaced(name, make):
+    with pytest.raises(ValueError, match=f"^{name}: style .* replaces a plain nn.(Linear|Embedd)"):
+        parallelize_net(QK_PLAN, functools.partial(change_layer, name, make))
+
+
+def test_parts_that_do_not_add_up_are_refused():
+    for parts in (5, (12, 11)):
+        with pytest.raises(ValueError, match=r"parts \([0-9, ]+\) .* 24"):
+            parallelize_net({"attn.q": ("column", parts)} | QK_PLAN)
+
+
+def test_an_embedding_that_does_not_shard_the_sequence_is_refused():
+    plan = {name: style for name, style in QK_PLAN.items() if name != "wte"}
+    tp.parallelize(on_meta(), plan, group_of(2), False)
+    with pytest.raises(ValueError, match="^wte: .* 'vocab'"):
+        tp.parallelize(on_meta(), plan, group_of(2), True)
+
+
+def parallelize_what_ranks_drew(same: bool):
+    torch.manual_seed(0 if same else dist.get_rank())
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    tp.parallelize(model, {"1": "column"}, dist.group.WORLD)
+
+
+def test_ranks_that_drew_different_values_are_refused():
+    launch(2, parallelize_what_ranks_drew, True)
+    with pytest.raises(RuntimeError, match="ValueError: 1.weight differs between the ranks: set"):
+        launch(2, parallelize_what_ranks_drew, False)

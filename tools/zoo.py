@@ -74,9 +74,9 @@ ZOO = [
     Bug(6, "three sums in backward where one would do", [
         ("tensor_parallel.py", ARRIVED,
          "start = start_scatter if ctx.sequence else start_sum\n"
-         "        parts = zip(grad.chunk(3, -1), weight.chunk(3, 0), strict=True)\n"
-         "        sums = [start(g @ w, ctx.group) for g, w in parts]\n"
-         "        arrived = lambda: sum(part() for part in sums)")],
+         "            parts = zip(grad.chunk(3, -1), weight.chunk(3, 0), strict=True)\n"
+         "            sums = [start(g @ w, ctx.group) for g, w in parts]\n"
+         "            arrived = lambda: sum(part() for part in sums)")],
         "tests/test_tensor_parallel.py::test_collectives_of_a_block_and_what_hides_them",
         r"\('backward', 'all_reduce'\): \(9, \d+\)"),
     Bug(7, "norms' gradients not summed over tp", [
