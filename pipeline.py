@@ -110,13 +110,22 @@ def fill(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) -> list[A
     return actions
 
 
+def require_chunks(name: str, v: int, n: int) -> None:
+    """Raises ValueError if v chunks per rank are asked of a schedule that has n."""
+    if v != n:
+        raise ValueError(f"{name} has {n} chunk{'s' * (n > 1)} per rank, not {v}: pass v={n}, or "
+                         "use interleaved")  # fmt: skip
+
+
 def gpipe(p: int, m: int, v: int = 1) -> Schedule:
     """All forwards, then all backwards."""
+    require_chunks("gpipe", v, 1)
     return [fill(m, [(m, "F"), (m, "B")], [r]) for r in range(p)]
 
 
 def one_f_one_b(p: int, m: int, v: int = 1) -> Schedule:
     """As many forwards as there are ranks behind, then one forward, one backward."""
+    require_chunks("1f1b", v, 1)
     return [fill(m, [(p - 1 - r, "F"), (m, "FB")], [r]) for r in range(p)]
 
 
@@ -139,6 +148,7 @@ def interleaved(p: int, m: int, v: int = 2) -> Schedule:
 
 def zb_h1(p: int, m: int, v: int = 1) -> Schedule:
     """1F1B in which r weight gradients wait on rank r, so that all hold what 1F1B's first does."""
+    require_chunks("zb-h1", v, 1)
     return [
         fill(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
     ]
@@ -147,6 +157,7 @@ def zb_h1(p: int, m: int, v: int = 1) -> Schedule:
 def zb_v(p: int, m: int, v: int = 2) -> Schedule:
     """Two chunks a rank, down the ranks and up again: rank 0 has the first and the last stage, so
     the first backward is soon there, and a rank has always something to do."""
+    require_chunks("zb-v", v, 2)
     n = max(m, 2 * p - 1)  # what fills it; a smaller batch leaves gaps
     schedule = [
         fill(n, [(2 * (p - r) - 1, "F"), (r, "fF"), (p - r, "fbw"), (n - p, "FBWfbw"), (r, "Bb"),

@@ -148,12 +148,20 @@ def test_an_end_that_never_posts_is_refused():
     ],
 )
 def test_incomplete_schedules_are_refused(function, spoil, message):
-    schedule = pipeline.SCHEDULES[function](3, 4, 2)
+    schedule = pipeline.SCHEDULES[function](3, 4)
     spoil(schedule)
     with pytest.raises(pipeline.ScheduleError, match=message):
         check(schedule, 4)
     with pytest.raises(pipeline.ScheduleError, match="B4, F4 missing"):
         check(pipeline.gpipe(3, 4), 5)
+
+
+@pytest.mark.parametrize(
+    "name, v", [("gpipe", 2), ("1f1b", 2), ("zb-h1", 3), ("zb-v", 1), ("zb-v", 4)]
+)
+def test_a_number_of_chunks_that_a_schedule_does_not_have_is_refused(name, v):
+    with pytest.raises(ValueError, match=f"{name} has . chunks? per rank, not {v}: .*interleaved"):
+        pipeline.SCHEDULES[name](2, 4, v)
 
 
 def test_a_circle_is_refused_and_named():
@@ -351,7 +359,7 @@ def test_schedules_run_in_the_order_of_nccl(p):
     for name, function in pipeline.SCHEDULES.items():
         for m in (1, p, 2 * p + 1):
             n = 2 * p if name in ("interleaved", "zb-v") else p
-            schedules.append((function(p, m, 2), m, n))
+            schedules.append((function(p, m), m, n))
     compare_with_one_process(p, schedules, as_nccl=True)
 
 
