@@ -442,24 +442,41 @@ def take_stages(
     last: tuple[str, ...] = ("ln_f", "lm_head"),
 ) -> nn.Module:  # fmt: skip
     """Cut `model` down, in place, to the stages `mine`; split: blocks by stage. The layers `first`
-    belong to stage 0, the layers `last` to the last one; `blocks` names an nn.ModuleDict, whose
-    blocks keep their names, which are their numbers. What is elsewhere becomes nn.Identity, or is
-    left out, so that the model's own forward runs what is here."""
+    belong to stage 0, the layers `last` to the last one; `blocks` names an nn.ModuleDict or
+    nn.ModuleList, whose blocks keep their names, which are their numbers. What is elsewhere becomes
+    nn.Identity, or is left out, so that the model's own forward runs what is here. It must call
+    these layers in turn: what else it computes is computed by every stage, and enumerate() numbers
+    the blocks of a stage from 0. Raises ValueError for a parameter outside of these layers, and for
+    a block on no stage."""
+    container = getattr(model, blocks)
+    others = [n for n, _ in model.named_parameters()
+              if n.split(".")[0] not in (*first, blocks, *last)]  # fmt: skip
+    if others:
+        raise ValueError(f"{', '.join(others)} of {type(model).__name__} would be on every stage: "
+                         "name each child with parameters in `first` or `last`")  # fmt: skip
+    numbers = {str(i) for stage in split for i in stage}
+    kept = {str(i) for k in mine for i in split[k]}
+    if not kept <= {*container._modules} <= numbers:
+        raise ValueError(f"{blocks} has blocks {', '.join(container._modules)}, and split {split}: "
+                         "names must be numbers, each of them in one stage of split")  # fmt: skip
     elsewhere = (() if 0 in mine else first) + (() if len(split) - 1 in mine else last)
     for name in elsewhere:
         setattr(model, name, nn.Identity())
-    kept = {i for k in mine for i in split[k]}
-    modules = getattr(model, blocks).items()
-    setattr(model, blocks, nn.ModuleDict({n: block for n, block in modules if int(n) in kept}))
+    part = copy.copy(container)
+    part._modules = {n: block for n, block in container._modules.items() if n in kept}
+    setattr(model, blocks, part)
     return model
 
 
 def chunks_of(model: nn.Module, mine: Sequence[int], split: list[range], **names) -> dict:
     """{stage: a module that runs it}. They share their layers with `model`, which holds all stages
-    of a rank: parameters, hooks and what replaced them are the model's own."""
+    of a rank: parameters, hooks, `training` and what replaced them are the model's own."""
+    training = property(lambda _: model.training, lambda _, mode: setattr(model, "training", mode))
+    like_model = type(type(model).__name__, (type(model),), {"training": training})
     chunks = {}
     for k in mine:
         chunks[k] = copy.copy(model)
+        chunks[k].__class__ = like_model
         chunks[k]._modules = dict(model._modules)
         take_stages(chunks[k], [k], split, **names)
     return chunks

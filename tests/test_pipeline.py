@@ -1,3 +1,4 @@
+import copy
 import doctest
 import graphlib
 import random
@@ -279,6 +280,77 @@ def test_layers_are_split_by_cost():
     parts = pipeline.split_layers(12, 4, embedding / block, head / block)
     assert [len(part) for part in parts] == [3, 4, 4, 1]
     assert [len(part) for part in pipeline.split_layers(8, 3, first=2)] == [2, 3, 3]
+
+
+class Chain(nn.Module):
+    """A model as others write it: blocks in an nn.ModuleList, and a forward that reads
+    self.training."""
+
+    def __init__(self, n_layer: int = 5):
+        super().__init__()
+        self.wte, self.ln_f = nn.Embedding(17, 8), nn.LayerNorm(8)
+        self.h = nn.ModuleList(nn.Linear(8, 8) for _ in range(n_layer))
+        self.lm_head = nn.Linear(8, 17)
+
+    def forward(self, x):
+        x = self.wte(x)
+        for block in self.h:
+            x = x + block(x) * (2.0 if self.training else 1.0)
+        return self.lm_head(self.ln_f(x))
+
+
+def test_chunks_follow_train_and_eval_of_the_model():
+    torch.manual_seed(0)
+    model, split = Chain(), pipeline.split_layers(5, 3)
+    x, outputs = torch.arange(4)[None], []
+    whole = pipeline.take_stages(copy.deepcopy(model), range(3), split)
+    chunks = pipeline.chunks_of(whole, range(3), split)
+    for mode in (model.eval, model.train):
+        mode(), whole.train(model.training)
+        assert [chunk.training for chunk in chunks.values()] == [model.training] * 3
+        y = x
+        for chunk in chunks.values():
+            y = chunk(y)
+        assert torch.equal(y, model(x))
+        outputs.append(y)
+    assert not torch.equal(*outputs)
+    chunks[1].eval()
+    assert not whole.training and not chunks[2].training
+
+
+def test_blocks_in_a_list_keep_their_names():
+    split = pipeline.split_layers(5, 3)
+    model = pipeline.take_stages(Chain(), [1], split)
+    assert [n for n, _ in model.named_parameters()] == [
+        "h.2.weight", "h.2.bias", "h.3.weight", "h.3.bias"
+    ]  # fmt: skip
+    assert isinstance(model.h, nn.ModuleList) and len(list(model.h)) == 2
+
+
+@pytest.mark.parametrize(
+    "names, split, message",
+    [
+        ({"last": ("lm_head",)}, [range(3), range(3, 5)], "ln_f.weight, ln_f.bias .* every stage"),
+        ({"first": ("embed",)}, [range(3), range(3, 5)], "wte.weight .* every stage: .* `first`"),
+        ({}, [range(3), range(3, 4)], r"blocks 0, 1, 2, 3, 4, and split \[range\(0, 3\)"),
+        ({}, [range(3), range(3, 6)], "blocks 0, 1, 2, 3, 4, and split"),
+    ],
+)
+def test_a_model_that_is_not_fully_split_is_refused(names, split, message):
+    """These layers would run on every stage, or these blocks on none."""
+    with pytest.raises(ValueError, match=message):
+        pipeline.take_stages(Chain(), [1], split, **names)
+
+
+def test_a_parameter_of_the_model_itself_and_blocks_without_numbers_are_refused():
+    model, split = Chain(2), [range(1), range(1, 2)]
+    model.scale = nn.Parameter(torch.ones(8))
+    with pytest.raises(ValueError, match="scale of Chain would be on every stage"):
+        pipeline.take_stages(model, [0], split)
+    model = Chain(0)
+    model.h = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    with pytest.raises(ValueError, match="blocks a, b, and split"):
+        pipeline.take_stages(model, [0], split)
 
 
 # --- the executor ---------------------------------------------------------------------------------
