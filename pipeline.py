@@ -544,7 +544,7 @@ class Pipeline:
         dtype: torch.dtype, device: torch.device | str, apart: bool = False,
     ):  # fmt: skip
         self.chunks, self.last, self.group = chunks, n_stages - 1, group
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.apart = dtype, device, apart
         # See receive_ahead. NCCL takes the programs as they are.
         self.by_pair = dist.get_backend(group) == "gloo"
         self.watch: Callable = lambda action: contextlib.nullcontext()
@@ -576,15 +576,17 @@ class Pipeline:
         loss_of(output of the last stage, microbatch) -> scalar. shape: of what crosses a boundary,
         (b, s, h). before(microbatch) is called ahead of each forward. Returns the sum of the
         losses, which is 0 where the last stage is not. Gradients are left in `.grad`,
-        accumulated. With p > 1, raises RuntimeError if an exception interrupted the last run."""
+        accumulated. With p > 1, raises RuntimeError if an exception interrupted the last run.
+        Raises ValueError, before anything is sent, if the program does not fit (see _check)."""
         if self.running and self.group.size() > 1:
             raise RuntimeError(
                 "the last pipeline run was interrupted, and its messages may still be in flight "
                 "between the stages: restart all ranks and resume from the newest checkpoint"
             )
+        self._check([step for step in program if isinstance(step, Action)], len(inputs))
         self.running = True
         self.queue.clear()
-        self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, shape, before
+        self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, tuple(shape), before
         dtype = torch.promote_types(self.dtype, torch.float32)
         self.loss = torch.zeros((), dtype=dtype, device=self.device)
         self.inbox: dict = {}  # F or B to run -> (tensor, handle or None)
@@ -606,6 +608,22 @@ class Pipeline:
         assert not any(left), "the program left work undone"
         self.running = False
         return self.loss
+
+    def _check(self, actions: list[Action], n_inputs: int) -> None:
+        kinds, stages = {action.kind for action in actions}, {action.stage for action in actions}
+        m, wrong = 1 + max(action.microbatch for action in actions), None
+        if stages != {*self.chunks}:
+            wrong = f"is of stages {sorted(stages)}, and the chunks are of {sorted(self.chunks)}"
+        elif 0 in stages and n_inputs != m:
+            wrong = f"has {m} microbatches, and there are {n_inputs} inputs"
+        elif ("B" in kinds) != torch.is_grad_enabled():
+            wrong = ("has B actions: enable gradients, or use forward_only" if "B" in kinds else
+                     "has no B actions: run it under torch.no_grad()")  # fmt: skip
+        elif "B" in kinds and ("W" in kinds) != self.apart:
+            wrong = (f"has {'W' if 'W' in kinds else 'no W'} actions, and the Pipeline was made "
+                     f"with apart={self.apart}: pass apart=splits(actions)")  # fmt: skip
+        if wrong:
+            raise ValueError(f"the program {wrong}")
 
     def _post(self, batch: tuple[Transfer, ...]) -> None:
         """Start these transfers. Waited for is only what the same stage sent before, so that its
@@ -639,12 +657,17 @@ class Pipeline:
 
     def _hand_over(self, made: Action, tensor: Tensor) -> None:
         """To the next stage: at once if this rank holds it too, else by the coming _post."""
-        of = (tensor.shape, tensor.dtype)
-        assert of == (self.shape, self.dtype), f"{made} made {of}, not {self.shape, self.dtype}"
+        of = (getattr(tensor, "shape", type(tensor)), getattr(tensor, "dtype", None))
+        if of != (self.shape, self.dtype):
+            raise ValueError(
+                f"{made.kind}{made.microbatch} of stage {made.stage} made {of}, not "
+                f"{self.shape, self.dtype}: a stage must return one tensor, of run()'s shape and "
+                "the Pipeline's dtype, that depends on its input"
+            )
         if following(made).stage in self.chunks:
-            self.inbox[following(made)] = (tensor, None)
+            self.inbox[following(made)] = (tensor.detach(), None)
         else:
-            self.outbox[made] = tensor.contiguous()
+            self.outbox[made] = tensor.detach().contiguous()
 
     def _forward(self, action: Action) -> None:
         _, i, k = action
@@ -658,7 +681,7 @@ class Pipeline:
                 y = self.loss_of(y, i)
                 self.loss += y.detach()
         if k < self.last:
-            self._hand_over(action, y.detach())
+            self._hand_over(action, y)
         if torch.is_grad_enabled():  # the graph is kept, but not its output: that is the next's
             root = y if k == self.last else torch.autograd.graph.get_gradient_edge(y)
             self.in_flight[i, k] = x, root

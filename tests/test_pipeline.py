@@ -1,5 +1,6 @@
 import copy
 import doctest
+import functools
 import graphlib
 import random
 import weakref
@@ -473,6 +474,97 @@ def test_a_short_last_microbatch_is_refused_where_it_is_made():
     """Bug 16: its receiver expects the shape of the others."""
     with pytest.raises(RuntimeError, match=r"made \(torch.Size\(\[1, 6, 8\]\).*, not \(\(2, 6"):
         launch(2, short_microbatch)
+
+
+class Tower(nn.Module):
+    """A stage that is a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x):
+        return self.function(self.linear, x)
+
+
+def run_alone(
+    schedule, function, n: int = 1, m: int = 2, apart: bool = False, shape=(1, 3, 4), stages=None
+):  # fmt: skip
+    """On one rank: n stages that are `function`, m microbatches."""
+    torch.manual_seed(0)
+    chunks = {k: Tower(function) for k in (range(n) if stages is None else stages)}
+    pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float32, "cpu", apart)
+    (program,) = derive_programs(schedule)
+    pipe.run(program, torch.randn(m, *shape), lambda y, i: y.sum(), shape)
+
+
+def linear(layer, x):
+    return layer(x)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (dict(schedule=pipeline.zb_h1(1, 2), function=linear),
+         r"has W actions, and the Pipeline was made with apart=False"),
+        (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, apart=True),
+         r"has no W actions, and the Pipeline was made with apart=True"),
+        (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, m=3),
+         "has 2 microbatches, and there are 3 inputs"),
+        (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, n=2, stages=[1]),
+         r"stages \[0\], and the chunks are of \[1\]"),
+        (dict(schedule=pipeline.forward_only(pipeline.gpipe(1, 2), 2), function=linear),
+         r"has no B actions: run it under torch.no_grad\(\)"),
+        (dict(schedule=pipeline.interleaved(1, 2), n=2, function=lambda layer, x: (layer(x), 0)),
+         r"made \(<class 'tuple'>, None\), not \(\(1, 3, 4\), torch.float32\)"),
+        (dict(schedule=pipeline.interleaved(1, 2), n=2, function=lambda layer, x: layer(x).half()),
+         r"made \(torch.Size\(\[1, 3, 4\]\), torch.float16\), not"),
+        (dict(schedule=pipeline.interleaved(1, 2), n=2,
+              function=lambda layer, x: layer(x.detach() * 0)),
+         r"B0 of stage 1 made \(<class 'NoneType'>, None\), not .* depends on its input"),
+    ],
+)  # fmt: skip
+def test_what_the_executor_cannot_run_is_refused(how, message):
+    with pytest.raises(RuntimeError, match="ValueError: .*" + message):
+        launch(1, functools.partial(run_alone, **how))
+
+
+def interrupted_backward() -> list[torch.Tensor]:
+    """The gradients of a step, and of the same step after one whose second B is interrupted: its
+    queue then has an entry of microbatch 1, and a W of microbatch 0 is to come."""
+    (program,), calls = derive_programs(pipeline.zb_h1(1, 3)), []
+    order = [Action(kind, i, 0) for kind, i in (("F", 0), ("F", 1), ("B", 0), ("B", 1), ("W", 0))]
+    program = order + [action for action in program if action not in order]
+
+    class Interrupt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            calls.append(0)
+            if len(calls) == 5:  # 3 in the first step
+                raise InterruptedError
+            return grad
+
+    torch.manual_seed(0)
+    stage = Tower(lambda layer, x: layer(Interrupt.apply(layer(x.tanh() + 0 * layer.bias))))
+    pipe = pipeline.Pipeline({0: stage}, 1, dist.group.WORLD, torch.float32, "cpu", apart=True)
+    x, gradients = torch.randn(3, 1, 3, 4), []
+    for _ in range(3):
+        stage.zero_grad()
+        try:
+            pipe.run(program, x, lambda y, i: y.square().sum(), (1, 3, 4))
+            gradients.append(stage.linear.weight.grad)
+        except InterruptedError:
+            assert pipe.queue and pipe.pending
+    return gradients
+
+
+def test_a_run_after_an_interrupted_backward_equals_the_run_alone():
+    ((one, two),) = launch(1, interrupted_backward)
+    assert torch.equal(one, two)
 
 
 def left_of_a_stage_whose_w_waits(plan: dict) -> tuple[int, bool]:
