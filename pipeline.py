@@ -557,14 +557,15 @@ class Pipeline:
     def accumulations(self, actions: list[Action]) -> dict[nn.Parameter, int]:
         """How often each parameter's gradient is added to in a step, for DDP and ZeRO: in every B
         of a stage that holds it, or in every W, if its linear defers. A tied matrix may have both,
-        or be held by two stages."""
+        or be held by two stages. Frozen parameters are not in the dict."""
         kinds: dict[nn.Parameter, set] = {}
         for k, chunk in self.chunks.items():
             for module in chunk.modules():
                 defers = getattr(module, "weight_grad_queue", None) is not None
                 for name, p in module.named_parameters(recurse=False):
                     kind = "W" if defers and name == "weight" else "B"
-                    kinds.setdefault(p, set()).add((kind, k))
+                    if p.requires_grad:
+                        kinds.setdefault(p, set()).add((kind, k))
         count = collections.Counter((action.kind, action.stage) for action in actions)
         return {p: sum(count[kind] for kind in kinds[p]) for p in kinds}
 
@@ -683,7 +684,9 @@ class Pipeline:
         if k < self.last:
             self._hand_over(action, y)
         if torch.is_grad_enabled():  # the graph is kept, but not its output: that is the next's
-            root = y if k == self.last else torch.autograd.graph.get_gradient_edge(y)
+            root = y if k == self.last else None  # None: the first stage is frozen
+            if k < self.last and y.requires_grad:
+                root = torch.autograd.graph.get_gradient_edge(y)
             self.in_flight[i, k] = x, root
 
     def _backward(self, action: Action) -> None:
@@ -691,7 +694,8 @@ class Pipeline:
         x, root = self.in_flight.pop((i, k))
         gradient = self._take(action) if k < self.last else None
         with self.watch(action):
-            torch.autograd.backward(root, gradient)
+            if root is not None:
+                torch.autograd.backward(root, gradient)
         if self.queue:
             self.pending[i, k] = self.queue[:]
             self.queue.clear()

@@ -1,3 +1,4 @@
+import collections
 import copy
 import doctest
 import functools
@@ -583,3 +584,66 @@ def left_of_a_stage_whose_w_waits(plan: dict) -> tuple[int, bool]:
 def test_what_waits_for_its_w_keeps_no_graph(plan):
     """A linear's input hangs on a graph, and at its end is what the stage has received."""
     assert launch(1, left_of_a_stage_whose_w_waits, plan) == [(1, True)]
+
+
+# --- frozen parameters ----------------------------------------------------------------------------
+
+
+def train_frozen(p: int, names: list[str]) -> tuple[float, int]:
+    """A step of SGD by each schedule, with each choice of what is trained, next to one process.
+    (largest error of a gradient or a parameter, parameters compared)."""
+    rank, m, worst, compared = dist.get_rank(), 2, 0.0, 0
+    config = gpt.GPTConfig(2 * p, 2, 4, 7, 3, tied=False)
+    x = torch.randint(7, (m, 2, 3), generator=torch.Generator().manual_seed(0))
+    net = gpt.build(config, dtype=torch.float64)
+
+    def loss_of(logits, microbatch):
+        return gpt.cross_entropy(logits, x[microbatch]) / x.numel()
+
+    for name in names:
+        schedule = pipeline.SCHEDULES[name](p, m)
+        stages, apart = pipeline.stages_of(schedule), pipeline.splits(schedule[rank])
+        n = sum(map(len, stages))
+        split, program = pipeline.split_layers(2 * p, n), derive_programs(schedule)[rank]
+        first, last = (tuple(f"h.{i}." for i in split[k]) for k in (0, -1))
+        for trained in (
+            lambda n, first=first: not n.startswith(("wte", "wpe", *first)),
+            lambda n, last=last: not n.startswith(("ln_f", "lm_head", *last)),
+            lambda n: n.endswith(("c_attn.weight", "c_fc.weight")),
+            lambda n, last=last: n.startswith(last) and n.endswith("c_fc.weight"),
+        ):
+            whole, mine = copy.deepcopy(net), copy.deepcopy(net)
+            for n_, q in (*whole.named_parameters(), *mine.named_parameters()):
+                q.requires_grad_(trained(n_))
+            pipeline.take_stages(mine, stages[rank], split)
+            chunks = pipeline.chunks_of(mine, stages[rank], split)
+            pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float64, "cpu", apart)
+            counted = collections.Counter()
+            for q in mine.parameters():
+                if q.requires_grad:
+                    q.register_post_accumulate_grad_hook(lambda q, c=counted: c.update([q]))
+            for i in range(m):
+                loss_of(whole(x[i]), i).backward()
+            pipe.run(program, x, loss_of, (2, 3, 4))
+            assert counted == pipe.accumulations(schedule[rank])
+            held, expected, one = {}, {}, dict(whole.named_parameters())
+            for net_ in (whole, mine):
+                torch.optim.SGD(net_.parameters(), lr=0.5).step()
+            for n_, q in mine.named_parameters():
+                held[n_], expected[n_] = q, one[n_]
+                assert (q.grad is None) == (not trained(n_)), n_
+                if q.grad is not None:
+                    held[n_ + ".grad"], expected[n_ + ".grad"] = q.grad, one[n_].grad
+                compared += 1
+            worst = measure.largest([worst, *measure.relative_errors(held, expected).values()])
+    return worst, compared
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_frozen_stages_and_frozen_weights_equal_one_process(p):
+    """Frozen: the first stage with its embedding; the last with its head; all but some linear
+    layers; all but some of the last stage."""
+    names = ["1f1b", "zb-h1", "zb-v", "interleaved"]
+    results = launch(p, train_frozen, p, names)
+    assert max(worst for worst, _ in results) <= measure.TOLERANCE
+    assert sum(compared for _, compared in results) == 4 * len(names) * (12 * 2 * p + 5)
