@@ -499,10 +499,11 @@ class DeferredLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,), linear = ctx.saved_tensors, ctx.linear
-        work = functools.partial(finish, linear.weight, x.detach(), grad)  # without x's graph
+        # Detached: without x's graph. Under autocast grad has another dtype than x and weight.
+        work = functools.partial(finish, linear.weight, x.detach().to(grad.dtype), grad)
         linear.weight_grad_queue.append(work)
         d_bias = None if linear.bias is None else grad.flatten(0, -2).sum(0)
-        return grad @ linear.weight, None, d_bias
+        return grad @ linear.weight.to(grad.dtype), None, d_bias
 
 
 def finish(weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:

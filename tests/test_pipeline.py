@@ -586,6 +586,35 @@ def test_what_waits_for_its_w_keeps_no_graph(plan):
     assert launch(1, left_of_a_stage_whose_w_waits, plan) == [(1, True)]
 
 
+class Mixed(nn.Module):
+    """A stage that runs under autocast. Its backward does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4, bias=False))
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layers(x).float()
+
+
+def gradients_under_autocast() -> list[list[torch.Tensor]]:
+    gradients = []
+    for schedule in (pipeline.interleaved(1, 2), pipeline.zb_v(1, 2)):
+        torch.manual_seed(0)
+        chunks, (program,) = {0: Mixed(), 1: Mixed()}, derive_programs(schedule)
+        apart = pipeline.splits(schedule[0])
+        pipe = pipeline.Pipeline(chunks, 2, dist.group.WORLD, torch.float32, "cpu", apart)
+        pipe.run(program, torch.randn(2, 1, 3, 4), lambda y, i: y.square().sum(), (1, 3, 4))
+        gradients.append([q.grad for chunk in chunks.values() for q in chunk.parameters()])
+    return gradients
+
+
+def test_a_split_backward_under_autocast_has_the_same_gradients():
+    ((whole, split),) = launch(1, gradients_under_autocast)
+    assert len(whole) == 6 and all(map(torch.equal, whole, split))
+
+
 # --- frozen parameters ----------------------------------------------------------------------------
 
 
