@@ -77,8 +77,8 @@ class Saved:
         self.kind, self.tensor = (t.shape, t.dtype, t.device), None
 
 
-class Enough(Exception):
-    """All that backward needs has been computed again."""
+class Enough(BaseException):
+    """All that backward needs has been computed again. (A block may catch an Exception.)"""
 
 
 DIFFERS = "recompute: both forwards must save the same tensors, but "
@@ -187,7 +187,8 @@ def checkpoint_blocks(
     if selective, that of its part `core`. Raises ValueError for an unknown policy."""
     if policy not in POLICIES:
         raise ValueError(f"recompute policy {policy!r} is none of {', '.join(POLICIES)}")
-    for block in list(blocks.children())[:layers:every] if policy != "none" else ():
+    chain = list(blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks)
+    for block in chain[:layers:every] if policy != "none" else ():
         module = block.get_submodule(core) if policy == "selective" else block
         plain = module.forward
         module.forward = (

@@ -330,6 +330,18 @@ def test_an_input_that_the_block_overwrites_is_refused():
         y.sum().backward()
 
 
+def test_a_block_that_catches_exceptions():
+    def function(x):
+        try:
+            return x.exp()
+        except Exception:
+            return x.sin().exp()
+
+    x = torch.ones(4, requires_grad=True)
+    ckpt.recompute(function, x).sum().backward()
+    assert torch.equal(x.grad, x.exp())
+
+
 def test_an_output_that_does_not_depend_on_the_input():
     """Its backward may run last, when the backward of all that depends on x is done."""
     w, x = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
