@@ -30,8 +30,8 @@ al. 2022 (arXiv 2205.05198), sections 4 and 5.
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -61,66 +61,98 @@ def torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
 
 
 class Inputs(torch.autograd.Function):
-    """The identity; it is the node that keeps xs, and it gives them to whoever asks its ctx."""
+    """A node that saves xs. It is not in the graph of the block, whose backward would free it."""
 
     @staticmethod
-    def forward(ctx, of: "Recompute", *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, leaf: Tensor, *xs: Tensor) -> Tensor:
         ctx.save_for_backward(*xs)
-        # Where no x has a gradient there will be no node, and nothing is saved.
-        of.inputs = ctx if any(ctx.needs_input_grad) else SimpleNamespace(saved_tensors=xs)
-        return tuple(x.view_as(x) for x in xs)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        return None, *grads
+        return leaf.clone()
 
 
-class Enough(Exception):
-    """All that backward needs has been computed again."""
+class Saved:
+    """What autograd keeps in place of a tensor that the first forward saves. The recomputed tensor
+    is freed with it, when the backward of its node is done, however often the node reads it."""
+
+    def __init__(self, t: Tensor):
+        self.kind, self.tensor = (t.shape, t.dtype, t.device), None
+
+
+class Enough(BaseException):
+    """All that backward needs has been computed again. (A block may catch an Exception.)"""
+
+
+DIFFERS = "recompute: both forwards must save the same tensors, but "
 
 
 class Recompute:
-    """Autograd saves numbers: 0 for the first tensor that function(*xs) wants kept, and so on.
-    Backward asks for the first of them, and function runs again, as far as the last: a block's
-    last matmul, and what sums it, it does not reach."""
+    """Autograd keeps a Saved for each tensor that function(*xs) wants kept. Backward asks for the
+    first of them, and function runs again, as far as the last: a block's last matmul, and what sums
+    it, it does not reach."""
 
-    def __init__(self, function: Callable[..., Tensor], remember: Callable):
+    def __init__(self, function: Callable, xs: list[Tensor], remember: Callable):
         self.function, self.again = function, remember()
-        self.inputs: Any = None  # its saved_tensors are the xs
-        self.count, self.tensors = 0, {}
+        self.autocast = [
+            torch.autocast(device, torch.get_autocast_dtype(device),
+                           torch.is_autocast_enabled(device), torch.is_autocast_cache_enabled())
+            for device in ("cpu", "cuda")
+        ]  # fmt: skip
+        self.inputs = Inputs.apply(torch.empty(0, requires_grad=True), *xs)
+        self.saved: list[weakref.ref[Saved]] = []  # weak: only the nodes keep them
 
-    def number(self, t: Tensor) -> int:
-        self.count += 1
-        return self.count - 1
+    def pack(self, t: Tensor) -> Saved:
+        saved = Saved(t)
+        self.saved.append(weakref.ref(saved))
+        return saved
 
-    def tensor(self, number: int) -> Tensor:
-        if number not in self.tensors:
-            xs = [x.detach().requires_grad_(x.requires_grad) for x in self.inputs.saved_tensors]
+    def unpack(self, saved: Saved) -> Tensor:
+        if saved.tensor is None:
+            inputs = self.inputs.grad_fn.saved_tensors
+            xs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
             hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda t: t)
-            self.tensors = {}
-            with contextlib.suppress(Enough), torch.enable_grad(), self.again(), hooks:
+            self.count, (cpu, cuda) = 0, self.autocast
+            with contextlib.suppress(Enough), cpu, cuda, torch.enable_grad(), self.again(), hooks:
                 self.function(*xs)
-        return self.tensors.pop(number)  # used once, and free
+            if self.count < len(self.saved):
+                raise ValueError(f"{DIFFERS}the first saved {len(self.saved)}, and the second "
+                                 f"{self.count}")  # fmt: skip
+        return saved.tensor
 
     def _keep(self, t: Tensor) -> Tensor:
-        # Detached: a node that kept its own output would hold itself, and neither would ever go.
-        t = self.tensors[len(self.tensors)] = t.detach()
-        if len(self.tensors) == self.count:
+        t = t.detach()  # a node that kept its own output would hold itself, and never be freed
+        saved, kind = self.saved[self.count](), (t.shape, t.dtype, t.device)
+        if saved is not None:  # the node is alive
+            if kind != saved.kind:
+                raise ValueError(f"{DIFFERS}tensor {self.count} is {saved.kind} in the first, and "
+                                 f"{kind} in the second")  # fmt: skip
+            saved.tensor = t
+        self.count += 1
+        if self.count == len(self.saved):
             raise Enough
         return t
 
 
-def recompute(
-    function: Callable[..., Tensor], *xs: Tensor, remember: Callable = torch_rng
-) -> Tensor:
-    """function(*xs), recomputed in backward. remember() -> what opens the context of the second
-    forward, in which chance must fall as in the first."""
+def recompute(function: Callable, *args, remember: Callable = torch_rng, **kwargs) -> Any:
+    """function(*args, **kwargs), recomputed in backward, under the same autocast. remember() ->
+    what opens the context of the second forward, in which chance must fall as in the first.
+
+    Raises ValueError in backward if the second forward saves fewer tensors, or one of another
+    shape, dtype or device. Other values are not noticed: if the function reads what has changed
+    since (a counter, a buffer), its gradients are wrong. With retain_graph=True recomputed tensors
+    are kept until the graph is freed, as many as without recompute."""
     if not torch.is_grad_enabled():
-        return function(*xs)
-    of = Recompute(function, remember)
-    xs = Inputs.apply(of, *xs)
-    with torch.autograd.graph.saved_tensors_hooks(of.number, of.tensor):
-        return function(*xs)
+        return function(*args, **kwargs)
+    given, names = [*args, *kwargs.values()], list(kwargs)
+    others = [Tensor if isinstance(x, Tensor) else x for x in given]  # Tensor: the next of xs
+
+    def call(*xs: Tensor) -> Any:
+        left = iter(xs)
+        again = [next(left) if x is Tensor else x for x in others]
+        n = len(again) - len(names)
+        return function(*again[:n], **dict(zip(names, again[n:], strict=True)))
+
+    of = Recompute(call, [x for x in given if isinstance(x, Tensor)], remember)
+    with torch.autograd.graph.saved_tensors_hooks(of.pack, of.unpack):
+        return function(*args, **kwargs)
 
 
 class Offload(torch.autograd.graph.saved_tensors_hooks):
@@ -147,7 +179,7 @@ POLICIES = ("none", "selective", "full", "offload")
 
 
 def checkpoint_blocks(
-    blocks: nn.ModuleDict, policy: str, every: int = 1, layers: int | None = None,
+    blocks: nn.ModuleDict | nn.ModuleList, policy: str, every: int = 1, layers: int | None = None,
     remember: Callable = torch_rng, core: str = "attn.core",
 ) -> None:  # fmt: skip
     """Apply the policy to the first of every `every` blocks, among the first `layers` (default:
@@ -155,7 +187,8 @@ def checkpoint_blocks(
     if selective, that of its part `core`. Raises ValueError for an unknown policy."""
     if policy not in POLICIES:
         raise ValueError(f"recompute policy {policy!r} is none of {', '.join(POLICIES)}")
-    for block in list(blocks.values())[:layers:every] if policy != "none" else ():
+    chain = list(blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks)
+    for block in chain[:layers:every] if policy != "none" else ():
         module = block.get_submodule(core) if policy == "selective" else block
         plain = module.forward
         module.forward = (
@@ -165,9 +198,9 @@ def checkpoint_blocks(
         )
 
 
-def _offloaded(plain: Callable, module: nn.Module, *xs: Tensor) -> Tensor:
+def _offloaded(plain: Callable, module: nn.Module, *args, **kwargs) -> Any:
     with Offload(module):
-        return plain(*xs)
+        return plain(*args, **kwargs)
 
 
 # --- cost -----------------------------------------------------------------------------------------

@@ -110,13 +110,22 @@ def fill(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) -> list[A
     return actions
 
 
+def require_chunks(name: str, v: int, n: int) -> None:
+    """Raises ValueError if v chunks per rank are asked of a schedule that has n."""
+    if v != n:
+        raise ValueError(f"{name} has {n} chunk{'s' * (n > 1)} per rank, not {v}: pass v={n}, or "
+                         "use interleaved")  # fmt: skip
+
+
 def gpipe(p: int, m: int, v: int = 1) -> Schedule:
     """All forwards, then all backwards."""
+    require_chunks("gpipe", v, 1)
     return [fill(m, [(m, "F"), (m, "B")], [r]) for r in range(p)]
 
 
 def one_f_one_b(p: int, m: int, v: int = 1) -> Schedule:
     """As many forwards as there are ranks behind, then one forward, one backward."""
+    require_chunks("1f1b", v, 1)
     return [fill(m, [(p - 1 - r, "F"), (m, "FB")], [r]) for r in range(p)]
 
 
@@ -139,6 +148,7 @@ def interleaved(p: int, m: int, v: int = 2) -> Schedule:
 
 def zb_h1(p: int, m: int, v: int = 1) -> Schedule:
     """1F1B in which r weight gradients wait on rank r, so that all hold what 1F1B's first does."""
+    require_chunks("zb-h1", v, 1)
     return [
         fill(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
     ]
@@ -147,6 +157,7 @@ def zb_h1(p: int, m: int, v: int = 1) -> Schedule:
 def zb_v(p: int, m: int, v: int = 2) -> Schedule:
     """Two chunks a rank, down the ranks and up again: rank 0 has the first and the last stage, so
     the first backward is soon there, and a rank has always something to do."""
+    require_chunks("zb-v", v, 2)
     n = max(m, 2 * p - 1)  # what fills it; a smaller batch leaves gaps
     schedule = [
         fill(n, [(2 * (p - r) - 1, "F"), (r, "fF"), (p - r, "fbw"), (n - p, "FBWfbw"), (r, "Bb"),
@@ -431,24 +442,41 @@ def take_stages(
     last: tuple[str, ...] = ("ln_f", "lm_head"),
 ) -> nn.Module:  # fmt: skip
     """Cut `model` down, in place, to the stages `mine`; split: blocks by stage. The layers `first`
-    belong to stage 0, the layers `last` to the last one; `blocks` names an nn.ModuleDict, whose
-    blocks keep their names, which are their numbers. What is elsewhere becomes nn.Identity, or is
-    left out, so that the model's own forward runs what is here."""
+    belong to stage 0, the layers `last` to the last one; `blocks` names an nn.ModuleDict or
+    nn.ModuleList, whose blocks keep their names, which are their numbers. What is elsewhere becomes
+    nn.Identity, or is left out, so that the model's own forward runs what is here. It must call
+    these layers in turn: what else it computes is computed by every stage, and enumerate() numbers
+    the blocks of a stage from 0. Raises ValueError for a parameter outside of these layers, and for
+    a block on no stage."""
+    container = getattr(model, blocks)
+    others = [n for n, _ in model.named_parameters()
+              if n.split(".")[0] not in (*first, blocks, *last)]  # fmt: skip
+    if others:
+        raise ValueError(f"{', '.join(others)} of {type(model).__name__} would be on every stage: "
+                         "name each child with parameters in `first` or `last`")  # fmt: skip
+    numbers = {str(i) for stage in split for i in stage}
+    kept = {str(i) for k in mine for i in split[k]}
+    if not kept <= {*container._modules} <= numbers:
+        raise ValueError(f"{blocks} has blocks {', '.join(container._modules)}, and split {split}: "
+                         "names must be numbers, each of them in one stage of split")  # fmt: skip
     elsewhere = (() if 0 in mine else first) + (() if len(split) - 1 in mine else last)
     for name in elsewhere:
         setattr(model, name, nn.Identity())
-    kept = {i for k in mine for i in split[k]}
-    modules = getattr(model, blocks).items()
-    setattr(model, blocks, nn.ModuleDict({n: block for n, block in modules if int(n) in kept}))
+    part = copy.copy(container)
+    part._modules = {n: block for n, block in container._modules.items() if n in kept}
+    setattr(model, blocks, part)
     return model
 
 
 def chunks_of(model: nn.Module, mine: Sequence[int], split: list[range], **names) -> dict:
     """{stage: a module that runs it}. They share their layers with `model`, which holds all stages
-    of a rank: parameters, hooks and what replaced them are the model's own."""
+    of a rank: parameters, hooks, `training` and what replaced them are the model's own."""
+    training = property(lambda _: model.training, lambda _, mode: setattr(model, "training", mode))
+    like_model = type(type(model).__name__, (type(model),), {"training": training})
     chunks = {}
     for k in mine:
         chunks[k] = copy.copy(model)
+        chunks[k].__class__ = like_model
         chunks[k]._modules = dict(model._modules)
         take_stages(chunks[k], [k], split, **names)
     return chunks
@@ -471,10 +499,11 @@ class DeferredLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,), linear = ctx.saved_tensors, ctx.linear
-        work = functools.partial(finish, linear.weight, x.detach(), grad)  # without x's graph
+        # Detached: without x's graph. Under autocast grad has another dtype than x and weight.
+        work = functools.partial(finish, linear.weight, x.detach().to(grad.dtype), grad)
         linear.weight_grad_queue.append(work)
         d_bias = None if linear.bias is None else grad.flatten(0, -2).sum(0)
-        return grad @ linear.weight, None, d_bias
+        return grad @ linear.weight.to(grad.dtype), None, d_bias
 
 
 def finish(weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:
@@ -493,7 +522,7 @@ def defer_weight_gradients(model: nn.Module, queue: list) -> None:
     """From now on backward leaves the gradients of nn.Linears' weights in `queue`. Layers of other
     kinds (tensor_parallel.py has two) do so if they find a `weight_grad_queue` on themselves."""
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and "forward" not in vars(module):  # was not replaced
             module.forward = functools.partial(deferred, module)
             module.weight_grad_queue = queue
         elif hasattr(module, "weight_grad_queue"):
@@ -516,7 +545,7 @@ class Pipeline:
         dtype: torch.dtype, device: torch.device | str, apart: bool = False,
     ):  # fmt: skip
         self.chunks, self.last, self.group = chunks, n_stages - 1, group
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.apart = dtype, device, apart
         # See receive_ahead. NCCL takes the programs as they are.
         self.by_pair = dist.get_backend(group) == "gloo"
         self.watch: Callable = lambda action: contextlib.nullcontext()
@@ -529,14 +558,15 @@ class Pipeline:
     def accumulations(self, actions: list[Action]) -> dict[nn.Parameter, int]:
         """How often each parameter's gradient is added to in a step, for DDP and ZeRO: in every B
         of a stage that holds it, or in every W, if its linear defers. A tied matrix may have both,
-        or be held by two stages."""
+        or be held by two stages. Frozen parameters are not in the dict."""
         kinds: dict[nn.Parameter, set] = {}
         for k, chunk in self.chunks.items():
             for module in chunk.modules():
                 defers = getattr(module, "weight_grad_queue", None) is not None
                 for name, p in module.named_parameters(recurse=False):
                     kind = "W" if defers and name == "weight" else "B"
-                    kinds.setdefault(p, set()).add((kind, k))
+                    if p.requires_grad:
+                        kinds.setdefault(p, set()).add((kind, k))
         count = collections.Counter((action.kind, action.stage) for action in actions)
         return {p: sum(count[kind] for kind in kinds[p]) for p in kinds}
 
@@ -548,15 +578,17 @@ class Pipeline:
         loss_of(output of the last stage, microbatch) -> scalar. shape: of what crosses a boundary,
         (b, s, h). before(microbatch) is called ahead of each forward. Returns the sum of the
         losses, which is 0 where the last stage is not. Gradients are left in `.grad`,
-        accumulated. With p > 1, raises RuntimeError if an exception interrupted the last run."""
+        accumulated. With p > 1, raises RuntimeError if an exception interrupted the last run.
+        Raises ValueError, before anything is sent, if the program does not fit (see _check)."""
         if self.running and self.group.size() > 1:
             raise RuntimeError(
                 "the last pipeline run was interrupted, and its messages may still be in flight "
                 "between the stages: restart all ranks and resume from the newest checkpoint"
             )
+        self._check([step for step in program if isinstance(step, Action)], len(inputs))
         self.running = True
         self.queue.clear()
-        self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, shape, before
+        self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, tuple(shape), before
         dtype = torch.promote_types(self.dtype, torch.float32)
         self.loss = torch.zeros((), dtype=dtype, device=self.device)
         self.inbox: dict = {}  # F or B to run -> (tensor, handle or None)
@@ -578,6 +610,22 @@ class Pipeline:
         assert not any(left), "the program left work undone"
         self.running = False
         return self.loss
+
+    def _check(self, actions: list[Action], n_inputs: int) -> None:
+        kinds, stages = {action.kind for action in actions}, {action.stage for action in actions}
+        m, wrong = 1 + max(action.microbatch for action in actions), None
+        if stages != {*self.chunks}:
+            wrong = f"is of stages {sorted(stages)}, and the chunks are of {sorted(self.chunks)}"
+        elif 0 in stages and n_inputs != m:
+            wrong = f"has {m} microbatches, and there are {n_inputs} inputs"
+        elif ("B" in kinds) != torch.is_grad_enabled():
+            wrong = ("has B actions: enable gradients, or use forward_only" if "B" in kinds else
+                     "has no B actions: run it under torch.no_grad()")  # fmt: skip
+        elif "B" in kinds and ("W" in kinds) != self.apart:
+            wrong = (f"has {'W' if 'W' in kinds else 'no W'} actions, and the Pipeline was made "
+                     f"with apart={self.apart}: pass apart=splits(actions)")  # fmt: skip
+        if wrong:
+            raise ValueError(f"the program {wrong}")
 
     def _post(self, batch: tuple[Transfer, ...]) -> None:
         """Start these transfers. Waited for is only what the same stage sent before, so that its
@@ -611,12 +659,17 @@ class Pipeline:
 
     def _hand_over(self, made: Action, tensor: Tensor) -> None:
         """To the next stage: at once if this rank holds it too, else by the coming _post."""
-        of = (tensor.shape, tensor.dtype)
-        assert of == (self.shape, self.dtype), f"{made} made {of}, not {self.shape, self.dtype}"
+        of = (getattr(tensor, "shape", type(tensor)), getattr(tensor, "dtype", None))
+        if of != (self.shape, self.dtype):
+            raise ValueError(
+                f"{made.kind}{made.microbatch} of stage {made.stage} made {of}, not "
+                f"{self.shape, self.dtype}: a stage must return one tensor, of run()'s shape and "
+                "the Pipeline's dtype, that depends on its input"
+            )
         if following(made).stage in self.chunks:
-            self.inbox[following(made)] = (tensor, None)
+            self.inbox[following(made)] = (tensor.detach(), None)
         else:
-            self.outbox[made] = tensor.contiguous()
+            self.outbox[made] = tensor.detach().contiguous()
 
     def _forward(self, action: Action) -> None:
         _, i, k = action
@@ -630,9 +683,11 @@ class Pipeline:
                 y = self.loss_of(y, i)
                 self.loss += y.detach()
         if k < self.last:
-            self._hand_over(action, y.detach())
+            self._hand_over(action, y)
         if torch.is_grad_enabled():  # the graph is kept, but not its output: that is the next's
-            root = y if k == self.last else torch.autograd.graph.get_gradient_edge(y)
+            root = y if k == self.last else None  # None: the first stage is frozen
+            if k < self.last and y.requires_grad:
+                root = torch.autograd.graph.get_gradient_edge(y)
             self.in_flight[i, k] = x, root
 
     def _backward(self, action: Action) -> None:
@@ -640,7 +695,8 @@ class Pipeline:
         x, root = self.in_flight.pop((i, k))
         gradient = self._take(action) if k < self.last else None
         with self.watch(action):
-            torch.autograd.backward(root, gradient)
+            if root is not None:
+                torch.autograd.backward(root, gradient)
         if self.queue:
             self.pending[i, k] = self.queue[:]
             self.queue.clear()

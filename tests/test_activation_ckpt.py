@@ -1,3 +1,4 @@
+import functools
 import gc
 import weakref
 
@@ -185,3 +186,182 @@ def test_offload_copies_activations_and_no_parameters():
 def test_an_unknown_policy():
     with pytest.raises(ValueError, match="'half' is none of none, selective, full, offload"):
         ckpt.checkpoint_blocks(model().h, "half")
+
+
+# --- functions of other models --------------------------------------------------------------------
+
+
+def test_a_second_forward_that_saves_another_shape_is_refused():
+    """As many tensors as in the first forward, and the shapes broadcast."""
+    x, runs = torch.ones(4, requires_grad=True), []
+
+    def function(x):
+        runs.append(x)
+        return (x[:1] if len(runs) > 1 else x).exp().sum()
+
+    with pytest.raises(ValueError, match=r"tensor 0 is \(torch.Size\(\[4\]\), .* in the first, and "
+                                         r"\(torch.Size\(\[1\]\), .* in the second"):  # fmt: skip
+        ckpt.recompute(function, x).backward()
+
+
+def test_a_second_forward_that_saves_fewer_tensors_is_refused():
+    x, runs = torch.ones(4, requires_grad=True), []
+
+    def function(x):
+        runs.append(x)
+        return x.exp() if len(runs) > 1 else x.exp().exp()
+
+    with pytest.raises(ValueError, match="the first saved 2, and the second 1"):
+        ckpt.recompute(function, x).sum().backward()
+
+
+class SquareReadTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] * grad + ctx.saved_tensors[0] * grad
+
+
+def test_saved_tensors_that_are_read_twice_are_recomputed_once():
+    x, runs = torch.full((4,), 3.0, requires_grad=True), []
+
+    def function(x):
+        runs.append(x)
+        return SquareReadTwice.apply(x.exp())
+
+    ckpt.recompute(function, x).sum().backward()
+    assert len(runs) == 2 and torch.allclose(x.grad, 2 * (2 * x).exp())
+
+
+def test_each_node_of_a_block_frees_its_recomputed_tensors(monkeypatch):
+    """A chain of 4 exp, each of which saves its output. When the gradient of output i is there, the
+    outputs after i are freed."""
+    kept, alive, keep = [], [], ckpt.Recompute._keep
+
+    def watched(self, t):
+        kept.append(weakref.ref(keep(self, t)))
+        return kept[-1]()
+
+    def function(x):
+        for _ in range(4):
+            x = x.exp()
+            x.register_hook(lambda _: alive.append(sum(ref() is not None for ref in kept)))
+        return x
+
+    monkeypatch.setattr(ckpt.Recompute, "_keep", watched)
+    x = torch.zeros(3, requires_grad=True)
+    ckpt.recompute(function, x).sum().backward()
+    assert alive == [0, 3, 2, 1]  # nothing was recomputed before the first
+
+
+class Rotary(torch.nn.Module):
+    """A block as in other models: it takes angles, a mask or None and a flag, and returns a
+    tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.core = torch.nn.Linear(4, 4), RotaryCore()
+
+    def forward(self, x, angles, mask=None, *, scale=True, pair=None):
+        y = self.core(self.linear(x), angles, mask=mask, scale=scale)
+        return x + y * pair[0] * pair[1], y.sum()
+
+
+class RotaryCore(torch.nn.Module):
+    def forward(self, x, angles, mask, scale):
+        x = x * angles.cos() + x.flip(-1) * angles.sin()
+        return (x if mask is None else x.masked_fill(mask, 0.0)).tanh() * (2.0 if scale else 1.0)
+
+
+@pytest.mark.parametrize("trained_input", [True, False])
+@pytest.mark.parametrize("policy", ckpt.POLICIES)
+def test_other_arguments_than_one_tensor(policy, trained_input):
+    """Floats that need no gradient, keywords, None, a flag, a tuple of tensors; a tuple comes back.
+    Blocks in an nn.ModuleList."""
+    torch.manual_seed(0)
+    blocks = torch.nn.ModuleList(Rotary() for _ in range(3))
+    start = torch.randn(2, 4, requires_grad=trained_input)
+    angles, mask = torch.randn(2, 4), torch.tensor([True, False, False, False])
+    pair = torch.randn(4), torch.randn(4, requires_grad=True)
+
+    def gradients():
+        x, loss = start, 0.0
+        for i, block in enumerate(blocks):
+            x, more = block(x, angles, mask=None if i else mask, scale=i == 1, pair=pair)
+            loss = loss + more
+        inputs = [*blocks.parameters(), pair[1], *[start] * trained_input]
+        return torch.autograd.grad(x.sum() + loss, inputs)
+
+    plain = gradients()
+    ckpt.checkpoint_blocks(blocks, policy, core="core")
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+
+
+def test_a_recomputed_block_in_a_recomputed_block():
+    """With an input that needs no gradient."""
+    torch.manual_seed(0)
+    block, runs = RotaryCore(), []
+
+    def inner(x, angles):
+        runs.append(0)
+        return block(x, angles, None, True)
+
+    def outer(function, x, angles):
+        return function(x.exp(), angles).sin()
+
+    x, angles = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4)
+    (plain,) = torch.autograd.grad(outer(inner, x, angles).sum(), x)
+    runs.clear()
+    nested = functools.partial(outer, functools.partial(ckpt.recompute, inner))
+    ckpt.recompute(nested, x, angles).sum().backward()
+    assert torch.equal(x.grad, plain)
+    assert len(runs) == 3  # first forward, in the outer's second forward, and the inner's own
+
+
+def test_an_input_that_the_block_overwrites_is_refused():
+    """The second forward would begin with what the first has left in x."""
+    w = torch.ones(4, requires_grad=True)
+    y = ckpt.recompute(lambda x: (x.add_(1) * w).exp(), torch.ones(4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_block_that_catches_exceptions():
+    def function(x):
+        try:
+            return x.exp()
+        except Exception:
+            return x.sin().exp()
+
+    x = torch.ones(4, requires_grad=True)
+    ckpt.recompute(function, x).sum().backward()
+    assert torch.equal(x.grad, x.exp())
+
+
+def test_an_output_that_does_not_depend_on_the_input():
+    """Its backward may run last, when the backward of all that depends on x is done."""
+    w, x = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
+    late, early = ckpt.recompute(lambda x: (w.exp(), x * 2), x)
+    early.sum().backward()
+    late.sum().backward()
+    assert torch.equal(w.grad, w.exp())
+
+
+@pytest.mark.parametrize("first, second", [(True, False), (False, True)])
+def test_the_second_forward_runs_under_the_autocast_of_the_first(first, second):
+    """Backward may be called within autocast or outside of it."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4, requires_grad=True)
+    function = lambda x: layer(layer(x).tanh())  # noqa: E731
+    grads = []
+    for call in (function, functools.partial(ckpt.recompute, function)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=first):
+            y = call(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=second):
+            grads.append(torch.autograd.grad(y.float().sum(), [x, *layer.parameters()]))
+    assert y.dtype == (torch.bfloat16 if first else torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -1,4 +1,7 @@
+import collections
+import copy
 import doctest
+import functools
 import graphlib
 import random
 import weakref
@@ -148,12 +151,20 @@ def test_an_end_that_never_posts_is_refused():
     ],
 )
 def test_incomplete_schedules_are_refused(function, spoil, message):
-    schedule = pipeline.SCHEDULES[function](3, 4, 2)
+    schedule = pipeline.SCHEDULES[function](3, 4)
     spoil(schedule)
     with pytest.raises(pipeline.ScheduleError, match=message):
         check(schedule, 4)
     with pytest.raises(pipeline.ScheduleError, match="B4, F4 missing"):
         check(pipeline.gpipe(3, 4), 5)
+
+
+@pytest.mark.parametrize(
+    "name, v", [("gpipe", 2), ("1f1b", 2), ("zb-h1", 3), ("zb-v", 1), ("zb-v", 4)]
+)
+def test_a_number_of_chunks_that_a_schedule_does_not_have_is_refused(name, v):
+    with pytest.raises(ValueError, match=f"{name} has . chunks? per rank, not {v}: .*interleaved"):
+        pipeline.SCHEDULES[name](2, 4, v)
 
 
 def test_a_circle_is_refused_and_named():
@@ -273,6 +284,77 @@ def test_layers_are_split_by_cost():
     assert [len(part) for part in pipeline.split_layers(8, 3, first=2)] == [2, 3, 3]
 
 
+class Chain(nn.Module):
+    """A model as others write it: blocks in an nn.ModuleList, and a forward that reads
+    self.training."""
+
+    def __init__(self, n_layer: int = 5):
+        super().__init__()
+        self.wte, self.ln_f = nn.Embedding(17, 8), nn.LayerNorm(8)
+        self.h = nn.ModuleList(nn.Linear(8, 8) for _ in range(n_layer))
+        self.lm_head = nn.Linear(8, 17)
+
+    def forward(self, x):
+        x = self.wte(x)
+        for block in self.h:
+            x = x + block(x) * (2.0 if self.training else 1.0)
+        return self.lm_head(self.ln_f(x))
+
+
+def test_chunks_follow_train_and_eval_of_the_model():
+    torch.manual_seed(0)
+    model, split = Chain(), pipeline.split_layers(5, 3)
+    x, outputs = torch.arange(4)[None], []
+    whole = pipeline.take_stages(copy.deepcopy(model), range(3), split)
+    chunks = pipeline.chunks_of(whole, range(3), split)
+    for mode in (model.eval, model.train):
+        mode(), whole.train(model.training)
+        assert [chunk.training for chunk in chunks.values()] == [model.training] * 3
+        y = x
+        for chunk in chunks.values():
+            y = chunk(y)
+        assert torch.equal(y, model(x))
+        outputs.append(y)
+    assert not torch.equal(*outputs)
+    chunks[1].eval()
+    assert not whole.training and not chunks[2].training
+
+
+def test_blocks_in_a_list_keep_their_names():
+    split = pipeline.split_layers(5, 3)
+    model = pipeline.take_stages(Chain(), [1], split)
+    assert [n for n, _ in model.named_parameters()] == [
+        "h.2.weight", "h.2.bias", "h.3.weight", "h.3.bias"
+    ]  # fmt: skip
+    assert isinstance(model.h, nn.ModuleList) and len(list(model.h)) == 2
+
+
+@pytest.mark.parametrize(
+    "names, split, message",
+    [
+        ({"last": ("lm_head",)}, [range(3), range(3, 5)], "ln_f.weight, ln_f.bias .* every stage"),
+        ({"first": ("embed",)}, [range(3), range(3, 5)], "wte.weight .* every stage: .* `first`"),
+        ({}, [range(3), range(3, 4)], r"blocks 0, 1, 2, 3, 4, and split \[range\(0, 3\)"),
+        ({}, [range(3), range(3, 6)], "blocks 0, 1, 2, 3, 4, and split"),
+    ],
+)
+def test_a_model_that_is_not_fully_split_is_refused(names, split, message):
+    """These layers would run on every stage, or these blocks on none."""
+    with pytest.raises(ValueError, match=message):
+        pipeline.take_stages(Chain(), [1], split, **names)
+
+
+def test_a_parameter_of_the_model_itself_and_blocks_without_numbers_are_refused():
+    model, split = Chain(2), [range(1), range(1, 2)]
+    model.scale = nn.Parameter(torch.ones(8))
+    with pytest.raises(ValueError, match="scale of Chain would be on every stage"):
+        pipeline.take_stages(model, [0], split)
+    model = Chain(0)
+    model.h = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    with pytest.raises(ValueError, match="blocks a, b, and split"):
+        pipeline.take_stages(model, [0], split)
+
+
 # --- the executor ---------------------------------------------------------------------------------
 
 batch_isend_irecv = dist.batch_isend_irecv
@@ -351,7 +433,7 @@ def test_schedules_run_in_the_order_of_nccl(p):
     for name, function in pipeline.SCHEDULES.items():
         for m in (1, p, 2 * p + 1):
             n = 2 * p if name in ("interleaved", "zb-v") else p
-            schedules.append((function(p, m, 2), m, n))
+            schedules.append((function(p, m), m, n))
     compare_with_one_process(p, schedules, as_nccl=True)
 
 
@@ -395,6 +477,97 @@ def test_a_short_last_microbatch_is_refused_where_it_is_made():
         launch(2, short_microbatch)
 
 
+class Tower(nn.Module):
+    """A stage that is a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x):
+        return self.function(self.linear, x)
+
+
+def run_alone(
+    schedule, function, n: int = 1, m: int = 2, apart: bool = False, shape=(1, 3, 4), stages=None
+):  # fmt: skip
+    """On one rank: n stages that are `function`, m microbatches."""
+    torch.manual_seed(0)
+    chunks = {k: Tower(function) for k in (range(n) if stages is None else stages)}
+    pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float32, "cpu", apart)
+    (program,) = derive_programs(schedule)
+    pipe.run(program, torch.randn(m, *shape), lambda y, i: y.sum(), shape)
+
+
+def linear(layer, x):
+    return layer(x)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (dict(schedule=pipeline.zb_h1(1, 2), function=linear),
+         r"has W actions, and the Pipeline was made with apart=False"),
+        (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, apart=True),
+         r"has no W actions, and the Pipeline was made with apart=True"),
+        (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, m=3),
+         "has 2 microbatches, and there are 3 inputs"),
+        (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, n=2, stages=[1]),
+         r"stages \[0\], and the chunks are of \[1\]"),
+        (dict(schedule=pipeline.forward_only(pipeline.gpipe(1, 2), 2), function=linear),
+         r"has no B actions: run it under torch.no_grad\(\)"),
+        (dict(schedule=pipeline.interleaved(1, 2), n=2, function=lambda layer, x: (layer(x), 0)),
+         r"made \(<class 'tuple'>, None\), not \(\(1, 3, 4\), torch.float32\)"),
+        (dict(schedule=pipeline.interleaved(1, 2), n=2, function=lambda layer, x: layer(x).half()),
+         r"made \(torch.Size\(\[1, 3, 4\]\), torch.float16\), not"),
+        (dict(schedule=pipeline.interleaved(1, 2), n=2,
+              function=lambda layer, x: layer(x.detach() * 0)),
+         r"B0 of stage 1 made \(<class 'NoneType'>, None\), not .* depends on its input"),
+    ],
+)  # fmt: skip
+def test_what_the_executor_cannot_run_is_refused(how, message):
+    with pytest.raises(RuntimeError, match="ValueError: .*" + message):
+        launch(1, functools.partial(run_alone, **how))
+
+
+def interrupted_backward() -> list[torch.Tensor]:
+    """The gradients of a step, and of the same step after one whose second B is interrupted: its
+    queue then has an entry of microbatch 1, and a W of microbatch 0 is to come."""
+    (program,), calls = derive_programs(pipeline.zb_h1(1, 3)), []
+    order = [Action(kind, i, 0) for kind, i in (("F", 0), ("F", 1), ("B", 0), ("B", 1), ("W", 0))]
+    program = order + [action for action in program if action not in order]
+
+    class Interrupt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            calls.append(0)
+            if len(calls) == 5:  # 3 in the first step
+                raise InterruptedError
+            return grad
+
+    torch.manual_seed(0)
+    stage = Tower(lambda layer, x: layer(Interrupt.apply(layer(x.tanh() + 0 * layer.bias))))
+    pipe = pipeline.Pipeline({0: stage}, 1, dist.group.WORLD, torch.float32, "cpu", apart=True)
+    x, gradients = torch.randn(3, 1, 3, 4), []
+    for _ in range(3):
+        stage.zero_grad()
+        try:
+            pipe.run(program, x, lambda y, i: y.square().sum(), (1, 3, 4))
+            gradients.append(stage.linear.weight.grad)
+        except InterruptedError:
+            assert pipe.queue and pipe.pending
+    return gradients
+
+
+def test_a_run_after_an_interrupted_backward_equals_the_run_alone():
+    ((one, two),) = launch(1, interrupted_backward)
+    assert torch.equal(one, two)
+
+
 def left_of_a_stage_whose_w_waits(plan: dict) -> tuple[int, bool]:
     """(what waits, whether the stage's input is gone)."""
     model, queue = nn.ModuleDict({"up": nn.Linear(4, 4)}), []
@@ -411,3 +584,107 @@ def left_of_a_stage_whose_w_waits(plan: dict) -> tuple[int, bool]:
 def test_what_waits_for_its_w_keeps_no_graph(plan):
     """A linear's input hangs on a graph, and at its end is what the stage has received."""
     assert launch(1, left_of_a_stage_whose_w_waits, plan) == [(1, True)]
+
+
+def test_a_linear_whose_forward_was_replaced_keeps_it():
+    linears, queues = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), ([], [])
+    linears[0].forward = lambda x: 2 * nn.functional.linear(x, linears[0].weight)
+    for queue in queues:  # a second Pipeline on the same model has its own queue
+        pipeline.defer_weight_gradients(linears, queue)
+    x = torch.ones(2, 4, requires_grad=True)
+    y = linears[0](x)
+    assert torch.equal(y, 2 * x @ linears[0].weight.T)
+    (y + linears[1](x)).sum().backward()
+    assert linears[0].weight.grad is not None and [*map(len, queues)] == [0, 1]
+
+
+class Mixed(nn.Module):
+    """A stage that runs under autocast. Its backward does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4, bias=False))
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.layers(x).float()
+
+
+def gradients_under_autocast() -> list[list[torch.Tensor]]:
+    gradients = []
+    for schedule in (pipeline.interleaved(1, 2), pipeline.zb_v(1, 2)):
+        torch.manual_seed(0)
+        chunks, (program,) = {0: Mixed(), 1: Mixed()}, derive_programs(schedule)
+        apart = pipeline.splits(schedule[0])
+        pipe = pipeline.Pipeline(chunks, 2, dist.group.WORLD, torch.float32, "cpu", apart)
+        pipe.run(program, torch.randn(2, 1, 3, 4), lambda y, i: y.square().sum(), (1, 3, 4))
+        gradients.append([q.grad for chunk in chunks.values() for q in chunk.parameters()])
+    return gradients
+
+
+def test_a_split_backward_under_autocast_has_the_same_gradients():
+    ((whole, split),) = launch(1, gradients_under_autocast)
+    assert len(whole) == 6 and all(map(torch.equal, whole, split))
+
+
+# --- frozen parameters ----------------------------------------------------------------------------
+
+
+def train_frozen(p: int, names: list[str]) -> tuple[float, int]:
+    """A step of SGD by each schedule, with each choice of what is trained, next to one process.
+    (largest error of a gradient or a parameter, parameters compared)."""
+    rank, m, worst, compared = dist.get_rank(), 2, 0.0, 0
+    config = gpt.GPTConfig(2 * p, 2, 4, 7, 3, tied=False)
+    x = torch.randint(7, (m, 2, 3), generator=torch.Generator().manual_seed(0))
+    net = gpt.build(config, dtype=torch.float64)
+
+    def loss_of(logits, microbatch):
+        return gpt.cross_entropy(logits, x[microbatch]) / x.numel()
+
+    for name in names:
+        schedule = pipeline.SCHEDULES[name](p, m)
+        stages, apart = pipeline.stages_of(schedule), pipeline.splits(schedule[rank])
+        n = sum(map(len, stages))
+        split, program = pipeline.split_layers(2 * p, n), derive_programs(schedule)[rank]
+        first, last = (tuple(f"h.{i}." for i in split[k]) for k in (0, -1))
+        for trained in (
+            lambda n, first=first: not n.startswith(("wte", "wpe", *first)),
+            lambda n, last=last: not n.startswith(("ln_f", "lm_head", *last)),
+            lambda n: n.endswith(("c_attn.weight", "c_fc.weight")),
+            lambda n, last=last: n.startswith(last) and n.endswith("c_fc.weight"),
+        ):
+            whole, mine = copy.deepcopy(net), copy.deepcopy(net)
+            for n_, q in (*whole.named_parameters(), *mine.named_parameters()):
+                q.requires_grad_(trained(n_))
+            pipeline.take_stages(mine, stages[rank], split)
+            chunks = pipeline.chunks_of(mine, stages[rank], split)
+            pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float64, "cpu", apart)
+            counted = collections.Counter()
+            for q in mine.parameters():
+                if q.requires_grad:
+                    q.register_post_accumulate_grad_hook(lambda q, c=counted: c.update([q]))
+            for i in range(m):
+                loss_of(whole(x[i]), i).backward()
+            pipe.run(program, x, loss_of, (2, 3, 4))
+            assert counted == pipe.accumulations(schedule[rank])
+            held, expected, one = {}, {}, dict(whole.named_parameters())
+            for net_ in (whole, mine):
+                torch.optim.SGD(net_.parameters(), lr=0.5).step()
+            for n_, q in mine.named_parameters():
+                held[n_], expected[n_] = q, one[n_]
+                assert (q.grad is None) == (not trained(n_)), n_
+                if q.grad is not None:
+                    held[n_ + ".grad"], expected[n_ + ".grad"] = q.grad, one[n_].grad
+                compared += 1
+            worst = measure.largest([worst, *measure.relative_errors(held, expected).values()])
+    return worst, compared
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_frozen_stages_and_frozen_weights_equal_one_process(p):
+    """Frozen: the first stage with its embedding; the last with its head; all but some linear
+    layers; all but some of the last stage."""
+    names = ["1f1b", "zb-h1", "zb-v", "interleaved"]
+    results = launch(p, train_frozen, p, names)
+    assert max(worst for worst, _ in results) <= measure.TOLERANCE
+    assert sum(compared for _, compared in results) == 4 * len(names) * (12 * 2 * p + 5)
