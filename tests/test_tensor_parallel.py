@@ -221,8 +221,12 @@ PLAN = {"wte": "vocab", "attn.[qkv]": "column", "attn.out": "row", "lm_head": "c
 QK_PLAN = PLAN | {"attn.?_norm": "partial"}
 
 
-def train(model: nn.Module, group=None, steps: int = 3) -> dict[str, torch.Tensor]:
-    """Gradients and parameters after a few steps of SGD. group: None for one process."""
+def train(model: nn.Module, group=None, defer: bool = False, steps: int = 3):
+    """Gradients and parameters after a few steps of SGD. group: None for one process. defer: the
+    gradients of weights are computed after the backward."""
+    queue = []
+    if defer:
+        pipeline.defer_weight_gradients(model, queue)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for step in range(steps):
         optimizer.zero_grad()
@@ -232,6 +236,8 @@ def train(model: nn.Module, group=None, steps: int = 3) -> dict[str, torch.Tenso
         else:
             loss = gpt.cross_entropy(model(x), x.roll(1))
         (loss / x.numel()).backward()
+        while queue:
+            queue.pop(0)()
         if group:
             tp.all_reduce_partial([p.grad for p in model.parameters() if p.partial], group)
         optimizer.step()
@@ -240,12 +246,12 @@ def train(model: nn.Module, group=None, steps: int = 3) -> dict[str, torch.Tenso
     return gradients | {n: p.detach() for n, p in named.items()}
 
 
-def beside_one_process(plan: dict, sequence: bool, change=lambda net: None):
+def beside_one_process(plan: dict, sequence: bool, change=lambda net: None, defer: bool = False):
     """(largest relative error, the replicated tensors)."""
     expected = train(Net(change))
     model = tp.parallelize(Net(change), plan, dist.group.WORLD, sequence)
     cuts = {n: p.cut for n, p in model.named_parameters() if hasattr(p, "cut")}
-    actual = train(model, dist.group.WORLD)
+    actual = train(model, dist.group.WORLD, defer)
     for name, cut in cuts.items():
         for key in {name, f"gradient {name}"} & expected.keys():
             expected[key] = cut(expected[key])
@@ -413,15 +419,15 @@ def freeze(net: nn.Module, *names: str) -> None:
 SOME = ("wte.weight", "attn.q.weight", "attn.k.bias", "attn.out.weight", "lm_head.weight")
 
 
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence, defer", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(
     "plan, change",
     [(LORA_PLAN, give_lora), (QK_PLAN, lambda net: freeze(net, *SOME)),
      (QK_PLAN, lambda net: freeze(net, "attn.out.bias"))],
     ids=["lora", "some", "row bias"],
 )  # fmt: skip
-def test_frozen_weights(plan, change, sequence):
-    check_beside_one_process(2, plan, sequence, change)
+def test_frozen_weights(plan, change, sequence, defer):
+    check_beside_one_process(2, plan, sequence, change, defer)
 
 
 def cost_of_a_backward(x_needs: bool, frozen: bool, sequence: bool, defer: bool):
