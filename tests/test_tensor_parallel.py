@@ -287,7 +287,7 @@ def group_of(t: int):
 
 
 def give_scale(net: nn.Module) -> None:
-    """A parameter that has no module of its own."""
+    """A parameter directly on the attention module."""
     net.attn.scale = nn.Parameter(torch.ones(1))
 
 
