@@ -61,7 +61,8 @@ def torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
 
 
 class Inputs(torch.autograd.Function):
-    """A node that saves xs. It is not in the graph of the block, whose backward would free it."""
+    """A node that saves xs. It is outside of the block's graph, whose backward would free it. leaf
+    requires a gradient, so that there is a node even if no x does."""
 
     @staticmethod
     def forward(ctx, leaf: Tensor, *xs: Tensor) -> Tensor:
@@ -70,24 +71,26 @@ class Inputs(torch.autograd.Function):
 
 
 class Saved:
-    """What autograd keeps in place of a tensor that the first forward saves. The recomputed tensor
-    is freed with it, when the backward of its node is done, however often the node reads it."""
+    """Autograd keeps this in place of a saved tensor. It holds the recomputed tensor too. Both are
+    freed when the backward of the node is done, however often the node reads it."""
 
     def __init__(self, t: Tensor):
         self.kind, self.tensor = (t.shape, t.dtype, t.device), None
 
 
 class Enough(BaseException):
-    """All that backward needs has been computed again. (A block may catch an Exception.)"""
+    """Ends the second forward when backward has all it needs. It is a BaseException, so that an
+    `except Exception` in a block does not catch it."""
 
 
 DIFFERS = "recompute: both forwards must save the same tensors, but "
+REMEDY = "the function must not depend on what changes between forward and backward"
 
 
 class Recompute:
-    """Autograd keeps a Saved for each tensor that function(*xs) wants kept. Backward asks for the
-    first of them, and function runs again, as far as the last: a block's last matmul, and what sums
-    it, it does not reach."""
+    """Autograd keeps a Saved for each tensor that function(*xs) saves. When backward unpacks the
+    first, function runs again until it has saved the last. It does not reach a block's last matmul
+    and the all-reduce behind it."""
 
     def __init__(self, function: Callable, xs: list[Tensor], remember: Callable):
         self.function, self.again = function, remember()
@@ -114,7 +117,7 @@ class Recompute:
                 self.function(*xs)
             if self.count < len(self.saved):
                 raise ValueError(f"{DIFFERS}the first saved {len(self.saved)}, and the second "
-                                 f"{self.count}")  # fmt: skip
+                                 f"{self.count}; {REMEDY}")  # fmt: skip
         return saved.tensor
 
     def _keep(self, t: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ class Recompute:
         if saved is not None:  # the node is alive
             if kind != saved.kind:
                 raise ValueError(f"{DIFFERS}tensor {self.count} is {saved.kind} in the first, and "
-                                 f"{kind} in the second")  # fmt: skip
+                                 f"{kind} in the second; {REMEDY}")  # fmt: skip
             saved.tensor = t
         self.count += 1
         if self.count == len(self.saved):
@@ -132,13 +135,15 @@ class Recompute:
 
 
 def recompute(function: Callable, *args, remember: Callable = torch_rng, **kwargs) -> Any:
-    """function(*args, **kwargs), recomputed in backward, under the same autocast. remember() ->
-    what opens the context of the second forward, in which chance must fall as in the first.
+    """function(*args, **kwargs), recomputed in backward, under the same CPU and CUDA autocast.
+    remember() returns a function that opens the context of the second forward: random numbers must
+    repeat in it.
 
     Raises ValueError in backward if the second forward saves fewer tensors, or one of another
-    shape, dtype or device. Other values are not noticed: if the function reads what has changed
-    since (a counter, a buffer), its gradients are wrong. With retain_graph=True recomputed tensors
-    are kept until the graph is freed, as many as without recompute."""
+    shape, dtype or device. More tensors and other values are not noticed: if the function reads
+    what has changed since (a counter, a buffer), its gradients are wrong. Tensors inside of tuples
+    or dicts are kept as they are. With retain_graph=True recomputed tensors are kept until the
+    graph is freed, as many as without recompute."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     given, names = [*args, *kwargs.values()], list(kwargs)

@@ -77,22 +77,22 @@ def all_reduce_bucket(flat: Tensor, group: dist.ProcessGroup):
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Call after the last backward of a step. Every rank must pass the same parameters in the same
-    order. A parameter that this rank did not use may have a gradient on another rank, so -0.0 is
-    sent for it, see is_unused. Frozen parameters are skipped."""
+    order. If this rank did not use a parameter, another rank may have: it sends -0.0, see
+    is_unused. Frozen parameters are skipped."""
     for p in parameters:
         if p.requires_grad:
             used = p.grad is not None
-            p.grad = p.grad if used else torch.full_like(p, -0.0)
+            if not used:
+                p.grad = torch.full_like(p, -0.0)
             dist.all_reduce(p.grad, group=group)  # payload: p.numel()
             if not used and is_unused(p.grad):
                 p.grad = None
 
 
 def is_unused(gradient: Tensor) -> bool:
-    """True if no rank used the parameter: every rank sent -0.0, so the sum is -0.0 too. A sum with
-    any other number, +0.0 included, is never -0.0. The gradient is then None, as in one process,
-    and the optimizer skips the parameter: with a gradient of 0 it would apply weight decay. Only a
-    rank that did not use the parameter itself has to look."""
+    """True if no rank used the parameter: every rank sent -0.0, and -0.0 + x is -0.0 only if x is.
+    `.grad` is then None, as in one process, so the optimizer skips the parameter. With a gradient
+    of 0 it would still apply weight decay. Ranks that used the parameter need not check."""
     return bool((gradient == 0).all() and gradient.signbit().all())
 
 
@@ -133,31 +133,31 @@ class DDP:
         optimizer = AdamW([piece.tensor for piece in sync.pieces()])
         sync.start()                      # instead of optimizer.zero_grad()
         for x, y in microbatches:         # m of them
-            loss(model(x), y).backward()
-        sync.finish()                     # gradients are summed over the ranks
+            (loss_sum(model(x), y) / tokens).backward()  # tokens: of the global batch
+        sync.finish()                     # gradients are summed over the ranks, not averaged
         sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_ and optimizer.step()
 
     model: the same on every rank of `group`, values included. Frozen parameters are left alone.
     group: default: all ranks.
-    accumulations: how often each gradient is accumulated to in a step: once per microbatch (two
-        uses in one backward are one), or by parameter, where they differ. Counting them, rather
-        than asking which microbatch is the last, holds under every schedule.
+    accumulations: how many times per step a gradient is added to each parameter: the number of
+        microbatches (several uses in one backward count once), or a dict by parameter. Counting
+        them, instead of asking which microbatch is the last, is right under every schedule.
     bucket_bytes: a bucket is closed when it holds at least this many; the first one at a 25th of
         it, so that the link is not idle until 25 MB of gradients are there.
-    reduce: (flat bucket, group) -> a handle with wait(); the seam for compression.
-    grad_dtype: the dtype in which gradients of bf16 parameters are summed over microbatches;
-        default: fp32.
-    reduce_dtype: the dtype in which gradients of bf16 parameters are sent and summed over ranks;
-        default: the parameters'. fp32 sends twice the bytes.
+    reduce: (flat bucket, group) -> a handle with wait(); the seam for compression. It must keep
+        -0.0, see is_unused.
+    grad_dtype: the dtype in which bf16 gradients are summed over microbatches (default: fp32).
+    reduce_dtype: the dtype in which bf16 gradients are all-reduced (default: the parameters'; fp32
+        sends twice the bytes). It has no effect with one rank. Both do nothing for fp32 parameters.
 
-    step() is before_step(), clipping, optimizer.step(), after_step(); a loop that needs something
-    in between calls these instead. A parameter that no rank uses in a step has no gradient. Its
-    bucket, and all buckets after it, are sent by finish() only: nothing hides them. The first step
-    puts such parameters into the last bucket.
+    step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
+    do something in between. If no rank uses a parameter in a step, its `.grad` is None. If this
+    rank does not use one, its bucket and all later ones are sent by finish() only, with no overlap;
+    the parameters that were not used in the first step are put into the last bucket.
 
-    Raises ValueError if ranks hold different parameters or values, if a parameter is frozen or
-    unfrozen later, if a `.grad` is replaced between start() and finish(), if a call is missing, or
-    if the optimizer updates bf16 parameters where their fp32 copies must be updated."""
+    Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
+    if a `.grad` is replaced; if a call is missing or out of order; or if the optimizer holds bf16
+    parameters instead of their fp32 copies."""
 
     def __init__(
         self, model: nn.Module, group: dist.ProcessGroup | None = None,
@@ -168,8 +168,8 @@ class DDP:
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("DDP needs a process group: call dist.init_process_group() first")
-        self.all = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
-        self.parameters = [(name, p) for name, p in self.all if p.requires_grad]
+        self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
+        self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
         self.group, self.reduce = group, reduce
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
@@ -177,7 +177,7 @@ class DDP:
         self.bucket_bytes = bucket_bytes
         self.grad_dtype = grad_dtype or torch.float32
         self.reduce_dtype = reduce_dtype
-        check_same_parameters(self.all, group)
+        check_same_parameters(self.named, group)
         me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
         for _, p in self.parameters:
             p.register_post_accumulate_grad_hook(lambda p: me() and me()._accumulated(p))
@@ -186,11 +186,10 @@ class DDP:
             p: p.detach().float().requires_grad_() if p.dtype.itemsize < 4 else p
             for _, p in self.parameters
         }
-        if any(master is not p for p, master in self.masters.items()):
-            for module in model.modules():
-                module.register_load_state_dict_post_hook(
-                    lambda module, _: me() and me()._loaded(module)
-                )
+        for module in model.modules():
+            module.register_load_state_dict_post_hook(
+                lambda module, _: me() and me()._loaded(module)
+            )
         check = register_optimizer_step_pre_hook(
             lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
         )
@@ -241,10 +240,9 @@ class DDP:
         left, so that all steps are summed in one layout: a ring adds in an order that depends on
         the place in a bucket, and a run that begins again must come to the same bits."""
         number = {p: i for i, (_, p) in enumerate(self.parameters)}
-        order = dict.fromkeys([*self.ready, *number])
-        if order:
-            numbers = [number[p] for p in order]
-            numbers = torch.tensor(numbers, device=self.buckets[0].device)
+        if self.parameters:
+            order = [number[p] for p in dict.fromkeys([*self.ready, *number])]
+            numbers = torch.tensor(order, device=self.buckets[0].device)
             dist.broadcast(numbers, group=self.group, group_src=0)  # payload: parameters, once
             self._lay_out([self.parameters[i][1] for i in numbers.tolist()])
         self.learned = True
@@ -254,13 +252,13 @@ class DDP:
         exception interrupted the last step, at the same place on all ranks, this completes its
         collectives."""
         if self.phase == "update":
-            raise ValueError("start() before after_step(): the model has not got the last update; "
-                             "call after_step() after optimizer.step()")  # fmt: skip
-        for name, p in self.all:
+            raise ValueError("start() before after_step(): call after_step() after "
+                             "optimizer.step(), to write the update to the model")  # fmt: skip
+        for name, p in self.named:
             if p.requires_grad != (p in self.masters):
                 change = "unfrozen" if p.requires_grad else "frozen"
-                raise ValueError(f"{name} was {change}, and the buckets hold what was trained when "
-                                 "this DDP was made: delete it and make a new one")  # fmt: skip
+                raise ValueError(f"{name} was {change} after this DDP was made, and its buckets "
+                                 "are fixed: delete it and make a new one")  # fmt: skip
         for _, handle in self.launched:  # they still write to the buckets
             handle.wait()
         self.launched = []
@@ -278,11 +276,12 @@ class DDP:
 
     def _accumulated(self, p: nn.Parameter) -> None:
         """Autograd calls this each time it has added to p.grad."""
+        if self.phase != "backward":
+            raise ValueError("backward outside of start() and finish(): call start() first")
         self.missing[p] -= 1
-        if self.missing[p] < 0 or self.phase != "backward":
-            raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: call "
-                             "start() before each step, and give DDP accumulations=m for m "
-                             "microbatches")  # fmt: skip
+        if self.missing[p] < 0:
+            raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: pass "
+                             "accumulations=m for m microbatches")  # fmt: skip
         if self.missing[p] > 0:
             return
         self.ready.append(p)
@@ -294,19 +293,22 @@ class DDP:
             self._launch()
 
     def _launch(self) -> None:
-        flat, dtype = self.buckets[len(self.launched)], self.sent_dtypes[len(self.launched)]
-        sent = flat.to(dtype) if self.group.size() > 1 else flat  # itself, unless in bf16
+        i = len(self.launched)
+        flat, dtype = self.buckets[i], self.sent_dtypes[i]
+        sent = flat.to(dtype) if self.group.size() > 1 else flat  # no copy if the dtype is the same
         self.launched.append((sent, self.reduce(sent, self.group)))
 
     def finish(self) -> None:
         """After the last backward: every `.grad` is the sum over the group when this returns. A
-        bucket that still waits for a parameter unused in this step goes as it is."""
+        bucket that still waits for a parameter unused in this step is sent as it is."""
         if self.phase != "backward":
-            raise ValueError("finish() without start(): call each once per step, start() first")
+            raise ValueError("finish() without start(): call start() before the first backward of "
+                             "a step, and finish() once after the last")  # fmt: skip
         for name, p in self.parameters:
             if p.grad is not self.gradients[p]:
-                raise ValueError(f"{name}: its .grad was replaced and is in no bucket; start() "
-                                 "zeroes gradients, zero_grad() must not")  # fmt: skip
+                raise ValueError(f"{name}: its .grad was replaced, so the gradient is not in a "
+                                 "bucket: do not call zero_grad() after start(), which zeroes "
+                                 "gradients")  # fmt: skip
         unused = [p for p in self.bucket_of if self.missing[p] == self.accumulations[p]]
         for p in unused:
             p.grad.fill_(-0.0)  # see is_unused
@@ -324,10 +326,10 @@ class DDP:
         self.phase = "finished"
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
-        """After finish(): updates the model. clip: the largest norm of all gradients together;
-        larger ones are scaled down to it. Returns their norm before that, if clip is given. Raises
-        ValueError if clip is given and the norm spans more ranks than this group's: a model with
-        tensor-parallel or tied parameters needs the four parts, as in train_3d.py."""
+        """After finish(): updates the model. clip: the maximum norm, as in clip_grad_norm_. Returns
+        the norm before clipping, or None without clip. Raises ValueError if clip is given and
+        tensor-parallel ranks hold a part of the norm. There, and with pipeline stages, call the
+        four parts and compute the norm as train_3d.py does."""
         if clip is not None:
             check_norm_is_local(self.parameters)
         self.before_step()
@@ -342,11 +344,11 @@ class DDP:
         check_optimizer(optimizer, self.pieces(), ready=self.phase == "update")
 
     def _loaded(self, module: nn.Module) -> None:
-        """load_state_dict has written to the parameters of `module`: fp32 copies follow."""
+        """load_state_dict wrote to the parameters of `module`: update their fp32 copies."""
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad and p not in self.masters:
-                raise ValueError(f"load_state_dict(assign=True) replaced {name}, which this DDP "
-                                 "trains: load without assign")  # fmt: skip
+                raise ValueError(f"load_state_dict(assign=True) replaced {name}, and this DDP "
+                                 "trains the old tensor: load without assign")  # fmt: skip
             if p.requires_grad:
                 self.masters[p].detach().copy_(p.detach())
 
@@ -357,14 +359,14 @@ class DDP:
     def held(self) -> dict[str, list[Tensor]]:
         """What is kept from step to step, by kind; the optimizer has its moments besides."""
         copies = [master for p, master in self.masters.items() if master is not p]
-        parameters = [p for _, p in self.all]
+        parameters = [p for _, p in self.named]
         return {"parameters": parameters, "gradients": self.buckets, "optimizer": copies}
 
     def before_step(self) -> None:
         """Pieces get their `.grad`, in their own dtype: with bf16 gradients, a copy in fp32."""
         if self.phase != "finished":
-            raise ValueError("before_step() or step() without finish(): gradients are not summed "
-                             "over the ranks yet")  # fmt: skip
+            raise ValueError("before_step() or step() without finish(): gradients are not yet "
+                             "summed over the ranks")  # fmt: skip
         for p, master in self.masters.items():
             master.grad = None if p.grad is None else p.grad.to(master.dtype)
         self.phase = "update"
@@ -433,7 +435,7 @@ class Hierarchical:
 
 
 # --- checks ---------------------------------------------------------------------------------------
-# Mistakes that would train something else in silence.
+# Mistakes that would otherwise train the wrong thing silently.
 
 
 def check_same_parameters(
@@ -448,13 +450,13 @@ def check_same_parameters(
     for rank, theirs in enumerate(everyone):
         for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
             if a != b:
-                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on {rank}: "
-                                 "every rank must build the same model, with the same initial "
+                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on rank "
+                                 f"{rank}: every rank must build the same model with the same "
                                  "values (set the same seed, or load one file)")  # fmt: skip
 
 
 def checksum(p: Tensor) -> int:
-    """The sum of the elements' bit patterns as integers. It is exact in any order of addition."""
+    """Sum of the elements' bit patterns as integers: the order of addition does not matter."""
     if p.is_meta:
         return 0
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
@@ -463,7 +465,7 @@ def checksum(p: Tensor) -> int:
 
 def check_optimizer(optimizer: torch.optim.Optimizer, pieces: list[Piece], ready: bool) -> None:
     """Runs before the step of every optimizer in the process. ready: gradients are summed. Raises
-    ValueError if it holds a parameter of which a piece must be updated, or comes too early."""
+    ValueError if the optimizer holds a parameter instead of its piece, or steps too early."""
     updated = {id(piece.tensor) for piece in pieces}
     names = {piece.parameter: piece.name for piece in pieces}
     for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
@@ -477,13 +479,13 @@ def check_optimizer(optimizer: torch.optim.Optimizer, pieces: list[Piece], ready
 
 
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
-    """Raises ValueError if a parameter's gradient is on other ranks too."""
+    """Raises ValueError if tensor-parallel ranks hold a part of a gradient's norm."""
     for name, p in parameters:
         sharded = hasattr(p, "cut") and p.cut.size > 1
-        if sharded or getattr(p, "partial", False) or hasattr(p, "tied_name"):
-            raise ValueError(f"clip: {name} is tensor-parallel, partial or tied between stages, so "
-                             "the norm spans more ranks: call before_step(), clip by the norm over "
-                             "all of them, optimizer.step() and after_step()")  # fmt: skip
+        if sharded or getattr(p, "partial", False):
+            raise ValueError(f"clip: the gradient of {name} is spread over tensor-parallel ranks, "
+                             "and so is the norm: call before_step(), clip by the norm over all of "
+                             "them, optimizer.step() and after_step()")  # fmt: skip
 
 
 # --- cost -----------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def fill(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) -> list[A
 
 
 def require_chunks(name: str, v: int, n: int) -> None:
-    """Raises ValueError if v chunks per rank are asked of a schedule that has n."""
+    """Raises ValueError unless v is n, the number of chunks per rank of this schedule."""
     if v != n:
         raise ValueError(f"{name} has {n} chunk{'s' * (n > 1)} per rank, not {v}: pass v={n}, or "
                          "use interleaved")  # fmt: skip
@@ -441,19 +441,19 @@ def take_stages(
     first: tuple[str, ...] = ("wte", "wpe", "drop"), blocks: str = "h",
     last: tuple[str, ...] = ("ln_f", "lm_head"),
 ) -> nn.Module:  # fmt: skip
-    """Cut `model` down, in place, to the stages `mine`; split: blocks by stage. The layers `first`
-    belong to stage 0, the layers `last` to the last one; `blocks` names an nn.ModuleDict or
-    nn.ModuleList, whose blocks keep their names, which are their numbers. What is elsewhere becomes
-    nn.Identity, or is left out, so that the model's own forward runs what is here. It must call
-    these layers in turn: what else it computes is computed by every stage, and enumerate() numbers
-    the blocks of a stage from 0. Raises ValueError for a parameter outside of these layers, and for
-    a block on no stage."""
+    """Cut `model` down, in place, to the stages `mine`; split: blocks by stage. `first` and `last`
+    name children of the model for the first and the last stage; `blocks` names its nn.ModuleDict or
+    nn.ModuleList, whose keys are the block numbers. Children on other stages become nn.Identity, or
+    are left out, so that the model's own forward runs what is here. It must call these children in
+    order and iterate over `blocks`: anything else it computes runs on every stage, enumerate()
+    starts at 0 on each, and an index may fail. Raises ValueError for a parameter outside of these
+    children, and for a block on no stage."""
     container = getattr(model, blocks)
     others = [n for n, _ in model.named_parameters()
               if n.split(".")[0] not in (*first, blocks, *last)]  # fmt: skip
     if others:
         raise ValueError(f"{', '.join(others)} of {type(model).__name__} would be on every stage: "
-                         "name each child with parameters in `first` or `last`")  # fmt: skip
+                         "name their child in `first` or `last`")  # fmt: skip
     numbers = {str(i) for stage in split for i in stage}
     kept = {str(i) for k in mine for i in split[k]}
     if not kept <= {*container._modules} <= numbers:
@@ -470,13 +470,22 @@ def take_stages(
 
 def chunks_of(model: nn.Module, mine: Sequence[int], split: list[range], **names) -> dict:
     """{stage: a module that runs it}. They share their layers with `model`, which holds all stages
-    of a rank: parameters, hooks, `training` and what replaced them are the model's own."""
-    training = property(lambda _: model.training, lambda _, mode: setattr(model, "training", mode))
-    like_model = type(type(model).__name__, (type(model),), {"training": training})
+    of a rank: parameters, hooks and what replaced them are the model's own. So is `training`, and
+    model.eval() reaches them."""
+
+    class Chunk(type(model)):
+        @property
+        def training(self) -> bool:
+            return model.training
+
+        @training.setter
+        def training(self, mode: bool) -> None:
+            model.training = mode
+
     chunks = {}
     for k in mine:
         chunks[k] = copy.copy(model)
-        chunks[k].__class__ = like_model
+        chunks[k].__class__ = Chunk
         chunks[k]._modules = dict(model._modules)
         take_stages(chunks[k], [k], split, **names)
     return chunks
@@ -499,7 +508,7 @@ class DeferredLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,), linear = ctx.saved_tensors, ctx.linear
-        # Detached: without x's graph. Under autocast grad has another dtype than x and weight.
+        # Detached, not to keep x's graph. Under autocast grad has another dtype than x and weight.
         work = functools.partial(finish, linear.weight, x.detach().to(grad.dtype), grad)
         linear.weight_grad_queue.append(work)
         d_bias = None if linear.bias is None else grad.flatten(0, -2).sum(0)
@@ -522,7 +531,7 @@ def defer_weight_gradients(model: nn.Module, queue: list) -> None:
     """From now on backward leaves the gradients of nn.Linears' weights in `queue`. Layers of other
     kinds (tensor_parallel.py has two) do so if they find a `weight_grad_queue` on themselves."""
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module):  # was not replaced
+        if type(module) is nn.Linear and "forward" not in vars(module):  # not replaced
             module.forward = functools.partial(deferred, module)
             module.weight_grad_queue = queue
         elif hasattr(module, "weight_grad_queue"):
@@ -558,7 +567,7 @@ class Pipeline:
     def accumulations(self, actions: list[Action]) -> dict[nn.Parameter, int]:
         """How often each parameter's gradient is added to in a step, for DDP and ZeRO: in every B
         of a stage that holds it, or in every W, if its linear defers. A tied matrix may have both,
-        or be held by two stages. Frozen parameters are not in the dict."""
+        or be held by two stages. Frozen parameters are left out."""
         kinds: dict[nn.Parameter, set] = {}
         for k, chunk in self.chunks.items():
             for module in chunk.modules():
@@ -579,7 +588,9 @@ class Pipeline:
         (b, s, h). before(microbatch) is called ahead of each forward. Returns the sum of the
         losses, which is 0 where the last stage is not. Gradients are left in `.grad`,
         accumulated. With p > 1, raises RuntimeError if an exception interrupted the last run.
-        Raises ValueError, before anything is sent, if the program does not fit (see _check)."""
+        Raises ValueError, before anything is sent, if the program does not fit the chunks, the
+        inputs, the grad mode or `apart`; and during the run, if a stage returns another shape or
+        dtype. Only the ranks that see the mistake raise; others wait for the timeout."""
         if self.running and self.group.size() > 1:
             raise RuntimeError(
                 "the last pipeline run was interrupted, and its messages may still be in flight "
@@ -618,9 +629,10 @@ class Pipeline:
             wrong = f"is of stages {sorted(stages)}, and the chunks are of {sorted(self.chunks)}"
         elif 0 in stages and n_inputs != m:
             wrong = f"has {m} microbatches, and there are {n_inputs} inputs"
-        elif ("B" in kinds) != torch.is_grad_enabled():
-            wrong = ("has B actions: enable gradients, or use forward_only" if "B" in kinds else
-                     "has no B actions: run it under torch.no_grad()")  # fmt: skip
+        elif "B" in kinds and not torch.is_grad_enabled():
+            wrong = "has B actions, and gradients are disabled: enable them, or use forward_only()"
+        elif "B" not in kinds and torch.is_grad_enabled():
+            wrong = "has no B actions: run it under torch.no_grad()"
         elif "B" in kinds and ("W" in kinds) != self.apart:
             wrong = (f"has {'W' if 'W' in kinds else 'no W'} actions, and the Pipeline was made "
                      f"with apart={self.apart}: pass apart=splits(actions)")  # fmt: skip
@@ -685,8 +697,10 @@ class Pipeline:
         if k < self.last:
             self._hand_over(action, y)
         if torch.is_grad_enabled():  # the graph is kept, but not its output: that is the next's
-            root = y if k == self.last else None  # None: the first stage is frozen
-            if k < self.last and y.requires_grad:
+            root = None  # a frozen first stage has nothing to do in backward
+            if k == self.last:
+                root = y
+            elif y.requires_grad:
                 root = torch.autograd.graph.get_gradient_edge(y)
             self.in_flight[i, k] = x, root
 

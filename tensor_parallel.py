@@ -38,6 +38,7 @@ Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3; Korthikanti et a
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 
@@ -100,8 +101,8 @@ def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
         return lambda: x
     if x.size(1) % group.size():
         raise ValueError(
-            f"a sequence of {x.size(1)} tokens is not divisible by t = {group.size()}, "
-            "and sequence parallelism shards it: pad it, or change t"
+            f"sequence parallelism shards the sequence, and {x.size(1)} tokens are not divisible "
+            f"by t = {group.size()}: pad the sequence, or change t"
         )
     parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0).flatten(0, 1).contiguous()
     mine = x.new_empty(x.size(0), x.size(1) // group.size(), x.size(2))
@@ -115,7 +116,7 @@ def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
 
 
 def to_dtype(dtype: torch.dtype, tensors: tuple) -> list:
-    """For a backward: under torch.autocast the gradient is in a lower dtype than what was saved."""
+    """For a backward: under autocast the gradient may have a lower dtype than the saved tensors."""
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
@@ -136,14 +137,14 @@ class ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, group, sequence: bool, later: Callable | None):
         ctx.group, ctx.sequence, ctx.later = group, sequence, later
-        # Only the weight's gradient reads x: it is not saved for a frozen weight.
+        # Only the weight's gradient needs x, so a frozen weight does not save it.
         ctx.save_for_backward(x if later or ctx.needs_input_grad[1] else None, weight)
         return F.linear(start_gather(x, group)() if sequence else x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = to_dtype(grad.dtype, ctx.saved_tensors)
-        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad  # weight: not if `later` has it
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad  # need_weight: not with `later`
         if ctx.later:
             ctx.later(x, grad, ctx.group if ctx.sequence else None)
         whole_x = start_gather(x, ctx.group) if ctx.sequence and need_weight else lambda: x
@@ -193,7 +194,8 @@ def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup)
     """With sequence parallelism: each rank has seen some of the tokens, so a parameter that is not
     cut (`partial` says so) has some of its gradient. Call once a step, with all of them, rather
     than in each backward: one message for l blocks and m microbatches. Without sequence parallelism
-    only the parameters that the plan calls "partial" need it. None (frozen) is skipped."""
+    only the parameters that the plan calls "partial" need it. Gradients that are None are skipped,
+    and must be None on all ranks."""
     gradients = [g for g in gradients if g is not None]
     if gradients and group.size() > 1:
         flat = torch.cat([g.flatten() for g in gradients])
@@ -244,8 +246,8 @@ def cut_parameter(p: nn.Parameter, dim: int, parts: int | tuple[int, ...], group
         parts = (p.size(dim) // parts,) * parts
     if sum(parts) != p.size(dim):
         raise ValueError(
-            f"the plan's parts {parts} add up to {sum(parts)}, and the fused matrix has "
-            f"{p.size(dim)} rows or columns: correct the parts in the plan"
+            f"the plan's parts {parts} add up to {sum(parts)}, and the matrix has {p.size(dim)} "
+            f"{('rows', 'columns')[dim]}: correct the parts in the plan"
         )
     cut = Cut(p.shape, dim, parts, group.rank(), group.size())
     new = nn.Parameter(cut(p.detach()), requires_grad=p.requires_grad)
@@ -324,7 +326,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens - self.start
         outside = (local < 0) | (local >= self.weight.size(0))
-        known = (tokens >= 0) & (tokens < self.v)  # else F.embedding fails
+        known = (tokens >= 0) & (tokens < self.v)  # the others stay as they are: F.embedding raises
         x = F.embedding(local.masked_fill(outside & known, 0), self.weight)
         x = x.masked_fill(outside.unsqueeze(-1), 0.0)
         return SumOverGroup.apply(x, self.group, self.sequence)
@@ -355,16 +357,17 @@ def cut_tokens(dropout: nn.Module, parts: int, group, sequence: bool) -> nn.Modu
 
 
 def mark_partial(module: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
-    """For a module between a column- and a row-parallel layer, e.g. a norm of each head (Qwen3).
-    Its input is this rank's heads, so each rank computes a partial sum of its gradient. A norm over
-    all heads (OLMo 2) needs the sum of squares of all ranks: write a style that all-reduces it."""
+    """For a module between a column- and a row-parallel layer, e.g. a norm per head (Qwen3). It
+    sees this rank's heads only, so each rank computes a part of its gradient: call
+    all_reduce_partial once per step. A norm over all heads (OLMo 2) needs an all-reduce of its sum
+    of squares in forward too: write a style for it."""
     for p in module.parameters():
         p.partial = True
     return module
 
 
 def leave(module: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
-    """For a module that reads the residual stream, e.g. a norm before a column-parallel layer."""
+    """For a module that is the same on every rank, e.g. a norm on the residual stream."""
     return module
 
 
@@ -402,11 +405,11 @@ def parallelize(
     stays tied. Attention must read its number of heads and its length off what a column returned.
     `sequence`: everything between the parallel modules sees a shard of the sequence, [b, s/t, h];
     parameters that are whole are marked `partial`, see all_reduce_partial; a style may mark more.
-    A gradient norm must be summed over the ranks, as in train_3d.py: with clip_grad_norm_ each rank
-    would scale by another factor, and replicas would differ. Raises ValueError for an unknown
+    Sum the gradient norm over the ranks, as train_3d.py does: clip_grad_norm_ would scale by a
+    different factor on each rank, and replicas would drift apart. Raises ValueError for an unknown
     style, a pattern that matches nothing (a misspelt one would leave its matrices whole, and slow),
     a matrix that leaves a rank without a row, and what the checks below find."""
-    tied: dict[int, tuple[str, nn.Parameter]] = {}  # full weight -> its first owner, and its shard
+    tied: dict[int, tuple[str, nn.Parameter]] = {}  # id of a full weight -> (owner, its shard)
     styled: set[nn.Parameter] = set()
     modules = list(model.named_modules())
     check_same_values(model, group)
@@ -432,8 +435,8 @@ def parallelize(
             first, weight = tied.setdefault(id(module.weight), (name, new.weight))
             if getattr(weight, "cut", None) != cut:
                 raise ValueError(
-                    f"{name}.weight is tied to {first}.weight, whose style shards it otherwise: "
-                    "change a style or untie them"
+                    f"{name}.weight is tied to {first}.weight, whose style shards it differently: "
+                    "give both the same style, or untie them"
                 )
             new.weight = weight
         parent, _, attribute = name.rpartition(".")
@@ -448,9 +451,9 @@ def parallelize(
     check_between(model, styled)
     for name, p in model.named_parameters():
         if getattr(p, "partial", False) and hasattr(p, "cut"):
-            raise ValueError(f"{name} is sharded and 'partial': name the norms alone 'partial'")
+            raise ValueError(f"{name} is sharded, so it cannot be 'partial': drop that style")
         p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "cut"))
-        p.partial = p.partial and group.size() > 1  # one rank's gradient is complete
+        p.partial = p.partial and group.size() > 1  # with one rank it is complete
     return model
 
 
@@ -465,8 +468,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)  # payload: b s
         shifted = logits - highest.unsqueeze(-1)  # [b, s, v/t]
         local = targets - start
-        outside = (local < 0) | (local >= logits.size(-1))  # of another rank, or ignored (< 0)
-        local = local.masked_fill(outside & (targets < v), 0).unsqueeze(-1)  # v: gather fails
+        outside = (local < 0) | (local >= logits.size(-1))  # on another rank, or ignored
+        local = local.masked_fill(outside & (targets < v), 0).unsqueeze(-1)  # >= v: gather raises
         at_target = shifted.gather(-1, local).squeeze(-1).masked_fill(outside, 0.0)
         exponentials = shifted.exp_()
         sums = torch.stack([exponentials.sum(dim=-1), at_target])
@@ -491,39 +494,40 @@ def vocab_parallel_cross_entropy(
     scalar, the same on every rank: gpt.cross_entropy of the whole logits, so at least in fp32."""
     cut, logits = head.weight.cut, logits.to(torch.promote_types(logits.dtype, torch.float32))
     if group.size() == 1:  # torch's, which reads and writes the logits less often
-        flat = targets.flatten().clamp(min=-1)  # a copy: autograd keeps it, and not the step's
+        flat = targets.flatten().clamp(min=-1)  # a copy: autograd keeps it
         return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
     v = cut.shape[0]
     return VocabParallelCrossEntropy.apply(logits, targets, cut.range(v)[0], v, group)
 
 
 # --- checks ---------------------------------------------------------------------------------------
-# Mistakes that would train something else in silence.
+# Mistakes that would otherwise train the wrong thing silently.
 
 
 def check_same_values(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Raises ValueError, on every rank, if a parameter differs between the ranks: replicas would
-    stay different. A model on the meta device has no values yet."""
+    stay different. Meta parameters are skipped."""
     mine = [(name, p.shape, p.detach().flatten().view(torch.uint8).sum().item())
             for name, p in model.named_parameters() if not p.is_meta]  # fmt: skip
     everyone = [mine] * group.size()
     if mine and group.size() > 1:
         dist.all_gather_object(everyone, mine, group=group)
-    for on_each_rank in zip(*everyone, strict=True):
+    for on_each_rank in itertools.zip_longest(*everyone, fillvalue=("a missing parameter",)):
         if len(set(on_each_rank)) > 1:
             raise ValueError(f"{on_each_rank[0][0]} differs between the ranks: set one seed on all "
                              "of them before building the model, or load one file")  # fmt: skip
 
 
 def check_module(name: str, module: nn.Module, style: str | None, sequence: bool) -> None:
-    """Raises ValueError if the module does not fit its style (None: the plan does not name it)."""
-    if (
-        isinstance(module, nn.Dropout) and style != "replicated" or style in ("heads", "tokens")
-    ) and not (hasattr(module, "parts") or getattr(module, "p", None) == 0):
+    """Raises ValueError if the module does not fit its style (None: the plan does not name it).
+    Dropout in a function call (scaled_dot_product_attention's) is not seen."""
+    draws = isinstance(module, nn.Dropout) and style != "replicated" or style in ("heads", "tokens")
+    safe = hasattr(module, "parts") or getattr(module, "p", None) == 0  # parts: as gpt.Dropout's
+    if draws and not safe:
         raise ValueError(
-            f"{name}: {module} draws from the generator of its rank, so replicas would get other "
-            "masks: set p to 0 or use a dropout that draws by row and site (gpt.Dropout). If all "
-            "ranks have one seed, name it 'replicated' in the plan"
+            f"{name}: {module} draws its mask from the generator of this rank, so replicas would "
+            "get different masks: set p to 0, or use a dropout that draws by row and site "
+            "(gpt.Dropout). If the generators of all ranks are in one state, name it 'replicated'"
         )
     kind = {"column": nn.Linear, "row": nn.Linear, "vocab": nn.Embedding}.get(style)
     options = dict(padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
@@ -534,8 +538,8 @@ def check_module(name: str, module: nn.Module, style: str | None, sequence: bool
     ):
         raise ValueError(
             f"{name}: style {style!r} replaces a plain nn.{kind.__name__}, and this "
-            f"{type(module).__name__} does more: name the nn.{kind.__name__} inside it, drop the "
-            "option (padding_idx, ...), or add a style to STYLES"
+            f"{type(module).__name__} is not one: name the plain layer inside it, drop its options "
+            "(padding_idx, ...), or add a style to STYLES"
         )
     if style is None and sequence and isinstance(module, nn.Embedding):
         raise ValueError(f"{name}: sequence parallelism needs a style that gives each rank a shard "
@@ -543,23 +547,22 @@ def check_module(name: str, module: nn.Module, style: str | None, sequence: bool
 
 
 def check_between(model: nn.Module, styled: set[nn.Parameter]) -> None:
-    """Raises ValueError for a trainable parameter that the plan does not name and that may lie
-    between a column- and a row-parallel layer, where its gradient is a partial sum: one whose
-    siblings are a subtree whose parallel layers are all column-parallel, and one with row-parallel
-    layers only."""
+    """Raises ValueError for a trainable parameter that the plan does not name, in a module with one
+    child whose parallel layers are all column-parallel and another whose are all row-parallel. It
+    may lie between them, where its gradient is partial."""
     both = {ColumnParallelLinear, RowParallelLinear}
     for path, module in model.named_modules():
         kinds = {n: both & set(map(type, child.modules())) for n, child in module.named_children()}
         if not all({kind} in kinds.values() for kind in both):
             continue
         for name, p in module.named_parameters():
-            said = p in styled or hasattr(p, "partial") or kinds.get(name.split(".")[0]) == both
-            if p.requires_grad and not said:
+            decided = p in styled or hasattr(p, "partial") or kinds.get(name.split(".")[0]) == both
+            if p.requires_grad and not decided:
                 raise ValueError(
-                    f"{path}.{name} has a column- and a row-parallel layer as siblings. If it lies "
-                    "between them, its gradient on a rank is a partial sum: name its module "
-                    "'partial' in the plan. If it reads the residual stream, name it 'replicated'. "
-                    "(For a parameter that is no module's weight, set its .partial instead.)"
+                    f"{f'{path}.{name}'.lstrip('.')} has a column- and a row-parallel layer as "
+                    "siblings. If it lies between them, each rank has a part of its gradient: name "
+                    "its module 'partial' in the plan. If it reads the residual stream, name it "
+                    "'replicated'. (If it is a bare nn.Parameter, set its .partial instead.)"
                 )
 
 

@@ -54,7 +54,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class Piece(NamedTuple):
-    """What the optimizer updates of one parameter: a 1-D range of it, as in this rank's shard."""
+    """The range of one parameter that this rank's optimizer updates, 1-D."""
 
     name: str
     tensor: Tensor
@@ -64,8 +64,9 @@ class Piece(NamedTuple):
 
 class Unit:
     """Parameters that travel together: flat, padded to d shards of equal length, one of them mine.
-    Without `whole_parameters` or `whole_gradients` only my shard of them is held for good. They
-    are of one dtype, and all trained or all frozen: frozen ones have no gradients and no pieces."""
+    Without `whole_parameters` or `whole_gradients` only my shard of them is held for good. A
+    unit's parameters have one dtype and are all trainable or all frozen. A frozen unit has no
+    gradients and no pieces."""
 
     def __init__(
         self, members: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup,
@@ -73,7 +74,7 @@ class Unit:
         reduce_dtype: torch.dtype | None,
     ):  # fmt: skip
         self.group, like = group, members[0][1].detach()
-        self.trained = members[0][1].requires_grad
+        self.trainable = members[0][1].requires_grad
         narrow = like.dtype.itemsize < 4
         grad_dtype = (grad_dtype or torch.float32) if narrow else like.dtype
         self.reduce_dtype = reduce_dtype if narrow and reduce_dtype else like.dtype
@@ -81,7 +82,7 @@ class Unit:
         mine = self.mine = slice(group.rank() * n, (group.rank() + 1) * n)
         self.parameters = like.new_zeros(n * group.size())
         self.gradients = None
-        if whole_gradients and self.trained:
+        if whole_gradients and self.trainable:
             self.gradients = self.parameters.to(grad_dtype, copy=True)
         self.place: dict[nn.Parameter, slice] = {}
         self.gradient_of: dict[nn.Parameter, Tensor] = {}  # views of `gradients`
@@ -99,13 +100,13 @@ class Unit:
         if self.gradients is not None:
             self.gradient_shard = self.gradients[mine]
         else:
-            self.gradient_shard = like.new_zeros(n if self.trained else 0, dtype=grad_dtype)
+            self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
         # What the optimizer updates: in bf16 a small update, added to a weight, is rounded away.
         self.master = self.parameter_shard
-        if narrow and self.trained:
+        if narrow and self.trainable:
             self.master = self.parameter_shard.float()
         self.pieces: list[Piece] = []
-        for name, p in members if self.trained else ():
+        for name, p in members if self.trainable else ():
             start = max(self.place[p].start, mine.start)
             stop = min(self.place[p].stop, mine.stop)
             if start < stop:
@@ -119,8 +120,9 @@ class Unit:
         self.pieces.append(Piece(name, piece, p, start))
 
     def allow_reads(self, allowed: bool) -> None:
+        """Switch the class of the parameters, so that reading them works or raises."""
         for p in self.place:
-            if type(p) in (nn.Parameter, ShardedParameter):  # and no subclass of the user's
+            if type(p) in (nn.Parameter, ShardedParameter):  # not a subclass of the user's
                 p.__class__ = nn.Parameter if allowed else ShardedParameter
 
     def unshard(self) -> None:
@@ -150,13 +152,13 @@ class Unit:
         self.allow_reads(False)
 
     def refresh(self) -> None:
-        """The parameters were written to: my shard follows."""
+        """load_state_dict wrote to the full parameters: copy my range to my shard."""
         if self.whole and self.gathering is None:
             self.parameter_shard.copy_(self.parameters[self.mine])
             self.master.detach().copy_(self.parameter_shard)
 
     def reduce(self, flat: Tensor, first: bool) -> None:
-        """Start to sum `flat` over the group, in reduce_dtype; land() before the next."""
+        """Start the reduce-scatter of `flat` in reduce_dtype. Call land() before the next."""
         if self.group.size() > 1:
             flat = flat.to(self.reduce_dtype)
         self.sum, self.first = flat[self.mine], first
@@ -173,20 +175,22 @@ class Unit:
         (self.gradient_shard.copy_ if self.first else self.gradient_shard.add_)(self.sum)
         self.sum = self.reducing = None
         if replicas is not None:
-            self.sum, self.first = self.gradient_shard.to(self.reduce_dtype), True
+            dtype = self.reduce_dtype if replicas.size() > 1 else self.gradient_shard.dtype
+            self.sum, self.first = self.gradient_shard.to(dtype), True
             self.reducing = dist.all_reduce(  # payload: my shard
                 self.sum, group=replicas, async_op=True
             )
 
 
 def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dict:
-    """{module: its parameters}: what is used at a time, in the order in which the model lists it.
+    """{module: its parameters}, in the order in which the model lists them. The parameters are
+    gathered before the module's forward.
 
-    A block (an entry of a ModuleDict or ModuleList that is no such container itself, or one of
-    `blocks`) is used with all its parameters. So is any other module that has parameters of its
-    own, unless there may be blocks inside of it: then it is used with its own alone, like the model
-    itself. Raises ValueError for a module without a forward, before which nothing can be gathered.
-    """
+    A block is listed once, with all its parameters. Blocks are the entries of each nn.ModuleList or
+    nn.ModuleDict that are not containers themselves, or, if given, `blocks` instead. Any other
+    module that has parameters of its own is listed with all its parameters too, but with its own
+    alone if it may contain blocks, as the model itself does. Raises ValueError for a listed module
+    without a forward()."""
     containers = (nn.ModuleDict, nn.ModuleList)
     found: dict[nn.Module, list[nn.Parameter]] = {}
     if lost := set(blocks or ()) - set(model.modules()):
@@ -201,8 +205,8 @@ def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dic
             parameters = list(module.parameters()) if is_block else own
             if parameters and type(module).forward is nn.Module.forward:
                 raise ValueError(
-                    f"{name} has parameters and no forward, so nothing can be gathered before it: "
-                    "pass blocks=[the module that uses them, ...]"
+                    f"{name} has parameters and no forward() to gather them before: pass blocks=[] "
+                    "with the module that uses them and all other blocks"
                 )
             if parameters:
                 found[module] = parameters
@@ -221,31 +225,35 @@ class Zero1:
         optimizer = AdamW([piece.tensor for piece in sync.pieces()])
         sync.start()                      # instead of optimizer.zero_grad()
         for x, y in microbatches:         # m of them
-            loss(model(x), y).backward()
+            (loss_sum(model(x), y) / tokens).backward()  # tokens: of the global batch
         sync.finish()                     # this rank's shards of the gradients are sums
         sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_ and optimizer.step()
 
     model: the same on every rank of `group`, values included.
     group: over which state is sharded; default: all ranks.
-    accumulations: how often each gradient is accumulated to in a step, or by parameter how often.
+    accumulations: how many times per step a gradient is added to each parameter: the number of
+        microbatches, or a dict by parameter.
     replicas: hybrid: the ranks that hold the same shard in other groups.
-    grad_dtype: the dtype in which gradients of bf16 parameters are summed over microbatches;
-        default: fp32.
-    reduce_dtype: the dtype in which gradients of bf16 parameters are sent and summed over ranks;
-        default: the parameters'. fp32 sends twice the bytes.
-    blocks: the modules whose parameters are used at a time; default: see `layers`.
+    grad_dtype: the dtype in which bf16 gradients are summed over microbatches (default: fp32).
+    reduce_dtype: the dtype in which bf16 gradients are reduced over ranks (default: the
+        parameters'; fp32 sends twice the bytes). It has no effect with one rank. Both do nothing
+        for fp32 parameters.
+    blocks: modules to gather at a time, instead of the default; see `layers`.
 
-    step() is before_step(), clipping, optimizer.step(), after_step(); a loop that needs something
-    in between calls these instead. A parameter that no rank uses in a step has no gradient. Its
-    unit, and all units after it in backward, are reduced by finish() only: nothing hides that, and
-    ZeRO-2 and 3 hold their full gradients until then.
+    step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
+    do something in between. If no rank uses a parameter in a step, its pieces have no gradient. If
+    this rank does not use one, its unit and all later ones in backward are reduced by finish()
+    only, with no overlap, and ZeRO-2 and 3 keep the full gradients of those units until then.
+    ZeRO-1 and 2 do not touch frozen parameters; ZeRO-3 shards them.
 
-    Parameters are read outside of the model's forward only after gather(). model.state_dict() and
-    load_state_dict() call it, so every rank must call them.
+    To read parameters outside of the model's forward, call gather() on every rank first. It lasts
+    until the next forward, start() or step(). Do not write to them: the shards would not change.
+    model.state_dict() and load_state_dict() call gather(), so every rank must call them. The
+    optimizer's state is of this rank's shards only: every rank saves its own.
 
-    Raises ValueError if ranks hold different parameters or values, if a parameter is frozen or
-    unfrozen later, if a `.grad` is replaced between start() and finish(), if a call is missing, or
-    if the optimizer updates the parameters where their shards must be updated."""
+    Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
+    if a `.grad` is replaced (ZeRO-1); if a call is missing or out of order; or if the optimizer
+    holds parameters instead of pieces."""
 
     whole_parameters = whole_gradients = True
 
@@ -265,8 +273,8 @@ class Zero1:
         names = self.names = {
             p: getattr(p, "tied_name", name) for name, p in model.named_parameters()
         }
-        self.trained = {p: p.requires_grad for p in names}
-        for ranks in (group, replicas) if replicas is not None else (group,):
+        self.was_trainable = {p: p.requires_grad for p in names}
+        for ranks in (group,) if replicas is None else (group, replicas):
             check_same_parameters([(name, p) for p, name in names.items()], ranks)
         self.layers = layers(model, blocks)
         self.units: list[Unit] = []  # in forward order
@@ -288,11 +296,11 @@ class Zero1:
             needs = [self.unit_of[p] for p in parameters if p in self.unit_of]
             self.needs.append(list(dict.fromkeys(needs)))
             layer.register_forward_pre_hook(lambda *_, i=i: alive(me)._before_forward(i))
-        trained = [unit for unit in self.units if unit.trained]
-        if trained and not self.pieces():  # torch's optimizers refuse an empty list
-            p = next(iter(trained[0].place))
-            trained[0].add_piece(names[p], p, slice(0, 0), 0)
-        for unit in trained:
+        trainable = [unit for unit in self.units if unit.trainable]
+        if trainable and not self.pieces():  # torch's optimizers refuse an empty list
+            p = next(iter(trainable[0].place))
+            trainable[0].add_piece(names[p], p, slice(0, 0), 0)
+        for unit in trainable:
             for p in unit.place:
                 p.register_post_accumulate_grad_hook(lambda p: alive(me)._accumulated(p))
         check = register_optimizer_step_pre_hook(
@@ -306,19 +314,19 @@ class Zero1:
         # How often gradients travel in a step: once, or m times (a tied matrix may be added to 2 m
         # times). In this order and no other, though another unit may fill first on some rank:
         # collectives are matched by order, and the ranks must agree on it.
-        counts = [accumulations[p] for unit in trained for p in unit.place]
+        counts = [accumulations[p] for unit in trainable for p in unit.place]
         rounds = self.rounds = 1 if self.whole_gradients else min(counts, default=1)
-        self.launches = [(i + 1, unit) for i in range(rounds) for unit in reversed(trained)]
-        self.last_round = len(self.launches) - len(trained)
+        self.launches = [(i + 1, unit) for i in range(rounds) for unit in reversed(trainable)]
+        self.last_round = len(self.launches) - len(trainable)
         self.phase = "idle"  # then "backward", "finished" and "update"
         self.start()
 
     @staticmethod
     def _kind(p: nn.Parameter, parameters: list[nn.Parameter]) -> tuple:
-        """Parameters of a layer that share a unit are alike in this. A tied matrix is a unit: two
-        stages that hold it shard it alike and can add their shards. So are parameters of which each
-        tensor-parallel rank has a partial gradient, if the layer's matrices differ in size between
-        these ranks: they must have the same shards of them."""
+        """Parameters of a layer that are equal in this share a unit. A tied matrix has its own:
+        both pipeline stages then shard it the same way and can add their shards. So have parameters
+        whose gradient is partial over tensor-parallel ranks, if the layer's matrices differ in size
+        between these ranks: in one buffer, their shards would begin at different places."""
         cuts = [q.cut for q in parameters if hasattr(q, "cut")]
         uneven = any(n % cut.size for cut in cuts for n in cut.parts)
         partial = uneven and getattr(p, "partial", False)
@@ -329,13 +337,13 @@ class Zero1:
         interrupted the last step, at the same place on all ranks, this completes its collectives
         and drops its gradients."""
         if self.phase == "update":
-            raise ValueError("start() before after_step(): the model has not got the last update; "
-                             "call after_step() after optimizer.step()")  # fmt: skip
-        for p, trained in self.trained.items():
-            if p.requires_grad != trained:
-                raise ValueError(f"{self.names[p]} was {'frozen' if trained else 'unfrozen'}, and "
-                                 "units are made of what was trained at the start: build the model "
-                                 "and its ZeRO object anew")  # fmt: skip
+            raise ValueError("start() before after_step(): call after_step() after "
+                             "optimizer.step(), to write the update to the model")  # fmt: skip
+        for p, trainable in self.was_trainable.items():
+            if p.requires_grad != trainable:
+                change = "unfrozen" if p.requires_grad else "frozen"
+                raise ValueError(f"{self.names[p]} was {change} after ZeRO was set up, and its "
+                                 "units are fixed: rebuild the model and ZeRO")  # fmt: skip
         for unit in self.units:
             unit.land()
             if unit.gradients is not None:
@@ -344,7 +352,7 @@ class Zero1:
                 p.grad = unit.gradient_of.get(p)
             for piece in unit.pieces:
                 piece.tensor.grad = None
-        self.done = {p: 0 for p in self.unit_of if self.trained[p]}  # accumulations
+        self.done = {p: 0 for p in self.unit_of if p.requires_grad}  # accumulations
         self.launched = 0
         self.phase = "backward"
 
@@ -354,11 +362,12 @@ class Zero1:
             unit.wait()
 
     def _accumulated(self, p: nn.Parameter) -> None:
+        if self.phase != "backward":
+            raise ValueError("backward outside of start() and finish(): call start() first")
         self.done[p] += 1
-        if self.done[p] > self.accumulations[p] or self.phase != "backward":
-            raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: call "
-                             "start() before each step, and give ZeRO accumulations=m for m "
-                             "microbatches")  # fmt: skip
+        if self.done[p] > self.accumulations[p]:
+            raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: pass "
+                             "accumulations=m for m microbatches")  # fmt: skip
         while self.launched < len(self.launches) and self._full(*self.launches[self.launched]):
             self._launch()
 
@@ -389,13 +398,14 @@ class Zero1:
         """After the last backward: when this returns, my shards of the gradients are sums. The
         other gradients hold whatever this rank computed, and nobody reads them."""
         if self.phase != "backward":
-            raise ValueError("finish() without start(): call each once per step, start() first")
+            raise ValueError("finish() without start(): call start() before the first backward of "
+                             "a step, and finish() once after the last")  # fmt: skip
         for unit in self.units:
             for p, gradient in unit.gradient_of.items():
                 if p.grad is not gradient:
                     raise ValueError(
-                        f"{self.names[p]}: its .grad was replaced and is in no buffer; start() "
-                        "zeroes gradients, zero_grad() must not"
+                        f"{self.names[p]}: its .grad was replaced, so the gradient is not in the "
+                        "buffer: do not call zero_grad() after start(), which zeroes gradients"
                     )
         while self.launched < len(self.launches):
             self._launch()
@@ -405,10 +415,10 @@ class Zero1:
         self.phase = "finished"
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
-        """After finish(): updates the model. clip: the largest norm of all gradients together;
-        larger ones are scaled down to it. Returns their norm before that, if clip is given. Raises
-        ValueError if clip is given and the norm spans more ranks than this group's: a model with
-        tensor-parallel or tied parameters needs the four parts, as in train_3d.py."""
+        """After finish(): updates the model. clip: the maximum norm, as in clip_grad_norm_. Returns
+        the norm before clipping, or None without clip. Raises ValueError if clip is given and
+        tensor-parallel ranks hold a part of the norm. There, and with pipeline stages, call the
+        four parts and compute the norm as train_3d.py does."""
         if clip is not None:
             check_norm_is_local([(self.names[p], p) for p in self.done])
         self.before_step()
@@ -428,17 +438,18 @@ class Zero1:
         check_optimizer(optimizer, self.pieces(), ready=self.phase == "update")
 
     def _loaded(self, module: nn.Module) -> None:
-        """load_state_dict has written to the parameters of `module`: this rank's shards follow."""
+        """load_state_dict wrote to the parameters of `module`: update this rank's shards."""
         for name, p in module.named_parameters(recurse=False):
-            if p not in self.trained:
-                raise ValueError(f"load_state_dict(assign=True) replaced {name}, which ZeRO holds "
-                                 "in a flat buffer: load without assign")  # fmt: skip
+            if p not in self.names:
+                raise ValueError(f"load_state_dict(assign=True) replaced {name}, and the new "
+                                 "tensor is not in ZeRO's buffer: load without assign")  # fmt: skip
             if p in self.unit_of:
                 self.unit_of[p].refresh()
 
     def pieces(self) -> list[Piece]:
         """What this rank's optimizer updates: ranges of flattened parameters, or fp32 copies of
-        those in bf16. At least one, which is empty if the model is smaller than the group."""
+        those in bf16. At least one, empty if this rank owns nothing: torch's optimizers refuse an
+        empty list."""
         return [piece for unit in self.units for piece in unit.pieces]
 
     def held(self) -> dict[str, list[Tensor]]:
@@ -454,8 +465,8 @@ class Zero1:
     def before_step(self) -> None:
         """Pieces get their `.grad`, in their own dtype: with bf16 gradients, a copy in fp32."""
         if self.phase != "finished":
-            raise ValueError("before_step() or step() without finish(): gradients are not summed "
-                             "over the ranks yet")  # fmt: skip
+            raise ValueError("before_step() or step() without finish(): gradients are not yet "
+                             "summed over the ranks")  # fmt: skip
         for unit in self.units:
             for piece in unit.pieces:
                 gradient = unit.gradient_shard[piece.tensor.place]
@@ -498,13 +509,12 @@ class Zero2(Zero1):
     whole_gradients = False
 
     def _take_gradients(self, unit: Unit) -> Tensor:
-        parts = [  # a parameter without a gradient: see is_unused
-            unit.parameters.new_full((p.numel(),), -0.0)
-            if p.grad is None
-            else p.grad.to_dense().flatten()
-            for p in unit.place
-        ]
+        parts = []
         for p in unit.place:
+            if p.grad is None:
+                parts.append(unit.parameters.new_full((p.numel(),), -0.0))  # see is_unused
+            else:
+                parts.append(p.grad.to_dense().flatten())  # an nn.Embedding's may be sparse
             p.grad = None
         padding = unit.parameters.numel() - sum(p.numel() for p in unit.place)
         return torch.cat([*parts, unit.parameters.new_zeros(padding)])
@@ -522,9 +532,8 @@ class Zero3(Zero2):
     is the middle way: whole from the first forward of a step to the last backward, one all-gather,
     whatever the schedule; between steps a shard. Gathers and sums are matched by order, so ranks
     must run the same layers in the same order. Parameters that a module holds around other layers
-    (a position table on the model itself) are gathered once a step. starts: layers at which a chain
-    begins that runs by itself, if the model has several (of a pipeline); there is nothing to be had
-    ahead of time beyond its ends."""
+    (a position table on the model itself) are gathered once a step. starts: for the chunks of a
+    pipeline, the layers at which each begins; no layer is gathered ahead across them."""
 
     whole_parameters = False
 
@@ -538,11 +547,10 @@ class Zero3(Zero2):
         self.starts |= {0, len(self.needs)}
         me = self.me
         model.register_state_dict_post_hook(lambda _, *args: alive(me)._copy_out(*args))
-        # By layer: does its forward contain other layers'; is it a table, whose backward reads no
-        # weight.
+        # By layer: does it contain other layers? Is it a table, whose backward reads no weight?
         self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
         self.is_table = [isinstance(layer, nn.Embedding) for layer in self.layers]
-        self.has_one = [len(parameters) == 1 for parameters in self.layers.values()]
+        self.one_parameter = [len(parameters) == 1 for parameters in self.layers.values()]
         for i, layer in enumerate(self.layers):
             layer.register_forward_hook(
                 lambda _, *args, i=i: alive(me)._after_forward(i, *args), with_kwargs=True
@@ -567,7 +575,7 @@ class Zero3(Zero2):
         self._use(i, following=None if last else i + 1)
 
     def _after_forward(self, i: int, args: tuple, kwargs: dict, output) -> None:
-        if in_backward():  # the caller recomputes this layer, and its backward follows
+        if in_backward():  # activation recomputation: the backward of this layer follows
             return
         me, inputs = self.me, [*tensors_in((args, kwargs))]
         ys = [y for y in tensors_in(output) if y.requires_grad]
@@ -575,9 +583,9 @@ class Zero3(Zero2):
             if not ys:  # no backward follows
                 self._reshard(i)
             return
-        # What looks up token ids in its only parameter is a table too.
+        # A module whose only parameter is indexed by token ids is a table too.
         takes_ids = not any(x.is_floating_point() for x in inputs)
-        self.is_table[i] |= takes_ids and self.has_one[i]
+        self.is_table[i] |= takes_ids and self.one_parameter[i]
         for y in ys if not self.is_table[i] else ():
             y.register_hook(lambda _: alive(me)._before_backward(i))
         xs = [x for x in inputs if x.requires_grad]
@@ -625,7 +633,7 @@ class Zero3(Zero2):
         self.phase = "idle"
 
     def _copy_out(self, state: dict, prefix: str, _) -> None:
-        """model.state_dict() was called: its tensors are views of memory that is freed now."""
+        """model.state_dict() gave views of memory that is freed here: replace them by copies."""
         for name, value in state.items():
             if name.startswith(prefix) and isinstance(value, Tensor):
                 state[name] = value.clone()
@@ -649,7 +657,7 @@ def tensors_in(value) -> Iterator[Tensor]:
 STAGES = {1: Zero1, 2: Zero2, 3: Zero3}
 
 # --- checks ---------------------------------------------------------------------------------------
-# Mistakes that would train something else in silence.
+# Mistakes that would otherwise train the wrong thing silently.
 
 
 def check_same_parameters(
@@ -664,13 +672,13 @@ def check_same_parameters(
     for rank, theirs in enumerate(everyone):
         for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
             if a != b:
-                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on {rank}: "
-                                 "every rank must build the same model, with the same initial "
+                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on rank "
+                                 f"{rank}: every rank must build the same model with the same "
                                  "values (set the same seed, or load one file)")  # fmt: skip
 
 
 def checksum(p: Tensor) -> int:
-    """The sum of the elements' bit patterns as integers. It is exact in any order of addition."""
+    """Sum of the elements' bit patterns as integers: the order of addition does not matter."""
     if p.is_meta:
         return 0
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
@@ -679,7 +687,7 @@ def checksum(p: Tensor) -> int:
 
 def check_optimizer(optimizer: torch.optim.Optimizer, pieces: list[Piece], ready: bool) -> None:
     """Runs before the step of every optimizer in the process. ready: gradients are summed. Raises
-    ValueError if it holds a parameter of which a piece must be updated, or comes too early."""
+    ValueError if the optimizer holds a parameter instead of its piece, or steps too early."""
     updated = {id(piece.tensor) for piece in pieces}
     names = {piece.parameter: piece.name for piece in pieces}
     for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
@@ -693,28 +701,29 @@ def check_optimizer(optimizer: torch.optim.Optimizer, pieces: list[Piece], ready
 
 
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
-    """Raises ValueError if a parameter's gradient is on other ranks too."""
+    """Raises ValueError if tensor-parallel ranks hold a part of a gradient's norm."""
     for name, p in parameters:
         sharded = hasattr(p, "cut") and p.cut.size > 1
-        if sharded or getattr(p, "partial", False) or hasattr(p, "tied_name"):
-            raise ValueError(f"clip: {name} is tensor-parallel, partial or tied between stages, so "
-                             "the norm spans more ranks: call before_step(), clip by the norm over "
-                             "all of them, optimizer.step() and after_step()")  # fmt: skip
+        if sharded or getattr(p, "partial", False):
+            raise ValueError(f"clip: the gradient of {name} is spread over tensor-parallel ranks, "
+                             "and so is the norm: call before_step(), clip by the norm over all of "
+                             "them, optimizer.step() and after_step()")  # fmt: skip
 
 
 def alive(reference: weakref.ref) -> Zero1:
     if (sync := reference()) is None:
-        raise ValueError("the ZeRO object that holds this model's shards was deleted: keep it in a "
-                         "variable for as long as the model is used, or build both anew")
+        raise ValueError("the ZeRO object of this model was deleted, and with it the shards: keep "
+                         "it in a variable as long as the model is used, or rebuild both")
     return sync
 
 
 class ShardedParameter(nn.Parameter):
-    """The class that a parameter has while its memory is freed, or an all-gather fills it. Reading
-    its values is an error then; its shape, gradient and other attributes can be read."""
+    """The class of a parameter while its memory is freed, or an all-gather fills it. Reading its
+    values raises ValueError. Its shape, gradient and other metadata can be read."""
 
-    TENSORS = ("data", "T", "mT", "H", "mH", "real", "imag")  # attributes that give values away
-    METHODS = ("size", "numel", "dim", "stride", "element_size", "is_floating_point", "is_complex",
+    TENSORS = ("data", "T", "mT", "H", "mH", "real", "imag")  # attributes that expose values
+    METHODS = ("size", "numel", "nelement", "dim", "stride", "storage_offset", "element_size",
+               "is_contiguous", "get_device", "is_floating_point", "is_complex",
                "untyped_storage", "requires_grad_", "register_hook",
                "register_post_accumulate_grad_hook", "backward")  # fmt: skip
 
@@ -722,13 +731,14 @@ class ShardedParameter(nn.Parameter):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         attribute = function.__name__ in ("__get__", "__set__")
         name = function.__self__.__name__ if attribute else function.__name__
-        if name not in cls.TENSORS if attribute else name in cls.METHODS:
+        metadata = name not in cls.TENSORS if attribute else name in cls.METHODS
+        if metadata:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
         raise ValueError(
-            f"{name}: this parameter is sharded by ZeRO, or its all-gather is not complete. Its "
-            "values can be read in the forward of the layer that holds it, or after sync.gather(); "
-            "if another layer reads it, pass blocks=[a module that contains both]"
+            f"{name}: this parameter is sharded by ZeRO, or its all-gather is not complete. Read "
+            "it in the forward of its own layer, or call sync.gather() on all ranks first. If the "
+            "forward of another layer reads it, pass blocks= with a module that contains both"
         )
 
 

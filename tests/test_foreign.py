@@ -364,7 +364,7 @@ def test_bf16_gradients_are_rounded_if_they_are_sent_in_bf16(kind):
 
 
 def state(kind, dtype):
-    """A state dict of a model under training; another is loaded, and a step continues from it."""
+    """Reads a state dict during training, loads another one, and takes a step from there."""
     model, donor = build().to(dtype), build().to(dtype)
     with torch.no_grad():
         for p in donor.parameters():
@@ -403,8 +403,7 @@ def state(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_state_dicts_are_complete_and_loading_lasts(kind, dtype):
     for error in launch(2, state, kind, dtype):
-        in_place = kind is ddp.DDP and dtype is torch.float32  # holds no copies
-        assert in_place or "load without assign" in error
+        assert "load without assign" in error
 
 
 def reads(kind):
@@ -441,7 +440,7 @@ def test_reading_a_parameter_between_steps_is_refused_until_gather(kind):
 def deleted(kind):
     model = build()
     kind(model)
-    with pytest.raises(ValueError, match="ZeRO object .* was deleted: keep it in a variable"):
+    with pytest.raises(ValueError, match="ZeRO object .* was deleted.* keep it in a variable"):
         model(*microbatches(0)[0])
 
 
@@ -640,7 +639,7 @@ def other_values(kind, hybrid: bool):
 
 @pytest.mark.parametrize("kind, hybrid", [*((k, False) for k in KINDS), (zero.Zero1, True)])
 def test_ranks_must_start_from_the_same_values(kind, hybrid):
-    with pytest.raises(RuntimeError, match="parameter 0 is weight .*the same initial values"):
+    with pytest.raises(RuntimeError, match="parameter 0 is weight .*the same model with the same values"):
         launch(4 if hybrid else 2, other_values, kind, hybrid)
 
 
@@ -679,10 +678,10 @@ def mistake(how: str, kind, dtype):
     [
         ("optimizer", r"the optimizer holds .*over \[piece.tensor for piece in sync.pieces\(\)\]"),
         ("accumulations", "more than 1 accumulations in a step: .*accumulations=m"),
-        ("start", "more than 2 accumulations in a step: call start()"),
+        ("start", r"backward outside of start\(\) and finish\(\)"),
         ("finish", "without finish()"),
         ("finish, parts", "call finish()"),
-        ("finish twice", "call each once per step"),
+        ("finish twice", r"finish\(\) without start\(\)"),
         ("after_step", r"start\(\) before after_step\(\)"),
         ("unfrozen", "base.weight was unfrozen"),
     ],
@@ -698,22 +697,21 @@ def test_zero_grad_before_start_does_no_harm(kind):
     launch(2, mistake, "zero_grad", kind, torch.float32)
 
 
-def clipping_what_others_hold(how: str, kind):
+def clipping_what_others_hold(plan: dict, sequence: bool, kind):
     model = nn.ModuleList([nn.Linear(2, 2)])
-    if how == "tied":
-        model[0].weight.tied_name = "wte.weight"
-    else:
-        model[0].bias.partial = True
-    sync = kind(model)
+    torch.nn.init.ones_(model[0].weight)
+    torch.nn.init.ones_(model[0].bias)
+    tensor_parallel.parallelize(model, plan, dist.group.WORLD, sequence)
+    sync = kind(model, dist.new_subgroups(1)[0])
     sync.finish()
-    with pytest.raises(ValueError, match="so the norm spans more ranks"):
+    with pytest.raises(ValueError, match="is spread over tensor-parallel ranks"):
         sync.step(torch.optim.SGD([piece.tensor for piece in sync.pieces()]), clip=1.0)
 
 
 @pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1])
-@pytest.mark.parametrize("how", ["partial", "tied"])
-def test_step_does_not_clip_by_a_part_of_the_norm(how, kind):
-    launch(1, clipping_what_others_hold, how, kind)
+@pytest.mark.parametrize("plan, sequence", [({"0": "column"}, False), ({"0": "replicated"}, True)])
+def test_step_does_not_clip_by_a_part_of_the_norm(plan, sequence, kind):
+    launch(2, clipping_what_others_hold, plan, sequence, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

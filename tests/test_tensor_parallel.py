@@ -327,7 +327,7 @@ def test_who_is_partial():
 
 def test_a_sharded_parameter_is_not_partial():
     plan = {"attn": "partial", **PLAN}
-    with pytest.raises(ValueError, match="attn.q.weight is sharded and 'partial'"):
+    with pytest.raises(ValueError, match="attn.q.weight is sharded, so it cannot be"):
         parallelize_net(plan)
 
 
@@ -340,7 +340,7 @@ def give_dropout(net: nn.Module, p: float = 0.1) -> None:
 
 @pytest.mark.parametrize("style", [{"drop": "heads"}, {"drop": "tokens"}, {}], ids=str)
 def test_torchs_dropout_must_not_draw(style):
-    with pytest.raises(ValueError, match=r"^drop: Dropout\(p=0.1.* draws .* set p to 0 or use"):
+    with pytest.raises(ValueError, match=r"^drop: Dropout\(p=0.1.* draws .* set p to 0, or use"):
         parallelize_net(QK_PLAN | style, give_dropout)
     parallelize_net(QK_PLAN | style, functools.partial(give_dropout, p=0.0))
     parallelize_net(QK_PLAN | {"drop": "replicated"}, give_dropout)
@@ -519,12 +519,12 @@ def one_forward(n_head: int, head_size: int, s: int, sequence: bool):
     [
         (2, 3, 8, 8, False, "n_head 3 .* 36 of 72 columns .* heads of 8"),
         (3, 5, 2, 8, False, "n_head 5 .* 12 of 30 columns .* heads of 2"),  # 2, 2 and 1 heads
-        (2, 4, 2, 7, True, "a sequence of 7 .* t = 2"),
-        (3, 3, 2, 8, True, "a sequence of 8 .* t = 3"),
+        (2, 4, 2, 7, True, "7 tokens are not divisible by t = 2"),
+        (3, 3, 2, 8, True, "8 tokens are not divisible by t = 3"),
     ],
 )
 def test_sizes_that_t_does_not_divide(t, n_head, head_size, s, sequence, message):
-    with pytest.raises(RuntimeError, match=f"ValueError: {message}"):
+    with pytest.raises(RuntimeError, match=f"ValueError: .*{message}"):
         launch(t, one_forward, n_head, head_size, s, sequence)
 
 
