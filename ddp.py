@@ -151,9 +151,11 @@ class DDP:
         sends twice the bytes). It has no effect with one rank. Both do nothing for fp32 parameters.
 
     step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
-    do something in between. If no rank uses a parameter in a step, its `.grad` is None. If this
-    rank does not use one, its bucket and all later ones are sent by finish() only, with no overlap;
-    the parameters that were not used in the first step are put into the last bucket.
+    do something in between, or with several optimizers. Values that you write to a bf16 parameter
+    by hand are lost: use load_state_dict(). If no rank uses a parameter in a step, its `.grad` is
+    None. If this rank does not use one, its bucket and all later ones are sent by finish() only,
+    with no overlap; the parameters that were not used in the first step are put into the last
+    bucket.
 
     Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
     if a `.grad` is replaced; if a call is missing or out of order; or if the optimizer holds bf16
@@ -174,6 +176,7 @@ class DDP:
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
         self.accumulations = accumulations
+        check_accumulations(model, accumulations)
         self.bucket_bytes = bucket_bytes
         self.grad_dtype = grad_dtype or torch.float32
         self.reduce_dtype = reduce_dtype
@@ -186,7 +189,8 @@ class DDP:
             p: p.detach().float().requires_grad_() if p.dtype.itemsize < 4 else p
             for _, p in self.parameters
         }
-        for module in model.modules():
+        self.modules = {*model.modules()}
+        for module in self.modules:
             module.register_load_state_dict_post_hook(
                 lambda module, _: me() and me()._loaded(module)
             )
@@ -277,7 +281,8 @@ class DDP:
     def _accumulated(self, p: nn.Parameter) -> None:
         """Autograd calls this each time it has added to p.grad."""
         if self.phase != "backward":
-            raise ValueError("backward outside of start() and finish(): call start() first")
+            raise ValueError("backward outside of start() and finish(): call start() first, or "
+                             "freeze this model while the loss of another one uses it")  # fmt: skip
         self.missing[p] -= 1
         if self.missing[p] < 0:
             raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: pass "
@@ -345,6 +350,8 @@ class DDP:
 
     def _loaded(self, module: nn.Module) -> None:
         """load_state_dict wrote to the parameters of `module`: update their fp32 copies."""
+        if module not in self.modules:  # a copy of the model
+            return
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad and p not in self.masters:
                 raise ValueError(f"load_state_dict(assign=True) replaced {name}, and this DDP "
@@ -461,6 +468,13 @@ def checksum(p: Tensor) -> int:
         return 0
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
     return p.detach().view(integer).sum(dtype=torch.int64).item()
+
+
+def check_accumulations(model: nn.Module, accumulations: dict[nn.Parameter, int]) -> None:
+    for name, p in model.named_parameters():
+        if p.requires_grad and not accumulations.get(p, 0) >= 1:
+            raise ValueError("accumulations must be an int >= 1, or a dict with one for each "
+                             f"parameter; for {name} it is {accumulations.get(p)}")  # fmt: skip
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, pieces: list[Piece], ready: bool) -> None:

@@ -34,6 +34,7 @@ FSDP (arXiv 2304.11277), sections 3.2 (flat, padded buffers; hybrid) and 3.3 (pr
 import contextlib
 import functools
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
@@ -203,7 +204,7 @@ def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dic
             is_block = True
         if is_block or own:
             parameters = list(module.parameters()) if is_block else own
-            if parameters and type(module).forward is nn.Module.forward:
+            if parameters and getattr(module.forward, "__func__", None) is nn.Module.forward:
                 raise ValueError(
                     f"{name} has parameters and no forward() to gather them before: pass blocks=[] "
                     "with the module that uses them and all other blocks"
@@ -241,15 +242,16 @@ class Zero1:
     blocks: modules to gather at a time, instead of the default; see `layers`.
 
     step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
-    do something in between. If no rank uses a parameter in a step, its pieces have no gradient. If
-    this rank does not use one, its unit and all later ones in backward are reduced by finish()
-    only, with no overlap, and ZeRO-2 and 3 keep the full gradients of those units until then.
-    ZeRO-1 and 2 do not touch frozen parameters; ZeRO-3 shards them.
+    do something in between, or with several optimizers. If no rank uses a parameter in a step, its
+    pieces have no gradient. If this rank does not use one, its unit and all later ones in backward
+    are reduced by finish() only, with no overlap, and ZeRO-2 and 3 keep the full gradients of those
+    units until then. ZeRO-1 and 2 do not touch frozen parameters; ZeRO-3 shards them.
 
     To read parameters outside of the model's forward, call gather() on every rank first. It lasts
-    until the next forward, start() or step(). Do not write to them: the shards would not change.
-    model.state_dict() and load_state_dict() call gather(), so every rank must call them. The
-    optimizer's state is of this rank's shards only: every rank saves its own.
+    until the next forward, start() or step(). Values that you write to them by hand are lost in
+    bf16 and under ZeRO-3: use load_state_dict(). It and model.state_dict() call gather(), so every
+    rank must call them. The optimizer's state is of this rank's shards only: every rank saves its
+    own. It must update element by element (AdamW, SGD; not Muon, LAMB or Adafactor).
 
     Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
     if a `.grad` is replaced (ZeRO-1); if a call is missing or out of order; or if the optimizer
@@ -270,13 +272,14 @@ class Zero1:
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
         self.accumulations = accumulations
+        check_accumulations(model, accumulations)
         names = self.names = {
             p: getattr(p, "tied_name", name) for name, p in model.named_parameters()
         }
         self.was_trainable = {p: p.requires_grad for p in names}
         for ranks in (group,) if replicas is None else (group, replicas):
             check_same_parameters([(name, p) for p, name in names.items()], ranks)
-        self.layers = layers(model, blocks)
+        self.layers, self.modules = layers(model, blocks), {*model.modules()}
         self.units: list[Unit] = []  # in forward order
         self.unit_of: dict[nn.Parameter, Unit] = {}
         self.needs: list[list[Unit]] = []  # by layer
@@ -295,7 +298,10 @@ class Zero1:
                 self.unit_of.update((p, unit) for _, p in members)
             needs = [self.unit_of[p] for p in parameters if p in self.unit_of]
             self.needs.append(list(dict.fromkeys(needs)))
-            layer.register_forward_pre_hook(lambda *_, i=i: alive(me)._before_forward(i))
+            layer.register_forward_pre_hook(
+                not_compiled(lambda *args, i=i: alive(me)._before_forward(i, *args)),
+                with_kwargs=True,
+            )
         trainable = [unit for unit in self.units if unit.trainable]
         if trainable and not self.pieces():  # torch's optimizers refuse an empty list
             p = next(iter(trainable[0].place))
@@ -349,6 +355,9 @@ class Zero1:
             if unit.gradients is not None:
                 unit.gradients.zero_()
             for p in unit.place:
+                if p.untyped_storage()._cdata != unit.parameters.untyped_storage()._cdata:
+                    raise ValueError(f"{self.names[p]}: its data was replaced and is not in the "
+                                     "buffer: call model.to() before ZeRO is set up")  # fmt: skip
                 p.grad = unit.gradient_of.get(p)
             for piece in unit.pieces:
                 piece.tensor.grad = None
@@ -356,14 +365,15 @@ class Zero1:
         self.launched = 0
         self.phase = "backward"
 
-    def _before_forward(self, i: int) -> None:
+    def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Layer i is about to run: parameters that other ranks have updated must be here."""
-        for unit in self.needs[i]:
+        for unit in self.needs[i] if layer in self.layers else ():  # it may be a copy of the model
             unit.wait()
 
     def _accumulated(self, p: nn.Parameter) -> None:
         if self.phase != "backward":
-            raise ValueError("backward outside of start() and finish(): call start() first")
+            raise ValueError("backward outside of start() and finish(): call start() first, or "
+                             "freeze this model while the loss of another one uses it")  # fmt: skip
         self.done[p] += 1
         if self.done[p] > self.accumulations[p]:
             raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: pass "
@@ -395,8 +405,8 @@ class Zero1:
         return unit.gradients
 
     def finish(self) -> None:
-        """After the last backward: when this returns, my shards of the gradients are sums. The
-        other gradients hold whatever this rank computed, and nobody reads them."""
+        """After the last backward: when this returns, my shards of the gradients are sums. Reading
+        the `.grad` of a parameter raises ValueError from here to the next start()."""
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
@@ -412,6 +422,10 @@ class Zero1:
         self._land()
         for unit in self.units:
             unit.land()
+            for p in unit.place if unit.trainable else ():
+                dtype = p.dtype if unit.gradients is None else unit.gradients.dtype
+                zero = unit.parameters.new_zeros((), dtype=dtype)
+                p.grad = Tensor._make_subclass(ReducedGradient, zero.expand(p.shape))
         self.phase = "finished"
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
@@ -439,6 +453,8 @@ class Zero1:
 
     def _loaded(self, module: nn.Module) -> None:
         """load_state_dict wrote to the parameters of `module`: update this rank's shards."""
+        if module not in self.modules:  # a copy of the model
+            return
         for name, p in module.named_parameters(recurse=False):
             if p not in self.names:
                 raise ValueError(f"load_state_dict(assign=True) replaced {name}, and the new "
@@ -531,9 +547,12 @@ class Zero3(Zero2):
     With m microbatches that is nearly 2 m all-gathers of each layer. `reshard_after_forward=False`
     is the middle way: whole from the first forward of a step to the last backward, one all-gather,
     whatever the schedule; between steps a shard. Gathers and sums are matched by order, so ranks
-    must run the same layers in the same order. Parameters that a module holds around other layers
-    (a position table on the model itself) are gathered once a step. starts: for the chunks of a
-    pipeline, the layers at which each begins; no layer is gathered ahead across them."""
+    must run the same layers in the same order. What a layer computes must reach the loss through
+    what its forward returns (tensors, in tuples, lists and dicts), and not through an attribute or
+    a hook: backward would read parameters that are not there. Parameters that a module holds around
+    other layers (a position table on the model itself) are gathered once a step. starts: for the
+    chunks of a pipeline, the layers at which each begins; no layer is gathered ahead across
+    them."""
 
     whole_parameters = False
 
@@ -553,7 +572,8 @@ class Zero3(Zero2):
         self.one_parameter = [len(parameters) == 1 for parameters in self.layers.values()]
         for i, layer in enumerate(self.layers):
             layer.register_forward_hook(
-                lambda _, *args, i=i: alive(me)._after_forward(i, *args), with_kwargs=True
+                not_compiled(lambda *args, i=i: alive(me)._after_forward(i, *args)),
+                with_kwargs=True,
             )
 
     def start(self) -> None:
@@ -570,45 +590,57 @@ class Zero3(Zero2):
         for unit in self.needs[i]:
             unit.wait()
 
-    def _before_forward(self, i: int) -> None:
+    def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        if layer not in self.layers:  # a copy of the model
+            return
         last = i + 1 in self.starts or in_backward()
         self._use(i, following=None if last else i + 1)
-
-    def _after_forward(self, i: int, args: tuple, kwargs: dict, output) -> None:
-        if in_backward():  # activation recomputation: the backward of this layer follows
+        xs = [x for x in tensors_in((args, kwargs)) if x.requires_grad]
+        if in_backward() or self.is_outer[i] or not torch.is_grad_enabled():
             return
-        me, inputs = self.me, [*tensors_in((args, kwargs))]
-        ys = [y for y in tensors_in(output) if y.requires_grad]
-        if self.is_outer[i]:
-            if not ys:  # no backward follows
-                self._reshard(i)
-            return
-        # A module whose only parameter is indexed by token ids is a table too.
-        takes_ids = not any(x.is_floating_point() for x in inputs)
-        self.is_table[i] |= takes_ids and self.one_parameter[i]
-        for y in ys if not self.is_table[i] else ():
-            y.register_hook(lambda _: alive(me)._before_backward(i))
-        xs = [x for x in inputs if x.requires_grad]
-        left = len(xs)
+        me, left, leaf = self.me, len(xs), any(x.is_leaf for x in xs)
 
         def input_gradient_complete(_) -> None:
             nonlocal left
             left -= 1
-            if left == 0:
+            if left == 0 and leaf:  # it may be complete before those of the layer: at the end
+                engine = torch.autograd.Variable._execution_engine
+                engine.queue_callback(lambda: alive(me)._after_backward(i))
+            elif left == 0:
                 alive(me)._after_backward(i)
 
-        for x in xs:
+        for x in xs:  # before the layer may write to one in place
             x.register_hook(input_gradient_complete)
-        last = i + 1 in self.starts
-        if not ys or (self.reshard_after_forward and not last):  # backward begins with it
-            self._reshard(i)
+
+    def _after_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        if layer not in self.layers or in_backward():
+            return  # a copy; or activation recomputation, and the backward of this layer follows
+        me, inputs, outputs = self.me, [*tensors_in((args, kwargs))], [*tensors_in(output)]
+        ys = [y for y in outputs if y.requires_grad]
+        if self.is_outer[i]:
+            if not ys and self.phase != "backward":
+                self._reshard(i)
+            return
+        # A module whose only parameter is indexed by token ids is a table too.
+        takes_ids = inputs and not any(x.is_floating_point() for x in inputs)
+        self.is_table[i] |= bool(takes_ids) and self.one_parameter[i]
+        for y in ys if not self.is_table[i] else ():
+            if y.grad_fn is not None:  # a hook of y itself would run before those of its next use
+                y.grad_fn.register_prehook(lambda _: alive(me)._before_backward(i))
+        storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
+        is_view = any(y.untyped_storage()._cdata in storages for y in outputs)  # of a parameter
+        is_unknown = not outputs and torch.is_grad_enabled()  # an object of another kind
+        last = i + 1 in self.starts  # backward begins with it
+        if is_view or is_unknown or (ys and (last or not self.reshard_after_forward)):
+            return
+        self._reshard(i)
 
     def _before_backward(self, i: int) -> None:
         first = i in self.starts or self.is_table[i - 1]  # in a backward nothing comes behind it
         self._use(i, following=None if first else i - 1)
 
     def _after_backward(self, i: int) -> None:
-        if self.reshard_after_forward:
+        if self.reshard_after_forward and not torch.is_grad_enabled():  # create_graph=True
             self._reshard(i)
 
     def _reshard(self, i: int) -> None:
@@ -639,6 +671,11 @@ class Zero3(Zero2):
                 state[name] = value.clone()
         for unit in self.units:
             unit.reshard()
+
+
+def not_compiled(hook: Callable) -> Callable:
+    """torch.compile(block) traces the block's hooks too."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def in_backward() -> bool:
@@ -683,6 +720,13 @@ def checksum(p: Tensor) -> int:
         return 0
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
     return p.detach().view(integer).sum(dtype=torch.int64).item()
+
+
+def check_accumulations(model: nn.Module, accumulations: dict[nn.Parameter, int]) -> None:
+    for name, p in model.named_parameters():
+        if p.requires_grad and not accumulations.get(p, 0) >= 1:
+            raise ValueError("accumulations must be an int >= 1, or a dict with one for each "
+                             f"parameter; for {name} it is {accumulations.get(p)}")  # fmt: skip
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, pieces: list[Piece], ready: bool) -> None:
@@ -739,6 +783,20 @@ class ShardedParameter(nn.Parameter):
             f"{name}: this parameter is sharded by ZeRO, or its all-gather is not complete. Read "
             "it in the forward of its own layer, or call sync.gather() on all ranks first. If the "
             "forward of another layer reads it, pass blocks= with a module that contains both"
+        )
+
+
+class ReducedGradient(Tensor):
+    """The class of a parameter's `.grad` after finish(). Reading and accumulating raise."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise ValueError(
+            f"{function}: ZeRO has summed this gradient into the shards of the ranks. Clip with "
+            "sync.step(optimizer, clip=...), read piece.tensor.grad after sync.before_step(), and "
+            "call sync.start() before the next backward"
         )
 
 
