@@ -569,6 +569,11 @@ class Zero3(Zero2):
         # By layer: does it contain other layers? Is it a table, whose backward reads no weight?
         self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
         self.is_table = [isinstance(layer, nn.Embedding) for layer in self.layers]
+        # Parameters that are accumulated to while their unit is unsharded: not those of tables, and
+        # not those whose gradient a pipeline's W computes later.
+        deferred = {module.weight for module in self.modules
+                    if getattr(module, "weight_grad_queue", None) is not None}  # fmt: skip
+        self.unsharded = self.done.keys() - deferred
         self.one_parameter = [len(parameters) == 1 for parameters in self.layers.values()]
         for i, layer in enumerate(self.layers):
             layer.register_forward_hook(
@@ -624,6 +629,8 @@ class Zero3(Zero2):
         # A module whose only parameter is indexed by token ids is a table too.
         takes_ids = inputs and not any(x.is_floating_point() for x in inputs)
         self.is_table[i] |= bool(takes_ids) and self.one_parameter[i]
+        if self.is_table[i]:
+            self.unsharded -= {*self.layers[layer]}
         for y in ys if not self.is_table[i] else ():
             if y.grad_fn is not None:  # a hook of y itself would run before those of its next use
                 y.grad_fn.register_prehook(lambda _: alive(me)._before_backward(i))
@@ -650,6 +657,9 @@ class Zero3(Zero2):
     def _accumulated(self, p: nn.Parameter) -> None:
         super()._accumulated(p)
         unit = self.unit_of[p]
+        if p in self.unsharded and (not unit.whole or unit.gathering is not None):
+            raise ValueError(f"backward read {self.names[p]} before it was gathered: what a layer "
+                             "computes must reach the loss through what its forward returns")
         if all(self.done[q] == self.accumulations[q] for q in unit.place):
             unit.reshard()  # the last use in this step
 

@@ -1,8 +1,7 @@
 """Runs commands under test. `run` starts torchrun as a user does (6 to 11 s, mostly imports).
-`Forked` calls main() in forked processes that have imported everything: in the ranks, with the
-environment that torchrun gives them, or in torchrun's agent, which forks the ranks itself."""
+`Forked` calls main() in forked ranks, which have imported everything, with the environment that
+torchrun gives them."""
 
-import functools
 import json
 import multiprocessing
 import os
@@ -18,8 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: each child makes its own
 
@@ -65,41 +62,30 @@ def until(condition: Callable[[], bool], seen: Callable = lambda: None) -> None:
         time.sleep(0.01)
 
 
-def agent(ranks: int, main: Callable) -> None:
-    """torchrun --standalone --nproc-per-node RANKS, after it has parsed its arguments."""
-    config = LaunchConfig(1, 1, ranks, run_id="test", rdzv_backend="c10d", start_method="fork",
-                          rdzv_endpoint="127.0.0.1:0", max_restarts=0)  # fmt: skip
-    try:
-        elastic_launch(config, main)()
-    except ChildFailedError as error:
-        sys.exit(str(error))
-
-
 class Forked:
     """main() on forked ranks, with these arguments. 0 ranks: one process without torchrun's
-    environment. before: called first in each process, to break something. torchrun: start one
-    process, torchrun's agent. port: rank 0 opens the store on it. Without it, this process opens
-    the store, as torchrun does. Use as a context, which kills the processes that are left."""
+    environment. before: called first in each process, to break something. port: rank 0
+    opens the store on it. Without it, this process opens the store, as torchrun does. Use as a
+    context, which kills the processes that are left."""
 
     def __init__(
         self, ranks: int, main: Callable, *argv, threads: int = 1,
-        before: Callable = lambda: None, port: int | None = None, torchrun: bool = False,
+        before: Callable = lambda: None, port: int | None = None,
     ):  # fmt: skip
         self.folder, self.processes, self.store = tempfile.TemporaryDirectory(), [], None
         context, shared = multiprocessing.get_context("fork"), {}
-        if ranks and not torchrun:
+        if ranks:
             shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_WORLD_SIZE": 1,
                       "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
             if port is None:  # the store binds a free port
                 self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
                 shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
             shared["MASTER_PORT"] = port or self.store.port
-        called = functools.partial(agent, ranks, main) if torchrun else main
-        for rank in range(1 if torchrun else max(1, ranks)):
+        for rank in range(max(1, ranks)):
             own = shared | ({"RANK": rank, "LOCAL_RANK": rank} if shared else {})
             file = Path(sys.modules[main.__module__].__file__).name
             process = context.Process(
-                target=self._child, args=(own, called, [file, *map(str, argv)], threads, before)
+                target=self._child, args=(own, main, [file, *map(str, argv)], threads, before)
             )
             process.start()
             self.processes.append(process)

@@ -222,7 +222,7 @@ def test_a_wrong_schedule_file_says_where_and_what(text, message, tmp_path):
 
 
 def test_refused_under_torchrun_too():
-    result = forked(2, train_3d.main, "--tp", 3, torchrun=True)
+    result = run(2, "train_3d.py", "--tp", 3)
     ours = [line for line in result.stderr.splitlines() if line.startswith("train_3d.py: error:")]
     assert result.returncode != 0 and len(ours) == 1 and "multiple of 3 ranks" in ours[0]
     assert "train_3d.py\", line" not in result.stderr, "a traceback of ours"
@@ -234,7 +234,7 @@ def test_refused_under_torchrun_too():
 @pytest.mark.parametrize(
     "ranks, layout, how",
     [
-        (4, "--tp 2 --pp 2 --sequence-parallel", {"torchrun": True}),
+        (4, "--tp 2 --pp 2 --sequence-parallel", "torchrun"),
         pytest.param(4, "--tp 2 --pp 2", {}, marks=pytest.mark.slow),
         pytest.param(4, "--pp 2 --zero 2 --schedule gpipe --recompute full", {},
                      marks=pytest.mark.slow),
@@ -251,7 +251,10 @@ def test_launched_runs_are_the_plain_one(ranks, layout, how, text, tmp_path):
         # 18 tokens: while the sample grows to that, it has odd lengths, and t does not divide them.
         flags = ["--data", text, "--sample", 20, "--log", log, "--val-every", 2, "--seq-len", 18]
         flags += layout.split()
-        result = forked(ranks, train_3d.main, *TINY, *flags, **how)
+        if how == "torchrun":
+            result = run(ranks, "train_3d.py", *TINY, *flags)
+        else:
+            result = forked(ranks, train_3d.main, *TINY, *flags, **how)
         assert result.returncode == 0, result.stderr
         logs[name] = read_log(log)
         samples[name] = result.stdout.split("--- sample after")[1].split("val loss")[0]
