@@ -583,6 +583,7 @@ class Zero3(Zero2):
 
     def start(self) -> None:
         super().start()
+        self.create_graph = False
         for unit in self.units:
             unit.reshard()
 
@@ -643,15 +644,17 @@ class Zero3(Zero2):
         self._reshard(i)
 
     def _before_backward(self, i: int) -> None:
+        # A backward with create_graph=True makes a graph that reads parameters at other times.
+        self.create_graph |= torch.is_grad_enabled()
         first = i in self.starts or self.is_table[i - 1]  # in a backward nothing comes behind it
         self._use(i, following=None if first else i - 1)
 
     def _after_backward(self, i: int) -> None:
-        if self.reshard_after_forward and not torch.is_grad_enabled():  # create_graph=True
+        if self.reshard_after_forward:
             self._reshard(i)
 
     def _reshard(self, i: int) -> None:
-        for unit in self.needs[i]:
+        for unit in self.needs[i] if not self.create_graph else ():
             unit.reshard()
 
     def _accumulated(self, p: nn.Parameter) -> None:
@@ -660,7 +663,8 @@ class Zero3(Zero2):
         if p in self.unsharded and (not unit.whole or unit.gathering is not None):
             raise ValueError(f"backward read {self.names[p]} before it was gathered: what a layer "
                              "computes must reach the loss through what its forward returns")
-        if all(self.done[q] == self.accumulations[q] for q in unit.place):
+        done = all(self.done[q] == self.accumulations[q] for q in unit.place)
+        if done and not self.create_graph:
             unit.reshard()  # the last use in this step
 
     def finish(self) -> None:

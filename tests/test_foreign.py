@@ -1,6 +1,7 @@
 """Models that are not this repository's, in the four calls that a reader copies."""
 
 import copy
+import dataclasses
 import functools
 import inspect
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import ddp
@@ -563,6 +565,217 @@ def test_a_layer_may_run_twice_and_under_torchs_recomputation(how, options):
     launch(2, chain, zero.Zero3, options, functools.partial(Loop, how, times))
 
 
+class InARow(nn.Module):
+    """The output of a block is the input of its next run."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.blocks = nn.Linear(4, 4), nn.ModuleList([Scaled()])
+
+    def forward(self, x):
+        x = self.embed(x)
+        for _ in range(3):
+            x = self.blocks[0](x)
+        return x.square().sum()
+
+
+class Positions(nn.Module):
+    """Returns a view of its parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, n):
+        return self.table[:n]
+
+
+class WithPositions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions, self.linear = Positions(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        positions = self.positions(len(x))
+        return (torch.tanh(self.linear(x)) * positions).square().sum()
+
+
+class Square(nn.Module):
+    def forward(self, weight):
+        return weight**2
+
+
+def parametrized():
+    """A layer with one parameter and no tensor as an input: its backward reads the parameter."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    for linear in (model[0], model[2]):
+        parametrize.register_parametrization(linear, "weight", Square())
+    return SumOf(model)
+
+
+class SumOf(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).square().sum()
+
+
+class Target(nn.Module):
+    """A forward without gradients between forward and backward, and a parameter of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 3))
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def run(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x @ self.out
+
+    def forward(self, x, outer=True):
+        if not outer:
+            return self.run(x)
+        y = self.run(x)
+        with torch.no_grad():
+            target = self(x + 1, outer=False)
+        return (y - target).square().sum()
+
+
+@dataclasses.dataclass
+class Hidden:
+    x: torch.Tensor
+
+
+class OfHidden(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden):
+        return Hidden(torch.tanh(self.linear(hidden.x)))
+
+
+class WithDataclass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(OfHidden() for _ in range(3))
+
+    def forward(self, x):
+        hidden = Hidden(x)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden.x.square().sum()
+
+
+class InPlace(nn.Module):
+    """Writes to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x += self.b(torch.relu(self.a(torch.relu(x))))
+        return x
+
+
+def in_place():
+    return SumOf(nn.Sequential(nn.Linear(4, 4), *(InPlace() for _ in range(3))))
+
+
+class Penalty(SumOf):
+    """A loss with a gradient in it: the second backward runs through the first."""
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.model(x).sum(), x, create_graph=True)
+        return super().forward(x) + slope.square().sum()
+
+
+def penalty():
+    return Penalty(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh()))
+
+
+class Normed(nn.Module):
+    """The path of g and v is not the path of x, whose gradient is complete first."""
+
+    def __init__(self):
+        super().__init__()
+        self.v, self.g = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 1))
+
+    def forward(self, x):
+        return x @ (self.g * torch.tanh(self.v / self.v.norm()))
+
+
+def of_leaf():
+    return OfLeaf(nn.Sequential(Normed(), nn.Tanh(), Normed()))
+
+
+class OfLeaf(SumOf):
+    def forward(self, x):
+        return super().forward(x.clone().requires_grad_().detach().requires_grad_())
+
+
+SHAPES = [InARow, WithPositions, parametrized, Target, WithDataclass, in_place, penalty, of_leaf]
+
+
+@pytest.mark.parametrize("build", SHAPES)
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}])
+def test_models_whose_backward_reads_parameters_at_unusual_times(options, build):
+    """Each read freed memory under an earlier ZeRO-3."""
+    launch(2, chain, zero.Zero3, options, build)
+
+
+class Escape(nn.Module):
+    """The second block's output is used by an attribute; what it returns is detached."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.blocks[1].register_forward_hook(self.keep)
+
+    def keep(self, module, args, y):
+        self.kept = y
+        return y.detach()
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return (x + self.kept).sum()
+
+
+def test_an_output_that_leaves_by_an_attribute_is_refused():
+    with pytest.raises(RuntimeError, match="must reach the loss through what its forward returns"):
+        launch(2, chain, zero.Zero3, {}, Escape)
+
+
+def compiled(kind):
+    """A block compiled before ZeRO is attached: its hooks are traced too."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)])
+    plain = copy.deepcopy(model)
+    model[0] = torch.compile(model[0], backend="eager")
+    sync = kind(model)
+    x = torch.ones(3, 4)
+    model[1](model[0](x)).sum().backward()
+    plain[1](plain[0](x)).sum().backward()
+    sync.finish()
+    sync.before_step()
+    for piece in sync.pieces():
+        true = 2 * plain.get_parameter(piece.name.replace("_orig_mod.", "")).grad.flatten()
+        true = true[piece.start : piece.start + piece.tensor.numel()]
+        torch.testing.assert_close(piece.tensor.grad.flatten(), true)
+
+
+@pytest.mark.parametrize("kind", [zero.Zero1, zero.Zero3])
+def test_a_block_may_be_compiled(kind):
+    launch(2, compiled, kind)
+
+
 class Sparse(nn.Module):
     def __init__(self):
         super().__init__()
@@ -650,6 +863,10 @@ def mistake(how: str, kind, dtype):
     sync = kind(model, accumulations=1 if how == "accumulations" else M)
     pieces = [piece.tensor for piece in sync.pieces()]
     optimizer = torch.optim.SGD(model.parameters() if how == "optimizer" else pieces, lr=0.1)
+    if how == "converted":
+        sync.gather()
+        for p in model.parameters():  # as model.to() does
+            p.data = p.data.clone()
     for _ in range(2):
         if how == "zero_grad":
             model.zero_grad(set_to_none=True)
@@ -663,6 +880,8 @@ def mistake(how: str, kind, dtype):
             sync.finish()
         if how == "finish, parts":
             optimizer.step()
+        if how == "clip":
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if how == "after_step":
             sync.before_step()
             optimizer.step()
@@ -691,6 +910,39 @@ def test_a_call_that_is_missing_or_wrong_is_refused(how, message, kind):
     """In bf16, where the optimizer must not update the model's own parameters under DDP either."""
     with pytest.raises(RuntimeError, match=message):
         launch(1, mistake, how, kind, BF16)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize(
+    "how, message",
+    [("clip", "Clip with sync.step"), ("converted", "its data was replaced.*call model.to")],
+)
+def test_what_zero_would_not_see_is_refused(how, message, kind):
+    with pytest.raises(RuntimeError, match=message):
+        launch(1, mistake, how, kind, torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("accumulations", [0, {}])
+def test_accumulations_that_are_no_counts_are_refused(accumulations, kind):
+    with pytest.raises(RuntimeError, match="accumulations must be an int >= 1.* for weight it is"):
+        launch(1, kind, nn.Linear(2, 2), None, accumulations)
+
+
+def copied(kind):
+    """A copy of the model, for an average of the weights, has hooks of the original."""
+    model = build().to(BF16)
+    sync = kind(model, accumulations=M)
+    sync.gather()
+    average = copy.deepcopy(model)
+    average.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        average(*microbatches(0)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_the_model_does_not_disturb(kind):
+    launch(2, copied, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
