@@ -146,13 +146,13 @@ def test_nanogpt_with_lora_equals_one_process(d, kind, optimizer):
 
 
 def test_a_loop_over_many_ranks_has_one_line_more():
-    """DDP(model) or Zero3(model); other lines change, and none is added. (The functions differ in
-    two lines besides: the list of trained parameters, and the return.)"""
+    """DDP(model) or Zero3(model) is added, and four other lines change. (One function also lists the
+    trainable parameters, the other one returns.)"""
     lines = [len(inspect.getsource(f).splitlines()) for f in (one_process, many_ranks)]
     assert lines[1] - lines[0] == 1
 
 
-# --- what zero.py makes of a model ----------------------------------------------------------------
+# --- how zero.py splits a model into layers -------------------------------------------------------
 
 
 class Holder(nn.Module):
