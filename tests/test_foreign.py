@@ -146,8 +146,8 @@ def test_nanogpt_with_lora_equals_one_process(d, kind, optimizer):
 
 
 def test_a_loop_over_many_ranks_has_one_line_more():
-    """DDP(model) or Zero3(model) is added, and four other lines change. (One function also lists the
-    trainable parameters, the other one returns.)"""
+    """DDP(model) or Zero3(model) is added, and four other lines change. (One function also lists
+    the trainable parameters, the other one returns.)"""
     lines = [len(inspect.getsource(f).splitlines()) for f in (one_process, many_ranks)]
     assert lines[1] - lines[0] == 1
 
@@ -565,6 +565,28 @@ def test_a_layer_may_run_twice_and_under_torchs_recomputation(how, options):
     launch(2, chain, zero.Zero3, options, functools.partial(Loop, how, times))
 
 
+def whole_after(build):
+    """Units whose memory is not freed after the forward, and after the backward."""
+    torch.manual_seed(0)
+    model = build().double()
+    sync, held = zero.Zero3(model, accumulations=2), []
+    loss = model(torch.ones(5, 4, dtype=torch.float64))
+    held.append([unit.whole for unit in sync.units])
+    loss.backward()
+    return [*held, [unit.whole for unit in sync.units]]
+
+
+def test_such_layers_are_resharded_in_time():
+    for how in ("none", "early stop", "to the end"):
+        build = functools.partial(Loop, CHECKPOINTS[how], 1)
+        after_forward, after_backward = launch(1, whole_after, build)[0]
+        assert after_forward == [False, False, True] and not any(after_backward)
+    after_forward, after_backward = launch(1, whole_after, Chain)[0]
+    assert after_forward == [True, False, False, False, True], "the prompt and the last pair"
+    # The prompt, and the first layer, whose input has no gradient, wait for the last microbatch.
+    assert after_backward == [True, True, False, False, False]
+
+
 class InARow(nn.Module):
     """The output of a block is the input of its next run."""
 
@@ -758,7 +780,7 @@ def compiled(kind):
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)])
     plain = copy.deepcopy(model)
-    model[0] = torch.compile(model[0], backend="eager")
+    model[0].compile(backend="eager")
     sync = kind(model)
     x = torch.ones(3, 4)
     model[1](model[0](x)).sum().backward()
@@ -766,7 +788,7 @@ def compiled(kind):
     sync.finish()
     sync.before_step()
     for piece in sync.pieces():
-        true = 2 * plain.get_parameter(piece.name.replace("_orig_mod.", "")).grad.flatten()
+        true = 2 * plain.get_parameter(piece.name).grad.flatten()
         true = true[piece.start : piece.start + piece.tensor.numel()]
         torch.testing.assert_close(piece.tensor.grad.flatten(), true)
 
