@@ -194,6 +194,8 @@ class DDP:
             module.register_load_state_dict_post_hook(
                 lambda module, _: me() and me()._loaded(module)
             )
+        pieces = self.pieces()
+        self.piece_of = {t: piece for piece in pieces for t in (piece.parameter, piece.tensor)}
         check = register_optimizer_step_pre_hook(
             lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
         )
@@ -346,7 +348,7 @@ class DDP:
         return norm
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        check_optimizer(optimizer, self.pieces(), ready=self.phase == "update")
+        check_optimizer(optimizer, self.piece_of, ready=self.phase == "update")
 
     def _loaded(self, module: nn.Module) -> None:
         """load_state_dict wrote to the parameters of `module`: update their fp32 copies."""
@@ -477,17 +479,19 @@ def check_accumulations(model: nn.Module, accumulations: dict[nn.Parameter, int]
                              f"parameter; for {name} it is {accumulations.get(p)}")  # fmt: skip
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, pieces: list[Piece], ready: bool) -> None:
-    """Runs before the step of every optimizer in the process. ready: gradients are summed. Raises
-    ValueError if the optimizer holds a parameter instead of its piece, or steps too early."""
-    updated = {id(piece.tensor) for piece in pieces}
-    names = {piece.parameter: piece.name for piece in pieces}
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Piece], ready: bool
+) -> None:
+    """Runs before the step of every optimizer in the process. pieces: by tensor and by parameter.
+    ready: gradients are summed. Raises ValueError if the optimizer holds a parameter instead of its
+    piece, or steps too early."""
     for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
-        if p in names and id(p) not in updated:
-            raise ValueError(f"the optimizer holds {names[p]}, whose fp32 copy must be "
+        piece = pieces.get(p)
+        if piece is not None and p is not piece.tensor:
+            raise ValueError(f"the optimizer holds {piece.name}, whose fp32 copy must be "
                              "updated instead: build the optimizer over "
                              "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
-        if id(p) in updated and not ready:
+        if piece is not None and not ready:
             raise ValueError("optimizer.step() before the gradients are summed over the ranks: "
                              "call finish() and step(optimizer)")  # fmt: skip
 

@@ -87,6 +87,7 @@ class Unit:
             self.gradients = self.parameters.to(grad_dtype, copy=True)
         self.place: dict[nn.Parameter, slice] = {}
         self.gradient_of: dict[nn.Parameter, Tensor] = {}  # views of `gradients`
+        self.reduced: dict[nn.Parameter, Tensor] = {}  # what `.grad` is after finish()
         end = 0
         for _, p in members:
             here = self.place[p] = slice(end, end := end + p.numel())
@@ -96,6 +97,9 @@ class Unit:
             if self.gradients is not None:
                 p.grad_dtype = grad_dtype  # bf16 gradients may add up in fp32
                 self.gradient_of[p] = self.gradients[here].view_as(p)
+            dtype = grad_dtype if self.gradients is not None else like.dtype
+            zero = like.new_zeros((), dtype=dtype).expand(p.shape)
+            self.reduced[p] = Tensor._make_subclass(ReducedGradient, zero)
         shard = self.parameters[mine]
         self.parameter_shard = shard if whole_parameters else shard.clone()
         if self.gradients is not None:
@@ -114,6 +118,7 @@ class Unit:
                 here = slice(start - mine.start, stop - mine.start)  # in my shard
                 self.add_piece(name, p, here, start - self.place[p].start)
         self.whole, self.gathering, self.reducing = True, None, None
+        self.readable = True
 
     def add_piece(self, name: str, p: nn.Parameter, here: slice, start: int) -> None:
         piece = self.master[here].detach().requires_grad_()
@@ -122,6 +127,9 @@ class Unit:
 
     def allow_reads(self, allowed: bool) -> None:
         """Switch the class of the parameters, so that reading them works or raises."""
+        if allowed == self.readable:
+            return
+        self.readable = allowed
         for p in self.place:
             if type(p) in (nn.Parameter, ShardedParameter):  # not a subclass of the user's
                 p.__class__ = nn.Parameter if allowed else ShardedParameter
@@ -309,6 +317,8 @@ class Zero1:
         for unit in trainable:
             for p in unit.place:
                 p.register_post_accumulate_grad_hook(lambda p: alive(me)._accumulated(p))
+        pieces = self.pieces()
+        self.piece_of = {t: piece for piece in pieces for t in (piece.parameter, piece.tensor)}
         check = register_optimizer_step_pre_hook(
             lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
         )
@@ -345,23 +355,25 @@ class Zero1:
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to write the update to the model")  # fmt: skip
-        for p, trainable in self.was_trainable.items():
-            if p.requires_grad != trainable:
-                change = "unfrozen" if p.requires_grad else "frozen"
-                raise ValueError(f"{self.names[p]} was {change} after ZeRO was set up, and its "
-                                 "units are fixed: rebuild the model and ZeRO")  # fmt: skip
-        for unit in self.units:
-            unit.land()
-            if unit.gradients is not None:
-                unit.gradients.zero_()
-            for p in unit.place:
-                if p.untyped_storage()._cdata != unit.parameters.untyped_storage()._cdata:
-                    raise ValueError(f"{self.names[p]}: its data was replaced and is not in the "
-                                     "buffer: call model.to() before ZeRO is set up")  # fmt: skip
-                p.grad = unit.gradient_of.get(p)
-            for piece in unit.pieces:
-                piece.tensor.grad = None
-        self.done = {p: 0 for p in self.unit_of if p.requires_grad}  # accumulations
+        with not_intercepted():
+            for p, trainable in self.was_trainable.items():
+                if p.requires_grad != trainable:
+                    change = "unfrozen" if p.requires_grad else "frozen"
+                    raise ValueError(f"{self.names[p]} was {change} after ZeRO was set up, and its "
+                                     "units are fixed: rebuild the model and ZeRO")  # fmt: skip
+            for unit in self.units:
+                unit.land()
+                if unit.gradients is not None:
+                    unit.gradients.zero_()
+                storage = unit.parameters.untyped_storage()._cdata
+                for p in unit.place:
+                    if p.untyped_storage()._cdata != storage:
+                        raise ValueError(f"{self.names[p]}: its data was replaced and is not in "
+                                         "the buffer: call model.to() before ZeRO")  # fmt: skip
+                    p.grad = unit.gradient_of.get(p)
+                for piece in unit.pieces:
+                    piece.tensor.grad = None
+            self.done = {p: 0 for p in self.unit_of if p.requires_grad}  # accumulations
         self.launched = 0
         self.phase = "backward"
 
@@ -422,10 +434,9 @@ class Zero1:
         self._land()
         for unit in self.units:
             unit.land()
-            for p in unit.place if unit.trainable else ():
-                dtype = p.dtype if unit.gradients is None else unit.gradients.dtype
-                zero = unit.parameters.new_zeros((), dtype=dtype)
-                p.grad = Tensor._make_subclass(ReducedGradient, zero.expand(p.shape))
+            with not_intercepted():
+                for p in unit.place if unit.trainable else ():
+                    p.grad = unit.reduced[p]
         self.phase = "finished"
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
@@ -449,7 +460,7 @@ class Zero1:
         return norm
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        check_optimizer(optimizer, self.pieces(), ready=self.phase == "update")
+        check_optimizer(optimizer, self.piece_of, ready=self.phase == "update")
 
     def _loaded(self, module: nn.Module) -> None:
         """load_state_dict wrote to the parameters of `module`: update this rank's shards."""
@@ -526,12 +537,13 @@ class Zero2(Zero1):
 
     def _take_gradients(self, unit: Unit) -> Tensor:
         parts = []
-        for p in unit.place:
-            if p.grad is None:
-                parts.append(unit.parameters.new_full((p.numel(),), -0.0))  # see is_unused
-            else:
-                parts.append(p.grad.to_dense().flatten())  # an nn.Embedding's may be sparse
-            p.grad = None
+        with not_intercepted():
+            for p in unit.place:
+                if p.grad is None:
+                    parts.append(unit.parameters.new_full((p.numel(),), -0.0))  # see is_unused
+                else:
+                    parts.append(p.grad.to_dense().flatten())  # an nn.Embedding's may be sparse
+                p.grad = None
         padding = unit.parameters.numel() - sum(p.numel() for p in unit.place)
         return torch.cat([*parts, unit.parameters.new_zeros(padding)])
 
@@ -743,17 +755,19 @@ def check_accumulations(model: nn.Module, accumulations: dict[nn.Parameter, int]
                              f"parameter; for {name} it is {accumulations.get(p)}")  # fmt: skip
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, pieces: list[Piece], ready: bool) -> None:
-    """Runs before the step of every optimizer in the process. ready: gradients are summed. Raises
-    ValueError if the optimizer holds a parameter instead of its piece, or steps too early."""
-    updated = {id(piece.tensor) for piece in pieces}
-    names = {piece.parameter: piece.name for piece in pieces}
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Piece], ready: bool
+) -> None:
+    """Runs before the step of every optimizer in the process. pieces: by tensor and by parameter.
+    ready: gradients are summed. Raises ValueError if the optimizer holds a parameter instead of its
+    piece, or steps too early."""
     for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
-        if p in names and id(p) not in updated:
-            raise ValueError(f"the optimizer holds {names[p]}, whose shard must be "
+        piece = pieces.get(p)
+        if piece is not None and p is not piece.tensor:
+            raise ValueError(f"the optimizer holds {piece.name}, whose shard must be "
                              "updated instead: build the optimizer over "
                              "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
-        if id(p) in updated and not ready:
+        if piece is not None and not ready:
             raise ValueError("optimizer.step() before the gradients are summed over the ranks: "
                              "call finish() and step(optimizer)")  # fmt: skip
 
@@ -791,13 +805,16 @@ class ShardedParameter(nn.Parameter):
         name = function.__self__.__name__ if attribute else function.__name__
         metadata = name not in cls.TENSORS if attribute else name in cls.METHODS
         if metadata:
-            with torch._C.DisableTorchFunctionSubclass():
+            with not_intercepted():
                 return function(*args, **(kwargs or {}))
         raise ValueError(
             f"{name}: this parameter is sharded by ZeRO, or its all-gather is not complete. Read "
             "it in the forward of its own layer, or call sync.gather() on all ranks first. If the "
             "forward of another layer reads it, pass blocks= with a module that contains both"
         )
+
+
+not_intercepted = torch._C.DisableTorchFunctionSubclass  # for our own reads of metadata: faster
 
 
 class ReducedGradient(Tensor):
