@@ -197,9 +197,9 @@ def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dic
 
     A block is listed once, with all its parameters. Blocks are the entries of each nn.ModuleList or
     nn.ModuleDict that are not containers themselves, or, if given, `blocks` instead. Any other
-    module that has parameters of its own is listed with all its parameters too, but with its own
-    alone if it may contain blocks, as the model itself does. Raises ValueError for a listed module
-    without a forward()."""
+    module that has parameters of its own is listed with all its parameters too, unless it contains
+    a container, is the model itself, or `blocks` is given: then with its own alone. Raises
+    ValueError for a listed module without a forward()."""
     containers = (nn.ModuleDict, nn.ModuleList)
     found: dict[nn.Module, list[nn.Parameter]] = {}
     if lost := set(blocks or ()) - set(model.modules()):
@@ -241,7 +241,7 @@ class Zero1:
     model: the same on every rank of `group`, values included.
     group: over which state is sharded; default: all ranks.
     accumulations: how many times per step a gradient is added to each parameter: the number of
-        microbatches, or a dict by parameter.
+        microbatches (several uses in one backward count once), or a dict by parameter.
     replicas: hybrid: the ranks that hold the same shard in other groups.
     grad_dtype: the dtype in which bf16 gradients are summed over microbatches (default: fp32).
     reduce_dtype: the dtype in which bf16 gradients are reduced over ranks (default: the
@@ -255,11 +255,12 @@ class Zero1:
     are reduced by finish() only, with no overlap, and ZeRO-2 and 3 keep the full gradients of those
     units until then. ZeRO-1 and 2 do not touch frozen parameters; ZeRO-3 shards them.
 
-    To read parameters outside of the model's forward, call gather() on every rank first. It lasts
-    until the next forward, start() or step(). Values that you write to them by hand are lost in
-    bf16 and under ZeRO-3: use load_state_dict(). It and model.state_dict() call gather(), so every
-    rank must call them. The optimizer's state is of this rank's shards only: every rank saves its
-    own. It must update element by element (AdamW, SGD; not Muon, LAMB or Adafactor).
+    To read parameters outside of the model's forward, call gather() on every rank first. They stay
+    readable until the next call of the model or of this object. Values that you write to them by
+    hand are lost in bf16 and under ZeRO-3: use load_state_dict(). load_state_dict() and
+    model.state_dict() call gather(), so every rank must call them. The optimizer must update
+    element by element (AdamW, SGD; not Muon, LAMB or Adafactor). Its state covers this rank's
+    shards only: every rank saves its own.
 
     Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
     if a `.grad` is replaced (ZeRO-1); if a call is missing or out of order; or if the optimizer
@@ -317,8 +318,10 @@ class Zero1:
         for unit in trainable:
             for p in unit.place:
                 p.register_post_accumulate_grad_hook(lambda p: alive(me)._accumulated(p))
-        pieces = self.pieces()
-        self.piece_of = {t: piece for piece in pieces for t in (piece.parameter, piece.tensor)}
+        owned = self.pieces()  # other ranks own other parameters, and all must refuse alike
+        self.piece_of = {p: Piece(names[p], owned[0].tensor, p, 0)
+                         for unit in trainable for p in unit.place}  # fmt: skip
+        self.piece_of |= {piece.tensor: piece for piece in owned}
         check = register_optimizer_step_pre_hook(
             lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
         )
@@ -505,6 +508,7 @@ class Zero1:
         """After the optimizer: everyone gets the parameters that the others have updated, while the
         next forward begins; a layer waits for its own."""
         for unit in self.units:
+            unit.wait()  # no forward may have used it since the last step
             unit.parameter_shard.copy_(unit.master)  # itself, unless in bf16
             unit.whole = False
             unit.unshard()
@@ -559,12 +563,14 @@ class Zero3(Zero2):
     With m microbatches that is nearly 2 m all-gathers of each layer. `reshard_after_forward=False`
     is the middle way: whole from the first forward of a step to the last backward, one all-gather,
     whatever the schedule; between steps a shard. Gathers and sums are matched by order, so ranks
-    must run the same layers in the same order. What a layer computes must reach the loss through
-    what its forward returns (tensors, in tuples, lists and dicts), and not through an attribute or
-    a hook: backward would read parameters that are not there. Parameters that a module holds around
-    other layers (a position table on the model itself) are gathered once a step. starts: for the
-    chunks of a pipeline, the layers at which each begins; no layer is gathered ahead across
-    them."""
+    must run the same layers in the same order.
+
+    A layer is gathered again when a gradient reaches a tensor that its forward returned, in tuples,
+    lists and dicts. The loss must not use a tensor that a layer stored in an attribute. A layer
+    that returns other objects, or is in a backward with create_graph=True, stays whole until
+    finish(). So do parameters of a module that contains other layers (a position table on the
+    model). starts: the first layer of each chunk of a pipeline; no layer is gathered ahead across
+    the boundary of a chunk."""
 
     whole_parameters = False
 
@@ -580,13 +586,12 @@ class Zero3(Zero2):
         model.register_state_dict_post_hook(lambda _, *args: alive(me)._copy_out(*args))
         # By layer: does it contain other layers? Is it a table, whose backward reads no weight?
         self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
-        self.is_table = [isinstance(layer, nn.Embedding) for layer in self.layers]
-        # Parameters that are accumulated to while their unit is unsharded: not those of tables, and
-        # not those whose gradient a pipeline's W computes later.
+        self.is_table = [type(layer) is nn.Embedding for layer in self.layers]
+        # Parameters whose gradient is complete while their unit is unsharded: not those of tables,
+        # and not those whose gradient a pipeline's W computes later.
         deferred = {module.weight for module in self.modules
                     if getattr(module, "weight_grad_queue", None) is not None}  # fmt: skip
         self.unsharded = self.done.keys() - deferred
-        self.one_parameter = [len(parameters) == 1 for parameters in self.layers.values()]
         for i, layer in enumerate(self.layers):
             layer.register_forward_hook(
                 not_compiled(lambda *args, i=i: alive(me)._after_forward(i, *args)),
@@ -595,7 +600,7 @@ class Zero3(Zero2):
 
     def start(self) -> None:
         super().start()
-        self.create_graph = False
+        self.create_graph, self.keeps = False, set()  # keeps: layers that stay whole in this step
         for unit in self.units:
             unit.reshard()
 
@@ -613,22 +618,21 @@ class Zero3(Zero2):
             return
         last = i + 1 in self.starts or in_backward()
         self._use(i, following=None if last else i + 1)
-        xs = [x for x in tensors_in((args, kwargs)) if x.requires_grad]
         if in_backward() or self.is_outer[i] or not torch.is_grad_enabled():
             return
-        me, left, leaf = self.me, len(xs), any(x.is_leaf for x in xs)
-
-        def input_gradient_complete(_) -> None:
-            nonlocal left
-            left -= 1
-            if left == 0 and leaf:  # it may be complete before those of the layer: at the end
+        # Hooks before the layer may write to an input in place. Autograd runs newer nodes first: at
+        # the node that made an input, all nodes of this layer have run.
+        me, xs = self.me, [x for x in tensors_in((args, kwargs)) if x.requires_grad]
+        made = [x for x in xs if not x.is_leaf]
+        for x in made:
+            x.register_hook(lambda _: alive(me)._after_backward(i))
+        if xs and not made:  # a leaf's gradient may be complete before: wait for the whole backward
+            def leaf_complete(_) -> None:
+                handle.remove()
                 engine = torch.autograd.Variable._execution_engine
                 engine.queue_callback(lambda: alive(me)._after_backward(i))
-            elif left == 0:
-                alive(me)._after_backward(i)
 
-        for x in xs:  # before the layer may write to one in place
-            x.register_hook(input_gradient_complete)
+            handle = xs[0].register_hook(leaf_complete)
 
     def _after_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
         if layer not in self.layers or in_backward():
@@ -639,26 +643,32 @@ class Zero3(Zero2):
             if not ys and self.phase != "backward":
                 self._reshard(i)
             return
-        # A module whose only parameter is indexed by token ids is a table too.
-        takes_ids = inputs and not any(x.is_floating_point() for x in inputs)
-        self.is_table[i] |= bool(takes_ids) and self.one_parameter[i]
+        # A module whose only parameter is indexed by token ids, and is returned by no other call.
+        ids = (torch.int32, torch.int64)
+        takes_ids = len(inputs) > 0 and all(x.dtype in ids for x in inputs)
+        self.is_table[i] = takes_ids and len(self.layers[layer]) == 1
         if self.is_table[i]:
             self.unsharded -= {*self.layers[layer]}
         for y in ys if not self.is_table[i] else ():
-            if y.grad_fn is not None:  # a hook of y itself would run before those of its next use
-                y.grad_fn.register_prehook(lambda _: alive(me)._before_backward(i))
+            # Not a hook of y: those of the next input run first, and y may be that. An in-place
+            # operation on a view replaces its node, but not that of its base.
+            node = (y._base if y._is_view() else y).grad_fn
+            if node is not None and not any(y is x for x in inputs):
+                node.register_prehook(lambda _: alive(me)._before_backward(i))
         storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
-        is_view = any(y.untyped_storage()._cdata in storages for y in outputs)  # of a parameter
-        is_unknown = not outputs and torch.is_grad_enabled()  # an object of another kind
+        is_view = any(y.untyped_storage()._cdata in storages for y in ys)  # of a parameter
+        wants = any(x.requires_grad for x in (*inputs, *self.layers[layer]))
+        if wants and not ys and torch.is_grad_enabled():  # outputs in another kind of object
+            self.keeps.add(i)
         last = i + 1 in self.starts  # backward begins with it
-        if is_view or is_unknown or (ys and (last or not self.reshard_after_forward)):
-            return
-        self._reshard(i)
+        if not is_view and not (ys and (last or not self.reshard_after_forward)):
+            self._reshard(i)
 
     def _before_backward(self, i: int) -> None:
         # A backward with create_graph=True makes a graph that reads parameters at other times.
         self.create_graph |= torch.is_grad_enabled()
-        first = i in self.starts or self.is_table[i - 1]  # in a backward nothing comes behind it
+        # Nothing to gather ahead if a chunk begins here, or the backward before reads no weight.
+        first = i in self.starts or self.is_table[i - 1]
         self._use(i, following=None if first else i - 1)
 
     def _after_backward(self, i: int) -> None:
@@ -666,15 +676,16 @@ class Zero3(Zero2):
             self._reshard(i)
 
     def _reshard(self, i: int) -> None:
-        for unit in self.needs[i] if not self.create_graph else ():
+        for unit in self.needs[i] if i not in self.keeps and not self.create_graph else ():
             unit.reshard()
 
     def _accumulated(self, p: nn.Parameter) -> None:
         super()._accumulated(p)
         unit = self.unit_of[p]
         if p in self.unsharded and (not unit.whole or unit.gathering is not None):
-            raise ValueError(f"backward read {self.names[p]} before it was gathered: what a layer "
-                             "computes must reach the loss through what its forward returns")
+            raise ValueError(f"the gradient of {self.names[p]} was computed while its layer was "
+                             "not gathered, and is wrong: return every tensor that the loss uses "
+                             "from the layer's forward")  # fmt: skip
         done = all(self.done[q] == self.accumulations[q] for q in unit.place)
         if done and not self.create_graph:
             unit.reshard()  # the last use in this step

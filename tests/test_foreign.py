@@ -585,6 +585,8 @@ def test_such_layers_are_resharded_in_time():
     assert after_forward == [True, False, False, False, True], "the prompt and the last pair"
     # The prompt, and the first layer, whose input has no gradient, wait for the last microbatch.
     assert after_backward == [True, True, False, False, False]
+    after_forward, after_backward = launch(1, whole_after, Decoder)[0]
+    assert after_forward == [False, False, False, True] and after_backward == [True] + 3 * [False]
 
 
 class InARow(nn.Module):
@@ -742,7 +744,94 @@ class OfLeaf(SumOf):
         return super().forward(x.clone().requires_grad_().detach().requires_grad_())
 
 
-SHAPES = [InARow, WithPositions, parametrized, Target, WithDataclass, in_place, penalty, of_leaf]
+class ReLUInPlace(SumOf):
+    """An in-place operation on an output that is a view (of a linear layer, with a 3-D input)."""
+
+    def __init__(self):
+        layers = [m for _ in range(3) for m in (nn.Linear(4, 4), nn.ReLU(inplace=True))]
+        super().__init__(nn.Sequential(*layers))
+
+    def forward(self, x):
+        return super().forward(x[None])
+
+
+class Shared(nn.Embedding):
+    """A table that is the head too."""
+
+    def forward(self, x):
+        return super().forward(x) if x.dtype == torch.int64 else torch.tanh(x @ self.weight.T)
+
+
+class TableAndHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.linear = Shared(7, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.table(torch.tanh(self.linear(self.table(x.abs().long())))).square().sum()
+
+
+class Mixer(nn.Module):
+    """Returns one of its inputs, and reads a memory that all blocks read."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, memory):
+        return torch.tanh(self.a(x) + self.b(memory)), memory
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.blocks = nn.Linear(4, 4), nn.ModuleList(Mixer() for _ in range(3))
+
+    def forward(self, x):
+        memory = self.encoder(x)
+        x = memory * 2
+        for block in self.blocks:
+            x, memory = block(x, memory)
+        return (x * memory).sum()
+
+
+class Interleaved(WithDataclass):
+    """Two forwards, and then two backwards."""
+
+    def forward(self, x):
+        first, second = super().forward(x), super().forward(2 * x)
+        return first + 3 * second
+
+
+class Queries(nn.Module):
+    """A parameter of the model is the only input of a layer, at each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.layer = nn.Parameter(torch.randn(5, 4)), Normed()
+
+    def forward(self, x):
+        return (self.layer(self.queries) * x).square().sum()
+
+
+SHAPES = [
+    ReLUInPlace, TableAndHead, Decoder, Interleaved, Queries, InARow, WithPositions, parametrized,
+    Target, WithDataclass, in_place, penalty, of_leaf,
+]  # fmt: skip
+
+
+def hooks_left():
+    model = Queries().double()
+    sync, counts = zero.Zero3(model), []
+    for _ in range(3):
+        sync.start()
+        model(torch.ones(5, 4, dtype=torch.float64)).backward()
+        counts.append(len(model.queries._backward_hooks or ()))
+    return counts
+
+
+def test_no_hook_stays_on_an_input_that_lives_on():
+    assert launch(1, hooks_left) == [[0, 0, 0]]
 
 
 @pytest.mark.parametrize("build", SHAPES)
@@ -752,26 +841,34 @@ def test_models_whose_backward_reads_parameters_at_unusual_times(options, build)
     launch(2, chain, zero.Zero3, options, build)
 
 
-class Escape(nn.Module):
-    """The second block's output is used by an attribute; what it returns is detached."""
+class Keeping(nn.Module):
+    """Stores a tensor that the loss uses."""
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-        self.blocks[1].register_forward_hook(self.keep)
-
-    def keep(self, module, args, y):
-        self.kept = y
-        return y.detach()
+        self.linear = nn.Linear(4, 4)
 
     def forward(self, x):
-        for block in self.blocks:
-            x = torch.tanh(block(x))
-        return (x + self.kept).sum()
+        self.kept = self.linear(x)
+        return x + self.kept
+
+
+class Escape(nn.Module):
+    """What the second block returns is not used, and what it stores is."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.blocks = nn.Linear(4, 4), nn.ModuleList(Keeping() for _ in range(3))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x).detach() if i == 1 else block(x)
+        return (x + sum(block.kept for block in self.blocks)).square().sum()
 
 
 def test_an_output_that_leaves_by_an_attribute_is_refused():
-    with pytest.raises(RuntimeError, match="must reach the loss through what its forward returns"):
+    with pytest.raises(RuntimeError, match="was computed while its layer was not gathered"):
         launch(2, chain, zero.Zero3, {}, Escape)
 
 

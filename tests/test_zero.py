@@ -281,3 +281,35 @@ def given_back_on_the_way():
 
 def test_memory_is_not_given_back_under_a_gather():
     assert launch(2, given_back_on_the_way) == [(1, None)] * 2
+
+
+def gathered_twice_without_a_forward():
+    sync = zero.Zero1(model(), dist.group.WORLD, 1)
+    sync.after_step()
+    waited = []
+    for unit in sync.units:
+        wait = unit.gathering.wait
+        unit.gathering = SimpleNamespace(wait=lambda wait=wait: waited.append(wait()))
+    sync.after_step()
+    return len(waited)
+
+
+def test_two_gathers_of_a_unit_are_never_in_flight():
+    """A layer that no forward uses does not wait for its unit."""
+    assert launch(2, gathered_twice_without_a_forward) == [len(SIZES)] * 2
+
+
+def optimizer_over_one_parameter(kind):
+    net = nn.Sequential(nn.Linear(5, 1, bias=False), nn.Linear(1, 1))
+    sync = kind(net)
+    optimizer = torch.optim.SGD([net[1].bias], lr=0.1)
+    sync.finish()
+    sync.before_step()
+    with pytest.raises(ValueError, match="the optimizer holds 1.bias, whose shard"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [zero.Zero1, zero.Zero3])
+def test_every_rank_refuses_an_optimizer_over_parameters(kind):
+    """Also the ranks whose shards have nothing of the parameter."""
+    launch(3, optimizer_over_one_parameter, kind)
