@@ -989,7 +989,7 @@ def main() -> None:
             proof.close(f"{what} max |d parameter|", named, whole)
 
             uses = [
-                Use(sync.units.index(unit), "Linear" in str(layer), isinstance(layer, nn.Embedding))
+                Use(sync.units.index(unit), "Linear" in str(layer), type(layer) is nn.Embedding)
                 for (unit,), layer in zip(sync.needs, layers(model), strict=True)
             ]
             reshard = options.get("reshard_after_forward", True)
