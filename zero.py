@@ -643,7 +643,7 @@ class Zero3(Zero2):
             if not ys and self.phase != "backward":
                 self._reshard(i)
             return
-        # A module whose only parameter is indexed by token ids, and is returned by no other call.
+        # In this call the module indexes its only parameter by token ids.
         ids = (torch.int32, torch.int64)
         takes_ids = len(inputs) > 0 and all(x.dtype in ids for x in inputs)
         self.is_table[i] = takes_ids and len(self.layers[layer]) == 1
