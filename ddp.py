@@ -91,6 +91,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
 
 def is_unused(gradient: Tensor) -> bool:
     """True if no rank used the parameter: every rank sent -0.0, and -0.0 + x is -0.0 only if x is.
+    (A gradient whose elements are all exactly -0.0 is taken for an unused one by other ranks.)
     `.grad` is then None, as in one process, so the optimizer skips the parameter. With a gradient
     of 0 it would still apply weight decay. Ranks that used the parameter need not check."""
     return bool((gradient == 0).all() and gradient.signbit().all())
@@ -158,8 +159,8 @@ class DDP:
     bucket.
 
     Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
-    if a `.grad` is replaced; if a call is missing or out of order; or if the optimizer holds bf16
-    parameters instead of their fp32 copies."""
+    if a call is missing or out of order; or if the optimizer holds bf16 parameters instead of their
+    fp32 copies."""
 
     def __init__(
         self, model: nn.Module, group: dist.ProcessGroup | None = None,
@@ -200,6 +201,7 @@ class DDP:
             lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
         )
         weakref.finalize(self, check.remove)
+        self.gradients: dict[nn.Parameter, Tensor] = {}  # views of the buckets
         # A guess until the first step has shown it: the last layer's gradients are ready first.
         self._lay_out([p for _, p in reversed(self.parameters)])
         self.ready: list[nn.Parameter] = []  # in the order in which gradients were complete
@@ -213,7 +215,6 @@ class DDP:
         self.buckets: list[Tensor] = []
         self.sent_dtypes: list[torch.dtype] = []
         self.bucket_of: dict[nn.Parameter, int] = {}
-        self.gradients: dict[nn.Parameter, Tensor] = {}
         filling: dict[torch.dtype, list[nn.Parameter]] = {}
         for p in order:
             members = filling.setdefault(p.dtype, [])
@@ -225,17 +226,17 @@ class DDP:
             self._add_bucket(members)
 
     def _add_bucket(self, members: list[nn.Parameter]) -> None:
-        """Gradients are views of the bucket: backward accumulates in place."""
+        """Gradients are views of the bucket."""
         dtype = sent_dtype = members[0].dtype
         if dtype.itemsize < 4:
             dtype, sent_dtype = self.grad_dtype, self.reduce_dtype or dtype
         flat = members[0].new_zeros(sum(p.numel() for p in members), dtype=dtype)
         for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
-            if p.grad is not None:  # of the first step, from its old bucket
-                part.copy_(p.grad.flatten())
-            p.grad = None
-            p.grad_dtype = dtype  # bf16 gradients may add up in fp32
-            self.gradients[p] = p.grad = part.view_as(p)
+            if p in self.gradients:  # of the first step, from its old bucket
+                part.copy_(self.gradients[p].flatten())
+            # Any dtype. Of a tied bf16 matrix autograd sums two gradients: in fp32, as here.
+            p.grad_dtype = dtype if hasattr(p, "tied_name") else None
+            self.gradients[p] = part.view_as(p)
             self.bucket_of[p] = len(self.buckets)
         self.buckets.append(flat)
         self.sent_dtypes.append(sent_dtype)
@@ -254,9 +255,9 @@ class DDP:
         self.learned = True
 
     def start(self) -> None:
-        """Before the first backward of a step: gradients to zero, counters to the full. If an
-        exception interrupted the last step, at the same place on all ranks, this completes its
-        collectives."""
+        """Before the first backward of a step: every `.grad` is None until finish(), which sets it
+        to the sum. If an exception interrupted the last step, at the same place on all ranks, this
+        completes its collectives."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to write the update to the model")  # fmt: skip
@@ -268,11 +269,8 @@ class DDP:
         for _, handle in self.launched:  # they still write to the buckets
             handle.wait()
         self.launched = []
-        for flat in self.buckets:
-            flat.zero_()
         for p, master in self.masters.items():
-            p.grad = self.gradients[p]
-            master.grad = p.grad if master is p else None
+            p.grad = master.grad = None
         self.missing = {p: self.accumulations[p] for p in self.bucket_of}
         self.waiting = [0] * len(self.buckets)  # parameters that a bucket still waits for
         for bucket in self.bucket_of.values():
@@ -280,11 +278,20 @@ class DDP:
         self.ready = []
         self.phase = "backward"
 
+    @torch.no_grad()
     def _accumulated(self, p: nn.Parameter) -> None:
-        """Autograd calls this each time it has added to p.grad."""
+        """Autograd calls this after each gradient of p: it is moved from p.grad to the bucket. A
+        p.grad that stayed would be in another dtype in bf16, and torch.compile does not compile a
+        layer with such a parameter."""
+        if p.grad is None:  # a custom backward returned None
+            return
         if self.phase != "backward":
             raise ValueError("backward outside of start() and finish(): call start() first, or "
                              "freeze this model while the loss of another one uses it")  # fmt: skip
+        first = self.missing[p] == self.accumulations[p]
+        gradient = p.grad.to_dense()  # an nn.Embedding's may be sparse
+        (self.gradients[p].copy_ if first else self.gradients[p].add_)(gradient)
+        p.grad = None
         self.missing[p] -= 1
         if self.missing[p] < 0:
             raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: pass "
@@ -311,14 +318,9 @@ class DDP:
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
-        for name, p in self.parameters:
-            if p.grad is not self.gradients[p]:
-                raise ValueError(f"{name}: its .grad was replaced, so the gradient is not in a "
-                                 "bucket: do not call zero_grad() after start(), which zeroes "
-                                 "gradients")  # fmt: skip
-        unused = [p for p in self.bucket_of if self.missing[p] == self.accumulations[p]]
+        unused = {p for p in self.bucket_of if self.missing[p] == self.accumulations[p]}
         for p in unused:
-            p.grad.fill_(-0.0)  # see is_unused
+            self.gradients[p].fill_(-0.0)  # see is_unused
         if not self.learned:
             self._learn()
         while len(self.launched) < len(self.buckets):
@@ -327,9 +329,8 @@ class DDP:
             handle.wait()
             flat.copy_(sent)
         self.launched = []
-        for p in unused:
-            if is_unused(p.grad):
-                p.grad = None
+        for p, gradient in self.gradients.items():
+            p.grad = None if p in unused and is_unused(gradient) else gradient
         self.phase = "finished"
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
@@ -384,7 +385,9 @@ class DDP:
         """After the optimizer: every rank has updated everything."""
         with torch.no_grad():
             for p, master in self.masters.items():
-                p.copy_(master)  # itself, unless in bf16
+                if master is not p:
+                    p.copy_(master)
+                    p.grad = None  # of another dtype, see _accumulated
         self.phase = "idle"
 
     def gather(self) -> None:

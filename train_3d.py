@@ -314,22 +314,7 @@ def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
     for block in blocks.values():
         if recompute == "selective":
             block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
-        compiled = torch.compile(block.forward)
-        block.forward = functools.partial(without_wide_gradients, compiled, block)
-
-
-def without_wide_gradients(forward: Callable, block: nn.Module, *xs: Tensor) -> Tensor:
-    """torch.compile does not compile a layer whose parameter and gradient differ in dtype (bf16 and
-    fp32), so such gradients are removed during the forward."""
-    wide = [(p, p.grad) for p in block.parameters()
-            if p.grad is not None and p.grad.dtype != p.dtype]  # fmt: skip
-    for p, _ in wide:
-        p.grad = None
-    try:
-        return forward(*xs)
-    finally:
-        for p, gradient in wide:
-            p.grad = gradient
+        block.forward = torch.compile(block.forward)
 
 
 def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:

@@ -579,13 +579,13 @@ def whole_after(build):
 def test_such_layers_are_resharded_in_time():
     for how in ("none", "early stop", "to the end"):
         build = functools.partial(Loop, CHECKPOINTS[how], 1)
-        after_forward, after_backward = launch(1, whole_after, build)[0]
+        after_forward, after_backward = launch(2, whole_after, build)[0]
         assert after_forward == [False, False, True] and not any(after_backward)
-    after_forward, after_backward = launch(1, whole_after, Chain)[0]
+    after_forward, after_backward = launch(2, whole_after, Chain)[0]
     assert after_forward == [True, False, False, False, True], "the prompt and the last pair"
     # The prompt, and the first layer, whose input has no gradient, wait for the last microbatch.
     assert after_backward == [True, True, False, False, False]
-    after_forward, after_backward = launch(1, whole_after, Decoder)[0]
+    after_forward, after_backward = launch(2, whole_after, Decoder)[0]
     assert after_forward == [False, False, False, True] and after_backward == [True] + 3 * [False]
 
 

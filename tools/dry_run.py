@@ -287,8 +287,9 @@ def predicted_bytes(trainer: train_3d.Trainer) -> dict[str, int]:
         tp_rank=trainer.tp_group.rank(), shard_rank=trainer.shard_group.rank(),
         schedule=trainer.schedule,
     )  # fmt: skip
-    if trainer.args.optimizer == "sgd":  # of the masters and two moments: the masters
-        held["optimizer"] = held["optimizer"] // 3 if program.itemsize < 4 else 0
+    if trainer.args.optimizer == "sgd":  # no moments
+        owned = sum(piece.tensor.numel() for piece in trainer.sync.pieces())
+        held["optimizer"] -= 2 * owned * max(4, program.itemsize)
     return held
 
 
@@ -298,11 +299,12 @@ def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
     tables = (nn.Embedding, tensor_parallel.VocabParallelEmbedding)
     uses = [zero.Use(sync.units.index(unit), matmul=True, table=isinstance(layer, tables))
             for (unit,), layer in zip(sync.needs, zero.layers(trainer.model), strict=True)]
-    numels = [sum(p.numel() for p in unit.place) for unit in sync.units]
+    k = trainer.shard_group.size()
+    sizes = [zero.padded([p.numel() for p in unit.place], k, trainer.dtype.itemsize)
+             for unit in sync.units]  # fmt: skip
     more = (args.zero, trainer.m, trainer.replica_group.size(),
             args.zero_reshard_after_forward == 1)  # fmt: skip
-    k = trainer.shard_group.size()
-    predicted = zero.predicted_payload(numels, k, uses, *more)
+    predicted = zero.predicted_payload(sizes, k, uses, *more)
     if args.zero == 3 and args.zero_reshard_after_forward:  # every chunk is a chain of its own
         of_layer = dict(zip(zero.layers(trainer.model), uses, strict=True))
         each = []
@@ -310,7 +312,7 @@ def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
             mine = [of_layer[layer] for layer in zero.layers(chunk)]
             its = sorted({use.unit for use in mine})
             mine = [use._replace(unit=its.index(use.unit)) for use in mine]
-            payload = zero.predicted_payload([numels[i] for i in its], k, mine, *more)
+            payload = zero.predicted_payload([sizes[i] for i in its], k, mine, *more)
             each.append(payload["all_gather"])
         predicted["all_gather"] = zero.Payload(*(sum(kind) for kind in zip(*each, strict=True)))
     return predicted
