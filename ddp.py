@@ -61,7 +61,8 @@ def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
     divided by it. The mean of each rank's mean would weigh ranks and not tokens. At least 1: a
     batch without any has a loss of 0, and not 0/0, which no later step would get rid of."""
     count = (targets >= 0).sum()
-    dist.all_reduce(count, group=group)  # payload: 1
+    if group.size() > 1:
+        dist.all_reduce(count, group=group)  # payload: 1
     return count.clamp(min=1)
 
 
@@ -250,7 +251,8 @@ class DDP:
         if self.parameters:
             order = [number[p] for p in dict.fromkeys([*self.ready, *number])]
             numbers = torch.tensor(order, device=self.buckets[0].device)
-            dist.broadcast(numbers, group=self.group, group_src=0)  # payload: parameters, once
+            if self.group.size() > 1:
+                dist.broadcast(numbers, group=self.group, group_src=0)  # payload: parameters, once
             self._lay_out([self.parameters[i][1] for i in numbers.tolist()])
         self.learned = True
 
@@ -267,7 +269,8 @@ class DDP:
                 raise ValueError(f"{name} was {change} after this DDP was made, and its buckets "
                                  "are fixed: delete it and make a new one")  # fmt: skip
         for _, handle in self.launched:  # they still write to the buckets
-            handle.wait()
+            if handle is not None:
+                handle.wait()
         self.launched = []
         for p, master in self.masters.items():
             p.grad = master.grad = None
@@ -309,7 +312,10 @@ class DDP:
     def _launch(self) -> None:
         i = len(self.launched)
         flat, dtype = self.buckets[i], self.sent_dtypes[i]
-        sent = flat.to(dtype) if self.group.size() > 1 else flat  # no copy if the dtype is the same
+        if self.group.size() == 1:
+            self.launched.append((flat, None))
+            return
+        sent = flat.to(dtype)  # no copy if the dtype is the same
         self.launched.append((sent, self.reduce(sent, self.group)))
 
     def finish(self) -> None:
@@ -326,8 +332,9 @@ class DDP:
         while len(self.launched) < len(self.buckets):
             self._launch()
         for flat, (sent, handle) in zip(self.buckets, self.launched, strict=True):
-            handle.wait()
-            flat.copy_(sent)
+            if handle is not None:
+                handle.wait()
+                flat.copy_(sent)
         self.launched = []
         for p, gradient in self.gradients.items():
             p.grad = None if p in unused and is_unused(gradient) else gradient
@@ -455,6 +462,8 @@ def check_same_parameters(
 ) -> None:
     """Raises ValueError, on every rank and naming the first difference, if the ranks do not have
     the same parameters, with the same values, in the same order."""
+    if group.size() == 1:
+        return
     mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
             for name, p in parameters]  # fmt: skip
     everyone: list = [None] * group.size()

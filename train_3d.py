@@ -112,12 +112,18 @@ class Trainer:
         self.optimizer = self._make_optimizer()
 
     def _make_groups(self, p: int, d: int, k: int, t: int, ends: list[int]) -> None:
+        # Groups by table of ranks. Axes with the same table share a group: fewer communicators, and
+        # their calls keep one order. A group of one rank sends nothing and has no communicator.
+        self.groups = {str([[*range(p * d * t)]]): dist.group.WORLD}
+        gloo = "gloo" if self.device.type == "cuda" else None
+        self.alone = dist.new_group([dist.get_rank()], backend=gloo, group_desc="one rank",
+                                    use_local_synchronization=True)  # fmt: skip
         ranks = torch.arange(p * d * t).view(p, d // k, k, t)  # tp innermost: neighbours
+        self.tp_group = self._my_group("tp", ranks.flatten(0, 2))
+        self.dp_group = self._my_group("dp", ranks.movedim(3, 1).flatten(2).flatten(0, 1))
         self.pp_group = self._my_group("pp", ranks.movedim(0, 3).flatten(0, 2))
         self.replica_group = self._my_group("replica", ranks.movedim(1, 3).flatten(0, 2))
         self.shard_group = self._my_group("shard", ranks.movedim(2, 3).flatten(0, 2))
-        self.tp_group = self._my_group("tp", ranks.flatten(0, 2))
-        self.dp_group = self._my_group("dp", ranks.movedim(3, 1).flatten(2).flatten(0, 1))
         if self.args.dp_nodes > 1:
             hosts = ranks.view(p, self.args.dp_nodes, -1, t)
             self.inside_group = self._my_group("inside", hosts.movedim(2, 3).flatten(0, 2))
@@ -125,12 +131,19 @@ class Trainer:
         # The ranks with first and last stage of one pipeline: the holders of a tied wte.
         self.tied_group = self._my_group("tied", ranks[ends].flatten(1).T)
 
-    def _my_group(self, name: str, groups: Tensor) -> dist.ProcessGroup | None:
-        mine, limit = None, datetime.timedelta(seconds=self.args.timeout)
-        for ranks in groups.tolist():
-            group = dist.new_group(ranks, limit, group_desc=name)  # every rank must make every one
-            mine = group if dist.get_rank() in ranks else mine
-        return mine
+    def _my_group(self, name: str, groups: Tensor) -> dist.ProcessGroup:
+        """The one of `groups` [n, size] that this rank is in, else a group of this rank alone.
+        Every rank must pass the same table."""
+        limit, table = datetime.timedelta(seconds=self.args.timeout), groups.tolist()
+        if groups.size(1) == 1 and dist.get_world_size() > 1:
+            return self.alone
+        if (key := str(table)) not in self.groups:
+            if self.device.type == "cuda":  # one call of NCCL per axis, not one per group
+                mine = dist.split_group(split_ranks=table, timeout=limit, group_desc=name)
+            else:
+                mine, _ = dist.new_subgroups_by_enumeration(table, limit, group_desc=name)
+            self.groups[key] = self.alone if mine is None else mine
+        return self.groups[key]
 
     def _attach(self, sync: Callable | None, accumulations: dict[nn.Parameter, int]):
         stage, dtypes = self.args.zero, ("grad_dtype", "reduce_dtype")
@@ -234,7 +247,8 @@ class Trainer:
         norms = torch._foreach_norm(mine) if mine else [loss.new_zeros(())]
         asked = loss.new_full((), float(self.asked_to_stop))
         stats = torch.stack([loss * first_tp, torch.stack(norms).square().sum(), asked])
-        dist.all_reduce(stats)  # payload: 3, over the world
+        if dist.get_world_size() > 1:
+            dist.all_reduce(stats)  # payload: 3, over the world
         stats[1].sqrt_()
         return stats
 
@@ -363,6 +377,8 @@ def join_ranks(device: torch.device, timeout: int = 600) -> None:
                      "NCCL and gloo do not meet: give --device cpu, or nodes alike")  # fmt: skip
         if on_gpu:
             torch.cuda.set_device(device)
+            # The GPU runs calls of different groups in the order of the host (NCCL 2.26).
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
             timeout=limit, device_id=device if on_gpu else None,

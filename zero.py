@@ -391,7 +391,7 @@ class Zero1:
 
     @torch.no_grad()
     def _accumulated(self, p: nn.Parameter) -> None:
-        """Autograd calls this after each gradient of p. ZeRO-1 moves it to the buffer: see ddp.py."""
+        """As in ddp.py. ZeRO-1 moves the gradient to the buffer."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
@@ -746,6 +746,8 @@ def check_same_parameters(
 ) -> None:
     """Raises ValueError, on every rank and naming the first difference, if the ranks do not have
     the same parameters, with the same values, in the same order."""
+    if group.size() == 1:
+        return
     mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
             for name, p in parameters]  # fmt: skip
     everyone: list = [None] * group.size()

@@ -245,7 +245,7 @@ def observe(
     calls, counted = collections.defaultdict(list), collections.Counter()
     for call in collectives.calls:
         calls[call.group].append(call)
-        nbytes = call.payload * call.dtype.itemsize * (call.ranks > 1)
+        nbytes = call.payload * call.dtype.itemsize
         counted[call.group, call.operation] += torch.tensor([1, nbytes])
     counted = {key: tuple(both.tolist()) for key, both in counted.items()}
     held = measure.bytes_by_kind(trainer.sync.held(), trainer.optimizer)
@@ -325,11 +325,12 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
     layout, program, groups = layout_of(trainer), program_of(trainer), groups_of(trainer)
     t, b, s, h, m = args.tp, args.micro_batch_size, config.seq_len, config.n_embd, trainer.m
     traffic: dict = collections.defaultdict(lambda: torch.zeros(2, dtype=torch.long))
+    names = measure.Collectives(groups).names  # axes with the same ranks share a group
 
     def add(group: str, operation: str, calls: int, elements: int, itemsize: int) -> None:
-        if calls:
-            nbytes = elements * itemsize * (groups[group].size() > 1)  # one rank sends nothing
-            traffic[group, operation] += torch.tensor([calls, nbytes])
+        if calls and groups[group].size() > 1:  # one rank sends nothing
+            name = names[groups[group].group_name]
+            traffic[name, operation] += torch.tensor([calls, elements * itemsize])
 
     layers, end = [len(trainer.pipe.chunks[k].h) for k in stages], trainer.pipe.last
     recomputed = cost.under_policy(layout, layers)
