@@ -151,6 +151,9 @@ class DDP:
     grad_dtype: the dtype in which bf16 gradients are summed over microbatches (default: fp32).
     reduce_dtype: the dtype in which bf16 gradients are all-reduced (default: the parameters'; fp32
         sends twice the bytes). It has no effect with one rank. Both do nothing for fp32 parameters.
+    overlap: False: finish() sends all buckets. Needed if ranks of `group` use different parameters
+        in one step and are in pipelines: a rank that sends a bucket later than another one, after
+        other transfers, could wait for it in a cycle.
 
     step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
     do something in between, or with several optimizers. Values that you write to a bf16 parameter
@@ -168,24 +171,25 @@ class DDP:
         accumulations: int | dict[nn.Parameter, int] = 1,
         bucket_bytes: int = 25 * 2**20, reduce: Callable = all_reduce_bucket,
         grad_dtype: torch.dtype | None = None, reduce_dtype: torch.dtype | None = None,
+        overlap: bool = True,
     ):  # fmt: skip
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("DDP needs a process group: call dist.init_process_group() first")
         self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
         self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
-        self.group, self.reduce = group, reduce
+        self.group, self.reduce, self.overlap = group, reduce, overlap
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
-        self.accumulations = accumulations
         check_accumulations(model, accumulations)
+        self.accumulations = [accumulations[p] for _, p in self.parameters]
         self.bucket_bytes = bucket_bytes
         self.grad_dtype = grad_dtype or torch.float32
         self.reduce_dtype = reduce_dtype
         check_same_parameters(self.named, group)
         me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
-        for _, p in self.parameters:
-            p.register_post_accumulate_grad_hook(lambda p: me() and me()._accumulated(p))
+        for i, (_, p) in enumerate(self.parameters):
+            p.register_post_accumulate_grad_hook(lambda p, i=i: me() and me()._accumulated(i, p))
         # What the optimizer updates: in bf16 a small update, added to a weight, is rounded away.
         self.masters = {
             p: p.detach().float().requires_grad_() if p.dtype.itemsize < 4 else p
@@ -202,43 +206,47 @@ class DDP:
             lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
         )
         weakref.finalize(self, check.remove)
-        self.gradients: dict[nn.Parameter, Tensor] = {}  # views of the buckets
+        # By parameter, like `accumulations`: the gradient, a view of a bucket, and which bucket.
+        self.gradients: list[Tensor | None] = [None] * len(self.parameters)
+        self.bucket_of = [0] * len(self.parameters)
         # A guess until the first step has shown it: the last layer's gradients are ready first.
-        self._lay_out([p for _, p in reversed(self.parameters)])
-        self.ready: list[nn.Parameter] = []  # in the order in which gradients were complete
+        self._lay_out(range(len(self.parameters))[::-1])
+        self.ready: list[int] = []  # parameters, in the order in which gradients were complete
         self.learned = False
         self.launched: list = []  # (what was sent, handle), by bucket
         self.phase = "idle"  # then "backward", "finished" and "update"
         self.start()
 
-    def _lay_out(self, order: list[nn.Parameter]) -> None:
-        """Make the buckets, each of one dtype."""
+    def _lay_out(self, order: Iterable[int]) -> None:
+        """Make the buckets, each of one dtype. order: numbers of parameters."""
         self.buckets: list[Tensor] = []
         self.sent_dtypes: list[torch.dtype] = []
-        self.bucket_of: dict[nn.Parameter, int] = {}
-        filling: dict[torch.dtype, list[nn.Parameter]] = {}
-        for p in order:
+        filling: dict[torch.dtype, list[int]] = {}
+        for i in order:
+            _, p = self.parameters[i]
             members = filling.setdefault(p.dtype, [])
-            members.append(p)
-            size = sum(q.numel() * q.element_size() for q in members)
+            members.append(i)
+            size = sum(self.parameters[j][1].nbytes for j in members)
             if size >= (self.bucket_bytes if self.buckets else self.bucket_bytes // 25):
                 self._add_bucket(filling.pop(p.dtype))
         for members in filling.values():
             self._add_bucket(members)
 
-    def _add_bucket(self, members: list[nn.Parameter]) -> None:
+    def _add_bucket(self, members: list[int]) -> None:
         """Gradients are views of the bucket."""
-        dtype = sent_dtype = members[0].dtype
+        parameters = [self.parameters[i][1] for i in members]
+        dtype = sent_dtype = parameters[0].dtype
         if dtype.itemsize < 4:
             dtype, sent_dtype = self.grad_dtype, self.reduce_dtype or dtype
-        flat = members[0].new_zeros(sum(p.numel() for p in members), dtype=dtype)
-        for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
-            if p in self.gradients:  # of the first step, from its old bucket
-                part.copy_(self.gradients[p].flatten())
+        sizes = [p.numel() for p in parameters]
+        flat = parameters[0].new_zeros(sum(sizes), dtype=dtype)
+        for i, p, part in zip(members, parameters, flat.split(sizes), strict=True):
+            if self.gradients[i] is not None:  # of the first step, from its old bucket
+                part.copy_(self.gradients[i].flatten())
             # Any dtype. Of a tied bf16 matrix autograd sums two gradients: in fp32, as here.
             p.grad_dtype = dtype if hasattr(p, "tied_name") else None
-            self.gradients[p] = part.view_as(p)
-            self.bucket_of[p] = len(self.buckets)
+            self.gradients[i] = part.view_as(p)
+            self.bucket_of[i] = len(self.buckets)
         self.buckets.append(flat)
         self.sent_dtypes.append(sent_dtype)
 
@@ -247,13 +255,12 @@ class DDP:
         group's first rank; parameters without a gradient in that step come last. Before any has
         left, so that all steps are summed in one layout: a ring adds in an order that depends on
         the place in a bucket, and a run that begins again must come to the same bits."""
-        number = {p: i for i, (_, p) in enumerate(self.parameters)}
         if self.parameters:
-            order = [number[p] for p in dict.fromkeys([*self.ready, *number])]
+            order = [*dict.fromkeys([*self.ready, *range(len(self.parameters))])]
             numbers = torch.tensor(order, device=self.buckets[0].device)
             if self.group.size() > 1:
                 dist.broadcast(numbers, group=self.group, group_src=0)  # payload: parameters, once
-            self._lay_out([self.parameters[i][1] for i in numbers.tolist()])
+            self._lay_out(numbers.tolist())
         self.learned = True
 
     def start(self) -> None:
@@ -274,42 +281,58 @@ class DDP:
         self.launched = []
         for p, master in self.masters.items():
             p.grad = master.grad = None
-        self.missing = {p: self.accumulations[p] for p in self.bucket_of}
+        self.arrived: list[int] = []  # parameters whose `.grad` is not yet in the bucket
+        self.missing = self.accumulations.copy()
         self.waiting = [0] * len(self.buckets)  # parameters that a bucket still waits for
-        for bucket in self.bucket_of.values():
+        for bucket in self.bucket_of:
             self.waiting[bucket] += 1
         self.ready = []
         self.phase = "backward"
 
-    @torch.no_grad()
-    def _accumulated(self, p: nn.Parameter) -> None:
-        """Autograd calls this after each gradient of p: it is moved from p.grad to the bucket. A
-        p.grad that stayed would be in another dtype in bf16, and torch.compile does not compile a
-        layer with such a parameter."""
+    def _accumulated(self, i: int, p: nn.Parameter) -> None:
+        """Autograd calls this when p.grad is the gradient of one backward."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
             raise ValueError("backward outside of start() and finish(): call start() first, or "
                              "freeze this model while the loss of another one uses it")  # fmt: skip
-        first = self.missing[p] == self.accumulations[p]
-        gradient = p.grad.to_dense()  # an nn.Embedding's may be sparse
-        (self.gradients[p].copy_ if first else self.gradients[p].add_)(gradient)
-        p.grad = None
-        self.missing[p] -= 1
-        if self.missing[p] < 0:
-            raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: pass "
-                             "accumulations=m for m microbatches")  # fmt: skip
-        if self.missing[p] > 0:
+        bucket = self.bucket_of[i]
+        if self.arrived and self.bucket_of[self.arrived[0]] != bucket:
+            self._flush()
+        if not self.arrived:  # at the end of this backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._flush)
+        self.arrived.append(i)
+        self.missing[i] -= 1
+        if self.missing[i] > 0:
             return
-        self.ready.append(p)
-        self.waiting[self.bucket_of[p]] -= 1
+        if self.missing[i] < 0:
+            raise ValueError(f"more than {self.accumulations[i]} accumulations in a step: pass "
+                             "accumulations=m for m microbatches")  # fmt: skip
+        self.ready.append(i)
+        self.waiting[bucket] -= 1
         # In bucket order and no other, though a later bucket may fill first on some rank:
         # collectives are matched by order, and the ranks must agree on it.
-        while (self.learned and len(self.launched) < len(self.buckets)
+        while (self.overlap and self.learned and len(self.launched) < len(self.buckets)
                and self.waiting[len(self.launched)] == 0):  # fmt: skip
             self._launch()
 
+    def _flush(self) -> None:
+        """Add the gradients that have arrived to their bucket, in its dtype, in one call. Then
+        `.grad` is None: torch.compile does not compile a layer with a `.grad` of another dtype."""
+        first = [i for i in self.arrived if self.missing[i] == self.accumulations[i] - 1]
+        later = [i for i in self.arrived if self.missing[i] < self.accumulations[i] - 1]
+        with torch.no_grad():
+            for call, numbers in ((torch._foreach_copy_, first), (torch._foreach_add_, later)):
+                parameters = [self.parameters[i][1] for i in numbers]
+                if numbers:  # an nn.Embedding's gradient may be sparse
+                    call([self.gradients[i] for i in numbers],
+                         [p.grad.to_dense() for p in parameters])  # fmt: skip
+                for p in parameters:
+                    p.grad = None
+        self.arrived = []
+
     def _launch(self) -> None:
+        self._flush()
         i = len(self.launched)
         flat, dtype = self.buckets[i], self.sent_dtypes[i]
         if self.group.size() == 1:
@@ -324,9 +347,9 @@ class DDP:
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
-        unused = {p for p in self.bucket_of if self.missing[p] == self.accumulations[p]}
-        for p in unused:
-            self.gradients[p].fill_(-0.0)  # see is_unused
+        unused = {i for i, n in enumerate(self.missing) if n == self.accumulations[i]}
+        for i in unused:
+            self.gradients[i].fill_(-0.0)  # see is_unused
         if not self.learned:
             self._learn()
         while len(self.launched) < len(self.buckets):
@@ -336,8 +359,9 @@ class DDP:
                 handle.wait()
                 flat.copy_(sent)
         self.launched = []
-        for p, gradient in self.gradients.items():
-            p.grad = None if p in unused and is_unused(gradient) else gradient
+        for i, (_, p) in enumerate(self.parameters):
+            unused_by_all = i in unused and is_unused(self.gradients[i])
+            p.grad = None if unused_by_all else self.gradients[i]
         self.phase = "finished"
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
@@ -390,11 +414,12 @@ class DDP:
 
     def after_step(self) -> None:
         """After the optimizer: every rank has updated everything."""
-        with torch.no_grad():
-            for p, master in self.masters.items():
-                if master is not p:
-                    p.copy_(master)
-                    p.grad = None  # of another dtype, see _accumulated
+        narrow = [p for p, master in self.masters.items() if master is not p]
+        if narrow:
+            with torch.no_grad():
+                torch._foreach_copy_(narrow, [self.masters[p] for p in narrow])
+        for p in narrow:
+            p.grad = None  # it has another dtype, see _flush
         self.phase = "idle"
 
     def gather(self) -> None:
@@ -625,9 +650,9 @@ def main() -> None:
                 continue
             exposed = psi
             if sync:  # all but the buckets that wait for one of these: below is no matrix
-                last = [p for n, p in sync.parameters if n.startswith(("wte", "wpe", "h.0.ln_1",
-                                                                       "h.0.attn.c_attn"))]
-                late = {sync.bucket_of[p] for p in last}
+                last = [i for i, (n, _) in enumerate(sync.parameters)
+                        if n.startswith(("wte", "wpe", "h.0.ln_1", "h.0.attn.c_attn"))]
+                late = {sync.bucket_of[i] for i in last}
                 exposed = sum(sync.buckets[i].numel() for i in range(min(late), len(sync.buckets)))
             calls = {"naive": len(p), "flat": 1, "bucketed": sync and len(sync.buckets)}[rung]
             total, hidden = (seen.total("dp", "all_reduce", hidden=h) for h in (None, True))

@@ -79,7 +79,7 @@ class Unit:
         narrow = like.dtype.itemsize < 4
         grad_dtype = (grad_dtype or torch.float32) if narrow else like.dtype
         self.reduce_dtype = reduce_dtype if narrow and reduce_dtype else like.dtype
-        size = padded([p.numel() for _, p in members], group.size(), like.itemsize)
+        size = padded([p.numel() for _, p in members], group.size())
         n = size // group.size()
         mine = self.mine = slice(group.rank() * n, (group.rank() + 1) * n)
         self.parameters = like.new_zeros(size)
@@ -92,7 +92,7 @@ class Unit:
         end = 0
         for _, p in members:
             here = self.place[p] = slice(end, end + p.numel())
-            end += aligned(p.numel(), like.itemsize)
+            end += aligned(p.numel())
             self.parameters[here] = p.detach().flatten()
             p.data = self.parameters[here].view_as(p)
             p.grad = None
@@ -252,6 +252,7 @@ class Zero1:
         parameters'; fp32 sends twice the bytes). It has no effect with one rank. Both do nothing
         for fp32 parameters.
     blocks: modules to gather at a time, instead of the default; see `layers`.
+    overlap: False: finish() reduces all units, as in ddp.py.
 
     step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
     do something in between, or with several optimizers. If no rank uses a parameter in a step, its
@@ -276,11 +277,12 @@ class Zero1:
         accumulations: int | dict[nn.Parameter, int] = 1,
         replicas: dist.ProcessGroup | None = None, grad_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None, blocks: Collection[nn.Module] | None = None,
+        overlap: bool = True,
     ):  # fmt: skip
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("ZeRO needs a process group: call dist.init_process_group() first")
-        self.group, self.replicas = group, replicas
+        self.group, self.replicas, self.overlap = group, replicas, overlap
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
         self.accumulations = accumulations
@@ -378,6 +380,7 @@ class Zero1:
                     p.grad = None
                 for piece in unit.pieces:
                     piece.tensor.grad = None
+            self.arrived: list[nn.Parameter] = []  # their `.grad` is not yet in the buffer
             self.done = {p: 0 for p in self.unit_of if p.requires_grad}  # accumulations
         # By launch: how many parameters of the unit have not completed this round.
         self.waiting = [len(unit.place) for _, unit in self.launches]
@@ -389,29 +392,45 @@ class Zero1:
         for unit in self.needs[i] if layer in self.layers else ():  # it may be a copy of the model
             unit.wait()
 
-    @torch.no_grad()
     def _accumulated(self, p: nn.Parameter) -> None:
-        """As in ddp.py. ZeRO-1 moves the gradient to the buffer."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
             raise ValueError("backward outside of start() and finish(): call start() first, or "
                              "freeze this model while the loss of another one uses it")  # fmt: skip
         unit, n = self.unit_of[p], self.accumulations[p]
-        if (gradient := unit.gradient_of.get(p)) is not None:
-            (gradient.add_ if self.done[p] else gradient.copy_)(p.grad.to_dense())
-            p.grad = None
-        before = self.done[p] * self.rounds // n  # rounds
+        if self.whole_gradients:
+            if self.arrived and self.unit_of[self.arrived[0]] is not unit:
+                self._flush()
+            if not self.arrived:  # at the end of this backward
+                torch.autograd.Variable._execution_engine.queue_callback(self._flush)
+            self.arrived.append(p)
+        before = self.done[p] * self.rounds // n  # rounds that were complete for p
         self.done[p] += 1
         if self.done[p] > n:
             raise ValueError(f"more than {n} accumulations in a step: pass accumulations=m for m "
                              "microbatches")  # fmt: skip
         if self.done[p] * self.rounds // n > before:
             self.waiting[before * len(self.launch_of) + self.launch_of[unit]] -= 1
-            while self.launched < len(self.launches) and self.waiting[self.launched] == 0:
+            while (self.overlap and self.launched < len(self.launches)
+                   and self.waiting[self.launched] == 0):  # fmt: skip
                 self._launch()
 
+    def _flush(self) -> None:
+        """Add the gradients that have arrived to their unit's buffer, in its dtype: see ddp.py."""
+        first = [p for p in self.arrived if self.done[p] == 1]
+        later = [p for p in self.arrived if self.done[p] > 1]
+        with torch.no_grad():
+            for call, parameters in ((torch._foreach_copy_, first), (torch._foreach_add_, later)):
+                if parameters:  # an nn.Embedding's gradient may be sparse
+                    call([self.unit_of[p].gradient_of[p] for p in parameters],
+                         [p.grad.to_dense() for p in parameters])  # fmt: skip
+        for p in self.arrived:
+            p.grad = None
+        self.arrived = []
+
     def _launch(self) -> None:
+        self._flush()
         self._land()
         round_, unit = self.launches[self.launched]
         unit.reduce(self._take_gradients(unit), first=round_ == 1)
@@ -870,15 +889,16 @@ class Payload(NamedTuple):
     hidden: int
 
 
-def aligned(numel: int, itemsize: int) -> int:
-    """numel, rounded up to a multiple of 16 bytes."""
-    return -(-numel * itemsize // 16) * 16 // itemsize
+def aligned(numel: int) -> int:
+    """numel, rounded up to a multiple of 8: 16 bytes in bf16. GPU kernels are slower on tensors
+    that begin at other addresses."""
+    return -(-numel // 8) * 8
 
 
-def padded(numels: Iterable[int], d: int, itemsize: int) -> int:
-    """Elements of the flat buffer of a unit with parameters of so many: d shards of equal length.
-    Parameters and shards begin at multiples of 16 bytes: GPU kernels are slower at others."""
-    return d * aligned(-(-sum(aligned(n, itemsize) for n in numels) // d), itemsize)
+def padded(numels: Iterable[int], d: int) -> int:
+    """Elements of the flat buffer of a unit with parameters of so many elements: d shards of equal
+    length. Parameters and shards are aligned."""
+    return d * aligned(-(-sum(map(aligned, numels)) // d))
 
 
 def predicted_payload(
@@ -933,11 +953,11 @@ def predicted_bytes(
     grad_dtype = grad_dtype or torch.promote_types(dtype, torch.float32)
     whole = owned = 0
     for numels in units:
-        size, start = padded(numels, d, dtype.itemsize), 0
+        size, start = padded(numels, d), 0
         mine = range(size // d * rank, size // d * (rank + 1))
         for n in numels:
             owned += max(0, min(start + n, mine.stop) - max(start, mine.start))
-            start += aligned(n, dtype.itemsize)
+            start += aligned(n)
         whole += size
     return {
         "parameters": whole // (d if stage >= 3 else 1) * dtype.itemsize,
@@ -1016,7 +1036,7 @@ def main() -> None:
             ]
             reshard = options.get("reshard_after_forward", True)
             units = [[p.numel() for p in unit.place] for unit in sync.units]
-            sizes = [padded(numels, d, 8) for numels in units]
+            sizes = [padded(numels, d) for numels in units]
             payload = predicted_payload(sizes, d, uses, stage, m, world // d, reshard)
             for operation, predicted in payload.items():
                 total, hidden = (seen.total(None, operation, hidden=h) for h in (None, True))

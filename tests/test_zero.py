@@ -110,7 +110,7 @@ def test_pieces_own_every_element_once_and_padding_never(world, hybrid, stage, o
         assert owned == [world // d] * p.numel(), name
     for rank, result in enumerate(results):
         units, uses = result["units"], [zero.Use(i, matmul=False) for i in range(len(SIZES))]
-        sizes = [zero.padded(numels, d, 8) for numels in units]
+        sizes = [zero.padded(numels, d) for numels in units]
         predicted = zero.predicted_payload(sizes, d, uses, stage, M, world // d, not options)
         for op, payload in predicted.items():
             assert payload.hidden == 0  # nothing is multiplied here
@@ -120,6 +120,27 @@ def test_pieces_own_every_element_once_and_padding_never(world, hybrid, stage, o
         held = zero.predicted_bytes(units, d, rank % d, stage, torch.float64)
         assert held["optimizer"] == 2 * 8 * sum(length for _, _, length in result["pieces"])
         assert {k: held[k] for k in result["held"]} == result["held"]
+
+
+def addresses(stage: int, dtype: torch.dtype) -> list[int]:
+    """Of parameters, their gradients and all shards, modulo 16 bytes."""
+    net = model().to(dtype)
+    sync, _ = attach(net, stage, {}, hybrid=False, accumulations=1)
+    sync.gather()
+    tensors = [*net.parameters()]
+    for unit in sync.units:
+        tensors += [*unit.gradient_of.values(), unit.parameter_shard, unit.gradient_shard]
+        shard = unit.parameters.numel() // dist.get_world_size() * unit.parameters.itemsize
+        assert shard % 16 == 0
+    return [t.data_ptr() % 16 for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parameters_and_shards_begin_at_multiples_of_16_bytes(stage, dtype):
+    """The sizes are odd."""
+    for rank in launch(3, addresses, stage, dtype):
+        assert set(rank) == {0}
 
 
 BF16 = torch.bfloat16
@@ -262,12 +283,12 @@ def optimizer_bytes(stage: int, options: dict) -> int:
 @pytest.mark.parametrize("stage, options", VARIANTS[:3])
 def test_the_state_that_is_sharded_shrinks_by_d(stage, options):
     """Two moments of 8 bytes: all ranks' are one rank's, and no rank has more than its d-th of each
-    unit, rounded up to 16 bytes."""
+    unit, rounded up to 8 elements."""
     (one,) = launch(1, optimizer_bytes, stage, options)
     assert one == 2 * 8 * (23 + 7 + 19)
     for d in (2, 4):
         ranks = launch(d, optimizer_bytes, stage, options)
-        most = 2 * 8 * sum(-(-n // d // 2) * 2 for n in (23, 7, 19))
+        most = 2 * 8 * sum(-(-n // d // 8) * 8 for n in (23, 7, 19))
         assert sum(ranks) == one and one / d <= max(ranks) <= most
 
 

@@ -145,10 +145,10 @@ def units(
     return units
 
 
-def sent(of_units: list[list[int]], layout: Layout, program: Program) -> list[int]:
+def sent(of_units: list[list[int]], layout: Layout) -> list[int]:
     """Elements of each unit's gradients, with ZeRO's padding."""
     if layout.zero:
-        return [zero.padded(numels, layout.shards, program.itemsize) for numels in of_units]
+        return [zero.padded(numels, layout.shards) for numels in of_units]
     return [*map(sum, of_units)]
 
 
@@ -408,7 +408,7 @@ def chunk_seconds(
     bw = [n * matmul(block + core + again, 8 + calls_again) + ends[0],
           n * memory(kept + anew) + ends[1], tp_b]  # fmt: skip
     if layout.zero == 3 and layout.dp > 1:
-        psi = sum(sent(units(config, t, n, first, last), layout, program))
+        psi = sum(sent(units(config, t, n, first, last), layout))
         gather = dp_seconds("all_gather", psi)
         both = gather + dp_seconds("reduce_scatter", psi)
         for part, collective, beyond in ((f, gather, 0.0), (bw, both, w)):
@@ -515,7 +515,7 @@ def predicted_step(
 
     ends = [units(config, t, sum(len(split[k]) for k in ks), 0 in ks, len(split) - 1 in ks)
             for ks in (of_rank[0], of_rank[-1])]  # fmt: skip
-    numels = max((sent(of_units, layout, program) for of_units in ends), key=sum)
+    numels = max((sent(of_units, layout) for of_units in ends), key=sum)
     psi, over_dp = sum(numels), Collective(hardware, per_node, d, t)
     backward = sum(sum(seconds[k][1:]) for k in of_rank[0])
     forward = sum(seconds[k][0] for k in of_rank[0])

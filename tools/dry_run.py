@@ -147,7 +147,7 @@ class Alone(ddp.DDP):
     """On meta, an order of buckets cannot be read; the ranks of a group have the same one."""
 
     def _learn(self) -> None:
-        self._lay_out(list(dict.fromkeys([*self.ready, *(p for _, p in self.parameters)])))
+        self._lay_out(dict.fromkeys([*self.ready, *range(len(self.parameters))]))
         self.learned = True
 
 
@@ -300,8 +300,7 @@ def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
     uses = [zero.Use(sync.units.index(unit), matmul=True, table=isinstance(layer, tables))
             for (unit,), layer in zip(sync.needs, zero.layers(trainer.model), strict=True)]
     k = trainer.shard_group.size()
-    sizes = [zero.padded([p.numel() for p in unit.place], k, trainer.dtype.itemsize)
-             for unit in sync.units]  # fmt: skip
+    sizes = [zero.padded([p.numel() for p in unit.place], k) for unit in sync.units]
     more = (args.zero, trainer.m, trainer.replica_group.size(),
             args.zero_reshard_after_forward == 1)  # fmt: skip
     predicted = zero.predicted_payload(sizes, k, uses, *more)
