@@ -20,10 +20,10 @@ payload is what ddp.py's was: the second half carries parameters in place of gra
     with bf16 gradients. In fp32: 4, 4, 8. m microbatches. Hybrid, `replicas`: d is the size of the
     group that shards; each shard of the gradients is all-reduced over the ranks that replicate it.)
 
-A unit is a block, or a layer outside of the blocks. Its shard is a range of a flat buffer, cut
-without regard to where parameters begin: the last is padded, a matrix may lie on two ranks. The
-optimizer therefore gets *pieces*, a view for each (parameter, my shard) that meet; padding belongs
-to none of them and is never in a norm or a decay.
+A unit is a block, or a layer outside of the blocks. Its parameters lie in a flat buffer, which is
+split into d shards of equal length: a matrix may lie on two ranks. Parameters and shards start at
+multiples of 8 elements. The optimizer gets *pieces*: a view for each parameter that overlaps my
+shard. Padding belongs to no piece, so it is never in a norm or a decay.
 
     torchrun --standalone --nproc-per-node 2 zero.py
 

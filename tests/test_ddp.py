@@ -271,6 +271,35 @@ def test_without_overlap_all_gradients_are_sent_by_finish(kind):
         assert 0 < during <= total
 
 
+def buckets_of_waiting_gradients() -> list[int]:
+    """After each gradient of the second step: how many buckets have gradients left in `.grad`."""
+    net = model()
+    sync = ddp.DDP(net, dist.group.WORLD, 2, bucket_bytes=1)
+    seen, plain = [], sync._accumulated
+
+    def look(i, p):
+        plain(i, p)
+        left = [q.grad is not None for _, q in sync.parameters]
+        seen.append(len({sync.bucket_of[j] for j, here in enumerate(left) if here}))
+
+    sync._accumulated = look
+    for _ in range(2):
+        seen.clear()
+        sync.start()
+        for i in range(2):
+            net(rows(0, i)).sum().backward()
+            assert all(q.grad is None for q in net.parameters()), "after a backward"
+        sync.finish()
+        sync.before_step()
+        sync.after_step()
+    return seen
+
+
+def test_gradients_of_at_most_one_bucket_wait_outside_of_it():
+    (seen,) = launch(1, buckets_of_waiting_gradients)
+    assert len(seen) == 8 and set(seen) <= {0, 1}
+
+
 def misuse(how: str, kind=ddp.DDP):
     group, net = dist.group.WORLD, model()
     parts = dict(net.named_children())
