@@ -138,7 +138,7 @@ class Device(TorchDispatchMode):
         return result
 
     def collective(self, real: Callable, reads: int, writes: int) -> Callable:
-        """As NCCL runs `real`: on a stream of its own, which waits for the current one. reads,
+        """As NCCL runs `real`: on a separate stream, which waits for the current one. reads,
         writes: places of its tensors among the arguments."""
         own = self.Stream()
 
