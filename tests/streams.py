@@ -144,7 +144,8 @@ class Device(TorchDispatchMode):
 
         def call(*args, async_op: bool = False, **kwargs) -> Handle:
             own.wait_stream(self.current)
-            real(*args, **kwargs)
+            with self.stream(own):
+                real(*args, **kwargs)
             self.use(own, [args[reads]], [args[writes]])
             handle = Handle(self, own, args)
             return handle if async_op else handle.wait()

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import activation_ckpt
+import ddp
 import gpt
 import options
 import train_3d
@@ -191,3 +193,32 @@ def test_host_buffers_are_reused():
         offloaded_gradients(net, "FFBFBB")
         seen.append({host.data_ptr() for free in copies.free.values() for host in free})
     assert seen[0] == seen[1] and len(seen[0]) > 0
+
+
+# --- streams: gradients summed by host ------------------------------------------------------------
+
+
+def summed_by_host() -> None:
+    """On two hosts of two ranks. The length of one bucket is odd, so it is padded."""
+    device, pairs = Device(), [[0, 1], [2, 3]]
+    torch.get_device_module = lambda _: device
+    dist.all_reduce = device.collective(dist.all_reduce, 0, 0)
+    ddp.reduce_scatter = device.collective(ddp.reduce_scatter, 1, 0)
+    ddp.all_gather = device.collective(ddp.all_gather, 1, 0)
+    inside, _ = dist.new_subgroups_by_enumeration(pairs)
+    across, _ = dist.new_subgroups_by_enumeration([*zip(*pairs, strict=True)])
+    reduce, (compute, *_) = ddp.Hierarchical(inside, across), device.streams
+    with device:
+        for step in range(2):
+            buckets = [torch.ones(n) for n in (4, 7, 6)]
+            known = dict(compute.seen)
+            handles = [reduce(bucket.mul_(1 + step), dist.group.WORLD) for bucket in buckets]
+            assert {**compute.seen, compute: 0} == {**known, compute: 0}, "it waited before wait()"
+            for bucket, handle in zip(buckets, handles, strict=True):
+                handle.wait()
+                bucket.div_(4 * (1 + step))
+    assert all(torch.equal(bucket, torch.ones_like(bucket)) for bucket in buckets)
+
+
+def test_sums_by_host_wait_where_they_must():
+    launch(4, summed_by_host)
