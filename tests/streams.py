@@ -110,6 +110,10 @@ class Device(TorchDispatchMode):
             storage.check(stream, storage.reads, "was read")
             storage.writes[stream] = stream.operations
 
+    def read_by_host(self, tensors: list[Tensor]) -> None:
+        for storage in map(self.storage_of, tensors):
+            storage.check(self.host, storage.writes, "was written")
+
     def check_freed(self) -> None:
         for key, storage in [*self.storages.items()]:
             if storage.alive.expired():
@@ -131,8 +135,7 @@ class Device(TorchDispatchMode):
         if "empty" in name or name.startswith("new_"):
             reads = []
         if name in READ_BY_HOST:
-            for storage in map(self.storage_of, reads):
-                storage.check(self.host, storage.writes, "was written")
+            self.read_by_host(reads)
         else:
             self.use(self.current, reads, writes)
         return result

@@ -1,12 +1,16 @@
 """What the host waits for in a step, and what streams wait for each other. No GPU is needed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import activation_ckpt
+import checkpoint
 import ddp
 import gpt
 import options
@@ -155,7 +159,7 @@ def device(monkeypatch) -> Device:
 
 
 @pytest.mark.parametrize("order", ["FB", "FFBFBB", "FFFBBB"])
-def test_offloading_waits_where_it_must(order, device):
+def test_offloading_and_compute_wait_for_each_other(order, device):
     """Twice: the second time with host buffers that were used before."""
     net, plain = small("offload"), small("none")
     for _ in range(2):
@@ -220,5 +224,60 @@ def summed_by_host() -> None:
     assert all(torch.equal(bucket, torch.ones_like(bucket)) for bucket in buckets)
 
 
-def test_sums_by_host_wait_where_they_must():
+def test_the_compute_stream_waits_for_sums_by_host_once():
     launch(4, summed_by_host)
+
+
+# --- the copy for a checkpoint --------------------------------------------------------------------
+
+
+class Copies(TorchDispatchMode):
+    """Of each copy_: is it asynchronous? And how many tensors are allocated."""
+
+    def __init__(self):
+        super().__init__()
+        self.asynchronous, self.allocations = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.copy_.default:
+            self.asynchronous.append(args[2:] == (True,))
+        self.allocations += "empty" in function._schema.name
+        return function(*args, **(kwargs or {}))
+
+
+def save_twice(folder: str) -> None:
+    device, waits, trainer = Device(), [], trainer_of(Case(dtype="bf16", **SIZES))
+    synchronize, write = device.synchronize, checkpoint.Checkpoints._write
+    device.synchronize = lambda: (waits.append("device"), synchronize())
+    torch.get_device_module = lambda _: device
+
+    def watched(self, step: int, mine: list, *args) -> None:
+        try:
+            device.read_by_host([r.tensor for r in mine])
+            waits.append(len({r.tensor.untyped_storage().data_ptr() for r in mine}))
+        finally:
+            write(self, step, mine, *args)
+
+    checkpoint.Checkpoints._write = watched
+    disk = checkpoint.Checkpoints(folder, 2, dist.group.WORLD)
+    for step in range(2):
+        trainer.step(step)
+        mine, numbers = trainer.state_to_save()
+        with device, Copies() as copies:
+            disk.save(step, mine, {"optimizer": numbers})
+        disk.wait()
+        assert all(copies.asynchronous) and len(copies.asynchronous) == len(mine) > 1
+        assert copies.allocations == (1 if step == 0 else 0)
+        assert waits == ["device", 1], "one wait, before the thread reads the one buffer"
+        waits.clear()
+    assert disk.failed is None, disk.failed
+    plain = [r._replace(tensor=r.tensor.clone()) for r in mine]
+    dcp.save({}, storage_writer=checkpoint.Writer(f"{folder}/plain", per_thread_copy_ahead=0),
+             planner=checkpoint.Writes(plain))  # fmt: skip
+    for name in ("__0_0.distcp", ".metadata"):
+        both = [Path(folder, kind, name).read_bytes() for kind in ("step-1", "plain")]
+        assert both[0] == both[1], name
+
+
+def test_a_save_waits_once_for_its_copies_and_reuses_one_buffer(tmp_path):
+    launch(1, save_twice, str(tmp_path))
