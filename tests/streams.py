@@ -70,6 +70,7 @@ class Device(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.storages: dict[int, Storage] = {}
+        self.shared: set[int] = set()  # used by other streams than their owner
         self.host = Stream(self)
         self.current = Stream(self)
         self.streams = [self.current]
@@ -95,7 +96,10 @@ class Device(TorchDispatchMode):
             self.host.join(stream.seen)
 
     def storage_of(self, t: Tensor) -> Storage:
-        return self.storages.setdefault(t.untyped_storage()._cdata, Storage(t, self.current))
+        key = t.untyped_storage()._cdata
+        if key not in self.storages:
+            self.storages[key] = Storage(t, self.current)
+        return self.storages[key]
 
     def use(self, stream: Stream, reads: list[Tensor], writes: list[Tensor]) -> None:
         """The next operation of `stream`. It is launched after all that the host has waited for."""
@@ -109,16 +113,20 @@ class Device(TorchDispatchMode):
             storage.check(stream, storage.writes, "was written")
             storage.check(stream, storage.reads, "was read")
             storage.writes[stream] = stream.operations
+        for t in (*reads, *writes):
+            if self.storage_of(t).owner is not stream:
+                self.shared.add(t.untyped_storage()._cdata)
 
     def read_by_host(self, tensors: list[Tensor]) -> None:
         for storage in map(self.storage_of, tensors):
             storage.check(self.host, storage.writes, "was written")
 
     def check_freed(self) -> None:
-        for key, storage in [*self.storages.items()]:
-            if storage.alive.expired():
-                del self.storages[key]
-                storage.check(storage.owner, storage.writes | storage.reads, "was freed and used")
+        for key in [key for key in self.shared if self.storages[key].alive.expired()]:
+            self.shared.remove(key)
+            storage = self.storages.pop(key)
+            for uses in (storage.writes, storage.reads):
+                storage.check(storage.owner, uses, "was freed and used")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result, name = function(*args, **(kwargs or {})), function._schema.name.split("::")[1]

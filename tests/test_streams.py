@@ -190,6 +190,17 @@ def test_one_block_is_copied_while_the_next_one_runs(device):
     assert n > 0 and behind == 3 * [0, n, n, n, n, n, n, 0]
 
 
+def test_tensors_that_are_fetched_and_not_used_are_kept_until_their_copy_is_over(device):
+    """The backward of the last block fetches the tensors of the previous block. Then the graph is
+    freed."""
+    net, inputs = small("offload"), []
+    net.h["3"].register_forward_pre_hook(lambda _, xs: inputs.append(xs[0]))
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+    with device:
+        for _ in range(2):
+            torch.autograd.grad(gpt.cross_entropy(net(tokens), tokens), inputs.pop())
+
+
 def test_host_buffers_are_reused():
     net = small("offload")
     copies, seen = net.h["0"].forward.args[2], []
