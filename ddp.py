@@ -439,6 +439,7 @@ class Hierarchical:
     """`reduce` of DDP: reduce-scatter inside a host, all-reduce of that share across, all-gather
     inside. While one bucket is scattered, the one before it crosses and a third is gathered: each
     launch takes all that are under way one phase further, and waits for the phase they are in.
+    On a GPU a side stream waits; the compute stream does so only in wait().
 
     inside: the ranks of the DDP's group that are on this host, equally many on each.
     across: the ranks that have this one's place on theirs."""
@@ -446,8 +447,12 @@ class Hierarchical:
     def __init__(self, inside: dist.ProcessGroup, across: dist.ProcessGroup):
         self.inside, self.across = inside, across
         self.under_way: list[Iterator] = []  # a bucket each
+        self.stream = None
 
     def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
+        self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
+        self.stream = self.stream or self.device.Stream()
+        self.stream.wait_stream(self.device.current_stream())  # backward has filled `flat`
         self.under_way.append(self._phases(flat))
         self._advance()
         return self
@@ -456,10 +461,12 @@ class Hierarchical:
         """For all that are under way, whichever bucket asks: every handle is this object."""
         while self.under_way:
             self._advance()
+        self.device.current_stream().wait_stream(self.stream)
 
     def _advance(self) -> None:
         """Oldest first, and by one phase: in the same order on all ranks."""
-        self.under_way = [phases for phases in self.under_way if next(phases, None)]
+        with self.device.stream(self.stream):
+            self.under_way = [phases for phases in self.under_way if next(phases, None)]
 
     def _phases(self, flat: Tensor) -> Iterator[dist.Work]:
         n = self.inside.size()

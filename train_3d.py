@@ -217,7 +217,7 @@ class Trainer:
         """This rank's share of the mean loss over the global batch `step` of read."""
         share, b = self.args.global_batch_size // self.dp_group.size(), self.args.micro_batch_size
         rows = range(self.dp_group.rank() * share, (self.dp_group.rank() + 1) * share)
-        x, y = (tokens.to(self.device) for tokens in read(step, rows))
+        x, y = (to_device(tokens, self.device) for tokens in read(step, rows))
         count, targets = ddp.global_count(y, self.dp_group), y.split(b)
 
         def before(microbatch: int) -> None:
@@ -320,6 +320,27 @@ class Trainer:
             tokens = torch.cat([tokens, token.to(self.device)])
         self.model.train()
         return tokens
+
+
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """The host waits for a copy from pageable memory, and not for one from pinned memory."""
+    if t.device.type != device.type:
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
+
+
+def start_to_host(t: Tensor) -> Callable[[], Tensor]:
+    """Start to copy t to the host. The function returned waits for the copy, and for no operation
+    that is queued after it."""
+    host = torch.empty_like(t, device="cpu", pin_memory=t.is_cuda).copy_(t, non_blocking=True)
+    event = torch.get_device_module(t.device).Event()
+    event.record()
+
+    def finish() -> Tensor:
+        event.synchronize()
+        return host
+
+    return finish
 
 
 def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
@@ -461,15 +482,15 @@ def train(
         trainer.watch(trace)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(trainer, "asked_to_stop", True))
-    asked, stop = torch.zeros(()), min(args.steps, args.stop_after or args.steps)
+    asked, stop = start_to_host(torch.zeros(())), min(args.steps, args.stop_after or args.steps)
     gc.freeze()  # what is here now stays, so a collection need not look at it (0.1 s each)
     logger.start()
     for step in range(first, stop):
         stats = trainer.step(step)
         logger.step(step, stats, trainer.learning_rate(step))
-        # Asked in the step before: that is over, so nothing waits for this number.
-        stopped = step + 1 < stop and asked.item() > 0
-        asked, last = stats[2], stopped or step + 1 == stop
+        # Asked in the step before: the host does not wait for the step that it has just queued.
+        stopped = step + 1 < stop and asked().item() > 0
+        asked, last = start_to_host(stats[2]), stopped or step + 1 == stop
         if args.val_every and ((step + 1) % args.val_every == 0 or step + 1 == args.steps):
             logger.flush()
             val_loss = trainer.validate(read_held_out)

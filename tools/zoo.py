@@ -255,7 +255,7 @@ ZOO = [
          "torch.Generator().manual_seed(self.args.seed + dist.get_rank()), prompt")],
         "tests/test_train_3d.py::test_launched_runs_are_the_plain_one", "assert .*estion"),
     Bug(33, "a save writes what training has changed since", [
-        ("checkpoint.py", "r._replace(tensor=buffer.copy_(r.tensor))", "r")],
+        ("checkpoint.py", "r._replace(tensor=buffer.copy_(r.tensor, non_blocking=True))", "r")],
         "tests/test_checkpoint.py::test_what_is_written_is_the_state_at_the_save",
         r"\[False, False\] == \[True, True\]"),
     Bug(34, "a half-written checkpoint looks complete", [
