@@ -285,16 +285,20 @@ def test_without_overlap_all_gradients_are_sent_by_finish(kind):
         assert 0 < during <= total
 
 
-def buckets_of_waiting_gradients() -> list[int]:
-    """After each gradient of the second step: how many buckets have gradients left in `.grad`."""
+def buckets_of_waiting_gradients(kind) -> list[int]:
+    """After each gradient of the second step: how many buckets, or units, have gradients left in
+    `.grad`."""
     net = model()
-    sync = ddp.DDP(net, dist.group.WORLD, 2, bucket_bytes=1)
+    sync = kind(net, dist.group.WORLD, 2, **({"bucket_bytes": 1} if kind is ddp.DDP else {}))
     seen, plain = [], sync._accumulated
 
-    def look(i, p):
-        plain(i, p)
-        left = [q.grad is not None for _, q in sync.parameters]
-        seen.append(len({sync.bucket_of[j] for j, here in enumerate(left) if here}))
+    def bucket(j, q):
+        return sync.bucket_of[j] if kind is ddp.DDP else sync.units.index(sync.unit_of[q])
+
+    def look(*args):
+        plain(*args)
+        left = {bucket(*both) for both in enumerate(net.parameters()) if both[1].grad is not None}
+        seen.append(len(left))
 
     sync._accumulated = look
     for _ in range(2):
@@ -309,8 +313,9 @@ def buckets_of_waiting_gradients() -> list[int]:
     return seen
 
 
-def test_gradients_of_at_most_one_bucket_wait_outside_of_it():
-    (seen,) = launch(1, buckets_of_waiting_gradients)
+@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1])
+def test_gradients_of_at_most_one_bucket_wait_outside_of_it(kind):
+    (seen,) = launch(1, buckets_of_waiting_gradients, kind)
     assert len(seen) == 8 and set(seen) <= {0, 1}
 
 
