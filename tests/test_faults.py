@@ -58,7 +58,7 @@ def die_at(module, name: str, nth: int, after: bool = False) -> Callable:
         real, calls = getattr(module, name), itertools.count(1)
 
         def call(*args, **kwargs):
-            if next(calls) != nth:
+            if next(calls) != nth or rank() > 1:
                 return real(*args, **kwargs)
             if rank() == 0:
                 begun.touch()
@@ -78,14 +78,13 @@ def lost(operation: str, group: str, file: str, function: str) -> str:
             rf"{function}: .*")  # fmt: skip
 
 
-NEW_GROUP = lost("new_group", "all ranks", "train_3d.py", "_my_group")
-COUNT = lost("all_reduce", "dp [0, 1]", "ddp.py", "global_count")
-BUCKET = lost("all_reduce", "dp [0, 1]", "ddp.py", "finish")
+COUNT = lost("all_reduce", "all ranks", "ddp.py", "global_count")
+BUCKET = lost("all_reduce", "all ranks", "ddp.py", "finish")
 STATS = lost("all_reduce", "all ranks", "train_3d.py", "_global_stats")
-GATHER = lost("all_gather", "shard [0, 1]", "zero.py", "wait")
-SCATTER = lost("reduce_scatter", "shard [0, 1]", "zero.py", "land")
-SEND = lost("send", "pp [0, 1]", "pipeline.py", "_post")
-RECEIVE = lost("recv", "pp [0, 1]", "pipeline.py", "_take")
+GATHER = lost("all_gather", "all ranks", "zero.py", "wait")
+SCATTER = lost("reduce_scatter", "all ranks", "zero.py", "land")
+SEND = lost("send", "all ranks", "pipeline.py", "_post")
+RECEIVE = lost("recv", "all ranks", "pipeline.py", "_take")
 
 
 # Two ranks of 1F1B, 4 microbatches: rank 1 is the last stage. With --schedule gpipe it warms up.
@@ -93,13 +92,9 @@ RECEIVE = lost("recv", "pp [0, 1]", "pipeline.py", "_take")
 @pytest.mark.parametrize(
     "flags, before, expected",
     [
-        pytest.param("--timeout 3", die_at(dist, "new_group", 1), [NEW_GROUP],
-                     id="before the first group"),
-        pytest.param("--timeout 3 --pp 2", die_at(dist, "new_group", 5), [NEW_GROUP],
-                     id="between two groups"),
         pytest.param(
             "", die_at(gpt, "init_weights", 1),
-            [lost("all_gather_object", "dp [0, 1]", "ddp.py", "check_same_parameters")],
+            [lost("all_gather_object", "all ranks", "ddp.py", "check_same_parameters")],
             id="while the model is built",
         ),
         pytest.param("--pp 2 --schedule gpipe", die_at(gpt.Block, "forward", 2), [SEND, RECEIVE],
@@ -112,7 +107,7 @@ RECEIVE = lost("recv", "pp [0, 1]", "pipeline.py", "_take")
                      id="in a collective of DDP"),
         pytest.param(
             "--tp 2", die_at(dist, "all_reduce", 99, after=True),
-            [lost("all_reduce", "tp [0, 1]", "tensor_parallel.py", "finish")], id="in one of TP",
+            [lost("all_reduce", "all ranks", "tensor_parallel.py", "finish")], id="in one of TP",
         ),
         pytest.param("--zero 3", die_at(zero, "all_gather", 22, after=True), [GATHER, SCATTER],
                      id="under ZeRO-3"),
@@ -130,6 +125,32 @@ def test_a_rank_that_dies(flags, before, expected, text, tmp_path):
     assert codes == [1, -signal.SIGKILL]
     said, pattern = lines(errors), f"train_3d.py: rank 0: ({'|'.join(expected)})"
     assert len(said) == 1 and re.fullmatch(pattern, said[0]), errors
+
+
+@pytest.mark.parametrize("nth", [1, 4])
+def test_a_rank_that_dies_before_a_group_is_made(nth, text, tmp_path):
+    """Of four ranks, with two groups for tp and two for dp: its neighbour in the group says so."""
+    before = functools.partial(die_at(dist.distributed_c10d, "new_group", nth), tmp_path / "begun")
+    flags = ["--data", text, "--tp", 2, "--timeout", 3]
+    with Forked(4, train_3d.main, *ENDLESS, *flags, before=before) as job:
+        codes, errors = job.wait(), job.read("errors")
+    assert codes == [1, -signal.SIGKILL, 1, 1]
+    pattern = lost("new_subgroups_by_enumeration", "all ranks", "train_3d.py", "_my_group")
+    neighbour = {1: 0, 4: 3}[nth]
+    (said,) = (x for x in lines(errors) if x.startswith(f"train_3d.py: rank {neighbour}: "))
+    assert re.fullmatch(f"train_3d.py: rank {neighbour}: {pattern}", said), errors
+
+
+@pytest.mark.parametrize("flags", ["--tp 2", "--zero 1", "--zero 3", "--pp 2"])
+def test_a_lost_group_is_named(flags, text, tmp_path):
+    """Of four ranks, rank 1 dies: the message has the axis and its ranks."""
+    before = functools.partial(die_at(train_3d.Trainer, "step", 2), tmp_path / "begun")
+    with Forked(4, train_3d.main, *ENDLESS, "--data", text, *flags.split(), before=before) as job:
+        job.wait()
+        said = lines(job.read("errors"))
+    group = {"--tp 2": r"(tp|dp) \[0, [12]\]", "--pp 2": r"dp \[0, 1\]"}.get(flags, "all ranks")
+    (line,) = (line for line in said if line.startswith("train_3d.py: rank 0: "))
+    assert re.search(f" over {group} failed, since a rank did not come", line), line
 
 
 def test_a_rank_that_dies_before_it_joins(text):

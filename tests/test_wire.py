@@ -112,7 +112,7 @@ def test_a_ring_sends_what_the_factors_say(n, numel):
         assert numel % n or sent == pytest.approx(each, abs=1e-6), operation
 
 
-PSI, M = 36, 2  # parameters, microbatches
+PSI, M = 144, 2  # parameters (2 x 3 x 8 divides both), microbatches
 
 
 def step_of(kind: type, per_host: int | None = None) -> collections.Counter:
@@ -124,11 +124,11 @@ def step_of(kind: type, per_host: int | None = None) -> collections.Counter:
         inside, _ = dist.new_subgroups_by_enumeration(grid.tolist())
         across, _ = dist.new_subgroups_by_enumeration(grid.T.tolist())
         how["reduce"] = ddp.Hierarchical(inside, across)
-    linears = (torch.nn.Linear(*sizes, bias=False) for sizes in ((3, 4), (4, 6)))
+    linears = (torch.nn.Linear(*sizes, bias=False) for sizes in ((6, 8), (8, 12)))
     net = torch.nn.Sequential(*linears).double()
     sync = kind(net, group, M, **how)
     for _ in range(M):
-        net(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+        net(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
     sync.finish()
     sync.before_step()
     sync.after_step()
