@@ -11,7 +11,7 @@
     selective            16 b s h                                         F + B + 2 b s s h
     full                 b s h                                            F + B + F less one matmul
     offload              on the device nothing, x0 x1 .. neither          F + B, and 2 copies of it
-    and while a block is in backward, what it had dropped, once.
+    and while a block is in backward, what it had dropped, once (offload: of two blocks).
     every = k: the first of every k blocks; layers = n: among the first n (of a rank's).
 
 With fused attention (sdpa) the s x s is never stored, and selective gains its log-sum-exp alone,
@@ -28,6 +28,7 @@ Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost (arXiv 1604.0617
 al. 2022 (arXiv 2205.05198), sections 4 and 5.
 """
 
+import collections
 import contextlib
 import functools
 import weakref
@@ -160,24 +161,80 @@ def recompute(function: Callable, *args, remember: Callable = torch_rng, **kwarg
         return function(*args, **kwargs)
 
 
-class Offload(torch.autograd.graph.saved_tensors_hooks):
-    """What autograd saves under this context waits in host memory: from a GPU pinned, and copied
-    without making the CPU wait. Parameters stay where they are: they are held anyway."""
+class HostCopies:
+    """Copies between the device and pinned host memory, in order, on a separate stream.
+    `under_way` refers to tensors until the compute stream has waited for their copies. If a device
+    tensor were freed before, the next operation would overwrite its memory."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self):
+        self.free: dict[tuple, list[Tensor]] = collections.defaultdict(list)  # host buffers
+        self.under_way, self.finished = collections.deque(), 0
+        self.stream, self.last = None, lambda: None  # last: the last run of a block
+
+    def start(self, to: list[Tensor], source: list[Tensor]) -> int:
+        """Returns the number of these copies, for wait()."""
+        device = torch.get_device_module("cuda" if torch.cuda.is_initialized() else "cpu")
+        self.stream = self.stream or device.Stream()
+        self.stream.wait_stream(device.current_stream())
+        with device.stream(self.stream):
+            for a, b in zip(to, source, strict=True):
+                a.copy_(b, non_blocking=True)
+        event = device.Event()
+        event.record(self.stream)
+        self.under_way.append((event, to, source))
+        return self.finished + len(self.under_way)
+
+    def wait(self, number: int) -> None:
+        """The compute stream waits for these copies, and so for all before them."""
+        while self.finished < number:
+            self.under_way[0][0].wait()
+            self.under_way.popleft()
+            self.finished += 1
+
+
+class Offload:
+    """One run of a block. What autograd saves in it is copied to the host while the next block
+    computes, and is copied back while the next block is in backward, so the device holds the saved
+    tensors of at most two blocks. Parameters stay there: they are held anyway."""
+
+    def __init__(self, module: nn.Module, copies: HostCopies):
         self.held = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        super().__init__(self.pack, self.unpack)
+        self.copies, self.number = copies, 0
+        self.tensors: list[Tensor] | None = []  # None: on the host only
+        self.saved: list[tuple] = []  # (device, host buffer, where that is left for the next run)
+        self.previous, copies.last = copies.last, weakref.ref(self)
 
-    def pack(self, t: Tensor) -> tuple[torch.device, Tensor]:
+    def pack(self, t: Tensor) -> Tensor | int:
         if t.untyped_storage().data_ptr() in self.held:
-            return t.device, t
-        host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
-        return t.device, host.copy_(t, non_blocking=True)
+            return t
+        free = self.copies.free[t.shape, t.stride(), t.dtype]
+        host = free.pop() if free else torch.empty_like(t, device="cpu", pin_memory=t.is_cuda)
+        self.saved.append((t.device, host, free))
+        self.tensors.append(t.detach())
+        return len(self.saved) - 1
 
-    @staticmethod
-    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
-        device, host = packed
-        return host.to(device, non_blocking=True)
+    def send(self) -> None:
+        number = self.copies.start([host for _, host, _ in self.saved], self.tensors)
+        self.tensors = None
+        self.copies.wait(number - 1)  # for the block before
+
+    def fetch(self) -> None:
+        if self.tensors is None:
+            self.tensors = [torch.empty_like(host, device=device) for device, host, _ in self.saved]
+            self.number = self.copies.start(self.tensors, [host for _, host, _ in self.saved])
+
+    def unpack(self, packed: Tensor | int) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        self.fetch()  # no-op if the backward of the next block has done it
+        if previous := self.previous():
+            previous.fetch()
+        self.copies.wait(self.number)
+        return self.tensors[packed]
+
+    def __del__(self):
+        for _, host, free in self.saved:
+            free.append(host)
 
 
 POLICIES = ("none", "selective", "full", "offload")
@@ -193,19 +250,23 @@ def checkpoint_blocks(
     if policy not in POLICIES:
         raise ValueError(f"recompute policy {policy!r} is none of {', '.join(POLICIES)}")
     chain = list(blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks)
+    copies = HostCopies()
     for block in chain[:layers:every] if policy != "none" else ():
         module = block.get_submodule(core) if policy == "selective" else block
         plain = module.forward
         module.forward = (
-            functools.partial(_offloaded, plain, module)
+            functools.partial(_offloaded, plain, module, copies)
             if policy == "offload"
             else functools.partial(recompute, plain, remember=remember)
         )
 
 
-def _offloaded(plain: Callable, module: nn.Module, *args, **kwargs) -> Any:
-    with Offload(module):
-        return plain(*args, **kwargs)
+def _offloaded(plain: Callable, module: nn.Module, copies: HostCopies, *args, **kwargs) -> Any:
+    run = Offload(module, copies)
+    with torch.autograd.graph.saved_tensors_hooks(run.pack, run.unpack):
+        output = plain(*args, **kwargs)
+    run.send()
+    return output
 
 
 # --- cost -----------------------------------------------------------------------------------------

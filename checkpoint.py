@@ -389,12 +389,13 @@ class Checkpoints:
         that is still under way is waited for first. The buffers for the copies are kept."""
         start = time.perf_counter()
         self.wait()
-        if [b.shape for b in self.buffers] != [r.tensor.shape for r in mine]:
-            on_gpu = bool(mine) and mine[0].tensor.is_cuda
-            self.buffers = [torch.empty(r.tensor.shape, dtype=r.tensor.dtype, pin_memory=on_gpu)
-                            for r in mine]  # fmt: skip
-        copies = [r._replace(tensor=buffer.copy_(r.tensor))
+        tensors = [r.tensor for r in mine]
+        if [(b.shape, b.dtype) for b in self.buffers] != [(t.shape, t.dtype) for t in tensors]:
+            self.buffers = host_buffers(tensors)
+        copies = [r._replace(tensor=buffer.copy_(r.tensor, non_blocking=True))
                   for r, buffer in zip(mine, self.buffers, strict=True)]  # fmt: skip
+        for device in {t.device for t in tensors}:
+            torch.get_device_module(device).synchronize()  # once, for all copies
         pause = time.perf_counter() - start
         # It works on nothing that training changes: the copies are its own until it has ended.
         arguments = step, copies, about, pause
@@ -454,6 +455,16 @@ class Checkpoints:
         steps = _steps(self.directory)
         for old in steps[: max(0, steps.index(final) + 1 - self.keep)]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def host_buffers(tensors: list[Tensor]) -> list[Tensor]:
+    """Like `tensors`, in one allocation of host memory. For a GPU it is pinned, and torch rounds
+    its size up to a power of two."""
+    sizes = [-(-t.nbytes // 16) * 16 for t in tensors]  # 16: views start at multiples of any dtype
+    pinned = any(t.is_cuda for t in tensors)
+    flat = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
+    return [part[: t.nbytes].view(t.dtype).view(t.shape)
+            for part, t in zip(flat.split(sizes), tensors, strict=True)]  # fmt: skip
 
 
 def newest_whole(

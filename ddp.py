@@ -61,7 +61,8 @@ def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
     divided by it. The mean of each rank's mean would weigh ranks and not tokens. At least 1: a
     batch without any has a loss of 0, and not 0/0, which no later step would get rid of."""
     count = (targets >= 0).sum()
-    dist.all_reduce(count, group=group)  # payload: 1
+    if group.size() > 1:
+        dist.all_reduce(count, group=group)  # payload: 1
     return count.clamp(min=1)
 
 
@@ -91,6 +92,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
 
 def is_unused(gradient: Tensor) -> bool:
     """True if no rank used the parameter: every rank sent -0.0, and -0.0 + x is -0.0 only if x is.
+    (A gradient whose elements are all exactly -0.0 is taken for an unused one by other ranks.)
     `.grad` is then None, as in one process, so the optimizer skips the parameter. With a gradient
     of 0 it would still apply weight decay. Ranks that used the parameter need not check."""
     return bool((gradient == 0).all() and gradient.signbit().all())
@@ -149,6 +151,9 @@ class DDP:
     grad_dtype: the dtype in which bf16 gradients are summed over microbatches (default: fp32).
     reduce_dtype: the dtype in which bf16 gradients are all-reduced (default: the parameters'; fp32
         sends twice the bytes). It has no effect with one rank. Both do nothing for fp32 parameters.
+    overlap: False: finish() sends all buckets. Needed if ranks of `group` use different parameters
+        in one step and are in pipelines: a rank that sends a bucket later than another one, after
+        other transfers, could wait for it in a cycle.
 
     step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
     do something in between, or with several optimizers. Values that you write to a bf16 parameter
@@ -158,32 +163,33 @@ class DDP:
     bucket.
 
     Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
-    if a `.grad` is replaced; if a call is missing or out of order; or if the optimizer holds bf16
-    parameters instead of their fp32 copies."""
+    if a call is missing or out of order; or if the optimizer holds bf16 parameters instead of their
+    fp32 copies."""
 
     def __init__(
         self, model: nn.Module, group: dist.ProcessGroup | None = None,
         accumulations: int | dict[nn.Parameter, int] = 1,
         bucket_bytes: int = 25 * 2**20, reduce: Callable = all_reduce_bucket,
         grad_dtype: torch.dtype | None = None, reduce_dtype: torch.dtype | None = None,
+        overlap: bool = True,
     ):  # fmt: skip
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("DDP needs a process group: call dist.init_process_group() first")
         self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
         self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
-        self.group, self.reduce = group, reduce
+        self.group, self.reduce, self.overlap = group, reduce, overlap
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
-        self.accumulations = accumulations
         check_accumulations(model, accumulations)
+        self.accumulations = [accumulations[p] for _, p in self.parameters]
         self.bucket_bytes = bucket_bytes
         self.grad_dtype = grad_dtype or torch.float32
         self.reduce_dtype = reduce_dtype
         check_same_parameters(self.named, group)
         me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
-        for _, p in self.parameters:
-            p.register_post_accumulate_grad_hook(lambda p: me() and me()._accumulated(p))
+        for i, (_, p) in enumerate(self.parameters):
+            p.register_post_accumulate_grad_hook(lambda p, i=i: me() and me()._accumulated(i, p))
         # What the optimizer updates: in bf16 a small update, added to a weight, is rounded away.
         self.masters = {
             p: p.detach().float().requires_grad_() if p.dtype.itemsize < 4 else p
@@ -200,43 +206,47 @@ class DDP:
             lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
         )
         weakref.finalize(self, check.remove)
+        # By parameter, like `accumulations`: the gradient, a view of a bucket, and which bucket.
+        self.gradients: list[Tensor | None] = [None] * len(self.parameters)
+        self.bucket_of = [0] * len(self.parameters)
         # A guess until the first step has shown it: the last layer's gradients are ready first.
-        self._lay_out([p for _, p in reversed(self.parameters)])
-        self.ready: list[nn.Parameter] = []  # in the order in which gradients were complete
+        self._lay_out(range(len(self.parameters))[::-1])
+        self.ready: list[int] = []  # parameters, in the order in which gradients were complete
         self.learned = False
         self.launched: list = []  # (what was sent, handle), by bucket
         self.phase = "idle"  # then "backward", "finished" and "update"
         self.start()
 
-    def _lay_out(self, order: list[nn.Parameter]) -> None:
-        """Make the buckets, each of one dtype."""
+    def _lay_out(self, order: Iterable[int]) -> None:
+        """Make the buckets, each of one dtype. order: numbers of parameters."""
         self.buckets: list[Tensor] = []
         self.sent_dtypes: list[torch.dtype] = []
-        self.bucket_of: dict[nn.Parameter, int] = {}
-        self.gradients: dict[nn.Parameter, Tensor] = {}
-        filling: dict[torch.dtype, list[nn.Parameter]] = {}
-        for p in order:
+        filling: dict[torch.dtype, list[int]] = {}
+        for i in order:
+            _, p = self.parameters[i]
             members = filling.setdefault(p.dtype, [])
-            members.append(p)
-            size = sum(q.numel() * q.element_size() for q in members)
+            members.append(i)
+            size = sum(self.parameters[j][1].nbytes for j in members)
             if size >= (self.bucket_bytes if self.buckets else self.bucket_bytes // 25):
                 self._add_bucket(filling.pop(p.dtype))
         for members in filling.values():
             self._add_bucket(members)
 
-    def _add_bucket(self, members: list[nn.Parameter]) -> None:
-        """Gradients are views of the bucket: backward accumulates in place."""
-        dtype = sent_dtype = members[0].dtype
+    def _add_bucket(self, members: list[int]) -> None:
+        """Gradients are views of the bucket."""
+        parameters = [self.parameters[i][1] for i in members]
+        dtype = sent_dtype = parameters[0].dtype
         if dtype.itemsize < 4:
             dtype, sent_dtype = self.grad_dtype, self.reduce_dtype or dtype
-        flat = members[0].new_zeros(sum(p.numel() for p in members), dtype=dtype)
-        for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
-            if p.grad is not None:  # of the first step, from its old bucket
-                part.copy_(p.grad.flatten())
-            p.grad = None
-            p.grad_dtype = dtype  # bf16 gradients may add up in fp32
-            self.gradients[p] = p.grad = part.view_as(p)
-            self.bucket_of[p] = len(self.buckets)
+        sizes = [p.numel() for p in parameters]
+        flat = parameters[0].new_zeros(sum(sizes), dtype=dtype)
+        for i, p, part in zip(members, parameters, flat.split(sizes), strict=True):
+            if self.gradients[i] is not None:  # of the first step, from its old bucket
+                part.copy_(self.gradients[i].flatten())
+            # Any dtype. Of a tied bf16 matrix autograd sums two gradients: in fp32, as here.
+            p.grad_dtype = dtype if hasattr(p, "tied_name") else None
+            self.gradients[i] = part.view_as(p)
+            self.bucket_of[i] = len(self.buckets)
         self.buckets.append(flat)
         self.sent_dtypes.append(sent_dtype)
 
@@ -245,18 +255,18 @@ class DDP:
         group's first rank; parameters without a gradient in that step come last. Before any has
         left, so that all steps are summed in one layout: a ring adds in an order that depends on
         the place in a bucket, and a run that begins again must come to the same bits."""
-        number = {p: i for i, (_, p) in enumerate(self.parameters)}
         if self.parameters:
-            order = [number[p] for p in dict.fromkeys([*self.ready, *number])]
+            order = [*dict.fromkeys([*self.ready, *range(len(self.parameters))])]
             numbers = torch.tensor(order, device=self.buckets[0].device)
-            dist.broadcast(numbers, group=self.group, group_src=0)  # payload: parameters, once
-            self._lay_out([self.parameters[i][1] for i in numbers.tolist()])
+            if self.group.size() > 1:
+                dist.broadcast(numbers, group=self.group, group_src=0)  # payload: parameters, once
+            self._lay_out(numbers.tolist())
         self.learned = True
 
     def start(self) -> None:
-        """Before the first backward of a step: gradients to zero, counters to the full. If an
-        exception interrupted the last step, at the same place on all ranks, this completes its
-        collectives."""
+        """Before the first backward of a step: every `.grad` is None until finish(), which sets it
+        to the sum. If an exception interrupted the last step, at the same place on all ranks, this
+        completes its collectives."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to write the update to the model")  # fmt: skip
@@ -266,43 +276,69 @@ class DDP:
                 raise ValueError(f"{name} was {change} after this DDP was made, and its buckets "
                                  "are fixed: delete it and make a new one")  # fmt: skip
         for _, handle in self.launched:  # they still write to the buckets
-            handle.wait()
+            if handle is not None:
+                handle.wait()
         self.launched = []
-        for flat in self.buckets:
-            flat.zero_()
         for p, master in self.masters.items():
-            p.grad = self.gradients[p]
-            master.grad = p.grad if master is p else None
-        self.missing = {p: self.accumulations[p] for p in self.bucket_of}
+            p.grad = master.grad = None
+        self.arrived: list[int] = []  # parameters whose `.grad` is not yet in the bucket
+        self.missing = self.accumulations.copy()
         self.waiting = [0] * len(self.buckets)  # parameters that a bucket still waits for
-        for bucket in self.bucket_of.values():
+        for bucket in self.bucket_of:
             self.waiting[bucket] += 1
         self.ready = []
         self.phase = "backward"
 
-    def _accumulated(self, p: nn.Parameter) -> None:
-        """Autograd calls this each time it has added to p.grad."""
+    def _accumulated(self, i: int, p: nn.Parameter) -> None:
+        """Autograd calls this when p.grad is the gradient of one backward."""
+        if p.grad is None:  # a custom backward returned None
+            return
         if self.phase != "backward":
             raise ValueError("backward outside of start() and finish(): call start() first, or "
                              "freeze this model while the loss of another one uses it")  # fmt: skip
-        self.missing[p] -= 1
-        if self.missing[p] < 0:
-            raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: pass "
-                             "accumulations=m for m microbatches")  # fmt: skip
-        if self.missing[p] > 0:
+        bucket = self.bucket_of[i]
+        if self.arrived and self.bucket_of[self.arrived[0]] != bucket:
+            self._flush()
+        if not self.arrived:  # at the end of this backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._flush)
+        self.arrived.append(i)
+        self.missing[i] -= 1
+        if self.missing[i] > 0:
             return
-        self.ready.append(p)
-        self.waiting[self.bucket_of[p]] -= 1
+        if self.missing[i] < 0:
+            raise ValueError(f"more than {self.accumulations[i]} accumulations in a step: pass "
+                             "accumulations=m for m microbatches")  # fmt: skip
+        self.ready.append(i)
+        self.waiting[bucket] -= 1
         # In bucket order and no other, though a later bucket may fill first on some rank:
         # collectives are matched by order, and the ranks must agree on it.
-        while (self.learned and len(self.launched) < len(self.buckets)
+        while (self.overlap and self.learned and len(self.launched) < len(self.buckets)
                and self.waiting[len(self.launched)] == 0):  # fmt: skip
             self._launch()
 
+    def _flush(self) -> None:
+        """Add the gradients that have arrived to their bucket, in its dtype, in one call. Then
+        `.grad` is None: torch.compile does not compile a layer with a `.grad` of another dtype."""
+        first = [i for i in self.arrived if self.missing[i] == self.accumulations[i] - 1]
+        later = [i for i in self.arrived if self.missing[i] < self.accumulations[i] - 1]
+        with torch.no_grad():
+            for call, numbers in ((torch._foreach_copy_, first), (torch._foreach_add_, later)):
+                parameters = [self.parameters[i][1] for i in numbers]
+                if numbers:  # an nn.Embedding's gradient may be sparse
+                    call([self.gradients[i] for i in numbers],
+                         [p.grad.to_dense() for p in parameters])  # fmt: skip
+                for p in parameters:
+                    p.grad = None
+        self.arrived = []
+
     def _launch(self) -> None:
+        self._flush()
         i = len(self.launched)
         flat, dtype = self.buckets[i], self.sent_dtypes[i]
-        sent = flat.to(dtype) if self.group.size() > 1 else flat  # no copy if the dtype is the same
+        if self.group.size() == 1:
+            self.launched.append((flat, None))
+            return
+        sent = flat.to(dtype)  # no copy if the dtype is the same
         self.launched.append((sent, self.reduce(sent, self.group)))
 
     def finish(self) -> None:
@@ -311,25 +347,21 @@ class DDP:
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
-        for name, p in self.parameters:
-            if p.grad is not self.gradients[p]:
-                raise ValueError(f"{name}: its .grad was replaced, so the gradient is not in a "
-                                 "bucket: do not call zero_grad() after start(), which zeroes "
-                                 "gradients")  # fmt: skip
-        unused = [p for p in self.bucket_of if self.missing[p] == self.accumulations[p]]
-        for p in unused:
-            p.grad.fill_(-0.0)  # see is_unused
+        unused = {i for i, n in enumerate(self.missing) if n == self.accumulations[i]}
+        for i in unused:
+            self.gradients[i].fill_(-0.0)  # see is_unused
         if not self.learned:
             self._learn()
         while len(self.launched) < len(self.buckets):
             self._launch()
         for flat, (sent, handle) in zip(self.buckets, self.launched, strict=True):
-            handle.wait()
-            flat.copy_(sent)
+            if handle is not None:
+                handle.wait()
+                flat.copy_(sent)
         self.launched = []
-        for p in unused:
-            if is_unused(p.grad):
-                p.grad = None
+        for i, (_, p) in enumerate(self.parameters):
+            unused_by_all = i in unused and is_unused(self.gradients[i])
+            p.grad = None if unused_by_all else self.gradients[i]
         self.phase = "finished"
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
@@ -382,9 +414,12 @@ class DDP:
 
     def after_step(self) -> None:
         """After the optimizer: every rank has updated everything."""
-        with torch.no_grad():
-            for p, master in self.masters.items():
-                p.copy_(master)  # itself, unless in bf16
+        narrow = [p for p, master in self.masters.items() if master is not p]
+        if narrow:
+            with torch.no_grad():
+                torch._foreach_copy_(narrow, [self.masters[p] for p in narrow])
+        for p in narrow:
+            p.grad = None  # it has another dtype, see _flush
         self.phase = "idle"
 
     def gather(self) -> None:
@@ -404,6 +439,7 @@ class Hierarchical:
     """`reduce` of DDP: reduce-scatter inside a host, all-reduce of that share across, all-gather
     inside. While one bucket is scattered, the one before it crosses and a third is gathered: each
     launch takes all that are under way one phase further, and waits for the phase they are in.
+    On a GPU a side stream waits; the compute stream does so only in wait().
 
     inside: the ranks of the DDP's group that are on this host, equally many on each.
     across: the ranks that have this one's place on theirs."""
@@ -411,8 +447,12 @@ class Hierarchical:
     def __init__(self, inside: dist.ProcessGroup, across: dist.ProcessGroup):
         self.inside, self.across = inside, across
         self.under_way: list[Iterator] = []  # a bucket each
+        self.stream = None
 
     def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
+        self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
+        self.stream = self.stream or self.device.Stream()
+        self.stream.wait_stream(self.device.current_stream())  # backward has filled `flat`
         self.under_way.append(self._phases(flat))
         self._advance()
         return self
@@ -421,10 +461,12 @@ class Hierarchical:
         """For all that are under way, whichever bucket asks: every handle is this object."""
         while self.under_way:
             self._advance()
+        self.device.current_stream().wait_stream(self.stream)
 
     def _advance(self) -> None:
         """Oldest first, and by one phase: in the same order on all ranks."""
-        self.under_way = [phases for phases in self.under_way if next(phases, None)]
+        with self.device.stream(self.stream):
+            self.under_way = [phases for phases in self.under_way if next(phases, None)]
 
     def _phases(self, flat: Tensor) -> Iterator[dist.Work]:
         n = self.inside.size()
@@ -452,6 +494,8 @@ def check_same_parameters(
 ) -> None:
     """Raises ValueError, on every rank and naming the first difference, if the ranks do not have
     the same parameters, with the same values, in the same order."""
+    if group.size() == 1:
+        return
     mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
             for name, p in parameters]  # fmt: skip
     everyone: list = [None] * group.size()
@@ -613,9 +657,9 @@ def main() -> None:
                 continue
             exposed = psi
             if sync:  # all but the buckets that wait for one of these: below is no matrix
-                last = [p for n, p in sync.parameters if n.startswith(("wte", "wpe", "h.0.ln_1",
-                                                                       "h.0.attn.c_attn"))]
-                late = {sync.bucket_of[p] for p in last}
+                last = [i for i, (n, _) in enumerate(sync.parameters)
+                        if n.startswith(("wte", "wpe", "h.0.ln_1", "h.0.attn.c_attn"))]
+                late = {sync.bucket_of[i] for i in last}
                 exposed = sum(sync.buckets[i].numel() for i in range(min(late), len(sync.buckets)))
             calls = {"naive": len(p), "flat": 1, "bucketed": sync and len(sync.buckets)}[rung]
             total, hidden = (seen.total("dp", "all_reduce", hidden=h) for h in (None, True))

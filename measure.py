@@ -70,14 +70,17 @@ class Total(NamedTuple):
 
 
 class Collectives(TorchDispatchMode):
-    """Records every collective of this process. `groups` names the groups that matter; a call on
-    any other group is recorded under torch's own name for it. What runs in a recomputed forward
+    """Records every collective of this process. `groups` names the groups that matter; of several
+    names of one group the first counts. A call on any other group is recorded under torch's own
+    name for it. What runs in a recomputed forward
     counts as backward, since that is when it runs. An asynchronous call is hidden if a matrix
     multiplication starts before anything reads its result; the others are exposed."""
 
     def __init__(self, groups: dict[str, dist.ProcessGroup] | None = None):
         super().__init__()
-        self.names = {group.group_name: name for name, group in (groups or {}).items()}
+        self.names: dict[str, str] = {}
+        for name, group in (groups or {}).items():
+            self.names.setdefault(group.group_name, name)
         self.calls: list[Call] = []
         self._matmuls = 0
         self._unread: dict[int, tuple[int, int]] = {}  # storage -> (call, matmuls before it)

@@ -57,7 +57,7 @@ def all_reduce_tied(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
     """The tied embedding is held by the first stage (lookup) and the last (head), and each has the
     gradient of its own use. `group`: the ranks of these two; if that is one rank, it has one matrix
     and the sum already. Call when gradients have met over dp."""
-    for gradient in gradients:
+    for gradient in gradients if group.size() > 1 else ():
         dist.all_reduce(gradient, group=group)  # payload: v h, or the shard of it
 
 

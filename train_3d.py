@@ -112,12 +112,18 @@ class Trainer:
         self.optimizer = self._make_optimizer()
 
     def _make_groups(self, p: int, d: int, k: int, t: int, ends: list[int]) -> None:
+        # Groups by table of ranks. Axes with the same table share a group: fewer communicators, and
+        # their calls keep one order. A group of one rank sends nothing and has no communicator.
+        self.groups = {str([[*range(p * d * t)]]): dist.group.WORLD}
+        gloo = "gloo" if self.device.type == "cuda" else None
+        self.alone = dist.new_group([dist.get_rank()], backend=gloo, group_desc="one rank",
+                                    use_local_synchronization=True)  # fmt: skip
         ranks = torch.arange(p * d * t).view(p, d // k, k, t)  # tp innermost: neighbours
+        self.tp_group = self._my_group("tp", ranks.flatten(0, 2))
+        self.dp_group = self._my_group("dp", ranks.movedim(3, 1).flatten(2).flatten(0, 1))
         self.pp_group = self._my_group("pp", ranks.movedim(0, 3).flatten(0, 2))
         self.replica_group = self._my_group("replica", ranks.movedim(1, 3).flatten(0, 2))
         self.shard_group = self._my_group("shard", ranks.movedim(2, 3).flatten(0, 2))
-        self.tp_group = self._my_group("tp", ranks.flatten(0, 2))
-        self.dp_group = self._my_group("dp", ranks.movedim(3, 1).flatten(2).flatten(0, 1))
         if self.args.dp_nodes > 1:
             hosts = ranks.view(p, self.args.dp_nodes, -1, t)
             self.inside_group = self._my_group("inside", hosts.movedim(2, 3).flatten(0, 2))
@@ -125,12 +131,19 @@ class Trainer:
         # The ranks with first and last stage of one pipeline: the holders of a tied wte.
         self.tied_group = self._my_group("tied", ranks[ends].flatten(1).T)
 
-    def _my_group(self, name: str, groups: Tensor) -> dist.ProcessGroup | None:
-        mine, limit = None, datetime.timedelta(seconds=self.args.timeout)
-        for ranks in groups.tolist():
-            group = dist.new_group(ranks, limit, group_desc=name)  # every rank must make every one
-            mine = group if dist.get_rank() in ranks else mine
-        return mine
+    def _my_group(self, name: str, groups: Tensor) -> dist.ProcessGroup:
+        """The one of `groups` [n, size] that this rank is in, else a group of this rank alone.
+        Every rank must pass the same table."""
+        limit, table = datetime.timedelta(seconds=self.args.timeout), groups.tolist()
+        if groups.size(1) == 1 and dist.get_world_size() > 1:
+            return self.alone
+        if (key := str(table)) not in self.groups:
+            if self.device.type == "cuda":  # one call of NCCL per axis, not one per group
+                mine = dist.split_group(split_ranks=table, timeout=limit, group_desc=name)
+            else:
+                mine, _ = dist.new_subgroups_by_enumeration(table, limit, group_desc=name)
+            self.groups[key] = self.alone if mine is None else mine
+        return self.groups[key]
 
     def _attach(self, sync: Callable | None, accumulations: dict[nn.Parameter, int]):
         stage, dtypes = self.args.zero, ("grad_dtype", "reduce_dtype")
@@ -204,7 +217,7 @@ class Trainer:
         """This rank's share of the mean loss over the global batch `step` of read."""
         share, b = self.args.global_batch_size // self.dp_group.size(), self.args.micro_batch_size
         rows = range(self.dp_group.rank() * share, (self.dp_group.rank() + 1) * share)
-        x, y = (tokens.to(self.device) for tokens in read(step, rows))
+        x, y = (to_device(tokens, self.device) for tokens in read(step, rows))
         count, targets = ddp.global_count(y, self.dp_group), y.split(b)
 
         def before(microbatch: int) -> None:
@@ -234,7 +247,8 @@ class Trainer:
         norms = torch._foreach_norm(mine) if mine else [loss.new_zeros(())]
         asked = loss.new_full((), float(self.asked_to_stop))
         stats = torch.stack([loss * first_tp, torch.stack(norms).square().sum(), asked])
-        dist.all_reduce(stats)  # payload: 3, over the world
+        if dist.get_world_size() > 1:
+            dist.all_reduce(stats)  # payload: 3, over the world
         stats[1].sqrt_()
         return stats
 
@@ -308,28 +322,34 @@ class Trainer:
         return tokens
 
 
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """The host waits for a copy from pageable memory, and not for one from pinned memory."""
+    if t.device.type != device.type:
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
+
+
+def start_to_host(t: Tensor) -> Callable[[], Tensor]:
+    """Start to copy t to the host. The function returned waits for the copy, and for no operation
+    that is queued after it."""
+    host = torch.empty_like(t, device="cpu", pin_memory=t.is_cuda).copy_(t, non_blocking=True)
+    event = torch.get_device_module(t.device).Event()
+    event.record()
+
+    def finish() -> Tensor:
+        event.synchronize()
+        return host
+
+    return finish
+
+
 def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
     """Of each block its forward alone: hooks, names and what comes to stand around it stay outside;
     and so does a core that is to be recomputed by itself."""
     for block in blocks.values():
         if recompute == "selective":
             block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
-        compiled = torch.compile(block.forward)
-        block.forward = functools.partial(without_wide_gradients, compiled, block)
-
-
-def without_wide_gradients(forward: Callable, block: nn.Module, *xs: Tensor) -> Tensor:
-    """torch.compile does not compile a layer whose parameter and gradient differ in dtype (bf16 and
-    fp32), so such gradients are removed during the forward."""
-    wide = [(p, p.grad) for p in block.parameters()
-            if p.grad is not None and p.grad.dtype != p.dtype]  # fmt: skip
-    for p, _ in wide:
-        p.grad = None
-    try:
-        return forward(*xs)
-    finally:
-        for p, gradient in wide:
-            p.grad = gradient
+        block.forward = torch.compile(block.forward)
 
 
 def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:
@@ -378,6 +398,8 @@ def join_ranks(device: torch.device, timeout: int = 600) -> None:
                      "NCCL and gloo do not meet: give --device cpu, or nodes alike")  # fmt: skip
         if on_gpu:
             torch.cuda.set_device(device)
+            # The GPU runs calls of different groups in the order of the host (NCCL 2.26).
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
             timeout=limit, device_id=device if on_gpu else None,
@@ -460,15 +482,15 @@ def train(
         trainer.watch(trace)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(trainer, "asked_to_stop", True))
-    asked, stop = torch.zeros(()), min(args.steps, args.stop_after or args.steps)
+    asked, stop = start_to_host(torch.zeros(())), min(args.steps, args.stop_after or args.steps)
     gc.freeze()  # what is here now stays, so a collection need not look at it (0.1 s each)
     logger.start()
     for step in range(first, stop):
         stats = trainer.step(step)
         logger.step(step, stats, trainer.learning_rate(step))
-        # Asked in the step before: that is over, so nothing waits for this number.
-        stopped = step + 1 < stop and asked.item() > 0
-        asked, last = stats[2], stopped or step + 1 == stop
+        # Asked in the step before: the host does not wait for the step that it has just queued.
+        stopped = step + 1 < stop and asked().item() > 0
+        asked, last = start_to_host(stats[2]), stopped or step + 1 == stop
         if args.val_every and ((step + 1) % args.val_every == 0 or step + 1 == args.steps):
             logger.flush()
             val_loss = trainer.validate(read_held_out)

@@ -20,10 +20,10 @@ payload is what ddp.py's was: the second half carries parameters in place of gra
     with bf16 gradients. In fp32: 4, 4, 8. m microbatches. Hybrid, `replicas`: d is the size of the
     group that shards; each shard of the gradients is all-reduced over the ranks that replicate it.)
 
-A unit is a block, or a layer outside of the blocks. Its shard is a range of a flat buffer, cut
-without regard to where parameters begin: the last is padded, a matrix may lie on two ranks. The
-optimizer therefore gets *pieces*, a view for each (parameter, my shard) that meet; padding belongs
-to none of them and is never in a norm or a decay.
+A unit is a block, or a layer outside of the blocks. Its parameters lie in a flat buffer, which is
+split into d shards of equal length: a matrix may lie on two ranks. Parameters and shards start at
+multiples of 8 elements. The optimizer gets *pieces*: a view for each parameter that overlaps my
+shard. Padding belongs to no piece, so it is never in a norm or a decay.
 
     torchrun --standalone --nproc-per-node 2 zero.py
 
@@ -36,7 +36,7 @@ import functools
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -79,29 +79,31 @@ class Unit:
         narrow = like.dtype.itemsize < 4
         grad_dtype = (grad_dtype or torch.float32) if narrow else like.dtype
         self.reduce_dtype = reduce_dtype if narrow and reduce_dtype else like.dtype
-        n = -(-sum(p.numel() for _, p in members) // group.size())
+        size = padded([p.numel() for _, p in members], group.size())
+        n = size // group.size()
         mine = self.mine = slice(group.rank() * n, (group.rank() + 1) * n)
-        self.parameters = like.new_zeros(n * group.size())
+        self.parameters = like.new_zeros(size)
         self.gradients = None
         if whole_gradients and self.trainable:
-            self.gradients = self.parameters.to(grad_dtype, copy=True)
+            self.gradients = like.new_zeros(size, dtype=grad_dtype)
         self.place: dict[nn.Parameter, slice] = {}
         self.gradient_of: dict[nn.Parameter, Tensor] = {}  # views of `gradients`
         self.reduced: dict[nn.Parameter, Tensor] = {}  # what `.grad` is after finish()
         end = 0
         for _, p in members:
-            here = self.place[p] = slice(end, end := end + p.numel())
+            here = self.place[p] = slice(end, end + p.numel())
+            end += aligned(p.numel())
             self.parameters[here] = p.detach().flatten()
             p.data = self.parameters[here].view_as(p)
             p.grad = None
             if self.gradients is not None:
-                p.grad_dtype = grad_dtype  # bf16 gradients may add up in fp32
+                p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None  # see ddp.py
                 self.gradient_of[p] = self.gradients[here].view_as(p)
-            dtype = grad_dtype if self.gradients is not None else like.dtype
-            zero = like.new_zeros((), dtype=dtype).expand(p.shape)
+            zero = like.new_zeros((), dtype=p.grad_dtype or p.dtype).expand(p.shape)
             self.reduced[p] = Tensor._make_subclass(ReducedGradient, zero)
         shard = self.parameters[mine]
-        self.parameter_shard = shard if whole_parameters else shard.clone()
+        kept = whole_parameters or group.size() == 1
+        self.parameter_shard = shard if kept else shard.clone()
         if self.gradients is not None:
             self.gradient_shard = self.gradients[mine]
         else:
@@ -117,7 +119,7 @@ class Unit:
             if start < stop:
                 here = slice(start - mine.start, stop - mine.start)  # in my shard
                 self.add_piece(name, p, here, start - self.place[p].start)
-        self.whole, self.gathering, self.reducing = True, None, None
+        self.whole, self.gathering, self.reducing, self.sum = True, None, None, None
         self.readable = True
 
     def add_piece(self, name: str, p: nn.Parameter, here: slice, start: int) -> None:
@@ -155,10 +157,11 @@ class Unit:
     def reshard(self) -> None:
         """Give the memory back, but not the storage: the parameters and what autograd has saved of
         them are views of it, and see it filled again."""
-        self.wait()
-        self.parameters.untyped_storage().resize_(0)
-        self.whole = False
-        self.allow_reads(False)
+        if self.group.size() > 1:
+            self.wait()
+            self.parameters.untyped_storage().resize_(0)
+            self.whole = False
+            self.allow_reads(False)
 
     def refresh(self) -> None:
         """load_state_dict wrote to the full parameters: copy my range to my shard."""
@@ -171,21 +174,22 @@ class Unit:
         if self.group.size() > 1:
             flat = flat.to(self.reduce_dtype)
         self.sum, self.first = flat[self.mine], first
-        self.reducing = reduce_scatter(  # payload: the unit
-            self.sum, flat, group=self.group, async_op=True
-        )
+        if self.group.size() > 1:
+            self.reducing = reduce_scatter(  # payload: the unit
+                self.sum, flat, group=self.group, async_op=True
+            )
 
     def land(self, replicas: dist.ProcessGroup | None = None) -> None:
         """Add to my shard what arrived, or begin it; then, with `replicas`, start to sum the shard
         over these, which lands in its turn."""
-        if self.reducing is None:
+        if self.sum is None:
             return
-        self.reducing.wait()
+        if self.reducing is not None:
+            self.reducing.wait()
         (self.gradient_shard.copy_ if self.first else self.gradient_shard.add_)(self.sum)
         self.sum = self.reducing = None
-        if replicas is not None:
-            dtype = self.reduce_dtype if replicas.size() > 1 else self.gradient_shard.dtype
-            self.sum, self.first = self.gradient_shard.to(dtype), True
+        if replicas is not None and replicas.size() > 1:
+            self.sum, self.first = self.gradient_shard.to(self.reduce_dtype), True
             self.reducing = dist.all_reduce(  # payload: my shard
                 self.sum, group=replicas, async_op=True
             )
@@ -248,6 +252,7 @@ class Zero1:
         parameters'; fp32 sends twice the bytes). It has no effect with one rank. Both do nothing
         for fp32 parameters.
     blocks: modules to gather at a time, instead of the default; see `layers`.
+    overlap: False: finish() reduces all units, as in ddp.py.
 
     step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
     do something in between, or with several optimizers. If no rank uses a parameter in a step, its
@@ -263,8 +268,7 @@ class Zero1:
     shards only: every rank saves its own.
 
     Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
-    if a `.grad` is replaced (ZeRO-1); if a call is missing or out of order; or if the optimizer
-    holds parameters instead of pieces."""
+    if a call is missing or out of order; or if the optimizer holds parameters instead of pieces."""
 
     whole_parameters = whole_gradients = True
 
@@ -273,11 +277,12 @@ class Zero1:
         accumulations: int | dict[nn.Parameter, int] = 1,
         replicas: dist.ProcessGroup | None = None, grad_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None, blocks: Collection[nn.Module] | None = None,
+        overlap: bool = True,
     ):  # fmt: skip
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("ZeRO needs a process group: call dist.init_process_group() first")
-        self.group, self.replicas = group, replicas
+        self.group, self.replicas, self.overlap = group, replicas, overlap
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
         self.accumulations = accumulations
@@ -336,6 +341,7 @@ class Zero1:
         counts = [accumulations[p] for unit in trainable for p in unit.place]
         rounds = self.rounds = 1 if self.whole_gradients else min(counts, default=1)
         self.launches = [(i + 1, unit) for i in range(rounds) for unit in reversed(trainable)]
+        self.launch_of = {unit: i for i, (_, unit) in enumerate(self.launches[: len(trainable)])}
         self.last_round = len(self.launches) - len(trainable)
         self.phase = "idle"  # then "backward", "finished" and "update"
         self.start()
@@ -352,7 +358,7 @@ class Zero1:
         return getattr(p, "tied_name", None), p.dtype, p.requires_grad, partial
 
     def start(self) -> None:
-        """Before the first backward of a step: gradients to zero, counters too. If an exception
+        """Before the first backward of a step: no gradients, and counters at zero. If an exception
         interrupted the last step, at the same place on all ranks, this completes its collectives
         and drops its gradients."""
         if self.phase == "update":
@@ -366,17 +372,18 @@ class Zero1:
                                      "units are fixed: rebuild the model and ZeRO")  # fmt: skip
             for unit in self.units:
                 unit.land()
-                if unit.gradients is not None:
-                    unit.gradients.zero_()
                 storage = unit.parameters.untyped_storage()._cdata
                 for p in unit.place:
                     if p.untyped_storage()._cdata != storage:
                         raise ValueError(f"{self.names[p]}: its data was replaced and is not in "
                                          "the buffer: call model.to() before ZeRO")  # fmt: skip
-                    p.grad = unit.gradient_of.get(p)
+                    p.grad = None
                 for piece in unit.pieces:
                     piece.tensor.grad = None
+            self.arrived: list[nn.Parameter] = []  # their `.grad` is not yet in the buffer
             self.done = {p: 0 for p in self.unit_of if p.requires_grad}  # accumulations
+        # By launch: how many parameters of the unit have not completed this round.
+        self.waiting = [len(unit.place) for _, unit in self.launches]
         self.launched = 0
         self.phase = "backward"
 
@@ -386,22 +393,44 @@ class Zero1:
             unit.wait()
 
     def _accumulated(self, p: nn.Parameter) -> None:
+        if p.grad is None:  # a custom backward returned None
+            return
         if self.phase != "backward":
             raise ValueError("backward outside of start() and finish(): call start() first, or "
                              "freeze this model while the loss of another one uses it")  # fmt: skip
+        unit, n = self.unit_of[p], self.accumulations[p]
+        if self.whole_gradients:
+            if self.arrived and self.unit_of[self.arrived[0]] is not unit:
+                self._flush()
+            if not self.arrived:  # at the end of this backward
+                torch.autograd.Variable._execution_engine.queue_callback(self._flush)
+            self.arrived.append(p)
+        before = self.done[p] * self.rounds // n  # rounds that were complete for p
         self.done[p] += 1
-        if self.done[p] > self.accumulations[p]:
-            raise ValueError(f"more than {self.accumulations[p]} accumulations in a step: pass "
-                             "accumulations=m for m microbatches")  # fmt: skip
-        while self.launched < len(self.launches) and self._full(*self.launches[self.launched]):
-            self._launch()
+        if self.done[p] > n:
+            raise ValueError(f"more than {n} accumulations in a step: pass accumulations=m for m "
+                             "microbatches")  # fmt: skip
+        if self.done[p] * self.rounds // n > before:
+            self.waiting[before * len(self.launch_of) + self.launch_of[unit]] -= 1
+            while (self.overlap and self.launched < len(self.launches)
+                   and self.waiting[self.launched] == 0):  # fmt: skip
+                self._launch()
 
-    def _full(self, round_: int, unit: Unit) -> bool:
-        return all(
-            self.done[p] * self.rounds >= round_ * self.accumulations[p] for p in unit.place
-        )
+    def _flush(self) -> None:
+        """Add the gradients that have arrived to their unit's buffer, in its dtype: see ddp.py."""
+        first = [p for p in self.arrived if self.done[p] == 1]
+        later = [p for p in self.arrived if self.done[p] > 1]
+        with torch.no_grad():
+            for call, parameters in ((torch._foreach_copy_, first), (torch._foreach_add_, later)):
+                if parameters:  # an nn.Embedding's gradient may be sparse
+                    call([self.unit_of[p].gradient_of[p] for p in parameters],
+                         [p.grad.to_dense() for p in parameters])  # fmt: skip
+        for p in self.arrived:
+            p.grad = None
+        self.arrived = []
 
     def _launch(self) -> None:
+        self._flush()
         self._land()
         round_, unit = self.launches[self.launched]
         unit.reduce(self._take_gradients(unit), first=round_ == 1)
@@ -425,13 +454,6 @@ class Zero1:
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
-        for unit in self.units:
-            for p, gradient in unit.gradient_of.items():
-                if p.grad is not gradient:
-                    raise ValueError(
-                        f"{self.names[p]}: its .grad was replaced, so the gradient is not in the "
-                        "buffer: do not call zero_grad() after start(), which zeroes gradients"
-                    )
         while self.launched < len(self.launches):
             self._launch()
         self._land()
@@ -455,7 +477,8 @@ class Zero1:
             pieces = [piece.tensor for piece in self.pieces()]
             mine = nn.utils.get_total_norm([t.grad for t in pieces if t.grad is not None])
             square = mine.to(pieces[0].device, torch.float64).square()
-            dist.all_reduce(square, group=self.group)  # payload: 1
+            if self.group.size() > 1:
+                dist.all_reduce(square, group=self.group)  # payload: 1
             norm = square.sqrt()
             nn.utils.clip_grads_with_norm_(pieces, clip, norm)
         optimizer.step()
@@ -510,7 +533,7 @@ class Zero1:
         for unit in self.units:
             unit.wait()  # no forward may have used it since the last step
             unit.parameter_shard.copy_(unit.master)  # itself, unless in bf16
-            unit.whole = False
+            unit.whole = self.group.size() == 1
             unit.unshard()
         self.phase = "idle"
 
@@ -540,16 +563,18 @@ class Zero2(Zero1):
     whole_gradients = False
 
     def _take_gradients(self, unit: Unit) -> Tensor:
-        parts = []
+        flat, views, gradients = unit.parameters.new_zeros(unit.parameters.numel()), [], []
         with not_intercepted():
-            for p in unit.place:
+            for p, here in unit.place.items():
                 if p.grad is None:
-                    parts.append(unit.parameters.new_full((p.numel(),), -0.0))  # see is_unused
+                    flat[here] = -0.0  # see is_unused
                 else:
-                    parts.append(p.grad.to_dense().flatten())  # an nn.Embedding's may be sparse
+                    views.append(flat[here].view(p.shape))
+                    gradients.append(p.grad.to_dense())  # an nn.Embedding's may be sparse
                 p.grad = None
-        padding = unit.parameters.numel() - sum(p.numel() for p in unit.place)
-        return torch.cat([*parts, unit.parameters.new_zeros(padding)])
+            if views:
+                torch._foreach_copy_(views, gradients)
+        return flat
 
 
 # Rung 3: ZeRO-3. The same for parameters: whole when a layer needs them, and only then.
@@ -696,8 +721,9 @@ class Zero3(Zero2):
             unit.reshard()
 
     def after_step(self) -> None:
+        torch._foreach_copy_([unit.parameter_shard for unit in self.units],
+                             [unit.master for unit in self.units])  # fmt: skip
         for unit in self.units:
-            unit.parameter_shard.copy_(unit.master)
             unit.reshard()  # if somebody has gathered it since
         self.phase = "idle"
 
@@ -739,6 +765,8 @@ def check_same_parameters(
 ) -> None:
     """Raises ValueError, on every rank and naming the first difference, if the ranks do not have
     the same parameters, with the same values, in the same order."""
+    if group.size() == 1:
+        return
     mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
             for name, p in parameters]  # fmt: skip
     everyone: list = [None] * group.size()
@@ -861,20 +889,27 @@ class Payload(NamedTuple):
     hidden: int
 
 
-def padded(numel: int, d: int) -> int:
-    """Elements of a flat buffer that holds `numel` in d shards of equal length."""
-    return -(-numel // d) * d
+def aligned(numel: int) -> int:
+    """numel, rounded up to a multiple of 8: 16 bytes in bf16. GPU kernels are slower on tensors
+    that begin at other addresses."""
+    return -(-numel // 8) * 8
+
+
+def padded(numels: Iterable[int], d: int) -> int:
+    """Elements of the flat buffer of a unit with parameters of so many elements: d shards of equal
+    length. Parameters and shards are aligned."""
+    return d * aligned(-(-sum(map(aligned, numels)) // d))
 
 
 def predicted_payload(
-    numels: list[int], d: int, uses: list[Use], stage: int = 1, m: int = 1, replicas: int = 1,
+    sizes: list[int], d: int, uses: list[Use], stage: int = 1, m: int = 1, replicas: int = 1,
     reshard: bool = True,
 ) -> dict[str, Payload]:  # fmt: skip
-    """Per rank and step, with the padding, by collective. numels: of the units. Time is counted in
+    """Per rank and step, by collective. sizes: of the units, see `padded`. Time is counted in
     layers: m times forward and backward. Under another schedule nothing changes but what is hidden:
     the last layer stays whole from a forward to a backward, whichever microbatch's that is, and
     each backward consumes it, so that a naive 2 m all-gathers of it are m."""
-    sizes, n = [padded(numel, d) for numel in numels], len(uses)
+    n = len(uses)
     work = [use.matmul for use in (*uses, *reversed(uses))] * m
     first = {use.unit: k for k, use in reversed([*enumerate(uses)])}  # in forward; last in backward
     calls = {"reduce_scatter": [], "all_gather": [], "all_reduce": []}  # (elements, start, end)
@@ -896,6 +931,8 @@ def predicted_payload(
             if reshard and k + 1 < n and not use.table:
                 now = 2 * n * (i + 1) - 1 - k
                 calls["all_gather"].append((sizes[use.unit], now - 1, now))
+    if d == 1:  # nothing is sent
+        calls |= {"reduce_scatter": [], "all_gather": []}
     return {
         operation: Payload(
             len(spans),
@@ -907,16 +944,21 @@ def predicted_payload(
 
 
 def predicted_bytes(
-    numels: list[int], d: int, rank: int, stage: int = 1,
+    units: list[list[int]], d: int, rank: int, stage: int = 1,
     dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes held per rank after the last backward, with AdamW: two moments, and for bf16 an fp32
-    master copy, for each element that this rank owns (the last ranks' padding has no moments).
-    ZeRO, section 3.1."""
+    master copy, for each element that this rank owns (padding has no moments). units: the numbers
+    of elements of each unit's parameters. ZeRO, section 3.1."""
     grad_dtype = grad_dtype or torch.promote_types(dtype, torch.float32)
-    whole = sum(padded(n, d) for n in numels)
-    shards = [(n, padded(n, d) // d) for n in numels]
-    owned = sum(max(0, min(n, (rank + 1) * shard) - rank * shard) for n, shard in shards)
+    whole = owned = 0
+    for numels in units:
+        size, start = padded(numels, d), 0
+        mine = range(size // d * rank, size // d * (rank + 1))
+        for n in numels:
+            owned += max(0, min(start + n, mine.stop) - max(start, mine.start))
+            start += aligned(n)
+        whole += size
     return {
         "parameters": whole // (d if stage >= 3 else 1) * dtype.itemsize,
         "gradients": whole // (d if stage >= 2 else 1) * grad_dtype.itemsize,
@@ -993,8 +1035,9 @@ def main() -> None:
                 for (unit,), layer in zip(sync.needs, layers(model), strict=True)
             ]
             reshard = options.get("reshard_after_forward", True)
-            numels = [sum(p.numel() for p in unit.place) for unit in sync.units]
-            payload = predicted_payload(numels, d, uses, stage, m, world // d, reshard)
+            units = [[p.numel() for p in unit.place] for unit in sync.units]
+            sizes = [padded(numels, d) for numels in units]
+            payload = predicted_payload(sizes, d, uses, stage, m, world // d, reshard)
             for operation, predicted in payload.items():
                 total, hidden = (seen.total(None, operation, hidden=h) for h in (None, True))
                 measured = Payload(total.calls, total.payload - hidden.payload, hidden.payload)
@@ -1005,7 +1048,7 @@ def main() -> None:
                 ("bytes, bf16 gradients", torch.bfloat16, torch.bfloat16),
             ):  # fmt: skip
                 *_, held = train(rows, functools.partial(attach, grad_dtype=dtypes[1]), dtypes[0])
-                predicted = predicted_bytes(numels, d, group.rank(), stage, *dtypes)
+                predicted = predicted_bytes(units, d, group.rank(), stage, *dtypes)
                 proof.costs(table, what, predicted, held)
 
 

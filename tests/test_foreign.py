@@ -579,13 +579,13 @@ def whole_after(build):
 def test_such_layers_are_resharded_in_time():
     for how in ("none", "early stop", "to the end"):
         build = functools.partial(Loop, CHECKPOINTS[how], 1)
-        after_forward, after_backward = launch(1, whole_after, build)[0]
+        after_forward, after_backward = launch(2, whole_after, build)[0]
         assert after_forward == [False, False, True] and not any(after_backward)
-    after_forward, after_backward = launch(1, whole_after, Chain)[0]
+    after_forward, after_backward = launch(2, whole_after, Chain)[0]
     assert after_forward == [True, False, False, False, True], "the prompt and the last pair"
     # The prompt, and the first layer, whose input has no gradient, wait for the last microbatch.
     assert after_backward == [True, True, False, False, False]
-    after_forward, after_backward = launch(1, whole_after, Decoder)[0]
+    after_forward, after_backward = launch(2, whole_after, Decoder)[0]
     assert after_forward == [False, False, False, True] and after_backward == [True] + 3 * [False]
 
 
@@ -1150,3 +1150,46 @@ def uneven(kind):
 def test_partial_gradients_next_to_unevenly_sharded_matrices(kind):
     """The tensor-parallel ranks must hold the same shards of what is summed over them."""
     assert all(partial for partial, _ in launch(4, uneven, kind))
+
+
+class Doubled(torch.autograd.Function):
+    """2 x; the gradient of w is None."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad, None
+
+
+class NoGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.other = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+
+    def forward(self, x):
+        return Doubled.apply(self.linear(x), self.other.weight) + self.other.bias
+
+
+def gradients_where_backward_returns_none(kind) -> list[str]:
+    torch.manual_seed(0)
+    model = NoGradient()
+    sync = kind(model, accumulations=2, **({} if kind is ddp.DDP else {"blocks": [model]}))
+    sync.start()
+    for _ in range(2):
+        model(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
+    sync.finish()
+    sync.before_step()
+    given = [piece.name for piece in sync.pieces() if piece.tensor.grad is not None]
+    sync.after_step()
+    return given
+
+
+@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero2, zero.Zero3])
+def test_a_backward_that_returns_none_gives_no_gradient(kind):
+    """Autograd calls the parameter's hook nevertheless, with `.grad` None."""
+    names = {name for given in launch(2, gradients_where_backward_returns_none, kind)
+             for name in given}  # fmt: skip
+    assert names == {"linear.weight", "linear.bias", "other.bias"}

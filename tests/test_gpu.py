@@ -16,7 +16,7 @@ import options
 import train_3d
 from tests.commands import TINY, forked
 from tools import gpu_check
-from tools.oracle import Case, judge
+from tools.oracle import Case, judge, launch
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch.compile looks at warns; a run shows none of it
@@ -64,6 +64,33 @@ def test_blocks_are_compiled(flags, runs, monkeypatch):
     done = forked(1, lambda: (train_3d.main(), print(graphs.runs))[0], *TINY, *flags)
     assert done.stdout.endswith(f"\n{[4] * runs}\n"), done.stdout + done.stderr
     assert ("compiled" in done.stdout) == bool(flags)
+
+
+def graphs_and_breaks(cases: list[str]) -> list[tuple]:
+    """For each: (graphs, reasons of graph breaks) in steps, a validation and a step after it."""
+    found = []
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    for flags in cases:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        args = options.parser().parse_args([*TINY, *flags.split(), "--compile"])
+        config = options.check(args, 2)
+        trainer = gpu_check.trainer_of(args, config, torch.device("cpu"))
+        trainer.step(0)
+        trainer.step(1)
+        trainer.validate(trainer.read)
+        trainer.step(2)
+        counters = torch._dynamo.utils.counters
+        found.append((counters["stats"]["unique_graphs"], [*counters["graph_break"]]))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_block_is_one_graph():
+    """In both dtypes: one graph with gradients, and one without for validation."""
+    cases = [f"--dtype {dtype} --zero {z}" for z in (0, 1, 3) for dtype in ("bf16", "float32")]
+    for found in launch(2, graphs_and_breaks, cases):
+        assert found == [(2, [])] * len(cases)
 
 
 class Gpus:

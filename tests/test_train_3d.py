@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import activation_ckpt
@@ -30,6 +31,7 @@ import tensor_parallel
 import train_3d
 import zero
 from tests.commands import ROOT, TINY, command_line, environment, forked, read_log, run
+from tools import dry_run
 from tools.drill import ranks_of
 from tools.oracle import Case, judge, launch, reader, trainer_of
 
@@ -429,10 +431,10 @@ def accumulations_left(case: Case) -> tuple[int, int]:
     finish = sync.finish
 
     def look() -> None:
-        counted = sync.missing if case.zero == 0 else {
-            p: sync.accumulations[p] - n for p, n in sync.done.items()
-        }  # fmt: skip
-        left.append((sum(counted.values()), len(counted)))
+        counted = sync.missing if case.zero == 0 else [
+            sync.accumulations[p] - n for p, n in sync.done.items()
+        ]  # fmt: skip
+        left.append((sum(counted), len(counted)))
         finish()
 
     sync.finish = look
@@ -611,3 +613,57 @@ def test_make_alone_is_help():
     line = make("-n", "train", "PYTHON=py", "NPROC=4", "TP=4", "PP=1", "ARGS=--steps 7")
     assert line.startswith("py -m torch.distributed.run --standalone --nproc-per-node 4 -- train")
     assert "--tp 4 --pp 1" in line and line.rstrip().endswith("--steps 7")
+
+
+def calls_of_one_process(case: Case) -> list:
+    trainer = trainer_of(case)
+    with measure.Collectives() as seen:
+        trainer.step(0)
+    return seen.calls
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_step_of_one_process_sends_nothing(zero_stage):
+    assert launch(1, calls_of_one_process, Case(zero=zero_stage)) == [[]]
+
+
+# (flags, ranks) -> (axis, ranks of one group) for each communicator besides the world's
+GROUPS = [
+    ("--tp 2 --pp 2 --n-layer 2", 8, [("tp", 2), ("dp", 2), ("pp", 2)]),  # tied and shard: shared
+    ("--zero 1", 8, []),  # dp is the world
+    ("--tp 8", 8, []),
+    ("--pp 4 --n-layer 4", 8, [("dp", 2), ("pp", 4), ("tied", 2)]),
+    ("--pp 2 --schedule zb-v --n-layer 4", 4, [("dp", 2), ("pp", 2)]),  # one rank has both ends
+    ("--zero 3 --zero-shard-size 2 --tp 2", 8,
+     [("tp", 2), ("dp", 4), ("replica", 2), ("shard", 2)]),
+    ("--dp-nodes 2 --tp 2", 16, [("tp", 2), ("dp", 8), ("inside", 4), ("across", 2)]),
+    ("--tp 8 --pp 16 --n-layer 16", 1024, [("tp", 8), ("dp", 8), ("pp", 16), ("tied", 2)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, world, expected", GROUPS)
+def test_one_communicator_per_axis(flags, world, expected, monkeypatch):
+    """With NCCL, each is one split of the world, whose table covers every rank at most once. Axes
+    with the same ranks share it, and axes of one rank have none."""
+    made = []
+
+    def split_group(split_ranks, timeout, group_desc):
+        ranks = [rank for group in split_ranks for rank in group]
+        assert len({*ranks}) == len(ranks)
+        made.append((group_desc, len(split_ranks[0])))
+        return dist.group.WORLD
+
+    with dry_run.fake_ranks(world, 0):
+        args = options.parser().parse_args([*flags.split(), "--global-batch-size", str(4 * world)])
+        p, d = args.pp, world // (args.tp * args.pp)
+        trainer = object.__new__(train_3d.Trainer)
+        trainer.args, trainer.device = args, torch.device("cuda", 0)
+        plain = dist.new_group
+        alone = []
+        monkeypatch.setattr(dist, "split_group", split_group)
+        monkeypatch.setattr(dist, "new_group", lambda ranks, backend, **more: (
+            alone.append((ranks, backend)), plain(ranks, **more))[1])  # fmt: skip
+        ends = [0] if args.schedule == "zb-v" or p == 1 else [0, p - 1]
+        k = args.zero_shard_size or (d if args.zero else 1)
+        trainer._make_groups(p, d, k, args.tp, ends)
+    assert made == expected and alone == [([0], "gloo")]

@@ -130,13 +130,26 @@ def words(config: gpt.GPTConfig, t: int, tp_rank: int = 0) -> int:
 
 def units(
     config: gpt.GPTConfig, t: int, n_layer: int, first: bool, last: bool, tp_rank: int = 0
-) -> list[int]:
-    """Parameters that a tp rank holds of a pp rank's layers, by ZeRO's units: what is cut over tp
-    is 12 h^2 + 7 h of a block and the rows of the two tables; 6 h of a block is whole."""
+) -> list[list[int]]:
+    """Elements of each parameter that a tp rank holds of a pp rank's layers, by ZeRO's units.
+    Sharded over tp are 12 h^2 + 7 h of a block and the two tables; 6 h of a block are not."""
     h = config.n_embd
-    table, blocks = words(config, t, tp_rank) * h, [(12 * h * h + 7 * h) // t + 6 * h] * n_layer
-    ends = [table, config.seq_len * h] * first, [2 * h] + [table] * (not (config.tied and first))
-    return [*ends[0], *blocks, *(ends[1] if last else ())]
+    table = [words(config, t, tp_rank) * h]
+    attention = [3 * h * h // t, 3 * h // t, h * h // t, h]
+    mlp = [4 * h * h // t, 4 * h // t, 4 * h * h // t, h]
+    units = [[h, h, *attention, h, h, *mlp] for _ in range(n_layer)]
+    if first:
+        units = [table, [config.seq_len * h], *units]
+    if last:
+        units += [[h, h]] + [table] * (not (config.tied and first))
+    return units
+
+
+def sent(of_units: list[list[int]], layout: Layout) -> list[int]:
+    """Elements of each unit's gradients, with ZeRO's padding."""
+    if layout.zero:
+        return [zero.padded(numels, layout.shards) for numels in of_units]
+    return [*map(sum, of_units)]
 
 
 @functools.lru_cache(4096)
@@ -158,14 +171,14 @@ def states(
     """Parameters, gradients, optimizer, and the buffers that come with them: of ZeRO-3 two whole
     units and the gradients of one, as computed and as sent. (Of the layout what they depend on, see
     `lean`.)"""
-    numels = units(config, layout.tp, n_layer, first, last, tp_rank)
+    of_units = units(config, layout.tp, n_layer, first, last, tp_rank)
     names = {2: "bf16", 4: "float32", 8: "float64"}
     dtypes = [options.DTYPES[names[n]] for n in (program.itemsize, program.grad_itemsize)]
     if layout.zero:
-        held = zero.predicted_bytes(numels, layout.shards, shard_rank, layout.zero, *dtypes)
+        held = zero.predicted_bytes(of_units, layout.shards, shard_rank, layout.zero, *dtypes)
     else:
-        held = ddp.predicted_bytes(sum(numels), *dtypes)
-    whole = max(numels) * (3 * program.itemsize + program.reduce_itemsize)
+        held = ddp.predicted_bytes(sum(map(sum, of_units)), *dtypes)
+    whole = max(map(sum, of_units)) * (3 * program.itemsize + program.reduce_itemsize)
     return held | {"buffers": whole if layout.zero == 3 and layout.shards > 1 else 0}
 
 
@@ -395,7 +408,7 @@ def chunk_seconds(
     bw = [n * matmul(block + core + again, 8 + calls_again) + ends[0],
           n * memory(kept + anew) + ends[1], tp_b]  # fmt: skip
     if layout.zero == 3 and layout.dp > 1:
-        psi = sum(units(config, t, n, first, last))
+        psi = sum(sent(units(config, t, n, first, last), layout))
         gather = dp_seconds("all_gather", psi)
         both = gather + dp_seconds("reduce_scatter", psi)
         for part, collective, beyond in ((f, gather, 0.0), (bw, both, w)):
@@ -500,8 +513,9 @@ def predicted_step(
     mine = max(of_rank, key=lambda ks: sum(sum(seconds[k]) for k in ks))
     busy = [m * sum(parts[k][kind][i] for k in mine for kind in "FBW") for i in range(3)]
 
-    numels = max((units(config, t, sum(len(split[k]) for k in ks), 0 in ks, len(split) - 1 in ks)
-                  for ks in (of_rank[0], of_rank[-1])), key=sum)  # fmt: skip
+    ends = [units(config, t, sum(len(split[k]) for k in ks), 0 in ks, len(split) - 1 in ks)
+            for ks in (of_rank[0], of_rank[-1])]  # fmt: skip
+    numels = max((sent(of_units, layout) for of_units in ends), key=sum)
     psi, over_dp = sum(numels), Collective(hardware, per_node, d, t)
     backward = sum(sum(seconds[k][1:]) for k in of_rank[0])
     forward = sum(seconds[k][0] for k in of_rank[0])

@@ -147,7 +147,7 @@ class Alone(ddp.DDP):
     """On meta, an order of buckets cannot be read; the ranks of a group have the same one."""
 
     def _learn(self) -> None:
-        self._lay_out(list(dict.fromkeys([*self.ready, *(p for _, p in self.parameters)])))
+        self._lay_out(dict.fromkeys([*self.ready, *range(len(self.parameters))]))
         self.learned = True
 
 
@@ -245,7 +245,7 @@ def observe(
     calls, counted = collections.defaultdict(list), collections.Counter()
     for call in collectives.calls:
         calls[call.group].append(call)
-        nbytes = call.payload * call.dtype.itemsize * (call.ranks > 1)
+        nbytes = call.payload * call.dtype.itemsize
         counted[call.group, call.operation] += torch.tensor([1, nbytes])
     counted = {key: tuple(both.tolist()) for key, both in counted.items()}
     held = measure.bytes_by_kind(trainer.sync.held(), trainer.optimizer)
@@ -287,8 +287,9 @@ def predicted_bytes(trainer: train_3d.Trainer) -> dict[str, int]:
         tp_rank=trainer.tp_group.rank(), shard_rank=trainer.shard_group.rank(),
         schedule=trainer.schedule,
     )  # fmt: skip
-    if trainer.args.optimizer == "sgd":  # of the masters and two moments: the masters
-        held["optimizer"] = held["optimizer"] // 3 if program.itemsize < 4 else 0
+    if trainer.args.optimizer == "sgd":  # no moments
+        owned = sum(piece.tensor.numel() for piece in trainer.sync.pieces())
+        held["optimizer"] -= 2 * owned * max(4, program.itemsize)
     return held
 
 
@@ -298,11 +299,11 @@ def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
     tables = (nn.Embedding, tensor_parallel.VocabParallelEmbedding)
     uses = [zero.Use(sync.units.index(unit), matmul=True, table=isinstance(layer, tables))
             for (unit,), layer in zip(sync.needs, zero.layers(trainer.model), strict=True)]
-    numels = [sum(p.numel() for p in unit.place) for unit in sync.units]
+    k = trainer.shard_group.size()
+    sizes = [zero.padded([p.numel() for p in unit.place], k) for unit in sync.units]
     more = (args.zero, trainer.m, trainer.replica_group.size(),
             args.zero_reshard_after_forward == 1)  # fmt: skip
-    k = trainer.shard_group.size()
-    predicted = zero.predicted_payload(numels, k, uses, *more)
+    predicted = zero.predicted_payload(sizes, k, uses, *more)
     if args.zero == 3 and args.zero_reshard_after_forward:  # every chunk is a chain of its own
         of_layer = dict(zip(zero.layers(trainer.model), uses, strict=True))
         each = []
@@ -310,7 +311,7 @@ def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
             mine = [of_layer[layer] for layer in zero.layers(chunk)]
             its = sorted({use.unit for use in mine})
             mine = [use._replace(unit=its.index(use.unit)) for use in mine]
-            payload = zero.predicted_payload([numels[i] for i in its], k, mine, *more)
+            payload = zero.predicted_payload([sizes[i] for i in its], k, mine, *more)
             each.append(payload["all_gather"])
         predicted["all_gather"] = zero.Payload(*(sum(kind) for kind in zip(*each, strict=True)))
     return predicted
@@ -323,11 +324,12 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
     layout, program, groups = layout_of(trainer), program_of(trainer), groups_of(trainer)
     t, b, s, h, m = args.tp, args.micro_batch_size, config.seq_len, config.n_embd, trainer.m
     traffic: dict = collections.defaultdict(lambda: torch.zeros(2, dtype=torch.long))
+    names = measure.Collectives(groups).names  # axes with the same ranks share a group
 
     def add(group: str, operation: str, calls: int, elements: int, itemsize: int) -> None:
-        if calls:
-            nbytes = elements * itemsize * (groups[group].size() > 1)  # one rank sends nothing
-            traffic[group, operation] += torch.tensor([calls, nbytes])
+        if calls and groups[group].size() > 1:  # one rank sends nothing
+            name = names[groups[group].group_name]
+            traffic[name, operation] += torch.tensor([calls, elements * itemsize])
 
     layers, end = [len(trainer.pipe.chunks[k].h) for k in stages], trainer.pipe.last
     recomputed = cost.under_policy(layout, layers)

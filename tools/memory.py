@@ -134,8 +134,8 @@ def train(config: gpt.GPTConfig, stage: int, mesh, dtype: torch.dtype) -> tuple[
         optimizer.step()
         sync.after_step()
     if stage:
-        numels = [sum(p.numel() for p in unit.place) for unit in sync.units]
-        predicted = zero.predicted_bytes(numels, k, rank, stage, dtype)
+        units = [[p.numel() for p in unit.place] for unit in sync.units]
+        predicted = zero.predicted_bytes(units, k, rank, stage, dtype)
     else:
         predicted = ddp.predicted_bytes(sum(p.numel() for p in model.parameters()), dtype)
     return (model, sync, optimizer), sum(predicted.values())
