@@ -200,8 +200,9 @@ def compare(n: int, device: torch.device) -> dict:
         every = (error for kind in errors.values() for error in kind.values())
         largest = torch.tensor(measure.largest(every), dtype=torch.float64, device=device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
-        for group in vars(trainers[0]).values():  # NCCL's buffers would add up
-            if isinstance(group, dist.ProcessGroup):
+        held = [x for x in vars(trainers[0]).values() if isinstance(x, dist.ProcessGroup)]
+        for group in dict.fromkeys(held):  # NCCL's buffers would add up; axes may share a group
+            if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
         trainers.clear()
         name = f"t={case.t} p={case.p} d={case.d}, ZeRO-{case.zero}, {case.schedule}"
