@@ -60,7 +60,8 @@ class Bare:
     def step(self, step: int) -> Tensor:
         """[loss, gradient norm]."""
         args, b = self.args, self.args.micro_batch_size
-        x, y = (t.to(self.device) for t in self.read(step, range(args.global_batch_size)))
+        rows = range(args.global_batch_size)
+        x, y = (train_3d.to_device(t, self.device) for t in self.read(step, rows))
         count, total = (y >= 0).sum(), torch.zeros((), device=self.device)
         for p in self.parameters:
             p.grad = None

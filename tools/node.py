@@ -141,7 +141,7 @@ class Theirs:
         self.valid, self.run = args.global_batch_size * config.seq_len, build(model)
 
     def step(self, step: int) -> Tensor:
-        x, y = (t.to(self.device) for t in self.read(step, range(self.share)))
+        x, y = (train_3d.to_device(t, self.device) for t in self.read(step, range(self.share)))
         return self.run(list(zip(x.split(self.b), y.split(self.b), strict=True)), self.valid)
 
 
