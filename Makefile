@@ -33,7 +33,7 @@ TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-all sample ddp zero tp pp ckpt draw links memory parity fuzz zoo races drill
-.PHONY: plan published plan-check dry-run two-hosts hierarchy gpu-check node plot lint clean
+.PHONY: plan published plan-check dry-run two-hosts hierarchy gpu-check gpu-drill node plot lint clean
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint
 
 help:
@@ -115,6 +115,9 @@ two-hosts hierarchy: $(SETUP)  ## torchrun on 2 hosts; what crosses between them
 
 gpu-check node: $(SETUP)  ## a GPU beside a bare loop; a report of NPROC GPUs to paste: OUT=FILE (5, 30 min)
 	$(PY) -m tools.$(subst -,_,$@) $(if $(filter node,$@),--nproc $(NPROC)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+gpu-drill: $(SETUP)  ## one GPU: parity over NCCL, late delivery, step times, profile, memcheck: OUT=FILE (10 min)
+	PYTHON=$(PY) tools/gpu_drill.sh $(or $(OUT),gpu_drill.md)
 
 plot: $(SETUP)  ## losses over tokens: RUNS="a.jsonl b.jsonl" OUT=runs.png, if matplotlib is installed
 	$(PY) -m tools.plot $(RUNS) $(if $(OUT),--out $(OUT))

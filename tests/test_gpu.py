@@ -238,7 +238,9 @@ def check(monkeypatch, tmp_path) -> tuple[str, str]:
         return taken
 
     monkeypatch.setattr(gpu_check, "seconds", watched)
-    done = forked(1, gpu_check.main, "--steps", 1, "--out", tmp_path / "md")
+    done = forked(
+        1, gpu_check.main, "--steps", 1, "--out", tmp_path / "md", "--vocab-size", 300
+    )  # fmt: skip
     assert done.returncode == bool(done.stderr), done
     return (tmp_path / "md").read_text(), done.stderr
 
@@ -250,7 +252,33 @@ def test_gpu_check_without_a_gpu(monkeypatch, tmp_path):
     for what in ("losses and norms", "gradients", "parameters", "eager", "compiled", "none", "full",
                  "offload"):  # fmt: skip
         assert said.count(f"\n| {what} |") == 1, what
-    assert "Offloading copies 4 x" in said
+    assert "Offloading copies 4 x" in said and "--vocab-size=300 --global-batch-size=16" in said
+
+
+def test_free_running_steps_are_synchronised_once_per_window(monkeypatch):
+    """Three windows of three steps per loop, in turns. A step of the loop b takes 2 s."""
+    events, clock = [], [0.0]
+
+    def now(device) -> float:
+        events.append("now")
+        return clock[0]
+
+    class Loop:
+        def __init__(self, name: str, seconds: float):
+            self.name, self.seconds = name, seconds
+
+        def step(self, step: int) -> None:
+            events.append(f"{self.name}{step}")
+            clock[0] += self.seconds
+
+    monkeypatch.setattr(gpu_check, "now", now)
+    loops = [Loop("a", 1.0), Loop("b", 2.0)]
+    assert gpu_check.free_running_seconds(loops, 3, torch.device("cpu")) == [1.0, 2.0]
+    windows = [["now", *(f"{name}{step}" for step in range(3)), "now"] for name in "ab"]
+    assert events == (windows[0] + windows[1]) * 3
+    events.clear()
+    assert gpu_check.seconds(loops, 1, torch.device("cpu")) == [1.0, 2.0]
+    assert events[:6] == ["now", "a0", "now", "now", "b0", "now"] and events.count("now") == 12
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed.run
 
 import train_3d
 from tests.commands import ROOT, TINY, forked
@@ -53,6 +54,36 @@ about = {name: os.environ.get(name) for name in names} | {"argv": sys.argv[1:]}
 with open(f"{os.path.dirname(__file__)}/rank-{os.environ['RANK']}", "w") as file:
     json.dump(about, file)
 """
+
+
+# The long options of torchrun in torch 2.11.0: get_args_parser() in torch/distributed/run.py.
+TORCHRUN_2_11 = """
+--nnodes --nproc-per-node --rdzv-backend --rdzv-endpoint --rdzv-id --rdzv-conf --standalone
+--max-restarts --monitor-interval --start-method --event-log-handler --role --module --no-python
+--run-path --log-dir --redirects --tee --local-ranks-filter --duplicate-stdout-filters
+--duplicate-stderr-filters --node-rank --master-addr --master-port --local-addr --logs-specs
+--numa-binding --signals-to-handle --virtual-local-rank
+""".split()
+
+
+def test_slurm_passes_only_flags_that_torchrun_of_torch_2_11_has(tmp_path):
+    """--shutdown-timeout is newer; its environment variable has no effect before."""
+    stub = '#!/bin/sh\necho "timeout $TORCH_ELASTIC_SHUTDOWN_TIMEOUT"\nprintf "%s\\n" "$@"\n'
+    for name, text in (("srun", stub), ("scontrol", "#!/bin/sh\necho localhost\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "1", "SLURM_NNODES": "2",
+           "SLURM_JOB_NODELIST": "localhost"}  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    line = [str(ROOT / "tools/slurm.sh"), "--tp", "2"]
+    done = subprocess.run(line, env=environment | own, capture_output=True, text=True)
+    first, *words = done.stdout.splitlines()
+    flags = words[words.index("torch.distributed.run") + 1 : words.index("--")]
+    names = {word for word in flags if word.startswith("--")}
+    assert first == "timeout 240" and "--max-restarts" in names, done
+    assert names <= set(TORCHRUN_2_11), names - set(TORCHRUN_2_11)
+    args = torch.distributed.run.parse_args([*flags, "--", "train_3d.py", "--tp", "2"])
+    assert args.training_script == "train_3d.py" and args.nnodes == "2"
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@
 
 The bare loop is the model, microbatches, clipping and AdamW, without a line of a strategy. Compared
 are (a) losses, norms, gradients and parameters in float64; (b) a step's time in bf16, in turns,
-with and without --compile; (c) what recomputing and offloading take, and how much of the copies
+with and without --compile, synchronised around each step, and free-running, synchronised once after
+the last of several steps; (c) what recomputing and offloading take, and how much of the copies
 hides behind compute: 1 - (offload - none) / copies alone; (d) the most memory that CUDA's allocator
 gave out, beside the formulas. Markdown, for docs/gpu.md. Without a GPU, the same on a small model:
 that shows that it works.
@@ -17,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from tools import dry_run
 from tools.oracle import EPS, draw
 
 STEPS = 3  # in float64
+SMALL = "--n-layer 2 --n-head 2 --n-embd 64 --seq-len 64 --vocab-size 512".split()
 
 
 class Bare:
@@ -58,7 +60,8 @@ class Bare:
     def step(self, step: int) -> Tensor:
         """[loss, gradient norm]."""
         args, b = self.args, self.args.micro_batch_size
-        x, y = (t.to(self.device) for t in self.read(step, range(args.global_batch_size)))
+        rows = range(args.global_batch_size)
+        x, y = (train_3d.to_device(t, self.device) for t in self.read(step, rows))
         count, total = (y >= 0).sum(), torch.zeros((), device=self.device)
         for p in self.parameters:
             p.grad = None
@@ -96,19 +99,34 @@ def trainer_of(
     return trainer
 
 
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(loops: list, steps: int, device: torch.device) -> list[float]:
     """Median of a step of each, in turns; the first two warm up."""
     times: list[list[float]] = [[] for _ in loops]
     for step in range(2 + steps):
         for loop, mine in zip(loops, times, strict=True):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = now(device)
             loop.step(step)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            mine.append(time.perf_counter() - start)
+            mine.append(now(device) - start)
     return [statistics.median(mine[2:]) for mine in times]
+
+
+def free_running_seconds(loops: list, steps: int, device: torch.device) -> list[float]:
+    """Seconds per step of each without a synchronisation between the steps, as in training: the
+    mean of `steps` steps. Median of three such windows, in turns. The loops are warmed up."""
+    times: list[list[float]] = [[] for _ in loops]
+    for _ in range(3):
+        for loop, mine in zip(loops, times, strict=True):
+            start = now(device)
+            for step in range(steps):
+                loop.step(step)
+            mine.append((now(device) - start) / steps)
+    return [statistics.median(mine) for mine in times]
 
 
 def forget() -> None:
@@ -136,20 +154,34 @@ def parity(flags: list[str], device: torch.device) -> Iterator[tuple[str, bool]]
         yield f"| {what} | {worst:.1e} |", worst <= measure.TOLERANCE
 
 
-def speed(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
-    for compiled in ([], ["--compile"]):
-        args = options.parser().parse_args([*flags, "--dtype=bf16", *compiled])
+SPEED_HEAD = (
+    "| bf16 | bare loop, ms | ours, ms | ours / bare | bare loop, free-running, ms | "
+    "ours, free-running, ms | ours / bare, free-running | tokens/s, free-running | TFLOP/s | MFU | "
+    "loss or norm apart |",
+    "|---" * 11 + "|",
+)
+
+
+def speed(
+    flags: list[str], device: torch.device, steps: int, compiled: Iterable[bool] = (False, True)
+) -> Iterator[str]:  # fmt: skip
+    for compile_blocks in compiled:
+        mode = ["--compile"] if compile_blocks else []
+        args = options.parser().parse_args([*flags, "--dtype=bf16", *mode])
         config = options.check(args, 1)
         loops = [trainer_of(args, config, device), Bare(args, config, device)]
         ours, bare = seconds(loops, steps, device)
+        free, free_bare = free_running_seconds(loops, steps, device)
         both = zip(*(loop.step(9)[:2].tolist() for loop in loops), strict=True)
         apart = measure.largest(abs(a - b) for a, b in both)
         tokens = args.global_batch_size * config.seq_len
-        tflops = 3e-12 * gpt.forward_flops_per_token(config) * tokens / ours
+        tflops = 3e-12 * gpt.forward_flops_per_token(config) * tokens / free
         peak = options.peak_tflops(args, device)
         mfu = f"{100 * tflops / peak:.1f} %" if peak else "-"
-        yield (f"| {'compiled' if compiled else 'eager'} | {1e3 * bare:.1f} | {1e3 * ours:.1f} | "
-               f"{ours / bare:.3f} | {tokens / ours:,.0f} | {tflops:.3g} | {mfu} | {apart:.1e} |")
+        how = "compiled" if compile_blocks else "eager"
+        yield (f"| {how} | {1e3 * bare:.1f} | {1e3 * ours:.1f} | {ours / bare:.3f} | "
+               f"{1e3 * free_bare:.1f} | {1e3 * free:.1f} | {free / free_bare:.3f} | "
+               f"{tokens / free:,.0f} | {tflops:.3g} | {mfu} | {apart:.1e} |")
         del loops
         forget()
 
@@ -165,6 +197,12 @@ def copy_seconds(nbytes: int, device: torch.device) -> float:
             there.copy_(host, non_blocking=True)
 
     return seconds([Copies()], 5, device)[0]
+
+
+MEMORY_HEAD = (
+    "| recompute | a step, ms | predicted GB | allocated GB, at most | over predicted |",
+    "|---" * 5 + "|",
+)
 
 
 def memory(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
@@ -202,25 +240,25 @@ def memory(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
            f"{1e3 * copies:.1f} ms alone, of which {hidden}.")  # fmt: skip
 
 
-def report(model: str | None, batch: tuple[int, int], steps: int, device: torch.device,
-           failed: list[str]) -> Iterator[str]:  # fmt: skip
+def report(model: str | None, vocab_size: int | None, batch: tuple[int, int], steps: int,
+           device: torch.device, failed: list[str]) -> Iterator[str]:  # fmt: skip
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else "no GPU: a small model on the CPU"
     yield f"## {name}, torch {torch.__version__}, {datetime.date.today()}\n"
-    small = "--n-layer 2 --n-head 2 --n-embd 64 --seq-len 64 --vocab-size 512".split()
-    sizes = [f"--model={model}"] if model else ["--model=gpt2-medium"] if on_gpu else small
-    flags = [*sizes, f"--global-batch-size={batch[0]}", f"--micro-batch-size={batch[1]}"]
+    sizes = [f"--model={model}"] if model else ["--model=gpt2-medium"] if on_gpu else SMALL
+    vocabulary = [f"--vocab-size={vocab_size}"] if vocab_size else []
+    rows = [f"--global-batch-size={batch[0]}", f"--micro-batch-size={batch[1]}"]
+    flags = [*sizes, *vocabulary, *rows]
     yield f"`{' '.join(flags)}`; CUDA {torch.version.cuda}; float32 matmuls without TF32\n"
     yield "| float64, 3 steps of AdamW, a small model | largest relative difference |\n|---|---|"
-    for line, same in parity([*small, "--global-batch-size=4", "--micro-batch-size=2"], device):
+    for line, same in parity([*SMALL, "--global-batch-size=4", "--micro-batch-size=2"], device):
         failed += [] if same else [line]
         yield line
-    yield ("\n| bf16 | bare loop, ms | ours, ms | ours / bare | tokens/s | TFLOP/s | MFU | loss or "
-           "norm apart |")  # fmt: skip
-    yield "|---|---|---|---|---|---|---|---|"
+    yield ""
+    yield from SPEED_HEAD
     yield from speed(flags, device, steps)
-    yield "\n| recompute | a step, ms | predicted GB | allocated GB, at most | over predicted |"
-    yield "|---|---|---|---|---|"
+    yield ""
+    yield from MEMORY_HEAD
     yield from memory(flags, device, steps)
 
 
@@ -229,6 +267,7 @@ def main() -> None:
     add = arguments.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--model", choices=gpt.MODELS, help="default: gpt2-medium, or without a GPU a small one")
+    add("--vocab-size", type=options.at_least(1), help="default: the model's, so 50257")
     add("--batch", type=options.at_least(1), nargs=2, default=(16, 4), metavar=("ROWS", "OF"),
         help="rows a step, and of a microbatch")  # fmt: skip
     add("--steps", type=options.at_least(1), default=10, help="timed")
@@ -243,7 +282,7 @@ def main() -> None:
     print(line, flush=True)
     train_3d.join_ranks(device)
     lines, failed = [], []
-    for line in report(args.model, args.batch, args.steps, device, failed):
+    for line in report(args.model, args.vocab_size, args.batch, args.steps, device, failed):
         print(line, flush=True)
         lines.append(line)
         if args.out:

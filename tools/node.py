@@ -4,10 +4,12 @@
 
 Markdown to paste. Each row is a launch of its own, so that memory is fresh and what fails says so
 in its row: the bare loop of tools/gpu_check.py on one GPU, our strategies by train_3d.Trainer, and
-PyTorch's own by tools/bench.py. All rows take as many tokens a GPU, in microbatches of one row, in
-bf16, and update fp32 copies of the parameters with AdamW; PyTorch leaves these copies to its user,
-so they are made here. (Its gradients add up in bf16, and it does not clip.) On CPUs a small model
-shows that the report works, and nothing about GPUs.
+PyTorch's own by tools/bench.py. All rows take as many tokens a GPU, in microbatches of 4 rows, or 8
+under TP, whose ranks share them. They compute in bf16 and update fp32 copies of the parameters with
+AdamW; PyTorch leaves these copies to its user, so they are made here. (PyTorch's gradients add up
+in bf16, and it does not clip.) Steps are timed with a synchronisation around each, and free-
+running: with one after the last. On CPUs a small model shows that the report works, and nothing
+about GPUs.
 """
 
 import argparse
@@ -38,10 +40,12 @@ import train_3d
 from tools import bench, gpu_check, oracle, parity
 
 ROOT = Path(__file__).parent.parent
-ROWS = 4  # of tokens, a GPU and step
+ROWS = 16  # of tokens, a GPU and step
 # gpt2-xl's 25 heads no t divides, nor its 50257 tokens; pipelining has no tied matrix.
 MODEL = "--model gpt2-xl --n-head 40 --vocab-size 50304 --untied"
 SMALL = ("--n-layer 8 --n-head 8 --n-embd 64 --seq-len 64 --vocab-size 256 --untied")
+
+PRIORITY = ", NCCL at high priority"  # a row of that name has TORCH_NCCL_HIGH_PRIORITY=1
 
 # --- rows -----------------------------------------------------------------------------------------
 
@@ -50,9 +54,11 @@ def ours(n: int) -> dict[str, str | None]:
     """Flags by row; None where n ranks cannot have it."""
     return {
         "DDP": "",
+        f"DDP{PRIORITY}": "",
         **{f"ZeRO-{z}": f"--zero {z}" for z in (1, 2, 3)},
         "TP": f"--tp {n}",
         "TP+SP": f"--tp {n} --sequence-parallel",
+        f"TP+SP{PRIORITY}": f"--tp {n} --sequence-parallel",
         "PP, 1f1b": f"--pp {n}",
         "2 x 2 x d": "--tp 2 --pp 2" if n % 4 == 0 and n > 4 else None,
     }
@@ -61,17 +67,24 @@ def ours(n: int) -> dict[str, str | None]:
 def theirs(n: int) -> dict[str, Callable | None]:
     """Variants of tools/bench.py by row."""
     batch = n * ROWS
+    pp = "torch pipelining, 1F1B"
     return {
         "torch DDP": functools.partial(bench.torch_ddp, bucket_mb=25, sharded=False),
         "torch fully_shard": functools.partial(bench.torch_fsdp, reshard=True),
         "torch fully_shard, kept": functools.partial(bench.torch_fsdp, reshard=False),
         "torch DTensor TP": functools.partial(bench.torch_tp, sequence=False),
         "torch DTensor TP+SP": functools.partial(bench.torch_tp, sequence=True),
-        "torch pipelining, 1F1B": functools.partial(
-            bench.torch_pp, kind=Schedule1F1B, v=1, fold=False, m=batch),
-        "torch 2 x 2 x d": functools.partial(bench.torch_3d, reshard=True, m=batch // 2)
+        pp: functools.partial(
+            bench.torch_pp, kind=Schedule1F1B, v=1, fold=False, m=batch // microbatch(pp)),
+        "torch 2 x 2 x d": functools.partial(
+            bench.torch_3d, reshard=True, m=batch // 2 // microbatch("torch 2 x 2 x d"))
         if n == 8 else None,
     }  # fmt: skip
+
+
+def microbatch(row: str) -> int:
+    """Rows of tokens."""
+    return 8 if "TP" in row or "2 x 2" in row else 4
 
 
 BARE, PARITY = "bare loop", "parity"
@@ -119,17 +132,17 @@ class Theirs:
     """A variant of tools/bench.py with the step of a trainer."""
 
     def __init__(self, build: Callable, args: argparse.Namespace, config: gpt.GPTConfig,
-                 device: torch.device, share: int):  # fmt: skip
+                 device: torch.device, share: int, b: int):  # fmt: skip
         bench.adamw = Masters
         with torch.device("meta"):
             model = gpt.GPT(config)
         gpt.init_weights(model, args.seed, torch.bfloat16, device, oracle.draw)
-        self.read, self.device, self.share = gpu_check.reader(config), device, share
+        self.read, self.device, self.share, self.b = gpu_check.reader(config), device, share, b
         self.valid, self.run = args.global_batch_size * config.seq_len, build(model)
 
     def step(self, step: int) -> Tensor:
-        x, y = (t.to(self.device) for t in self.read(step, range(self.share)))
-        return self.run(list(zip(x.split(1), y.split(1), strict=True)), self.valid)
+        x, y = (train_3d.to_device(t, self.device) for t in self.read(step, range(self.share)))
+        return self.run(list(zip(x.split(self.b), y.split(self.b), strict=True)), self.valid)
 
 
 # --- on a rank ------------------------------------------------------------------------------------
@@ -137,8 +150,8 @@ class Theirs:
 
 def loop_of(row: str, n: int, model: str, device: torch.device):
     """What has a step, and its model's configuration."""
-    ranks = 1 if row == BARE else n
-    flags = f"{model} --dtype bf16 --micro-batch-size 1 --global-batch-size {ranks * ROWS} "
+    ranks, b = 1 if row == BARE else n, microbatch(row)
+    flags = f"{model} --dtype bf16 --micro-batch-size {b} --global-batch-size {ranks * ROWS} "
     args = options.parser().parse_args((flags + (ours(n).get(row) or "")).split())
     config = options.check(args, ranks)
     if row == BARE:
@@ -147,19 +160,22 @@ def loop_of(row: str, n: int, model: str, device: torch.device):
         return gpu_check.trainer_of(args, config, device), config
     whole = "TP" in row or "pipelining" in row  # each rank has all rows
     share = args.global_batch_size // (1 if whole else 2 if row == "torch 2 x 2 x d" else n)
-    return Theirs(theirs(n)[row], args, config, device, share), config
+    return Theirs(theirs(n)[row], args, config, device, share, b), config
 
 
 def on_rank(row: str, n: int, model: str, steps: int, device: torch.device) -> dict:
-    """A step's seconds, and the most bytes of CUDA's allocator; both of the worst rank."""
+    """A step's seconds, synchronised and free-running, and the most bytes of CUDA's allocator; of
+    the worst rank each."""
     gpu_check.forget()
     loop, config = loop_of(row, n, model, device)
     (seconds,) = gpu_check.seconds([loop], steps, device)
+    (free,) = gpu_check.free_running_seconds([loop], steps, device)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    both = torch.tensor([seconds, peak], dtype=torch.float64, device=device)
-    dist.all_reduce(both, dist.ReduceOp.MAX)
+    worst = torch.tensor([seconds, free, peak], dtype=torch.float64, device=device)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    seconds, free, peak = worst.tolist()
     tokens = ROWS * config.seq_len  # a GPU
-    return {"seconds": both[0].item(), "peak": both[1].item(), "tokens": tokens,
+    return {"seconds": seconds, "free": free, "peak": peak, "tokens": tokens,
             "tflop": 3e-12 * gpt.forward_flops_per_token(config) * tokens}  # fmt: skip
 
 
@@ -184,8 +200,9 @@ def compare(n: int, device: torch.device) -> dict:
         every = (error for kind in errors.values() for error in kind.values())
         largest = torch.tensor(measure.largest(every), dtype=torch.float64, device=device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
-        for group in vars(trainers[0]).values():  # NCCL's buffers would add up
-            if isinstance(group, dist.ProcessGroup):
+        held = [x for x in vars(trainers[0]).values() if isinstance(x, dist.ProcessGroup)]
+        for group in dict.fromkeys(held):  # NCCL's buffers would add up; axes may share a group
+            if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
         trainers.clear()
         name = f"t={case.t} p={case.p} d={case.d}, ZeRO-{case.zero}, {case.schedule}"
@@ -214,11 +231,11 @@ def model_of(args: argparse.Namespace, device: torch.device) -> str:
     return args.model or (MODEL if device.type == "cuda" else SMALL)
 
 
-def torchrun(ranks: int, command: list[str]) -> str | None:
+def torchrun(ranks: int, command: list[str], **variables: str) -> str | None:
     """Runs it; what went wrong, in a line."""
     line = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node".split(),
             str(ranks), *command]  # fmt: skip
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | variables
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         return None
@@ -233,7 +250,9 @@ def launch(row: str, args: argparse.Namespace) -> dict | str:
         out = f"{folder}/found"
         own = ["--row", row, "--out", out, "--nproc", str(args.nproc), "--device", args.device,
                "--steps", str(args.steps), f"--model={args.model}"]  # fmt: skip
-        wrong = torchrun(1 if row == BARE else args.nproc, ["-m", "--", "tools.node", *own])
+        high = {"TORCH_NCCL_HIGH_PRIORITY": "1"} if PRIORITY in row else {}
+        ranks = 1 if row == BARE else args.nproc
+        wrong = torchrun(ranks, ["-m", "--", "tools.node", *own], **high)
         return wrong or json.loads(Path(out).read_text())
 
 
@@ -278,22 +297,23 @@ def parity_table(found: dict | str) -> tuple[list[str], bool]:
 
 
 def speed_table(rows: list[str], found: dict[str, list], peak: float | None) -> list[str]:
-    """Medians of the rounds; efficiency is tokens a GPU beside the bare loop's."""
-    lines = ["| | step, ms | tokens/s a GPU | TFLOP/s a GPU | MFU | of the bare loop | peak GB |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-    bare = [x["seconds"] for x in found.get(BARE, ()) if isinstance(x, dict)]
+    """Medians of the rounds. Rates are of free-running steps; `of the bare loop` is tokens per GPU
+    over the bare loop's."""
+    lines = ["| | step, ms | free-running, ms | tokens/s a GPU | TFLOP/s a GPU | MFU | "
+             "of the bare loop | peak GB |", "|---" * 8 + "|"]  # fmt: skip
+    bare = [x["free"] for x in found.get(BARE, ()) if isinstance(x, dict)]
     for row in rows:
         good = [x for x in found[row] if isinstance(x, dict)]
         if not good:
-            lines.append(f"| {row} | {found[row][0]} | | | | | |")
+            lines.append(f"| {row} | {found[row][0]} | | | | | | |")
             continue
-        seconds, one = statistics.median(x["seconds"] for x in good), good[0]
-        tflops = one["tflop"] / seconds
-        share = f"{statistics.median(bare) / seconds:.3f}" if bare else "-"
+        seconds, free = (statistics.median(x[how] for x in good) for how in ("seconds", "free"))
+        one, tflops = good[0], good[0]["tflop"] / free
+        share = f"{statistics.median(bare) / free:.3f}" if bare else "-"
         mfu = f"{100 * tflops / peak:.1f} %" if peak else "-"
         held = f"{max(x['peak'] for x in good) / 1e9:.2f}" if one["peak"] else "-"
-        lines.append(f"| {row} | {1e3 * seconds:.1f} | {one['tokens'] / seconds:,.0f} | "
-                     f"{tflops:.3g} | {mfu} | {share} | {held} |")
+        lines.append(f"| {row} | {1e3 * seconds:.1f} | {1e3 * free:.1f} | "
+                     f"{one['tokens'] / free:,.0f} | {tflops:.3g} | {mfu} | {share} | {held} |")
     return lines
 
 
@@ -312,8 +332,8 @@ def report(args: argparse.Namespace, device: torch.device, say: Callable[[str], 
                  f"{measure.TOLERANCE:.0e}."):  # fmt: skip
         say(line)
     say(f"\n## Strategies: bf16, `{model}`\n")
-    say(f"{ROWS} rows a GPU and step, microbatches of 1; medians of {args.rounds} launches of "
-        f"{args.steps} steps, in turns.\n")  # fmt: skip
+    say(f"{ROWS} rows a GPU and step, microbatches of 4, or 8 under TP; medians of {args.rounds} "
+        f"launches of {args.steps} steps, in turns.\n")  # fmt: skip
     args.model, found = model, {row: [] for row in rows}
     able = ours(n) | theirs(n) | {BARE: ""}
     for _ in range(args.rounds):

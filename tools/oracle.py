@@ -37,6 +37,7 @@ import options
 import train_3d
 
 STEPS = 3
+CPU = torch.device("cpu")
 # AdamW divides a gradient by its own size + EPS. Where the true gradient is 0 (a key's bias) the
 # update is (rounding, about 1e-17) x lr / EPS: torch's default of 1e-8 would show it as 1e-12.
 EPS = 1e-5
@@ -167,11 +168,12 @@ class Case:
 
 def launch(
     world_size: int, function: Callable, *args, timeout: float = 120.0,
-    before: Callable[[int], None] = lambda rank: None,
+    before: Callable[[int], None] = lambda rank: None, device: torch.device = CPU,
 ) -> list:  # fmt: skip
     """function(*args) on `world_size` forked ranks of a gloo group; its results, by rank. before:
-    called with the rank, in its process, before the ranks meet. Raises RuntimeError with the
-    traceback of the first rank that failed, and leaves no process behind."""
+    called with the rank, in its process, before the ranks meet. device: a GPU that all ranks use,
+    over NCCL; the calling process must not have used CUDA, which does not survive a fork. Raises
+    RuntimeError with the traceback of the first rank that failed, and leaves no process behind."""
     context = multiprocessing.get_context("fork")
     results, ends, processes = [None] * world_size, {}, []
     with tempfile.TemporaryDirectory() as folder:
@@ -180,7 +182,7 @@ def launch(
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
                 target=_child,
-                args=(theirs, rank, world_size, f"{folder}/store", before, function, args),
+                args=(theirs, rank, world_size, f"{folder}/store", before, device, function, args),
             )
             process.start()
             theirs.close()
@@ -219,14 +221,19 @@ def launch(
 
 
 def _child(
-    end, rank: int, world_size: int, store: str, before: Callable, function: Callable, args: tuple
-) -> None:
+    end, rank: int, world_size: int, store: str, before: Callable, device: torch.device,
+    function: Callable, args: tuple,
+) -> None:  # fmt: skip
     try:
         before(rank)
         torch.set_num_threads(1)
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size,
-            timeout=timedelta(seconds=60),
+            "nccl" if on_gpu else "gloo", store=dist.FileStore(store, world_size), rank=rank,
+            world_size=world_size, timeout=timedelta(seconds=60),
+            device_id=device if on_gpu else None,
         )  # fmt: skip
         value = function(*args)
         dist.barrier()
@@ -319,7 +326,7 @@ def trainer_of(case: Case, **seams) -> train_3d.Trainer:
     config = options.check(args, case.world_size)
     small = functools.partial(ddp.DDP, bucket_bytes=case.bucket_bytes)
     seams = {"draw": draw, "sync": None if case.zero else small} | seams
-    device = seams.pop("device", torch.device("cpu"))
+    device = seams.pop("device", CPU)
     trainer = train_3d.Trainer(args, config, reader(case), device, **seams)
     for group in trainer.optimizer.param_groups:
         group["eps"] = EPS
@@ -398,7 +405,7 @@ def layout(
         index = index.view(expected["gradient"][n].shape)
         mine = p.cut(index) if hasattr(p, "cut") else index
         elements.setdefault(n, []).append(mine.flatten()[at : at + piece.numel()])
-    return Compared(errors, {n: torch.cat(parts) for n, parts in elements.items()})
+    return Compared(errors, {n: torch.cat(parts).cpu() for n, parts in elements.items()})
 
 
 def errors_of_bf16(
@@ -465,15 +472,18 @@ def compared(
     if first == 0 and dist.get_rank() == 0:
         torch.save(reference(case, seams.get("model")), path)
     dist.barrier()
-    return layout(part, torch.load(path), seams, first, end, folder)
+    expected = torch.load(path, map_location=seams.get("device", CPU))
+    return layout(part, expected, seams, first, end, folder)
 
 
-def judge(case: Case, seams: dict | None = None) -> Errors:
+def judge(
+    case: Case, seams: dict | None = None, on_rank: Callable = compared, **how
+) -> Errors:  # fmt: skip
     """Compares the layout, or the layouts in order, with one process. `seams`: arguments of
     train_3d.Trainer, and "step", which is called with a trainer and a step's number in place of
-    Trainer.step. Raises ValueError if the layouts of a resumed run have different batches,
-    RuntimeError if a rank failed, AssertionError if an element of a gradient was compared by no
-    rank."""
+    Trainer.step. on_rank: called on each rank in place of compared(). how: of launch(). Raises
+    ValueError if the layouts of a resumed run have different batches, RuntimeError if a rank
+    failed, AssertionError if an element of a gradient was compared by no rank."""
     batches = case.batches
     if len({*batches}) > 1:
         raise ValueError(f"the run begins with {batches[0]} rows per batch and is resumed with "
@@ -482,7 +492,7 @@ def judge(case: Case, seams: dict | None = None) -> Errors:
     with tempfile.TemporaryDirectory() as folder:
         for part, first, end in case.parts:
             ranks += launch(
-                part.world_size, compared, case, part, seams or {}, first, end, folder
+                part.world_size, on_rank, case, part, seams or {}, first, end, folder, **how
             )
         shapes = {n: g.shape for n, g in torch.load(f"{folder}/expected")["gradient"].items()}
     for name, shape in shapes.items():

@@ -2,13 +2,14 @@
 
     python -m tools.races --n 20 --seed 0
 
-First once with everything as late as can be: what a collective or a receive brings is there when
-somebody waits for it and not before, and what it was given must not have changed until then. Then
-n times at random: each rank sleeps for a while before each collective, before some of its other
-operations and before it writes its part of a checkpoint (saved after each step, while training goes
-on); one rank of each run sleeps five times as long. Losses, norms, gradients, parameters and what
-is on disk must then be, bit by bit, those of a run without delays: where somebody does not wait for
-what it uses, or changes what is under way, they are not.
+First once with late delivery: the output of each asynchronous collective and transfer is NaN from
+its launch to wait(), its input must not be written to in between, and no tensor may be freed, moved
+or resized (tests/test_races.py uses the same by judge_late). Then n times at random: each rank
+sleeps for a while before each collective, before some of its other operations and before it writes
+its part of a checkpoint (saved after each step, while training goes on); one rank of each run
+sleeps five times as long. Losses, norms, gradients, parameters and what is on disk must then be,
+bit by bit, those of a run without delays: where somebody does not wait for what it uses, or changes
+what is under way, they are not.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
@@ -29,7 +31,7 @@ import ddp
 import gpt
 import tensor_parallel
 import zero
-from tools.oracle import STEPS, Case, launch, trainer_of
+from tools.oracle import STEPS, Case, Compared, Errors, compared, judge, launch, trainer_of
 
 SIZES = dict(n_layer=4, n_head=4, n_embd=16, vocab_size=19, seq_len=8, m=4, b=1, dtype="float32")
 PATHS = {
@@ -63,56 +65,142 @@ class Delays(TorchDispatchMode):
 
 
 class Late:
-    """The handle of a collective that brings `arrived` to `to` when it is waited for."""
+    """The handle of a collective, or of a batch of transfers. wait() raises AssertionError if an
+    input or output was freed, moved or resized since the launch, and counts the inputs that were
+    written to. outputs: (tensor, what is copied to it at wait(), or None if it is there)."""
 
-    changed = 0  # under way
-    waiting = 0  # for somebody who waits
+    changed = 0  # inputs that were written to before wait(); on a GPU a tensor, so nothing waits
+    waiting: set["Late"] = set()  # nothing has waited for them; gloo's destructors would block
 
-    def __init__(self, work: dist.Work, source: torch.Tensor, to=None, arrived=None):
-        self.work, self.source, self.to, self.arrived = work, source, to, arrived
-        self.before = source.clone()
-        Late.waiting += 1
+    def __init__(
+        self, works: list[dist.Work], inputs: list[Tensor],
+        outputs: list[tuple[Tensor, Tensor | None]],
+    ):  # fmt: skip
+        self.works, self.outputs = works, outputs
+        self.inputs = [(x, x.detach().clone(), x._version) for x in inputs]
+        tensors = [*inputs, *(to for to, _ in outputs)]
+        self.storages = [(tensor, storage_of(tensor)) for tensor in tensors]
+        Late.waiting.add(self)
 
     def wait(self) -> None:
-        self.work.wait()
-        Late.waiting -= 1
-        Late.changed += not torch.equal(self.source, self.before)
-        if self.to is not None:
-            self.to.copy_(self.arrived)
+        for work in self.works:
+            work.wait()
+        for tensor, storage in self.storages:
+            now = storage_of(tensor)
+            assert now == storage, (
+                f"the storage of a tensor of shape {tuple(tensor.shape)} had (address, bytes) = "
+                f"{storage} at the launch and has {now} at wait(): wait() before resize_()"
+            )
+        if self not in Late.waiting:  # NCCL has one handle for a batch
+            return
+        Late.waiting.remove(self)
+        for x, before, version in self.inputs:
+            # x += 1 does not change the bits of NaN, and _version counts it.
+            other_bits = (bits(x) != bits(before)).any()
+            Late.changed = Late.changed + (other_bits | (x._version != version))
+        for to, arrived in self.outputs:
+            if arrived is not None:
+                to.copy_(arrived)
 
 
-def deliver_late() -> None:
-    """What this process starts from here on."""
+def storage_of(tensor: Tensor) -> tuple[int, int]:
+    """(address, bytes) of its storage."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes, which are equal for equal NaNs."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def fill_with_nan(to: Tensor, source: Tensor | None = None) -> None:
+    """source: an input that may be a part of `to`, as in an all-gather in place. It is kept."""
+    with torch.no_grad():
+        kept = None if source is None else source.clone()
+        if to.is_floating_point():
+            to.fill_(float("nan"))
+        if kept is not None:
+            source.copy_(kept)
+
+
+def deliver_late(direct: bool = False, delay: Callable[[], None] = lambda: None) -> None:
+    """Changes the collectives and transfers of this process. Each output is NaN from the launch of
+    an asynchronous call to wait(), which delivers it.
+
+    direct: outputs that are no inputs are filled with NaN ahead of the launch, and the call writes
+    to them when it runs. That is for a GPU, where the call runs on another stream.
+    delay: called before each launch."""
     reduce, batch = dist.all_reduce, dist.batch_isend_irecv
 
     def all_reduce(x, *args, async_op=False, **kwargs):
+        delay()
         if not async_op:
             return reduce(x, *args, **kwargs)
-        arrived = x.clone()
-        return Late(reduce(arrived, *args, async_op=True, **kwargs), x, x, arrived)
+        arrived = x if direct else x.detach().clone()
+        work = reduce(arrived, *args, async_op=True, **kwargs)
+        if direct:
+            return Late([work], [], [(x, None)])
+        fill_with_nan(x)
+        return Late([work], [x], [(x, arrived)])
 
-    def into(real: Callable) -> Callable:
-        def call(to, x, *args, **kwargs):
+    def into(real: Callable, gathers: bool) -> Callable:
+        def call(to, x, *args, async_op=False, **kwargs):
+            delay()
+            if not async_op:
+                return real(to, x, *args, **kwargs)
+            if direct:
+                in_place = storage_of(to) == storage_of(x)
+                if not in_place:
+                    fill_with_nan(to)
+                work = real(to, x, *args, async_op=True, **kwargs)
+                return Late([work], [] if in_place else [x], [(to, None)])
             arrived = torch.empty_like(to)
-            return Late(real(arrived, x, *args, **kwargs), x, to, arrived)
+            work = real(arrived, x.detach().clone(), *args, async_op=True, **kwargs)
+            fill_with_nan(to, x if gathers else None)
+            return Late([work], [x], [(to, arrived)])
 
         return call
 
     def batch_isend_irecv(operations):
-        places = [(o.tensor, None, None) for o in operations]
-        for i, o in enumerate(operations):
+        delay()
+        ends: list[tuple[list, list]] = []  # (inputs, outputs) by operation
+        for o in operations:
             if o.op is dist.irecv:
-                o.tensor = torch.empty_like(o.tensor)
-                places[i] = (o.tensor.new_empty(0), places[i][0], o.tensor)
-        return [Late(work, *place) for work, place in zip(batch(operations), places, strict=True)]
+                fill_with_nan(o.tensor)
+                to, o.tensor = o.tensor, o.tensor if direct else torch.empty_like(o.tensor)
+                ends.append(([], [(to, None if direct else o.tensor)]))
+            else:
+                ends.append(([o.tensor], []))
+        works = batch(operations)
+        if len(works) < len(operations):  # NCCL has one handle for a batch
+            return [Late(works, *(sum(kind, []) for kind in zip(*ends, strict=True)))]
+        return [Late([work], *end) for work, end in zip(works, ends, strict=True)]
 
     dist.all_reduce, dist.batch_isend_irecv = all_reduce, batch_isend_irecv
     for module in (ddp, zero, tensor_parallel):
-        for name in ("all_gather", "reduce_scatter"):
-            setattr(module, name, into(getattr(module, name)))
+        module.all_gather = into(module.all_gather, gathers=True)
+        module.reduce_scatter = into(module.reduce_scatter, gathers=False)
 
 
-def digest(tensors: dict[str, torch.Tensor]) -> str:
+def judge_late(
+    case: Case, seams: dict | None = None, direct: bool = False,
+    delay: Callable[[], None] = lambda: None, **how,
+) -> Errors:  # fmt: skip
+    """oracle.judge(case, seams, **how) with deliver_late(direct, delay) on each rank. Raises
+    RuntimeError if a handle was not waited for, or an input was written to before wait()."""
+
+    def on_rank(*args) -> Compared:
+        deliver_late(direct, delay)
+        found = compared(*args)
+        assert not Late.waiting, f"{len(Late.waiting)} handles were not waited for"
+        assert Late.changed == 0, f"{int(Late.changed)} inputs were written to before wait()"
+        return found
+
+    return judge(case, seams, on_rank, **how)
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
     made = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         made.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
@@ -152,8 +240,8 @@ def train(case: Case, seed: int | None, late: bool, longest: float, folder: str)
         "losses and norms": digest({"": torch.stack(stats)}),
         "gradients": digest(gradients),
         "parameters": digest(dict(gpt.named_parameters(trainer.model))),
-        "handles that nobody waited for": str(Late.waiting),
-        "tensors changed under way": str(Late.changed),
+        "handles that nobody waited for": str(len(Late.waiting)),
+        "tensors changed under way": str(int(Late.changed)),
     }
     for step in range(1, STEPS + 1):
         checkpoint.read(Path(folder) / f"step-{step}", states, dist.group.WORLD)

@@ -23,6 +23,8 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 10000))      # of two jobs on one node each has its own
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # after a restart ranks meet anew (pytorch#135712)
+# Seconds from SIGTERM to SIGKILL. torch 2.11 ignores it and kills after 30 s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
 # max-restarts: a rank that dies is started again with all others, and --resume goes on; a node that
 # dies ends the job. read_timeout: the first node may take long to import torch. cpu-bind: a task is
@@ -30,7 +32,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # after a restart ranks meet anew (p
 exec srun --kill-on-bad-exit=1 --cpu-bind=none \
   "${PYTHON:-.venv/bin/python}" -m torch.distributed.run \
   --nnodes "$SLURM_NNODES" --nproc-per-node "${NPROC:-${SLURM_GPUS_ON_NODE:-8}}" \
-  --max-restarts 3 --shutdown-timeout 240 \
+  --max-restarts 3 \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:$port" \
   --rdzv-conf read_timeout=600 \
   -- "${SCRIPT:-train_3d.py}" "$@"

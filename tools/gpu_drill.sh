@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# One GPU, at most ten minutes: parity over NCCL first, then what only a GPU can show.
+#
+#   tools/gpu_drill.sh gpu_drill.md [PART ...]                       make gpu-drill OUT=gpu_drill.md
+#
+# Each part of tools/gpu_drill.py runs under a time limit and appends its Markdown to the file. The
+# last table says which parts passed. Exit code 1: a part failed or ran out of time. Without a GPU
+# the parts run on small models over gloo. SLOWER=3 multiplies the time limits.
+set -uo pipefail
+out=$(realpath -m "${1:?usage: tools/gpu_drill.sh FILE [PART ...]}")
+chosen=" ${*:2} "
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python} slower=${SLOWER:-1} failed=0 results=()
+export OMP_NUM_THREADS=1
+export PYTORCH_NVML_BASED_CUDA_CHECK=1 # asking for a GPU does not start CUDA, so ranks can be forked
+
+about='
+import datetime, torch
+gpu = torch.cuda.is_available()
+print("cuda" if gpu else "cpu")
+print("##", torch.cuda.get_device_name(0) if gpu else "no GPU: small models on the CPU, over gloo",
+      "| torch", torch.__version__, "| CUDA", torch.version.cuda, "| NCCL",
+      ".".join(map(str, torch.cuda.nccl.version())) if gpu else None, "|", datetime.date.today())
+'
+found=$("$python" -c "$about") || exit 1
+device=${found%%$'\n'*}
+echo "${found#*$'\n'}" >> "$out" || exit 1
+errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
+
+part() { # name, seconds
+  [[ $chosen =~ ^\ +$ || $chosen == *" $1 "* ]] || return 0
+  local limit=$(($2 * slower)) left=$((600 * slower - SECONDS)) start=$SECONDS code=124 result
+  limit=$((limit < left ? limit : left))
+  printf '\n### %s\n\n' "$1" >> "$out"
+  if ((limit > 0)); then
+    timeout --kill-after 5 "$limit" "$python" -m tools.gpu_drill "$1" --device "$device" \
+      >> "$out" 2> "$errors"
+    code=$?
+  fi
+  case $code in
+    0) result=passed ;;
+    3) result='not run' ;; # the part says what it needs
+    124 | 137) result='out of time' failed=1 ;;
+    *) result=failed failed=1 ;;
+  esac
+  if ((code != 0 && code != 3)); then
+    printf '\n```\n%s\n```\n' "$(tail -n 15 "$errors")" >> "$out"
+  fi
+  results+=("| $1 | $result | $((SECONDS - start)) |")
+  echo "$1: $result"
+}
+
+part parity 100 # decides what the rest is worth
+part late 110
+part train 80
+part syncs 50
+part speed 140
+part profile 40
+part fragmentation 40
+part offload 40
+part memcheck 60
+if ((${#results[@]} == 0)); then
+  echo "gpu_drill.sh: no part is named${chosen}" >&2
+  exit 2
+fi
+printf '\n| part | result | s |\n|---|---|---|\n' >> "$out"
+printf '%s\n' "${results[@]}" >> "$out"
+exit $failed
