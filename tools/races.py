@@ -92,9 +92,11 @@ def deliver_late() -> None:
         return Late(reduce(arrived, *args, async_op=True, **kwargs), x, x, arrived)
 
     def into(real: Callable) -> Callable:
-        def call(to, x, *args, **kwargs):
+        def call(to, x, *args, async_op=False, **kwargs):
+            if not async_op:
+                return real(to, x, *args, **kwargs)
             arrived = torch.empty_like(to)
-            return Late(real(arrived, x, *args, **kwargs), x, to, arrived)
+            return Late(real(arrived, x, *args, async_op=True, **kwargs), x, to, arrived)
 
         return call
 
