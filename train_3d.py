@@ -101,8 +101,10 @@ class Trainer:
         self.model = stage
         chunks, mine = pipeline.chunks_of(stage, self.stages, split), self.schedule[self.pp_rank]
         apart = pipeline.splits(mine)
-        self.pipe = pipeline.Pipeline(chunks, n, self.pp_group, self.dtype, device, apart)
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
+        self.pipe = pipeline.Pipeline(
+            chunks, n, self.pp_group, self.dtype, device, apart, self.program
+        )
         self.sync = self._attach(sync, self.pipe.accumulations(mine))
         self.span: Callable = lambda name: contextlib.nullcontext()  # who looks: see watch()
         # Their gradients meet over tp: the tp ranks must hold the same pieces of them.

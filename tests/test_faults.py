@@ -108,7 +108,7 @@ RECEIVE = lost("recv", "pp [0, 1]", "pipeline.py", "_take")
                      id="in the steady state"),
         pytest.param("--pp 2", die_at(gpt.Block, "forward", 22), [SEND, RECEIVE],
                      id="in the middle of a step"),
-        pytest.param("", die_at(dist, "all_reduce", 39, after=True), [BUCKET, STATS],
+        pytest.param("", die_at(dist, "all_reduce", 29, after=True), [BUCKET, STATS],
                      id="in a collective of DDP"),
         pytest.param(
             "--tp 2", die_at(dist, "all_reduce", 99, after=True),
