@@ -655,7 +655,9 @@ class Pipeline:
 
     def _post(self, batch: tuple[Transfer, ...]) -> None:
         """Start these transfers. Waited for is only what the same stage sent before, so that its
-        tensor is let go: that is earlier in the global order, so it cannot close a circle."""
+        tensor is let go: that is earlier in the global order, so it cannot close a circle. Under
+        NCCL the compute stream waits, and for a batch at once. Simulated (tools/waits.py), the
+        former adds at most 0.001 to the bubble, the latter up to 0.03 (zb-h1)."""
         operations, places = [], []
         for t in batch:
             made = Action(*t[:3])
