@@ -19,7 +19,7 @@ import options
 import train_3d
 from tests.commands import TINY, forked
 from tools import gpu_check
-from tools.oracle import Case, judge, launch, reader
+from tools.oracle import Case, judge, launch
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch.compile looks at warns; a run shows none of it
@@ -100,8 +100,7 @@ def graphs_of_a_block(graphs: Graphs, *flags: str) -> tuple[list[str], float]:
     """(what is said at the start, graphs that one forward of a block runs)."""
     args, said = options.parser().parse_args([*TINY, "--dtype", "float32", *flags]), []
     config = options.check(args, dist.get_world_size())
-    read = reader(Case(vocab_size=256, seq_len=16))
-    trainer = train_3d.Trainer(args, config, read, torch.device("cpu"))
+    trainer = gpu_check.trainer_of(args, config, torch.device("cpu"))
     train_3d.describe(trainer, SimpleNamespace(say=said.append))
     trainer.step(0)
     return said[1:], len(graphs.runs) / (2 * trainer.m)  # 2 blocks

@@ -69,15 +69,6 @@ def without_a_block(config: gpt.GPTConfig, m: int) -> nn.Module:
     return model
 
 
-class AtTheEnd(dry_run.Alone):
-    """Sends all buckets in finish()."""
-
-    def _accumulated(self, p: nn.Parameter) -> None:
-        learned, self.learned = self.learned, False
-        super()._accumulated(p)
-        self.learned = learned
-
-
 def test_replicas_that_use_different_parameters_on_opposite_stages_deadlock(monkeypatch):
     """DDP's buckets have one order, so one that is not complete keeps back the others until the
     end. On rank 0 of the pipeline, replica 1 sends in backward and replica 0 at the end, and on
@@ -86,9 +77,9 @@ def test_replicas_that_use_different_parameters_on_opposite_stages_deadlock(monk
     case = Case(p=2, d=2, schedule="interleaved", m=2, tied=False, **SMALL)
     config = options.check(options.parser().parse_args(case.arguments()), 4)
     how = dict(step=1, model=functools.partial(without_a_block, config, case.m))
-    small = dict(bucket_bytes=1)
-    assert deadlock(queues(case, sync=functools.partial(AtTheEnd, **small), **how)) is None
-    said = deadlock(queues(case, sync=functools.partial(dry_run.Alone, **small), **how))
+    small = functools.partial(dry_run.Alone, bucket_bytes=1)
+    assert deadlock(queues(case, sync=functools.partial(small, overlap=False), **how)) is None
+    said = deadlock(queues(case, sync=small, **how))
     assert said is not None and said.startswith("deadlock: rank "), said
     assert said.count("in all_reduce of") == 2 and said.count("in transfer of") == 2, said
     assert "over dp [0, 1]" in said and "over dp [2, 3]" in said, said
