@@ -62,39 +62,43 @@ from torch import Tensor, nn
 # for what its matmuls keep (activation_ckpt.py) need not go through the last sum.
 # A group of one has nothing to say: the functions return what they were given.
 # torch 2.13 renamed the two and warns at the old names; 2.11 has the old.
+# async_op: only where a matmul runs between the start and the wait. A synchronous NCCL call runs on
+# the current stream: no events between two streams, and torch.compile can trace it.
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def start_sum(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+def start_sum(x: Tensor, group, async_op: bool = False) -> Callable[[], Tensor]:
     """x [b, s, h], a partial sum, which is overwritten; the function returned waits for the sum."""
     if group.size() == 1:
         return lambda: x
-    handle = dist.all_reduce(x, group=group, async_op=True)  # payload: b s h
+    handle = dist.all_reduce(x, group=group, async_op=async_op)  # payload: b s h
 
     def finish() -> Tensor:
-        handle.wait()
+        if async_op:
+            handle.wait()
         return x
 
     return finish
 
 
-def start_gather(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+def start_gather(x: Tensor, group, async_op: bool = False) -> Callable[[], Tensor]:
     """x [b, s/t, h]; the function returned waits for [b, s, h]."""
     if group.size() == 1:
         return lambda: x
     parts = x.new_empty(group.size() * x.size(0), *x.shape[1:])
-    handle = all_gather(parts, x.contiguous(), group=group, async_op=True)  # payload: b s h
+    handle = all_gather(parts, x.contiguous(), group=group, async_op=async_op)  # payload: b s h
 
     def finish() -> Tensor:
-        handle.wait()
+        if async_op:
+            handle.wait()
         return parts.unflatten(0, (group.size(), -1)).movedim(0, 1).flatten(1, 2)
 
     return finish
 
 
-def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+def start_scatter(x: Tensor, group, async_op: bool = False) -> Callable[[], Tensor]:
     """x [b, s, h], a partial sum; the function returned waits for my shard of the sum,
     [b, s/t, h]."""
     if group.size() == 1:
@@ -106,10 +110,11 @@ def start_scatter(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
         )
     parts = x.unflatten(1, (group.size(), -1)).movedim(1, 0).flatten(0, 1).contiguous()
     mine = x.new_empty(x.size(0), x.size(1) // group.size(), x.size(2))
-    handle = reduce_scatter(mine, parts, group=group, async_op=True)  # payload: b s h
+    handle = reduce_scatter(mine, parts, group=group, async_op=async_op)  # payload: b s h
 
     def finish() -> Tensor:
-        handle.wait()
+        if async_op:
+            handle.wait()
         return mine
 
     return finish
@@ -147,11 +152,11 @@ class ColumnLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad  # need_weight: not with `later`
         if ctx.later:
             ctx.later(x, grad, ctx.group if ctx.sequence else None)
-        whole_x = start_gather(x, ctx.group) if ctx.sequence and need_weight else lambda: x
+        whole_x = start_gather(x, ctx.group, need_x) if ctx.sequence and need_weight else lambda: x
         d_x = grad @ weight if need_x else None  # a partial sum: of my columns
         x, arrived = whole_x(), lambda: None
         if need_x:
-            arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)
+            arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group, need_weight)
         d_weight = weight_gradient(x, grad) if need_weight else None  # while d_x travels
         d_bias = grad.flatten(0, -2).sum(0) if need_bias else None
         return arrived(), d_weight, d_bias, None, None, None
@@ -183,7 +188,9 @@ class SumOverGroup(torch.autograd.Function):
         if ctx.sequence:
             return start_scatter(x, group)()
         ctx.mark_dirty(x)
-        return start_sum(x, group)()
+        if group.size() > 1:
+            dist.all_reduce(x, group=group)  # payload: b s h
+        return x
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -101,8 +101,10 @@ class Trainer:
         self.model = stage
         chunks, mine = pipeline.chunks_of(stage, self.stages, split), self.schedule[self.pp_rank]
         apart = pipeline.splits(mine)
-        self.pipe = pipeline.Pipeline(chunks, n, self.pp_group, self.dtype, device, apart)
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
+        self.pipe = pipeline.Pipeline(
+            chunks, n, self.pp_group, self.dtype, device, apart, self.program
+        )
         self.sync = self._attach(sync, self.pipe.accumulations(mine))
         self.span: Callable = lambda name: contextlib.nullcontext()  # who looks: see watch()
         # Their gradients meet over tp: the tp ranks must hold the same pieces of them.
@@ -343,6 +345,12 @@ def start_to_host(t: Tensor) -> Callable[[], Tensor]:
     return finish
 
 
+# (graphs that torch 2.13 makes of a block's forward instead of one, what it cannot trace). Dropout
+# and selective recomputation add more.
+GRAPHS_WITH_TP = (7, "asynchronous collectives, in the backward of 2 linear layers")
+GRAPHS_WITH_ZERO_BUBBLE = (15, "the backward of 4 linear layers that puts work into a queue")
+
+
 def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
     """Of each block its forward alone: hooks, names and what comes to stand around it stay outside;
     and so does a core that is to be recomputed by itself."""
@@ -421,6 +429,10 @@ def describe(trainer: Trainer, logger: measure.Logger) -> None:
         f"{args.schedule}, ZeRO-{args.zero}, recompute {args.recompute}"
         + ", compiled" * args.compile
     )
+    if args.compile and (args.tp > 1 or trainer.pipe.apart):
+        n, what = GRAPHS_WITH_ZERO_BUBBLE if trainer.pipe.apart else GRAPHS_WITH_TP
+        least = "at least " * (args.dropout > 0 or args.recompute == "selective")
+        logger.say(f"--compile: {least}{n} graphs per block, not 1: it cannot trace {what}")
     if args.zero and d == 1:
         logger.say(f"--zero {args.zero}: d is 1, so there is nobody to share with: as --zero 0")
     if args.sequence_parallel and args.tp == 1:

@@ -4,9 +4,12 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
@@ -91,6 +94,38 @@ def test_a_block_is_one_graph():
     cases = [f"--dtype {dtype} --zero {z}" for z in (0, 1, 3) for dtype in ("bf16", "float32")]
     for found in launch(2, graphs_and_breaks, cases):
         assert found == [(2, [])] * len(cases)
+
+
+def graphs_of_a_block(graphs: Graphs, *flags: str) -> tuple[list[str], float]:
+    """(what is said at the start, graphs that one forward of a block runs)."""
+    args, said = options.parser().parse_args([*TINY, "--dtype", "float32", *flags]), []
+    config = options.check(args, dist.get_world_size())
+    trainer = gpu_check.trainer_of(args, config, torch.device("cpu"))
+    train_3d.describe(trainer, SimpleNamespace(say=said.append))
+    trainer.step(0)
+    return said[1:], len(graphs.runs) / (2 * trainer.m)  # 2 blocks
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flags, what", [
+    ("", None),
+    ("--tp 2", "asynchronous collectives"),
+    ("--tp 2 --sequence-parallel", "asynchronous collectives"),
+    ("--schedule zb-h1", "puts work into a queue"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("--tp 2 --sequence-parallel --schedule zb-h1", "puts work into a queue"),
+        ("--tp 2 --recompute selective --attention explicit", "asynchronous collectives"))),
+])  # fmt: skip
+def test_the_graphs_of_a_block_are_as_many_as_the_run_says(flags, what, monkeypatch):
+    flags, graphs = ["--compile", *flags.split()], Graphs(monkeypatch)
+    said, n = launch(2 if "--tp" in flags else 1, graphs_of_a_block, graphs, *flags)[0]
+    if what is None:
+        assert (said, n) == ([], 1)
+        return
+    (line,) = said
+    least, number = re.search(r"--compile: (at least )?(\d+) graphs per block", line).groups()
+    assert what in line
+    assert n > int(number) if least else n == int(number), (line, n)
 
 
 class Gpus:

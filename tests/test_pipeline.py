@@ -5,6 +5,7 @@ import functools
 import graphlib
 import random
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -443,6 +444,53 @@ def compare_with_one_process(p: int, schedules: list, as_nccl: bool = False) -> 
     # Every gradient was compared by a rank: 12 per block, wpe and ln_f's two.
     gradients = sum(12 * max(5, n) + 3 for *_, n in schedules)
     assert sum(compared for _, compared in results) == gradients
+
+
+def exchanged_at_the_start(schedule) -> list[tuple[int, ...]]:
+    """The batches that Pipeline's constructor posts, each as the ranks it sends to and receives
+    from."""
+    batches, plain, rank = [], dist.batch_isend_irecv, dist.get_rank()
+
+    def watched(operations):
+        assert [op.op for op in operations] == [dist.isend, dist.irecv]
+        batches.append(tuple(op.group_peer for op in operations))
+        return plain(operations)
+
+    dist.batch_isend_irecv = watched
+    stages, program = pipeline.stages_of(schedule), derive_programs(schedule)[rank]
+    pipeline.Pipeline(
+        {k: nn.Identity() for k in stages[rank]}, sum(map(len, stages)), dist.group.WORLD,
+        torch.float32, "cpu", program=program,
+    )  # fmt: skip
+    return batches
+
+
+@pytest.mark.parametrize("p", [2, 4])
+@pytest.mark.parametrize("name", ["1f1b", "interleaved", "zb-v", "random"])
+def test_each_pair_of_ranks_that_sends_exchanges_a_tensor_at_the_start(name, p):
+    """Once, and in an order in which no batch waits for a later one."""
+    schedule = (random_schedule(random.Random(6), p)[0] if name == "random" else
+                pipeline.SCHEDULES[name](p, 4))  # fmt: skip
+    rank_of = {k: rank for rank, row in enumerate(pipeline.stages_of(schedule)) for k in row}
+    neighbours = {frozenset((rank_of[k], rank_of[k - 1])) for k in rank_of if k > 0}
+    by_rank, programs = launch(p, exchanged_at_the_start, schedule), []
+    for rank, batches in enumerate(by_rank):
+        expected = {peer for pair in neighbours if rank in pair for peer in pair if peer != rank}
+        assert sorted(batches) == [(peer, peer) for peer in sorted(expected)]
+        ways = [[(rank, peer), (peer, rank)] for peer, _ in batches]
+        programs.append([tuple(pipeline.Transfer("F", 0, 0, *way) for way in two) for two in ways])
+    rendezvous(programs)
+
+
+def test_a_pipeline_of_one_rank_calls_no_collective():
+    """Its group may be anything that has a size and a rank."""
+    group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    schedule = pipeline.interleaved(1, 2)
+    chunks, (program,) = {0: Tower(linear), 1: Tower(linear)}, derive_programs(schedule)
+    pipe = pipeline.Pipeline(chunks, 2, group, torch.float32, "cpu", program=program)
+    pipe.run(program, torch.ones(2, 1, 3, 4), lambda y, i: y.sum(), (1, 3, 4))
+    pipeline.all_reduce_tied([torch.ones(1)], group)
+    assert chunks[0].linear.weight.grad.any()
 
 
 def sends_held(m: int) -> int:

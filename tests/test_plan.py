@@ -129,14 +129,7 @@ def test_a_dry_run_of_each_of_8_ranks_is_the_real_run(case):
     ranks = [dry_run.dry_run(args, config, rank) for rank in range(8)]
     for seen, real in zip(ranks, launch(8, really, case), strict=True):
         assert without_ranks(seen) == real
-    assert dry_run.disagreements(ranks) == []
-
-    first = next(seen for seen in ranks if seen.transfers or case.p == 1)
-    if first.transfers:
-        first.transfers.pop()
-        assert "which receives" in dry_run.disagreements(ranks)[0]
-    ranks[5].calls["world"].pop()
-    assert any("world group" in line for line in dry_run.disagreements(ranks))
+    assert dry_run.deadlock([seen.queue for seen in ranks]) is None
 
 
 def dry(*flags: str):

@@ -1,3 +1,4 @@
+import collections
 import functools
 import types
 
@@ -143,6 +144,55 @@ def test_collectives_of_a_block_and_what_hides_them(t, sequence):
             f = 2 * n_layer + 1
             behind = {"all_gather": f, "reduce_scatter": f} if sequence else {"all_reduce": f}
             assert hidden == dict.fromkeys(tp_operations, 0) | behind
+
+
+def calls_by_async_op(n_layer: int, sequence: bool, defer: bool) -> collections.Counter:
+    """(phase, operation, async_op) -> calls, of one forward and backward."""
+    called, queue = collections.Counter(), []
+
+    def counted(operation: str, real):
+        def call(*args, async_op=False, **kwargs):
+            phase = "forward" if torch._C._current_autograd_node() is None else "backward"
+            called[phase, operation, async_op] += 1
+            return real(*args, async_op=async_op, **kwargs)
+
+        return call
+
+    dist.all_reduce = counted("all_reduce", dist.all_reduce)
+    for name in ("all_gather", "reduce_scatter"):
+        setattr(tp, name, counted(name, getattr(tp, name)))
+    group, x = dist.group.WORLD, torch.zeros(1, 12, dtype=torch.int64)
+    model = gpt.build(gpt.GPTConfig(n_layer, 12, 24, 41, 12), dtype=D)
+    tp.parallelize(model, tp.GPT_PLAN, group, sequence)
+    if defer:
+        pipeline.defer_weight_gradients(model, queue)
+    tp.vocab_parallel_cross_entropy(model(x), x, model.lm_head, group).backward()
+    while queue:
+        queue.pop(0)()
+    return called
+
+
+@pytest.mark.parametrize("defer", [False, True])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_collective_is_asynchronous_only_where_a_matmul_overlaps_it(sequence, defer):
+    """With 4 blocks 9 of 20 calls, or 18 of 47 with sequence parallelism. If weight gradients are
+    deferred, nothing overlaps, and the gathers for them are outside of backward."""
+    for n_layer in (1, 4):
+        n = 2 * n_layer + 1  # f: two of a block, and the head; g: two, and the embedding
+        if sequence:
+            expected = {
+                ("forward", "all_gather", False): 2 * n if defer else n,
+                ("forward", "reduce_scatter", False): n,
+                ("forward", "all_reduce", False): 2,  # of the loss
+                ("backward", "all_gather", False): n,
+                ("backward", "reduce_scatter", not defer): n,
+            } | ({} if defer else {("backward", "all_gather", True): n})
+        else:
+            expected = {
+                ("forward", "all_reduce", False): n + 2,
+                ("backward", "all_reduce", not defer): n,
+            }
+        assert launch(2, calls_by_async_op, n_layer, sequence, defer) == [expected] * 2
 
 
 def shards():

@@ -16,6 +16,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import resource
 import time
@@ -51,6 +52,19 @@ class Transfer(NamedTuple):
     payload: int
 
 
+class Event(NamedTuple):
+    """Part of a rank's queue: a collective, or a transfer."""
+
+    group: str
+    members: tuple[int, ...]  # of the group, in the world; of a transfer: (from, to)
+    operation: str
+    payload: int
+    dtype: torch.dtype
+
+
+Queue = list[list[Event]]  # in the order of launch; all transfers of a batch are one entry
+
+
 @dataclasses.dataclass
 class Seen:
     """What one rank did in a step, and what was predicted of it."""
@@ -64,6 +78,7 @@ class Seen:
     transfers: list[Transfer]
     calls: dict[str, list[measure.Call]]  # by group
     members: dict[str, list[int]]  # of each group that this rank is in
+    queue: Queue
     stats: torch.Tensor  # what the step returned
 
     def differences(self) -> dict:
@@ -154,7 +169,7 @@ class Alone(ddp.DDP):
 # --- one rank -------------------------------------------------------------------------------------
 
 
-def trainer_of(args: argparse.Namespace, config: gpt.GPTConfig) -> train_3d.Trainer:
+def trainer_of(args: argparse.Namespace, config: gpt.GPTConfig, **seams) -> train_3d.Trainer:
     def read(step: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.zeros(len(rows), config.seq_len, dtype=torch.long, device="meta")
         return tokens, tokens.clone()
@@ -162,8 +177,8 @@ def trainer_of(args: argparse.Namespace, config: gpt.GPTConfig) -> train_3d.Trai
     def draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
         return torch.empty(shape, device="meta")
 
-    sync = None if args.zero else Alone
-    return train_3d.Trainer(args, config, read, torch.device("meta"), draw, sync=sync)
+    seams = {"sync": None if args.zero else Alone} | seams
+    return train_3d.Trainer(args, config, read, torch.device("meta"), draw, **seams)
 
 
 @contextlib.contextmanager
@@ -178,15 +193,16 @@ def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watched_transfers(seen: list[Transfer]) -> Iterator[None]:
-    """Fills `seen` with what goes through batch_isend_irecv."""
+def watched_transfers(batches: list[list[Transfer]]) -> Iterator[None]:
+    """Fills `batches` with what goes through batch_isend_irecv."""
     plain = dist.batch_isend_irecv
 
     def watched(operations: list[dist.P2POp]) -> list:
+        batches.append([])
         for op in operations:
             name = "send" if op.op is dist.isend else "recv"
             peer = dist.get_global_rank(op.group, op.group_peer)
-            seen.append(Transfer(name, peer, op.tensor.numel()))
+            batches[-1].append(Transfer(name, peer, op.tensor.numel()))
         return plain(operations)
 
     dist.batch_isend_irecv = watched
@@ -219,10 +235,15 @@ def watched_activations(trainer: train_3d.Trainer, peak: list[int]) -> Iterator[
         pipe.watch = plain
 
 
-def dry_run(args: argparse.Namespace, config: gpt.GPTConfig, rank: int) -> Seen:
-    """One step of `rank`."""
+def dry_run(
+    args: argparse.Namespace, config: gpt.GPTConfig, rank: int, step: int = 0, **seams
+) -> Seen:
+    """One step of `rank`, after those before it. seams: arguments of train_3d.Trainer."""
     with fake_ranks(args.world_size, rank), Shapes():
-        return observe(trainer_of(args, config), rank, is_explicit(config))
+        trainer = trainer_of(args, config, **seams)
+        for before in range(step):
+            trainer.step(before)
+        return observe(trainer, rank, is_explicit(config), step)
 
 
 def groups_of(trainer: train_3d.Trainer) -> dict[str, dist.ProcessGroup]:
@@ -237,9 +258,9 @@ def observe(
     (it takes a third of the time)."""
     groups = groups_of(trainer)
     members = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
-    transfers, peak, counter = [], [0], Flops()
+    batches, peak, counter = [], [0], Flops()
     watched = watched_activations(trainer, peak) if activations else contextlib.nullcontext()
-    with (watched, watched_transfers(transfers), counter,
+    with (watched, watched_transfers(batches), counter,
           measure.Collectives(groups) as collectives):  # fmt: skip
         stats = trainer.step(step)
     calls, counted = collections.defaultdict(list), collections.Counter()
@@ -253,9 +274,28 @@ def observe(
     return Seen(
         trainer, rank, {kind: (n, expected[kind]) for kind, n in held.items()},
         (peak[0], expected["activations"]), (counted, predicted_traffic(trainer)),
-        (counter.total, predicted_flops(trainer)), transfers, calls, members,
-        stats,
+        (counter.total, predicted_flops(trainer)), [*itertools.chain(*batches)], calls, members,
+        queue_of(rank, collectives.calls, batches, members), stats,
     )  # fmt: skip
+
+
+def queue_of(
+    rank: int, calls: list[measure.Call], batches: list[list[Transfer]],
+    members: dict[str, list[int]],
+) -> Queue:  # fmt: skip
+    queue, transfers, coming = [], iter(calls), iter(batches)
+    for call in transfers:
+        if call.operation not in ("send", "recv"):
+            members_ = tuple(members[call.group])
+            queue.append([Event(call.group, members_, call.operation, call.payload, call.dtype)])
+            continue
+        queue.append([])
+        for operation, peer, payload in next(coming):
+            way = (rank, peer) if operation == "send" else (peer, rank)
+            queue[-1].append(Event(call.group, way, "transfer", payload, call.dtype))
+        for _ in queue[-1][1:]:  # the others of this batch
+            next(transfers)
+    return queue
 
 
 # --- predictions ----------------------------------------------------------------------------------
@@ -423,34 +463,51 @@ def is_explicit(config: gpt.GPTConfig) -> bool:
     return config.attention == "explicit" or config.dropout > 0
 
 
-def disagreements(ranks: list[Seen]) -> list[str]:
-    """What does not fit together: sends and receives of each pair, in order; and for each group,
-    what its members call."""
-    wrong, sent = [], collections.defaultdict(list)
-    for seen in ranks:
-        for operation, peer, payload in seen.transfers:
-            pair = (seen.rank, peer) if operation == "send" else (peer, seen.rank)
-            sent[pair, operation].append(payload)
-    for src, dst in sorted({pair for pair, _ in sent}):
-        there, here = sent[(src, dst), "send"], sent[(src, dst), "recv"]
-        if there != here:
-            wrong.append(f"rank {src} sends {len(there)} to rank {dst}, which receives {len(here)}")
-    called = collections.defaultdict(dict)
-    for seen in ranks:
-        for name, members in seen.members.items():
-            of_group = [call for call in seen.calls.get(name, ()) if name != "pp"
-                        or call.operation not in ("send", "recv")]  # fmt: skip
-            called[name, tuple(members)][seen.rank] = [
-                (call.operation, call.payload, str(call.dtype)) for call in of_group
-            ]
-    for (name, members), by_rank in called.items():
-        first, *rest = members
-        for rank in rest:
-            if by_rank[rank] != by_rank[first]:
-                mine, theirs = len(by_rank[rank]), len(by_rank[first])
-                wrong.append(f"{name} group {list(members)}: rank {rank} has {mine} calls that are "
-                             f"not rank {first}'s {theirs}")  # fmt: skip
-    return wrong
+def deadlock(queues: list[Queue]) -> str | None:
+    """Executes the queues of all ranks as the strictest network would. A rank has one queue for all
+    its groups, and starts an entry when the one before is complete. A collective is complete when
+    it is at the head of the queue of each member of its group, and a batch when each of its
+    transfers is at the head of both ends. Returns None if all queues run to completion, else in
+    words who waits for whom, or who disagrees."""
+    rest, heads = [iter(queue) for queue in queues], [[] for _ in queues]
+    moved = True
+    while moved:
+        for rank, head in enumerate(heads):
+            head.extend(() if head else next(rest[rank], ()))
+        moved = False
+        for place in sorted({event[:2] for head in heads for event in head}):
+            ends = {rank: next((e for e in heads[rank] if e[:2] == place), None)
+                    for rank in place[1]}  # fmt: skip
+            if None in ends.values():
+                continue
+            if len({*ends.values()}) > 1:
+                said = (f"rank {rank} calls {e.operation} of {e.payload} {e.dtype}"
+                        for rank, e in ends.items())  # fmt: skip
+                return f"in {place[0]} {[*place[1]]} " + ", ".join(said)
+            for rank, event in ends.items():
+                heads[rank].remove(event)
+            moved = True
+    if not any(heads):
+        return None
+
+    def other(rank: int) -> int:
+        """A rank that this one waits for; itself, if it has finished."""
+        for event in heads[rank]:
+            for member in event.members:
+                if event[:2] not in (e[:2] for e in heads[member]):
+                    return member
+        return rank
+
+    lines, stuck = [], [rank for rank, head in enumerate(heads) if head]
+    ranks = pipeline.circle(stuck[0], other)
+    if not heads[ranks[0]]:
+        ranks = [next(rank for rank in stuck if other(rank) == ranks[0]), *ranks]
+    for rank in ranks:
+        event = next((e for e in heads[rank] if other(rank) in e.members), None)
+        lines.append(f"rank {rank} waits for rank {other(rank)} in {event.operation} of "
+                     f"{event.payload} over {event.group} {[*event.members]}" if event else
+                     f"rank {rank} has finished")  # fmt: skip
+    return "deadlock: " + "; ".join(lines)
 
 
 def main() -> None:
@@ -464,14 +521,15 @@ def main() -> None:
         arguments.error(str(error))
     seen, good = [], True
     for rank in ranks:
-        seen.append(dry_run(args, config, rank))
+        # From the second step on, DDP and ZeRO launch in backward.
+        seen.append(dry_run(args, config, rank, step=int(args.all_ranks)))
         for line, same in lines_of(seen[-1]):
             print(line, flush=True)
             good &= same
     if args.all_ranks:
-        wrong = disagreements(seen)
-        print(*wrong or ["every send meets its receive, and the groups agree"], sep="\n")
-        good &= not wrong
+        wrong = deadlock([each.queue for each in seen])
+        print(wrong or "one queue a rank, for all its groups: all run to completion")
+        good &= wrong is None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{time.perf_counter() - start:.0f} s, {peak:.2f} GB of memory")
     if not good:

@@ -45,7 +45,7 @@ NUMBERS = r"Errors\(.*where='(gradient|parameter) "  # the largest error is one 
 NORM = r"Errors\(.*norm=\d+\.\d+,"  # printed without an exponent: at least 1e-4
 LAYOUTS = "tests/test_layouts.py::test_layout_equals_one_process"
 PARTIAL = "y = LaterLinear.apply(x, weight, later) if later else F.linear(x, weight)"
-ARRIVED = "arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group)"
+ARRIVED = "arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group, need_weight)"
 MOMENTS = 'found += rectangles(f"{key}/{name}", value, parameter, offset)'
 SENT = "events.append((end, 0, n, (rank, dst), Transfer(*action, rank, dst)))"
 
@@ -76,7 +76,7 @@ ZOO = [
         ("tensor_parallel.py", ARRIVED,
          "start = start_scatter if ctx.sequence else start_sum\n"
          "            parts = zip(grad.chunk(3, -1), weight.chunk(3, 0), strict=True)\n"
-         "            sums = [start(g @ w, ctx.group) for g, w in parts]\n"
+         "            sums = [start(g @ w, ctx.group, need_weight) for g, w in parts]\n"
          "            arrived = lambda: sum(part() for part in sums)")],
         "tests/test_tensor_parallel.py::test_collectives_of_a_block_and_what_hides_them",
         r"\('backward', 'all_reduce'\): \(9, \d+\)"),
