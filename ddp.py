@@ -281,7 +281,6 @@ class DDP:
         self.launched = []
         for p, master in self.masters.items():
             p.grad = master.grad = None
-        self.arrived: list[int] = []  # parameters whose `.grad` is not yet in the bucket
         self.missing = self.accumulations.copy()
         self.waiting = [0] * len(self.buckets)  # parameters that a bucket still waits for
         for bucket in self.bucket_of:
@@ -290,18 +289,17 @@ class DDP:
         self.phase = "backward"
 
     def _accumulated(self, i: int, p: nn.Parameter) -> None:
-        """Autograd calls this when p.grad is the gradient of one backward."""
+        """Autograd calls this when p.grad is the gradient of one backward. It is added to the
+        bucket, in the bucket's dtype. Then `.grad` is None: torch.compile does not compile a layer
+        with a `.grad` of another dtype."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
             raise ValueError("backward outside of start() and finish(): call start() first, or "
                              "freeze this model while the loss of another one uses it")  # fmt: skip
-        bucket = self.bucket_of[i]
-        if self.arrived and self.bucket_of[self.arrived[0]] != bucket:
-            self._flush()
-        if not self.arrived:  # at the end of this backward
-            torch.autograd.Variable._execution_engine.queue_callback(self._flush)
-        self.arrived.append(i)
+        first = self.missing[i] == self.accumulations[i]
+        add(p.grad, self.gradients[i], first)
+        p.grad = None
         self.missing[i] -= 1
         if self.missing[i] > 0:
             return
@@ -309,30 +307,14 @@ class DDP:
             raise ValueError(f"more than {self.accumulations[i]} accumulations in a step: pass "
                              "accumulations=m for m microbatches")  # fmt: skip
         self.ready.append(i)
-        self.waiting[bucket] -= 1
+        self.waiting[self.bucket_of[i]] -= 1
         # In bucket order and no other, though a later bucket may fill first on some rank:
         # collectives are matched by order, and the ranks must agree on it.
         while (self.overlap and self.learned and len(self.launched) < len(self.buckets)
                and self.waiting[len(self.launched)] == 0):  # fmt: skip
             self._launch()
 
-    def _flush(self) -> None:
-        """Add the gradients that have arrived to their bucket, in its dtype, in one call. Then
-        `.grad` is None: torch.compile does not compile a layer with a `.grad` of another dtype."""
-        first = [i for i in self.arrived if self.missing[i] == self.accumulations[i] - 1]
-        later = [i for i in self.arrived if self.missing[i] < self.accumulations[i] - 1]
-        with torch.no_grad():
-            for call, numbers in ((torch._foreach_copy_, first), (torch._foreach_add_, later)):
-                parameters = [self.parameters[i][1] for i in numbers]
-                if numbers:  # an nn.Embedding's gradient may be sparse
-                    call([self.gradients[i] for i in numbers],
-                         [p.grad.to_dense() for p in parameters])  # fmt: skip
-                for p in parameters:
-                    p.grad = None
-        self.arrived = []
-
     def _launch(self) -> None:
-        self._flush()
         i = len(self.launched)
         flat, dtype = self.buckets[i], self.sent_dtypes[i]
         if self.group.size() == 1:
@@ -409,7 +391,8 @@ class DDP:
             raise ValueError("before_step() or step() without finish(): gradients are not yet "
                              "summed over the ranks")  # fmt: skip
         for p, master in self.masters.items():
-            master.grad = None if p.grad is None else p.grad.to(master.dtype)
+            if master is not p:
+                master.grad = None if p.grad is None else p.grad.to(master.dtype)
         self.phase = "update"
 
     def after_step(self) -> None:
@@ -419,11 +402,18 @@ class DDP:
             with torch.no_grad():
                 torch._foreach_copy_(narrow, [self.masters[p] for p in narrow])
         for p in narrow:
-            p.grad = None  # it has another dtype, see _flush
+            p.grad = None  # it has another dtype, see _accumulated
         self.phase = "idle"
 
     def gather(self) -> None:
         """Every parameter whole, for who reads them: they are."""
+
+
+def add(gradient: Tensor, total: Tensor, first: bool) -> None:
+    """Add a gradient to `total`, or begin it. Dtypes may differ."""
+    if gradient.requires_grad or gradient.is_sparse:  # create_graph=True; an nn.Embedding
+        gradient = gradient.detach().to_dense()
+    total.copy_(gradient) if first else total.add_(gradient)
 
 
 # Rung 4 (`--dp-nodes k`): links between hosts are slow. In a flat ring over d ranks, neighbours on

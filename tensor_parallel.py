@@ -295,9 +295,9 @@ class ColumnParallelLinear(Linear):
         self.bias = None if bias is None else cut_parameter(bias, 0, parts, group)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight_grad_queue is None and self.group.size() == 1:
+            return F.linear(x, self.weight, self.bias)  # torch's, which is quicker to dispatch
         weight, later = self.for_graph(x)
-        if self.group.size() == 1 and later is None:
-            return F.linear(x, weight, self.bias)  # torch's, which is quicker to dispatch
         return ColumnLinear.apply(x, weight, self.bias, self.group, self.sequence, later)
 
 
@@ -311,9 +311,9 @@ class RowParallelLinear(Linear):
         self.bias = linear.bias  # whole, and added once: after the sum
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight_grad_queue is None and self.group.size() == 1:
+            return F.linear(x, self.weight, self.bias)
         weight, later = self.for_graph(x)
-        if self.group.size() == 1 and later is None:
-            return F.linear(x, weight, self.bias)
         y = LaterLinear.apply(x, weight, later) if later else F.linear(x, weight)
         y = SumOverGroup.apply(y, self.group, self.sequence)
         return y if self.bias is None else y.add_(self.bias)

@@ -380,7 +380,6 @@ class Zero1:
                     p.grad = None
                 for piece in unit.pieces:
                     piece.tensor.grad = None
-            self.arrived: list[nn.Parameter] = []  # their `.grad` is not yet in the buffer
             self.done = {p: 0 for p in self.unit_of if p.requires_grad}  # accumulations
         # By launch: how many parameters of the unit have not completed this round.
         self.waiting = [len(unit.place) for _, unit in self.launches]
@@ -400,11 +399,8 @@ class Zero1:
                              "freeze this model while the loss of another one uses it")  # fmt: skip
         unit, n = self.unit_of[p], self.accumulations[p]
         if self.whole_gradients:
-            if self.arrived and self.unit_of[self.arrived[0]] is not unit:
-                self._flush()
-            if not self.arrived:  # at the end of this backward
-                torch.autograd.Variable._execution_engine.queue_callback(self._flush)
-            self.arrived.append(p)
+            add(p.grad, unit.gradient_of[p], first=self.done[p] == 0)
+            p.grad = None
         before = self.done[p] * self.rounds // n  # rounds that were complete for p
         self.done[p] += 1
         if self.done[p] > n:
@@ -416,21 +412,7 @@ class Zero1:
                    and self.waiting[self.launched] == 0):  # fmt: skip
                 self._launch()
 
-    def _flush(self) -> None:
-        """Add the gradients that have arrived to their unit's buffer, in its dtype: see ddp.py."""
-        first = [p for p in self.arrived if self.done[p] == 1]
-        later = [p for p in self.arrived if self.done[p] > 1]
-        with torch.no_grad():
-            for call, parameters in ((torch._foreach_copy_, first), (torch._foreach_add_, later)):
-                if parameters:  # an nn.Embedding's gradient may be sparse
-                    call([self.unit_of[p].gradient_of[p] for p in parameters],
-                         [p.grad.to_dense() for p in parameters])  # fmt: skip
-        for p in self.arrived:
-            p.grad = None
-        self.arrived = []
-
     def _launch(self) -> None:
-        self._flush()
         self._land()
         round_, unit = self.launches[self.launched]
         unit.reduce(self._take_gradients(unit), first=round_ == 1)
@@ -542,6 +524,13 @@ class Zero1:
         for unit in self.units:
             unit.unshard()
             unit.wait()
+
+
+def add(gradient: Tensor, total: Tensor, first: bool) -> None:
+    """As in ddp.py."""
+    if gradient.requires_grad or gradient.is_sparse:
+        gradient = gradient.detach().to_dense()
+    total.copy_(gradient) if first else total.add_(gradient)
 
 
 def is_unused(gradient: Tensor) -> bool:

@@ -285,40 +285,6 @@ def test_without_overlap_all_gradients_are_sent_by_finish(kind):
         assert 0 < during <= total
 
 
-def buckets_of_waiting_gradients(kind) -> list[int]:
-    """After each gradient of the second step: how many buckets, or units, have gradients left in
-    `.grad`."""
-    net = model()
-    sync = kind(net, dist.group.WORLD, 2, **({"bucket_bytes": 1} if kind is ddp.DDP else {}))
-    seen, plain = [], sync._accumulated
-
-    def bucket(j, q):
-        return sync.bucket_of[j] if kind is ddp.DDP else sync.units.index(sync.unit_of[q])
-
-    def look(*args):
-        plain(*args)
-        left = {bucket(*both) for both in enumerate(net.parameters()) if both[1].grad is not None}
-        seen.append(len(left))
-
-    sync._accumulated = look
-    for _ in range(2):
-        seen.clear()
-        sync.start()
-        for i in range(2):
-            net(rows(0, i)).sum().backward()
-            assert all(q.grad is None for q in net.parameters()), "after a backward"
-        sync.finish()
-        sync.before_step()
-        sync.after_step()
-    return seen
-
-
-@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1])
-def test_gradients_of_at_most_one_bucket_wait_outside_of_it(kind):
-    (seen,) = launch(1, buckets_of_waiting_gradients, kind)
-    assert len(seen) == 8 and set(seen) <= {0, 1}
-
-
 def misuse(how: str, kind=ddp.DDP):
     group, net = dist.group.WORLD, model()
     parts = dict(net.named_children())
