@@ -11,7 +11,7 @@
     selective            16 b s h                                         F + B + 2 b s s h
     full                 b s h                                            F + B + F less one matmul
     offload              on the device nothing, x0 x1 .. neither          F + B, and 2 copies of it
-    and while a block is in backward, what it had dropped, once (offload: of two blocks).
+    plus, during a block's backward, what it had dropped (offload: the tensors of two blocks).
     every = k: the first of every k blocks; layers = n: among the first n (of a rank's).
 
 With fused attention (sdpa) the s x s is never stored, and selective gains its log-sum-exp alone,
@@ -162,9 +162,10 @@ def recompute(function: Callable, *args, remember: Callable = torch_rng, **kwarg
 
 
 class HostCopies:
-    """Copies between the device and pinned host memory, in order, on a separate stream.
-    `under_way` refers to tensors until the compute stream has waited for their copies. If a device
-    tensor were freed before, the next operation would overwrite its memory."""
+    """All copies between the device and pinned host memory, on one separate stream, so in order: a
+    host buffer may be reused as soon as its run is freed. `under_way` keeps device tensors alive
+    until the compute stream waits for their copies. Otherwise the allocator could give their memory
+    to the next kernel. On a CPU, torch's streams and events are no-ops, and copies synchronous."""
 
     def __init__(self):
         self.free: dict[tuple, list[Tensor]] = collections.defaultdict(list)  # host buffers
@@ -172,7 +173,7 @@ class HostCopies:
         self.stream, self.last = None, lambda: None  # last: the last run of a block
 
     def start(self, to: list[Tensor], source: list[Tensor]) -> int:
-        """Returns the number of these copies, for wait()."""
+        """Queues the copies. Returns a ticket for wait()."""
         device = torch.get_device_module("cuda" if torch.cuda.is_initialized() else "cpu")
         self.stream = self.stream or device.Stream()
         self.stream.wait_stream(device.current_stream())
@@ -184,9 +185,9 @@ class HostCopies:
         self.under_way.append((event, to, source))
         return self.finished + len(self.under_way)
 
-    def wait(self, number: int) -> None:
-        """The compute stream waits for these copies, and so for all before them."""
-        while self.finished < number:
+    def wait(self, ticket: int) -> None:
+        """The compute stream, not the host, waits for these copies and all earlier ones."""
+        while self.finished < ticket:
             self.under_way[0][0].wait()
             self.under_way.popleft()
             self.finished += 1
@@ -194,14 +195,15 @@ class HostCopies:
 
 class Offload:
     """One run of a block. What autograd saves in it is copied to the host while the next block
-    computes, and is copied back while the next block is in backward, so the device holds the saved
-    tensors of at most two blocks. Parameters stay there: they are held anyway."""
+    computes, and copied back during the backward of the block after it, so the device holds the
+    saved tensors of at most two blocks (more if a pipeline stage alternates between chunks).
+    Parameters are not copied. The block must not change a saved tensor in place."""
 
     def __init__(self, module: nn.Module, copies: HostCopies):
         self.held = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        self.copies, self.number = copies, 0
+        self.copies, self.ticket = copies, 0
         self.tensors: list[Tensor] | None = []  # None: on the host only
-        self.saved: list[tuple] = []  # (device, host buffer, where that is left for the next run)
+        self.saved: list[tuple] = []  # (device, host buffer, free list it returns to)
         self.previous, copies.last = copies.last, weakref.ref(self)
 
     def pack(self, t: Tensor) -> Tensor | int:
@@ -214,22 +216,24 @@ class Offload:
         return len(self.saved) - 1
 
     def send(self) -> None:
-        number = self.copies.start([host for _, host, _ in self.saved], self.tensors)
-        self.tensors = None
-        self.copies.wait(number - 1)  # for the block before
+        if self.saved:
+            self.ticket = self.copies.start([host for _, host, _ in self.saved], self.tensors)
+        if previous := self.previous():  # the last block of a forward stays on the device
+            self.copies.wait(previous.ticket)
+            previous.tensors = None
 
     def fetch(self) -> None:
         if self.tensors is None:
             self.tensors = [torch.empty_like(host, device=device) for device, host, _ in self.saved]
-            self.number = self.copies.start(self.tensors, [host for _, host, _ in self.saved])
+            self.ticket = self.copies.start(self.tensors, [host for _, host, _ in self.saved])
 
     def unpack(self, packed: Tensor | int) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        self.fetch()  # no-op if the backward of the next block has done it
+        self.fetch()  # usually prefetched during the next block's backward
         if previous := self.previous():
             previous.fetch()
-        self.copies.wait(self.number)
+        self.copies.wait(self.ticket)
         return self.tensors[packed]
 
     def __del__(self):

@@ -458,9 +458,9 @@ class Checkpoints:
 
 
 def host_buffers(tensors: list[Tensor]) -> list[Tensor]:
-    """Like `tensors`, in one allocation of host memory. For a GPU it is pinned, and torch rounds
-    its size up to a power of two."""
-    sizes = [-(-t.nbytes // 16) * 16 for t in tensors]  # 16: views start at multiples of any dtype
+    """Buffers like `tensors`, views of one allocation of host memory. For a GPU it is pinned, and
+    torch rounds its size up to a power of two (at most double)."""
+    sizes = [-(-t.nbytes // 16) * 16 for t in tensors]  # any dtype may start there
     pinned = any(t.is_cuda for t in tensors)
     flat = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
     return [part[: t.nbytes].view(t.dtype).view(t.shape)

@@ -92,7 +92,8 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
 
 def is_unused(gradient: Tensor) -> bool:
     """True if no rank used the parameter: every rank sent -0.0, and -0.0 + x is -0.0 only if x is.
-    (A gradient whose elements are all exactly -0.0 is taken for an unused one by other ranks.)
+    (If a rank used the parameter and every element of the sum is -0.0, that rank updates it and
+    the others skip it: replicas then differ. No layer of GPT-2 has such a gradient.)
     `.grad` is then None, as in one process, so the optimizer skips the parameter. With a gradient
     of 0 it would still apply weight decay. Ranks that used the parameter need not check."""
     return bool((gradient == 0).all() and gradient.signbit().all())
@@ -114,9 +115,8 @@ def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup
         p.grad = None if unused else summed.view_as(p)
 
 
-# Rung 3: no copies, few calls, and all but the last of them hidden behind the rest of backward.
-# Measured (2 ranks x 1 thread, 2 cores, gloo, buckets of 4 MB): 0.97 to 1.0 of rung 2's step at
-# h 256, 0.91 at h 768, where a copy of Psi costs more.
+# Rung 3: few calls, and all but the last of them overlap with the rest of backward. Gradients are
+# added to a bucket as they come, so there is no copy after backward. `make bench-dp` measures it.
 
 
 class Piece(NamedTuple):
@@ -151,9 +151,9 @@ class DDP:
     grad_dtype: the dtype in which bf16 gradients are summed over microbatches (default: fp32).
     reduce_dtype: the dtype in which bf16 gradients are all-reduced (default: the parameters'; fp32
         sends twice the bytes). It has no effect with one rank. Both do nothing for fp32 parameters.
-    overlap: False: finish() sends all buckets. Needed if ranks of `group` use different parameters
-        in one step and are in pipelines: a rank that sends a bucket later than another one, after
-        other transfers, could wait for it in a cycle.
+    overlap: False: finish() sends all buckets, and nothing overlaps. Needed in a pipeline whose
+        replicas use different parameters in one step: one replica then sends a bucket during
+        backward, and another after its last transfer, and ranks can wait for each other in a cycle.
 
     step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
     do something in between, or with several optimizers. Values that you write to a bf16 parameter
@@ -178,7 +178,8 @@ class DDP:
             raise ValueError("DDP needs a process group: call dist.init_process_group() first")
         self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
         self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
-        self.group, self.reduce, self.overlap = group, reduce, overlap
+        self.group, self.reduce = group, reduce
+        self.overlap = overlap and group.size() > 1  # one rank sends nothing
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
         check_accumulations(model, accumulations)
@@ -206,19 +207,19 @@ class DDP:
             lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
         )
         weakref.finalize(self, check.remove)
-        # By parameter, like `accumulations`: the gradient, a view of a bucket, and which bucket.
+        # Indexed like self.parameters: the gradient (a view of its bucket), the bucket's number.
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.bucket_of = [0] * len(self.parameters)
         # A guess until the first step has shown it: the last layer's gradients are ready first.
         self._lay_out(range(len(self.parameters))[::-1])
-        self.ready: list[int] = []  # parameters, in the order in which gradients were complete
+        self.ready: list[int] = []  # parameters, in the order in which gradients were completed
         self.learned = False
         self.launched: list = []  # (what was sent, handle), by bucket
         self.phase = "idle"  # then "backward", "finished" and "update"
         self.start()
 
     def _lay_out(self, order: Iterable[int]) -> None:
-        """Make the buckets, each of one dtype. order: numbers of parameters."""
+        """Make the buckets, each of one dtype. order: indices into self.parameters."""
         self.buckets: list[Tensor] = []
         self.sent_dtypes: list[torch.dtype] = []
         filling: dict[torch.dtype, list[int]] = {}
@@ -233,7 +234,7 @@ class DDP:
             self._add_bucket(members)
 
     def _add_bucket(self, members: list[int]) -> None:
-        """Gradients are views of the bucket."""
+        """self.gradients[i] becomes a view of the new bucket."""
         parameters = [self.parameters[i][1] for i in members]
         dtype = sent_dtype = parameters[0].dtype
         if dtype.itemsize < 4:
@@ -243,7 +244,8 @@ class DDP:
         for i, p, part in zip(members, parameters, flat.split(sizes), strict=True):
             if self.gradients[i] is not None:  # of the first step, from its old bucket
                 part.copy_(self.gradients[i].flatten())
-            # Any dtype. Of a tied bf16 matrix autograd sums two gradients: in fp32, as here.
+            # None: `.grad` may have the bucket's dtype. Autograd sums the two gradients of a tied
+            # matrix before the hook sees them: in the bucket's dtype.
             p.grad_dtype = dtype if hasattr(p, "tied_name") else None
             self.gradients[i] = part.view_as(p)
             self.bucket_of[i] = len(self.buckets)
@@ -276,8 +278,7 @@ class DDP:
                 raise ValueError(f"{name} was {change} after this DDP was made, and its buckets "
                                  "are fixed: delete it and make a new one")  # fmt: skip
         for _, handle in self.launched:  # they still write to the buckets
-            if handle is not None:
-                handle.wait()
+            handle.wait()
         self.launched = []
         for p, master in self.masters.items():
             p.grad = master.grad = None
@@ -289,9 +290,9 @@ class DDP:
         self.phase = "backward"
 
     def _accumulated(self, i: int, p: nn.Parameter) -> None:
-        """Autograd calls this when p.grad is the gradient of one backward. It is added to the
-        bucket, in the bucket's dtype. Then `.grad` is None: torch.compile does not compile a layer
-        with a `.grad` of another dtype."""
+        """Autograd calls this once per backward, with that backward's gradient in p.grad. Add it to
+        the bucket and clear `.grad`: the next backward would add to it. (`.grad` is not the bucket
+        itself, since torch.compile does not compile a layer whose `.grad` has another dtype.)"""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
@@ -317,9 +318,6 @@ class DDP:
     def _launch(self) -> None:
         i = len(self.launched)
         flat, dtype = self.buckets[i], self.sent_dtypes[i]
-        if self.group.size() == 1:
-            self.launched.append((flat, None))
-            return
         sent = flat.to(dtype)  # no copy if the dtype is the same
         self.launched.append((sent, self.reduce(sent, self.group)))
 
@@ -334,12 +332,11 @@ class DDP:
             self.gradients[i].fill_(-0.0)  # see is_unused
         if not self.learned:
             self._learn()
-        while len(self.launched) < len(self.buckets):
+        while self.group.size() > 1 and len(self.launched) < len(self.buckets):
             self._launch()
-        for flat, (sent, handle) in zip(self.buckets, self.launched, strict=True):
-            if handle is not None:
-                handle.wait()
-                flat.copy_(sent)
+        for i, (sent, handle) in enumerate(self.launched):
+            handle.wait()
+            self.buckets[i].copy_(sent)
         self.launched = []
         for i, (_, p) in enumerate(self.parameters):
             unused_by_all = i in unused and is_unused(self.gradients[i])
@@ -397,12 +394,12 @@ class DDP:
 
     def after_step(self) -> None:
         """After the optimizer: every rank has updated everything."""
-        narrow = [p for p, master in self.masters.items() if master is not p]
+        narrow = {p: master for p, master in self.masters.items() if master is not p}
         if narrow:
             with torch.no_grad():
-                torch._foreach_copy_(narrow, [self.masters[p] for p in narrow])
+                torch._foreach_copy_([*narrow], [*narrow.values()])
         for p in narrow:
-            p.grad = None  # it has another dtype, see _accumulated
+            p.grad = None  # or a compiled forward before the next start() would not be compiled
         self.phase = "idle"
 
     def gather(self) -> None:
@@ -410,8 +407,8 @@ class DDP:
 
 
 def add(gradient: Tensor, total: Tensor, first: bool) -> None:
-    """Add a gradient to `total`, or begin it. Dtypes may differ."""
-    if gradient.requires_grad or gradient.is_sparse:  # create_graph=True; an nn.Embedding
+    """total = gradient if first, else total += gradient. The dtypes may differ."""
+    if gradient.requires_grad or gradient.is_sparse:  # create_graph=True, nn.Embedding(sparse=True)
         gradient = gradient.detach().to_dense()
     total.copy_(gradient) if first else total.add_(gradient)
 
@@ -429,7 +426,7 @@ class Hierarchical:
     """`reduce` of DDP: reduce-scatter inside a host, all-reduce of that share across, all-gather
     inside. While one bucket is scattered, the one before it crosses and a third is gathered: each
     launch takes all that are under way one phase further, and waits for the phase they are in.
-    On a GPU a side stream waits; the compute stream does so only in wait().
+    On a GPU a side stream waits between the phases; the compute stream waits once, in wait().
 
     inside: the ranks of the DDP's group that are on this host, equally many on each.
     across: the ranks that have this one's place on theirs."""
@@ -442,7 +439,7 @@ class Hierarchical:
     def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
         self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
         self.stream = self.stream or self.device.Stream()
-        self.stream.wait_stream(self.device.current_stream())  # backward has filled `flat`
+        self.stream.wait_stream(self.device.current_stream())  # until backward has filled `flat`
         self.under_way.append(self._phases(flat))
         self._advance()
         return self
@@ -638,6 +635,8 @@ def main() -> None:
             proof.losses(rung, mine, losses)
             proof.close(f"{rung} max |d gradient|", g, gradients)
             proof.close(f"{rung} max |d parameter|", p, parameters)
+            if sync and group.size() == 1:
+                continue  # nothing was sent
             if rung == "hierarchical":
                 buckets = [flat.numel() for flat in sync.buckets]
                 predicted = predicted_hierarchical_payload(buckets, inside.size())

@@ -85,10 +85,10 @@ class Draws:
 
 
 class Dropout(nn.Module):
-    """A mask is a function of (seed, step, row, site) and of the kind of device: CPUs draw equal
-    masks, and so do equal GPUs. The mask of a row is drawn in full on the device and then sliced,
-    so a process that holds a shard of the row drops the same entries as one that holds all of it.
-    A CPU takes about 6 ns per number and core."""
+    """A mask is a function of (seed, step, row, site) and of the device type: all CPUs draw equal
+    masks, and so do all GPUs of one model. Each row's mask is drawn in full on the device and then
+    sliced, so a process that holds a shard of the row drops the same entries as one that holds all
+    of it. On a CPU this costs about 6 ns per element on one core."""
 
     def __init__(self, p: float):
         super().__init__()

@@ -62,15 +62,17 @@ from torch import Tensor, nn
 # for what its matmuls keep (activation_ckpt.py) need not go through the last sum.
 # A group of one has nothing to say: the functions return what they were given.
 # torch 2.13 renamed the two and warns at the old names; 2.11 has the old.
-# async_op: only where a matmul runs between the start and the wait. A synchronous NCCL call runs on
-# the current stream: no events between two streams, and torch.compile can trace it.
+# async_op only where a matmul overlaps it, so never with deferred weight gradients. A synchronous
+# NCCL call (torch 2.8) runs on the current stream: no events between two streams, and torch.compile
+# can trace it.
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def start_sum(x: Tensor, group, async_op: bool = False) -> Callable[[], Tensor]:
-    """x [b, s, h], a partial sum, which is overwritten; the function returned waits for the sum."""
+    """x [b, s, h], a partial sum, is overwritten. Returns a function that gives the sum; with
+    async_op it waits first."""
     if group.size() == 1:
         return lambda: x
     handle = dist.all_reduce(x, group=group, async_op=async_op)  # payload: b s h
@@ -84,7 +86,7 @@ def start_sum(x: Tensor, group, async_op: bool = False) -> Callable[[], Tensor]:
 
 
 def start_gather(x: Tensor, group, async_op: bool = False) -> Callable[[], Tensor]:
-    """x [b, s/t, h]; the function returned waits for [b, s, h]."""
+    """x [b, s/t, h]. Returns a function that gives [b, s, h], as start_sum does."""
     if group.size() == 1:
         return lambda: x
     parts = x.new_empty(group.size() * x.size(0), *x.shape[1:])
@@ -99,8 +101,8 @@ def start_gather(x: Tensor, group, async_op: bool = False) -> Callable[[], Tenso
 
 
 def start_scatter(x: Tensor, group, async_op: bool = False) -> Callable[[], Tensor]:
-    """x [b, s, h], a partial sum; the function returned waits for my shard of the sum,
-    [b, s/t, h]."""
+    """x [b, s, h], a partial sum. Returns a function that gives my shard of the sum, [b, s/t, h],
+    as start_sum does."""
     if group.size() == 1:
         return lambda: x
     if x.size(1) % group.size():

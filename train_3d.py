@@ -114,12 +114,15 @@ class Trainer:
         self.optimizer = self._make_optimizer()
 
     def _make_groups(self, p: int, d: int, k: int, t: int, ends: list[int]) -> None:
-        # Groups by table of ranks. Axes with the same table share a group: fewer communicators, and
-        # their calls keep one order. A group of one rank sends nothing and has no communicator.
-        self.groups = {str([[*range(p * d * t)]]): dist.group.WORLD}
-        gloo = "gloo" if self.device.type == "cuda" else None
-        self.alone = dist.new_group([dist.get_rank()], backend=gloo, group_desc="one rank",
-                                    use_local_synchronization=True)  # fmt: skip
+        """self.groups: this rank's group by table of ranks. Axes with equal tables share one group:
+        fewer communicators, and one order of their calls. Axes of size 1 share self.single_group,
+        which never communicates: in gloo, it needs no communicator of NCCL."""
+        self.groups = {str([[*range(dist.get_world_size())]]): dist.group.WORLD}
+        backend = "gloo" if self.device.type == "cuda" else None  # None: that of the world
+        self.single_group = dist.new_group(
+            [dist.get_rank()], backend=backend, group_desc="one rank",
+            use_local_synchronization=True,
+        )  # fmt: skip
         ranks = torch.arange(p * d * t).view(p, d // k, k, t)  # tp innermost: neighbours
         self.tp_group = self._my_group("tp", ranks.flatten(0, 2))
         self.dp_group = self._my_group("dp", ranks.movedim(3, 1).flatten(2).flatten(0, 1))
@@ -134,17 +137,17 @@ class Trainer:
         self.tied_group = self._my_group("tied", ranks[ends].flatten(1).T)
 
     def _my_group(self, name: str, groups: Tensor) -> dist.ProcessGroup:
-        """The one of `groups` [n, size] that this rank is in, else a group of this rank alone.
-        Every rank must pass the same table."""
+        """This rank's group among `groups` [n, size], a row of ranks each, or the single-rank
+        group. Every rank must pass the same `groups`."""
         limit, table = datetime.timedelta(seconds=self.args.timeout), groups.tolist()
         if groups.size(1) == 1 and dist.get_world_size() > 1:
-            return self.alone
+            return self.single_group
         if (key := str(table)) not in self.groups:
-            if self.device.type == "cuda":  # one call of NCCL per axis, not one per group
+            if self.device.type == "cuda":  # one split of the world per axis, not one per group
                 mine = dist.split_group(split_ranks=table, timeout=limit, group_desc=name)
             else:
                 mine, _ = dist.new_subgroups_by_enumeration(table, limit, group_desc=name)
-            self.groups[key] = self.alone if mine is None else mine
+            self.groups[key] = self.single_group if mine is None else mine
         return self.groups[key]
 
     def _attach(self, sync: Callable | None, accumulations: dict[nn.Parameter, int]):
@@ -325,14 +328,14 @@ class Trainer:
 
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:
-    """The host waits for a copy from pageable memory, and not for one from pinned memory."""
+    """Copies t from pinned memory: a copy from pageable memory would block the host."""
     if t.device.type != device.type:
         t = t.pin_memory()
     return t.to(device, non_blocking=True)
 
 
 def start_to_host(t: Tensor) -> Callable[[], Tensor]:
-    """Start to copy t to the host. The function returned waits for the copy, and for no operation
+    """Start to copy t to the host. Returns a function that waits for this copy only, not for work
     that is queued after it."""
     host = torch.empty_like(t, device="cpu", pin_memory=t.is_cuda).copy_(t, non_blocking=True)
     event = torch.get_device_module(t.device).Event()
@@ -345,10 +348,10 @@ def start_to_host(t: Tensor) -> Callable[[], Tensor]:
     return finish
 
 
-# (graphs that torch 2.13 makes of a block's forward instead of one, what it cannot trace). Dropout
-# and selective recomputation add more.
-GRAPHS_WITH_TP = (7, "asynchronous collectives, in the backward of 2 linear layers")
-GRAPHS_WITH_ZERO_BUBBLE = (15, "the backward of 4 linear layers that puts work into a queue")
+# With these options torch.compile (2.13) splits a block's forward into several graphs: (how many,
+# what it cannot trace). Dropout and selective recomputation add more.
+GRAPHS_WITH_TP = (7, "the asynchronous collectives in the backward of 2 linear layers")
+GRAPHS_WITH_ZERO_BUBBLE = (15, "the backward of 4 linear layers, which queues weight gradients")
 
 
 def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
@@ -406,7 +409,7 @@ def join_ranks(device: torch.device, timeout: int = 600) -> None:
                      "NCCL and gloo do not meet: give --device cpu, or nodes alike")  # fmt: skip
         if on_gpu:
             torch.cuda.set_device(device)
-            # The GPU runs calls of different groups in the order of the host (NCCL 2.26).
+            # NCCL 2.26: kernels of all communicators run in the order in which the host launched.
             os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
@@ -419,7 +422,7 @@ def join_ranks(device: torch.device, timeout: int = 600) -> None:
 
 
 def describe(trainer: Trainer, logger: measure.Logger) -> None:
-    """What runs; and of options that have no effect here, that."""
+    """Prints what runs, which options have no effect here, and what --compile does not compile."""
     args, config, d = trainer.args, trainer.config, trainer.dp_group.size()
     with torch.device("meta"):
         size = sum(p.numel() for p in gpt.GPT(config).parameters())
@@ -500,7 +503,7 @@ def train(
     for step in range(first, stop):
         stats = trainer.step(step)
         logger.step(step, stats, trainer.learning_rate(step))
-        # Asked in the step before: the host does not wait for the step that it has just queued.
+        # The count of the previous step: the host waits for that step, not for the one just queued.
         stopped = step + 1 < stop and asked().item() > 0
         asked, last = start_to_host(stats[2]), stopped or step + 1 == stop
         if args.val_every and ((step + 1) % args.val_every == 0 or step + 1 == args.steps):

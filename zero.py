@@ -21,9 +21,9 @@ payload is what ddp.py's was: the second half carries parameters in place of gra
     group that shards; each shard of the gradients is all-reduced over the ranks that replicate it.)
 
 A unit is a block, or a layer outside of the blocks. Its parameters lie in a flat buffer, which is
-split into d shards of equal length: a matrix may lie on two ranks. Parameters and shards start at
-multiples of 8 elements. The optimizer gets *pieces*: a view for each parameter that overlaps my
-shard. Padding belongs to no piece, so it is never in a norm or a decay.
+split into d shards of equal length: a matrix may span several ranks. Parameters and shards start at
+multiples of 8 elements (`aligned`). The optimizer gets *pieces*: a view for each parameter that
+overlaps my shard. Padding belongs to no piece, so it enters neither the norm nor weight decay.
 
     torchrun --standalone --nproc-per-node 2 zero.py
 
@@ -252,7 +252,8 @@ class Zero1:
         parameters'; fp32 sends twice the bytes). It has no effect with one rank. Both do nothing
         for fp32 parameters.
     blocks: modules to gather at a time, instead of the default; see `layers`.
-    overlap: False: finish() reduces all units, as in ddp.py.
+    overlap: False: finish() reduces all units, see DDP. ZeRO-2 and 3 then hold full gradients until
+        finish(), and sum them over microbatches in the parameters' dtype.
 
     step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
     do something in between, or with several optimizers. If no rank uses a parameter in a step, its
@@ -341,7 +342,7 @@ class Zero1:
         counts = [accumulations[p] for unit in trainable for p in unit.place]
         rounds = self.rounds = 1 if self.whole_gradients else min(counts, default=1)
         self.launches = [(i + 1, unit) for i in range(rounds) for unit in reversed(trainable)]
-        self.launch_of = {unit: i for i, (_, unit) in enumerate(self.launches[: len(trainable)])}
+        self.place_in_round = {unit: i for i, unit in enumerate(reversed(trainable))}
         self.last_round = len(self.launches) - len(trainable)
         self.phase = "idle"  # then "backward", "finished" and "update"
         self.start()
@@ -358,7 +359,7 @@ class Zero1:
         return getattr(p, "tied_name", None), p.dtype, p.requires_grad, partial
 
     def start(self) -> None:
-        """Before the first backward of a step: no gradients, and counters at zero. If an exception
+        """Before the first backward of a step: clears gradients and counters. If an exception
         interrupted the last step, at the same place on all ranks, this completes its collectives
         and drops its gradients."""
         if self.phase == "update":
@@ -381,7 +382,7 @@ class Zero1:
                 for piece in unit.pieces:
                     piece.tensor.grad = None
             self.done = {p: 0 for p in self.unit_of if p.requires_grad}  # accumulations
-        # By launch: how many parameters of the unit have not completed this round.
+        # By launch: the number of parameters whose gradients it still waits for.
         self.waiting = [len(unit.place) for _, unit in self.launches]
         self.launched = 0
         self.phase = "backward"
@@ -407,7 +408,7 @@ class Zero1:
             raise ValueError(f"more than {n} accumulations in a step: pass accumulations=m for m "
                              "microbatches")  # fmt: skip
         if self.done[p] * self.rounds // n > before:
-            self.waiting[before * len(self.launch_of) + self.launch_of[unit]] -= 1
+            self.waiting[before * len(self.place_in_round) + self.place_in_round[unit]] -= 1
             while (self.overlap and self.launched < len(self.launches)
                    and self.waiting[self.launched] == 0):  # fmt: skip
                 self._launch()
@@ -527,7 +528,7 @@ class Zero1:
 
 
 def add(gradient: Tensor, total: Tensor, first: bool) -> None:
-    """As in ddp.py."""
+    """As in ddp.py: total = gradient if first, else total += gradient."""
     if gradient.requires_grad or gradient.is_sparse:
         gradient = gradient.detach().to_dense()
     total.copy_(gradient) if first else total.add_(gradient)
@@ -552,14 +553,14 @@ class Zero2(Zero1):
     whole_gradients = False
 
     def _take_gradients(self, unit: Unit) -> Tensor:
-        flat, views, gradients = unit.parameters.new_zeros(unit.parameters.numel()), [], []
+        flat, views, gradients = torch.zeros_like(unit.parameters), [], []
         with not_intercepted():
             for p, here in unit.place.items():
                 if p.grad is None:
                     flat[here] = -0.0  # see is_unused
                 else:
                     views.append(flat[here].view(p.shape))
-                    gradients.append(p.grad.to_dense())  # an nn.Embedding's may be sparse
+                    gradients.append(p.grad.detach().to_dense())  # see add()
                 p.grad = None
             if views:
                 torch._foreach_copy_(views, gradients)
@@ -710,8 +711,10 @@ class Zero3(Zero2):
             unit.reshard()
 
     def after_step(self) -> None:
-        torch._foreach_copy_([unit.parameter_shard for unit in self.units],
-                             [unit.master for unit in self.units])  # fmt: skip
+        narrow = [unit for unit in self.units if unit.master is not unit.parameter_shard]
+        if narrow:
+            torch._foreach_copy_([unit.parameter_shard for unit in narrow],
+                                 [unit.master for unit in narrow])  # fmt: skip
         for unit in self.units:
             unit.reshard()  # if somebody has gathered it since
         self.phase = "idle"
@@ -879,14 +882,14 @@ class Payload(NamedTuple):
 
 
 def aligned(numel: int) -> int:
-    """numel, rounded up to a multiple of 8: 16 bytes in bf16. GPU kernels are slower on tensors
-    that begin at other addresses."""
+    """numel, rounded up to a multiple of 8 (16 bytes in bf16): GPU kernels use slower loads for
+    tensors that are not aligned to 16 bytes."""
     return -(-numel // 8) * 8
 
 
 def padded(numels: Iterable[int], d: int) -> int:
-    """Elements of the flat buffer of a unit with parameters of so many elements: d shards of equal
-    length. Parameters and shards are aligned."""
+    """Elements of a unit's flat buffer: parameters of `numels` elements, each aligned, in d aligned
+    shards of equal length."""
     return d * aligned(-(-sum(map(aligned, numels)) // d))
 
 
@@ -894,7 +897,7 @@ def predicted_payload(
     sizes: list[int], d: int, uses: list[Use], stage: int = 1, m: int = 1, replicas: int = 1,
     reshard: bool = True,
 ) -> dict[str, Payload]:  # fmt: skip
-    """Per rank and step, by collective. sizes: of the units, see `padded`. Time is counted in
+    """Per rank and step, by collective. sizes: of the units' buffers (`padded`). Time is counted in
     layers: m times forward and backward. Under another schedule nothing changes but what is hidden:
     the last layer stays whole from a forward to a backward, whichever microbatch's that is, and
     each backward consumes it, so that a naive 2 m all-gathers of it are m."""
@@ -920,7 +923,7 @@ def predicted_payload(
             if reshard and k + 1 < n and not use.table:
                 now = 2 * n * (i + 1) - 1 - k
                 calls["all_gather"].append((sizes[use.unit], now - 1, now))
-    if d == 1:  # nothing is sent
+    if d == 1:  # only replicas communicate
         calls |= {"reduce_scatter": [], "all_gather": []}
     return {
         operation: Payload(
@@ -937,8 +940,8 @@ def predicted_bytes(
     dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes held per rank after the last backward, with AdamW: two moments, and for bf16 an fp32
-    master copy, for each element that this rank owns (padding has no moments). units: the numbers
-    of elements of each unit's parameters. ZeRO, section 3.1."""
+    master copy, for each element that this rank owns (padding has no moments). units: for each
+    unit, the sizes of its parameters. ZeRO, section 3.1."""
     grad_dtype = grad_dtype or torch.promote_types(dtype, torch.float32)
     whole = owned = 0
     for numels in units:

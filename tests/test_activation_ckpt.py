@@ -176,9 +176,11 @@ def test_a_graph_that_is_kept_is_run_backward_twice(policy):
 
 def test_offload_copies_activations_and_no_parameters():
     net, x = torch.nn.Linear(3, 4), torch.randn(4, 3).T
-    run = ckpt.Offload(net, ckpt.HostCopies())
+    copies = ckpt.HostCopies()
+    run = ckpt.Offload(net, copies)
     kept = [run.pack(t) for t in (net.weight.T, net.bias, x)]
     run.send()
+    ckpt.Offload(net, copies).send()  # the next block: now the first one is on the host only
     assert [*map(type, kept)] == [torch.Tensor, torch.nn.Parameter, int]
     back = [*map(run.unpack, kept)]
     assert torch.equal(back[2], x) and back[2].stride() == x.stride()
