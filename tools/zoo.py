@@ -230,8 +230,8 @@ ZOO = [
          "            self.gathering = None")],
         "tests/test_tools.py -k races", "parameters DIFFER"),
     Bug(27, "nobody waits for the sums", [
-        ("ddp.py", "                handle.wait()\n                flat.copy_(sent)",
-         "                flat.copy_(sent)")],
+        ("ddp.py", "            handle.wait()\n            self.buckets[i].copy_(sent)",
+         "            self.buckets[i].copy_(sent)")],
         "tests/test_tools.py -k races", "parameters DIFFER"),
     Bug(28, "gradients of bf16 add up in bf16", [
         ("ddp.py", "self.grad_dtype = grad_dtype or torch.float32",
