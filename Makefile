@@ -113,9 +113,9 @@ dry-run: $(SETUP)  ## one rank of 3072, in one process, counted: ARGS for anothe
 two-hosts hierarchy: $(SETUP)  ## torchrun on 2 hosts; what crosses between them, and its time (as root; 1, 3 min)
 	$(PY) -m tools.$(subst -,_,$@) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-gpu-drill: RUN = PYTHON=$(PY) tools/gpu_drill.sh $(or $(OUT),gpu_drill.md) $(ARGS)
+gpu-drill: GPU_DRILL = PYTHON=$(PY) tools/gpu_drill.sh $(or $(OUT),gpu_drill.md) $(ARGS)
 gpu-check gpu-drill node: $(SETUP)  ## a GPU next to a bare loop; NCCL on one GPU; NPROC GPUs: OUT=FILE (5, 10, 30 min)
-	$(or $(RUN),$(PY) -m tools.$(subst -,_,$@) $(if $(filter node,$@),--nproc $(NPROC)) $(if $(OUT),--out $(OUT)) $(ARGS))
+	$(or $(GPU_DRILL),$(PY) -m tools.$(subst -,_,$@) $(if $(filter node,$@),--nproc $(NPROC)) $(if $(OUT),--out $(OUT)) $(ARGS))
 
 plot: $(SETUP)  ## losses over tokens: RUNS="a.jsonl b.jsonl" OUT=runs.png, if matplotlib is installed
 	$(PY) -m tools.plot $(RUNS) $(if $(OUT),--out $(OUT))
