@@ -52,6 +52,6 @@ def test_the_costs_in_the_docs():
         )
         of_sends.append(with_sends - alone)
         of_handles[label] = both - with_sends
-    assert 0 < max(of_sends) < 0.001 and "vary by 20 %, at most 0.001" in said
+    assert 0 < max(of_sends) < 0.001 and "times varied by 20 %, at most 0.001" in said
     worst = max(of_handles, key=of_handles.get)
     assert f"by at most {of_handles[worst]:.3f} ({worst})" in said

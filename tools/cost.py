@@ -131,7 +131,7 @@ def words(config: gpt.GPTConfig, t: int, tp_rank: int = 0) -> int:
 def units(
     config: gpt.GPTConfig, t: int, n_layer: int, first: bool, last: bool, tp_rank: int = 0
 ) -> list[list[int]]:
-    """Elements of each parameter that a tp rank holds of a pp rank's layers, by ZeRO's units.
+    """Per ZeRO unit of a pp rank's layers, the size of each parameter on a tp rank.
     Sharded over tp are 12 h^2 + 7 h of a block and the two tables; 6 h of a block are not."""
     h = config.n_embd
     table = [words(config, t, tp_rank) * h]
@@ -146,7 +146,7 @@ def units(
 
 
 def sent(of_units: list[list[int]], layout: Layout) -> list[int]:
-    """Elements of each unit's gradients, with ZeRO's padding."""
+    """Elements communicated per unit, including ZeRO's padding."""
     if layout.zero:
         return [zero.padded(numels, layout.shards) for numels in of_units]
     return [*map(sum, of_units)]

@@ -53,7 +53,7 @@ class Transfer(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Part of a rank's queue: a collective, or a transfer."""
+    """One collective or transfer in a rank's queue."""
 
     group: str
     members: tuple[int, ...]  # of the group, in the world; of a transfer: (from, to)
@@ -62,7 +62,7 @@ class Event(NamedTuple):
     dtype: torch.dtype
 
 
-Queue = list[list[Event]]  # in the order of launch; all transfers of a batch are one entry
+Queue = list[list[Event]]  # in the order of launch; a batch of transfers is one entry
 
 
 @dataclasses.dataclass
@@ -467,8 +467,8 @@ def deadlock(queues: list[Queue]) -> str | None:
     """Executes the queues of all ranks as the strictest network would. A rank has one queue for all
     its groups, and starts an entry when the one before is complete. A collective is complete when
     it is at the head of the queue of each member of its group, and a batch when each of its
-    transfers is at the head of both ends. Returns None if all queues run to completion, else in
-    words who waits for whom, or who disagrees."""
+    transfers is at the head of both ends. Returns None if all queues run to completion, else a
+    message: which ranks wait in a cycle, or which calls disagree."""
     rest, heads = [iter(queue) for queue in queues], [[] for _ in queues]
     moved = True
     while moved:
@@ -528,7 +528,7 @@ def main() -> None:
             good &= same
     if args.all_ranks:
         wrong = deadlock([each.queue for each in seen])
-        print(wrong or "one queue a rank, for all its groups: all run to completion")
+        print(wrong or "with one queue per rank over all groups, every queue completes")
         good &= wrong is None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"{time.perf_counter() - start:.0f} s, {peak:.2f} GB of memory")

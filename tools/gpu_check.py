@@ -157,7 +157,7 @@ def parity(flags: list[str], device: torch.device) -> Iterator[tuple[str, bool]]
 SPEED_HEAD = (
     "| bf16 | bare loop, ms | ours, ms | ours / bare | bare loop, free-running, ms | "
     "ours, free-running, ms | ours / bare, free-running | tokens/s, free-running | TFLOP/s | MFU | "
-    "loss or norm apart |",
+    "max difference of loss, norm |",
     "|---" * 11 + "|",
 )
 
@@ -200,7 +200,7 @@ def copy_seconds(nbytes: int, device: torch.device) -> float:
 
 
 MEMORY_HEAD = (
-    "| recompute | a step, ms | predicted GB | allocated GB, at most | over predicted |",
+    "| recompute | ms per step | predicted GB | peak allocated GB | allocated / predicted |",
     "|---" * 5 + "|",
 )
 
@@ -267,7 +267,7 @@ def main() -> None:
     add = arguments.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--model", choices=gpt.MODELS, help="default: gpt2-medium, or without a GPU a small one")
-    add("--vocab-size", type=options.at_least(1), help="default: the model's, so 50257")
+    add("--vocab-size", type=options.at_least(1), help="default: the model's")
     add("--batch", type=options.at_least(1), nargs=2, default=(16, 4), metavar=("ROWS", "OF"),
         help="rows a step, and of a microbatch")  # fmt: skip
     add("--steps", type=options.at_least(1), default=10, help="timed")

@@ -1,4 +1,4 @@
-"""What the CPU tests cannot see, in parts that take a minute or two on one GPU.
+"""Checks that need a GPU, in parts of a minute or two each.
 
     python -m tools.gpu_drill parity --device cuda            all parts: tools/gpu_drill.sh FILE
 
@@ -97,7 +97,7 @@ def late(device: torch.device, failed: list[str]) -> Iterator[str]:
 
 
 class Ranks:
-    """train_3d.py on two ranks that share a GPU: to each, it is the only one on its host."""
+    """train_3d.py on two ranks that share a GPU: each believes that it is alone on its host."""
 
     def __init__(self, device: torch.device, *flags: str):
         with socket.socket() as s:
@@ -116,7 +116,7 @@ class Ranks:
             ))  # fmt: skip
 
     def wait(self, stop_after: str | None = None) -> str:
-        """Rank 0's output. stop_after: SIGTERM to rank 1 when a line of it matches. Raises
+        """Rank 0's output. stop_after: a regex; when a line matches, rank 1 gets SIGTERM. Raises
         RuntimeError if a rank fails."""
         said = ""
         with self.errors:
@@ -176,7 +176,7 @@ def train(device: torch.device, failed: list[str]) -> Iterator[str]:
 
 
 def synchronising(seen: list[warnings.WarningMessage]) -> list[str]:
-    """The places in the source of those warnings that are about a synchronisation."""
+    """Source locations of the synchronisation warnings."""
     found = [w for w in seen if "synchronizing" in str(w.message)]
     return [f"{Path(w.filename).name}:{w.lineno}" for w in found]
 
@@ -226,7 +226,7 @@ def syncs_of_the_loop(device: torch.device, flags: list[str]) -> tuple[list[int]
 
 def syncs(device: torch.device, failed: list[str]) -> Iterator[str]:
     """torch.cuda.set_sync_debug_mode("warn") over six steps."""
-    yield "| run | warnings by step | where, in the last |"
+    yield "| run | `set_sync_debug_mode` warnings by step (0 from the third on) | where, in the last |"
     yield "|---|---|---|"
     names = ("DDP", "ZeRO-3", "TP+SP", "zb-v")
     if device.type == "cpu":
@@ -238,7 +238,7 @@ def syncs(device: torch.device, failed: list[str]) -> Iterator[str]:
                               device=device, timeout=40.0)  # fmt: skip
         found[name] = ranks[0]
         yield syncs_row(name, *ranks[0])
-    # Last: this process uses CUDA from here on, and could not fork ranks any more.
+    # Must be last: it initialises CUDA in this process, which can no longer fork ranks.
     flags = "--n-layer 2 --n-head 2 --n-embd 64 --seq-len 64 --val-every 0 --dtype bf16".split()
     name = "the loop of train_3d.py, 1 rank"
     found[name] = syncs_of_the_loop(device, flags)
@@ -270,7 +270,7 @@ def speed(device: torch.device, failed: list[str]) -> Iterator[str]:
     yield "Aim: ours / bare at most 1.02.\n"
     yield "| vocabulary " + gpu_check.SPEED_HEAD[0]
     yield "|---" + gpu_check.SPEED_HEAD[1]
-    for compiled in (False, True):  # last, since it needs a C compiler
+    for compiled in (False, True):  # compiled last: it needs a C compiler
         for vocab_size in (50257, 50304) if device.type == "cuda" else (65, 64):
             flags = sizes(device, vocab_size)
             for row in gpu_check.speed(flags, device, steps, compiled=[compiled]):
@@ -279,7 +279,7 @@ def speed(device: torch.device, failed: list[str]) -> Iterator[str]:
 
 
 def offload(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """The share of the copies that is hidden."""
+    """How much of the copying is hidden."""
     train_3d.join_ranks(device)
     yield from gpu_check.MEMORY_HEAD
     yield from gpu_check.memory(sizes(device, 50304 if device.type == "cuda" else 64), device,
@@ -331,7 +331,7 @@ def profile(device: torch.device, failed: list[str]) -> Iterator[str]:
 
 
 def peaks(zero: int, device: torch.device) -> tuple[int, int]:
-    """The most bytes that the allocator held and gave out in steps 3 to 5."""
+    """Peak bytes reserved and allocated in steps 3 to 5."""
     flags = [*"--model=gpt2 --global-batch-size=8 --micro-batch-size=2 --dtype=bf16".split(),
              f"--zero={zero}"]  # fmt: skip
     args = options.parser().parse_args(flags)
@@ -366,7 +366,7 @@ def memcheck(device: torch.device, failed: list[str]) -> Iterator[str]:
     if not shutil.which("compute-sanitizer"):
         yield "compute-sanitizer is not installed; it is a part of the CUDA toolkit."
         raise SystemExit(NEEDS_A_GPU)
-    # Probing calls of NCCL and torch fail on purpose: report-api-errors.
+    # NCCL and torch make probing API calls that fail by design, hence --report-api-errors no.
     sanitizer = "compute-sanitizer --tool memcheck --target-processes all --report-api-errors no"
     line = [*sanitizer.split(), sys.executable, "-m", "tools.gpu_drill", "tiny", "--device", "cuda"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)

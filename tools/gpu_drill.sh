@@ -5,14 +5,14 @@
 #
 # Each part of tools/gpu_drill.py runs under a time limit and appends its Markdown to the file. The
 # last table says which parts passed. Exit code 1: a part failed or ran out of time. Without a GPU
-# the parts run on small models over gloo. SLOWER=3 multiplies the time limits.
+# the parts that can run on a CPU use small models over gloo. SLOWER=3 multiplies the time limits.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: tools/gpu_drill.sh FILE [PART ...]}")
 chosen=" ${*:2} "
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} slower=${SLOWER:-1} failed=0 results=()
 export OMP_NUM_THREADS=1
-export PYTORCH_NVML_BASED_CUDA_CHECK=1 # asking for a GPU does not start CUDA, so ranks can be forked
+export PYTORCH_NVML_BASED_CUDA_CHECK=1 # is_available() does not initialise CUDA: ranks are forked
 
 about='
 import datetime, torch
@@ -29,7 +29,7 @@ errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT
 
 part() { # name, seconds
-  [[ $chosen =~ ^\ +$ || $chosen == *" $1 "* ]] || return 0
+  [[ -z ${chosen// } || $chosen == *" $1 "* ]] || return 0
   local limit=$(($2 * slower)) left=$((600 * slower - SECONDS)) start=$SECONDS code=124 result
   limit=$((limit < left ? limit : left))
   printf '\n### %s\n\n' "$1" >> "$out"
@@ -40,7 +40,7 @@ part() { # name, seconds
   fi
   case $code in
     0) result=passed ;;
-    3) result='not run' ;; # the part says what it needs
+    3) result='not run' ;; # the part prints what it needs
     124 | 137) result='out of time' failed=1 ;;
     *) result=failed failed=1 ;;
   esac
@@ -51,7 +51,7 @@ part() { # name, seconds
   echo "$1: $result"
 }
 
-part parity 100 # decides what the rest is worth
+part parity 100 # if this fails, ignore the rest
 part late 110
 part train 80
 part syncs 50
@@ -64,6 +64,6 @@ if ((${#results[@]} == 0)); then
   echo "gpu_drill.sh: no part is named${chosen}" >&2
   exit 2
 fi
-printf '\n| part | result | s |\n|---|---|---|\n' >> "$out"
+printf '\n| part | result | seconds |\n|---|---|---|\n' >> "$out"
 printf '%s\n' "${results[@]}" >> "$out"
 exit $failed

@@ -69,8 +69,8 @@ class Late:
     input or output was freed, moved or resized since the launch, and counts the inputs that were
     written to. outputs: (tensor, what is copied to it at wait(), or None if it is there)."""
 
-    changed = 0  # inputs that were written to before wait(); on a GPU a tensor, so nothing waits
-    waiting: set["Late"] = set()  # nothing has waited for them; gloo's destructors would block
+    changed = 0  # inputs that were written to before wait(); a tensor on a GPU: no synchronisation
+    waiting: set["Late"] = set()  # kept alive, since gloo's destructors would block
 
     def __init__(
         self, works: list[dist.Work], inputs: list[Tensor],
@@ -110,7 +110,7 @@ def storage_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bytes, which are equal for equal NaNs."""
+    """Raw bytes, so that NaN equals NaN."""
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
@@ -128,8 +128,8 @@ def deliver_late(direct: bool = False, delay: Callable[[], None] = lambda: None)
     """Changes the collectives and transfers of this process. Each output is NaN from the launch of
     an asynchronous call to wait(), which delivers it.
 
-    direct: outputs that are no inputs are filled with NaN ahead of the launch, and the call writes
-    to them when it runs. That is for a GPU, where the call runs on another stream.
+    direct: outputs that are not also inputs are filled with NaN ahead of the launch, and the call
+    writes to them when it runs. That is for a GPU, where the call runs on another stream.
     delay: called before each launch."""
     reduce, batch = dist.all_reduce, dist.batch_isend_irecv
 

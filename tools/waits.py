@@ -1,10 +1,10 @@
-"""What waits on the streams of a GPU add to the bubble of a pipeline, simulated.
+"""How much waiting on GPU streams adds to a pipeline's bubble, simulated.
 
     python -m tools.waits
 
-A rank has a stream for compute and one for transfers. The host queues the rank's program ahead of
-both. A batch of transfers starts when the batch before it has ended and the compute queued before
-it has, and needs the batch at the other end of each transfer. Compute waits for what it receives:
+A rank has a stream for compute and one for transfers. The host runs ahead of both. A batch starts
+when the previous batch and the compute queued before it have finished; each transfer also needs its
+peer's batch to have started. Compute waits for what it receives:
 for the one handle of its batch, as under NCCL, or for the transfer alone, as with gloo. Before a
 send, compute waits for the previous send of the same stage (Pipeline._post), or it does not.
 """
@@ -38,7 +38,8 @@ def bubble(
         return max(map(arrival, programs[rank][i]))
 
     def wait(function: Callable, *args) -> Iterator[None]:
-        """function(*args), when the other ranks are so far that it is known."""
+        """Polls function(*args) until the other ranks have advanced far enough (KeyError until
+        then)."""
         while True:
             try:
                 return function(*args)
