@@ -209,8 +209,9 @@ class Offload:
     def pack(self, t: Tensor) -> Tensor | int:
         if t.untyped_storage().data_ptr() in self.held:
             return t
-        free = self.copies.free[t.shape, t.stride(), t.dtype]
-        host = free.pop() if free else torch.empty_like(t, device="cpu", pin_memory=t.is_cuda)
+        free = self.copies.free[t.shape, t.dtype]
+        # Contiguous: to another layout CUDA copies through pageable memory, and the host waits.
+        host = free.pop() if free else torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
         self.saved.append((t.device, host, free))
         self.tensors.append(t.detach())
         return len(self.saved) - 1

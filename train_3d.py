@@ -153,7 +153,7 @@ class Trainer:
     def _attach(self, sync: Callable | None, accumulations: dict[nn.Parameter, int]):
         stage, dtypes = self.args.zero, ("grad_dtype", "reduce_dtype")
         how = {name: options.DTYPES.get(getattr(self.args, name)) for name in dtypes}
-        if self.args.dp_nodes > 1:
+        if self.args.dp_nodes > 1 and self.inside_group.size() > 1:
             how["reduce"] = ddp.Hierarchical(self.inside_group, self.across_group)
         if sync or stage == 0:
             return (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **how)

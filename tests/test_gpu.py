@@ -111,9 +111,9 @@ def graphs_of_a_block(graphs: Graphs, *flags: str) -> tuple[list[str], float]:
     ("", None),
     ("--tp 2", "asynchronous collectives"),
     ("--tp 2 --sequence-parallel", "asynchronous collectives"),
-    ("--schedule zb-h1", "puts work into a queue"),
+    ("--schedule zb-h1", "queues weight gradients"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("--tp 2 --sequence-parallel --schedule zb-h1", "puts work into a queue"),
+        ("--tp 2 --sequence-parallel --schedule zb-h1", "queues weight gradients"),
         ("--tp 2 --recompute selective --attention explicit", "asynchronous collectives"))),
 ])  # fmt: skip
 def test_the_graphs_of_a_block_are_as_many_as_the_run_says(flags, what, monkeypatch):

@@ -24,7 +24,7 @@ def drill(out, python: str, *parts: str, slower: int = 1) -> tuple[int, str, dic
     done = subprocess.run([ROOT / "tools/gpu_drill.sh", out, *parts], env=environment, text=True,
                           capture_output=True, timeout=900)  # fmt: skip
     said = out.read_text()
-    table = said[said.index("| part | result | s |") :]
+    table = said[said.index("| part | result | seconds |") :]
     return done.returncode, said, dict(re.findall(r"^\| (\w+) \| ([\w ]+) \|", table, re.MULTILINE))
 
 

@@ -667,3 +667,14 @@ def test_one_communicator_per_axis(flags, world, expected, monkeypatch):
         k = args.zero_shard_size or (d if args.zero else 1)
         trainer._make_groups(p, d, k, args.tp, ends)
     assert made == expected and alone == [([0], "gloo")]
+
+
+def reduce_of(nodes: int):
+    trainer = trainer_of(Case(d=4, nodes=nodes))
+    return type(trainer.sync.reduce).__name__
+
+
+def test_hosts_with_one_replica_each_need_no_sums_inside():
+    """Not even a group of one rank: on a GPU that would be gloo's."""
+    assert launch(4, reduce_of, 2) == ["Hierarchical"] * 4
+    assert launch(4, reduce_of, 4) == ["function"] * 4

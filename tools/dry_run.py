@@ -398,7 +398,7 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
         numel = sum(p.numel() for _, p in trainer.sync.parameters)
         calls, buckets = len(trainer.sync.buckets), [f.numel() for f in trainer.sync.buckets]
         payloads = {("dp", "all_reduce"): ddp.predicted_payload(numel)}
-        if args.dp_nodes > 1:
+        if args.dp_nodes > 1 and trainer.inside_group.size() > 1:
             n = trainer.inside_group.size()
             payloads = ddp.predicted_hierarchical_payload(buckets, n)
         for key, payload in payloads.items():  # all of gradients, also the all-gather inside

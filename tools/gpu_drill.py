@@ -226,7 +226,7 @@ def syncs_of_the_loop(device: torch.device, flags: list[str]) -> tuple[list[int]
 
 def syncs(device: torch.device, failed: list[str]) -> Iterator[str]:
     """torch.cuda.set_sync_debug_mode("warn") over six steps."""
-    yield "| run | `set_sync_debug_mode` warnings by step (0 from the third on) | where, in the last |"
+    yield "| run | warnings of set_sync_debug_mode by step (aim: 0 from the 3rd) | last ones |"
     yield "|---|---|---|"
     names = ("DDP", "ZeRO-3", "TP+SP", "zb-v")
     if device.type == "cpu":
@@ -399,6 +399,7 @@ PARTS = {part.__name__: part for part in (parity, late, train, syncs, speed, pro
 
 
 def main() -> None:
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # ranks are forked: see the script
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("part", choices=[*PARTS, "tiny"])
     arguments.add_argument("--device", choices=("cpu", "cuda"), required=True)
