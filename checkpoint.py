@@ -17,8 +17,8 @@ meets them. No tensor is ever gathered.
         checkpoint.json       step, optimizer's numbers, what the run was; size and crc32 of files
 
 A save costs a pause, in which the state is copied (bytes held / memory bandwidth), and as much host
-memory as this rank writes (up to twice that if pinned for a GPU); it is written while training goes on. Ranks that hold the same share the
-writing out among them.
+memory as this rank writes (up to twice that if pinned for a GPU); it is written while training goes
+on. Ranks that hold the same share the writing out among them.
 
 A run can resume in another --dtype. Weights and moments are converted as they are read. bf16 is
 updated in fp32 and saved in fp32, so nothing is rounded between float32 and bf16.
