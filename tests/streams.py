@@ -85,6 +85,11 @@ class Device(TorchDispatchMode):
     def current_stream(self) -> Stream:
         return self.current
 
+    @staticmethod
+    def is_available() -> bool:
+        """Of torch.accelerator, which asks the same module: there is no GPU."""
+        return False
+
     @contextlib.contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         before, self.current = self.current, stream
