@@ -22,12 +22,12 @@ from tools import gpu_check
 from tools.oracle import Case, judge, launch
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what torch.compile looks at warns; a run shows none of it
 @pytest.mark.parametrize(
     "backend, case",  # aot_eager: the graphs, with autograd's, but no C++ made of them (40 s)
     [("aot_eager", Case(t=2, sequence=True, dropout=0.2, recompute="full")),
-     pytest.param("inductor", Case(d=2, zero=3, recompute="selective", attention="explicit"),
-                  marks=pytest.mark.slow)],
+     ("inductor", Case(d=2, zero=3, recompute="selective", attention="explicit"))],
     ids=str,
 )  # fmt: skip
 def test_compiled_equals_one_process(backend, case, monkeypatch):
@@ -58,11 +58,11 @@ class Graphs:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "flags, runs",
-    [(["--compile"], 48), (["--compile", "--dtype", "bf16"], 48), ([], 0)],
+    [(["--compile"], 48), ([], 0)],
 )
 def test_blocks_are_compiled(flags, runs, monkeypatch):
     """Each forward of 2 blocks is one graph with 4 linear layers: in 4 steps and 2 batches of
-    validation, with 4 microbatches each. bf16 has gradients in fp32."""
+    validation, with 4 microbatches each."""
     graphs = Graphs(monkeypatch)
     done = forked(1, lambda: (train_3d.main(), print(graphs.runs))[0], *TINY, *flags)
     assert done.stdout.endswith(f"\n{[4] * runs}\n"), done.stdout + done.stderr
@@ -89,9 +89,10 @@ def graphs_and_breaks(cases: list[str]) -> list[tuple]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_block_is_one_graph():
-    """In both dtypes: one graph with gradients, and one without for validation."""
-    cases = [f"--dtype {dtype} --zero {z}" for z in (0, 1, 3) for dtype in ("bf16", "float32")]
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_a_block_is_one_graph(dtype):
+    """One graph with gradients, and one without for validation."""
+    cases = [f"--dtype {dtype} --zero {z}" for z in (0, 1, 3)]
     for found in launch(2, graphs_and_breaks, cases):
         assert found == [(2, [])] * len(cases)
 
@@ -110,9 +111,9 @@ def graphs_of_a_block(graphs: Graphs, *flags: str) -> tuple[list[str], float]:
 @pytest.mark.parametrize("flags, what", [
     ("", None),
     ("--tp 2", "asynchronous collectives"),
-    ("--tp 2 --sequence-parallel", "asynchronous collectives"),
     ("--schedule zb-h1", "queues weight gradients"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("--tp 2 --sequence-parallel", "asynchronous collectives"),
         ("--tp 2 --sequence-parallel --schedule zb-h1", "queues weight gradients"),
         ("--tp 2 --recompute selective --attention explicit", "asynchronous collectives"))),
 ])  # fmt: skip
