@@ -170,7 +170,7 @@ class HostCopies:
     def __init__(self):
         self.free: dict[tuple, list[Tensor]] = collections.defaultdict(list)  # host buffers
         self.under_way, self.finished = collections.deque(), 0
-        self.stream, self.last = None, lambda: None  # last: the last run of a block
+        self.stream, self.last = None, lambda: None  # last: weak reference to the last run
 
     def start(self, to: list[Tensor], source: list[Tensor]) -> int:
         """Queues the copies. Returns a ticket for wait()."""

@@ -399,7 +399,7 @@ class DDP:
             with torch.no_grad():
                 torch._foreach_copy_([*narrow], [*narrow.values()])
         for p in narrow:
-            p.grad = None  # or a compiled forward before the next start() would not be compiled
+            p.grad = None  # its dtype differs: a forward before start() would not be compiled
         self.phase = "idle"
 
     def gather(self) -> None:
@@ -437,9 +437,9 @@ class Hierarchical:
         self.stream = None
 
     def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
-        self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
-        self.stream = self.stream or self.device.Stream()
-        self.stream.wait_stream(self.device.current_stream())  # until backward has filled `flat`
+        self.streams = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
+        self.stream = self.stream or self.streams.Stream()
+        self.stream.wait_stream(self.streams.current_stream())  # until backward has filled `flat`
         self.under_way.append(self._phases(flat))
         self._advance()
         return self
@@ -448,11 +448,11 @@ class Hierarchical:
         """For all that are under way, whichever bucket asks: every handle is this object."""
         while self.under_way:
             self._advance()
-        self.device.current_stream().wait_stream(self.stream)
+        self.streams.current_stream().wait_stream(self.stream)
 
     def _advance(self) -> None:
         """Oldest first, and by one phase: in the same order on all ranks."""
-        with self.device.stream(self.stream):
+        with self.streams.stream(self.stream):
             self.under_way = [phases for phases in self.under_way if next(phases, None)]
 
     def _phases(self, flat: Tensor) -> Iterator[dist.Work]:

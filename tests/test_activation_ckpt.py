@@ -187,6 +187,19 @@ def test_offload_copies_activations_and_no_parameters():
     assert len({t.untyped_storage().data_ptr() for t in (x, back[2], run.saved[0][1])}) == 3
 
 
+def test_a_forward_without_gradients_copies_nothing(monkeypatch):
+    started, plain = [], ckpt.HostCopies.start
+    monkeypatch.setattr(ckpt.HostCopies, "start",
+                        lambda *args: (started.append(1), plain(*args))[1])  # fmt: skip
+    net, x = model(), torch.zeros(B, S, dtype=torch.int64)
+    ckpt.checkpoint_blocks(net.h, "offload")
+    with torch.no_grad():
+        net(x)
+    assert not started
+    net(x)
+    assert len(started) == len(net.h)
+
+
 def test_an_unknown_policy():
     with pytest.raises(ValueError, match="'half' is none of none, selective, full, offload"):
         ckpt.checkpoint_blocks(model().h, "half")

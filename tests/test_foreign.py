@@ -1193,3 +1193,24 @@ def test_a_backward_that_returns_none_gives_no_gradient(kind):
     names = {name for given in launch(2, gradients_where_backward_returns_none, kind)
              for name in given}  # fmt: skip
     assert names == {"linear.weight", "linear.bias", "other.bias"}
+
+
+def graphs_on_gradients(kind) -> list[bool]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3).double()
+    sync = kind(model, accumulations=2)
+    sync.start()
+    for _ in range(2):
+        model(torch.ones(1, 3, dtype=torch.float64)).square().sum().backward(create_graph=True)
+    sync.finish()
+    sync.before_step()
+    pieces = [piece.tensor.grad.requires_grad for piece in sync.pieces()]
+    sync.after_step()
+    return pieces
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero2, zero.Zero3])
+def test_summed_gradients_keep_no_graph(kind):
+    """With create_graph=True the gradients of a backward have one."""
+    assert all(found and not any(found) for found in launch(2, graphs_on_gradients, kind))

@@ -577,6 +577,13 @@ def test_the_proof_of_each_strategy_file(module):
     assert "measured" in launched.stdout and "MISMATCH" not in launched.stdout
 
 
+@pytest.mark.parametrize("module", [ddp, pytest.param(zero, marks=pytest.mark.slow)])
+def test_the_proof_on_one_rank(module):
+    """It sends nothing, and nothing is predicted."""
+    done = forked(1, module.main)
+    assert done.returncode == 0 and "MISMATCH" not in done.stdout, done.stdout + done.stderr
+
+
 def proof_of_a_cost_predicted_wrongly_on_one_rank():
     with measure.Proof("wrong.py") as proof:
         proof.equal("calls", 3, 3 + proof.group.rank())
