@@ -57,7 +57,7 @@ sample: $(SETUP)  ## text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def 
 	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
 test: CHOSEN = -m "not slow"
-test test-all: $(SETUP)  ## the fast tests (4 to 5 min on 2 cores); all, as CI runs them (10 to 13 min)
+test test-all: $(SETUP)  ## the fast tests (3 to 5 min on 2 cores); all, as CI runs them (10 to 13 min)
 	$(PY) -m tests.run $(CHOSEN) $(ARGS)
 
 ddp zero tp pp ckpt: NPROC = $(if $(filter ddp zero,$@),4,2)
