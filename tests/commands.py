@@ -2,6 +2,7 @@
 `Forked` calls main() in forked ranks, which have imported everything, with the environment that
 torchrun gives them."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -81,24 +82,33 @@ class Forked:
                 self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
                 shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
             shared["MASTER_PORT"] = port or self.store.port
+        # The children start when the last of them is forked: until then no client keeps the store's
+        # thread busy, so that no child is forked while that thread holds a lock.
+        gate, self.opener = os.pipe()
         for rank in range(max(1, ranks)):
             own = shared | ({"RANK": rank, "LOCAL_RANK": rank} if shared else {})
             file = Path(sys.modules[main.__module__].__file__).name
             process = context.Process(
-                target=self._child, args=(own, main, [file, *map(str, argv)], threads, before)
+                target=self._child,
+                args=(own, main, [file, *map(str, argv)], threads, before, gate),
             )
             process.start()
             self.processes.append(process)
+        os.close(self.opener)
+        os.close(gate)
 
     def _child(
-        self, own: dict, main: Callable, argv: list[str], threads: int, before: Callable
+        self, own: dict, main: Callable, argv: list[str], threads: int, before: Callable, gate: int
     ) -> None:
         code = 1
         try:
+            os.close(self.opener)
+            os.read(gate, 1)  # returns when no process holds the other end
             for number, name in ((1, "out"), (2, "errors")):
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
                 os.dup2(os.open(Path(self.folder.name) / name, flags), number)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            faulthandler.register(signal.SIGUSR1)  # prints the stacks of a rank that hangs
             os.chdir(ROOT)
             os.environ.update({name: str(value) for name, value in own.items()})
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -146,9 +156,11 @@ class Forked:
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
-        assert all(p.exitcode is not None for p in self.processes), "a rank hangs: " + self.read(
-            "errors"
-        )
+        if hanging := [p.pid for p in self.processes if p.exitcode is None]:
+            for pid in hanging:
+                os.kill(pid, signal.SIGUSR1)
+            time.sleep(1)  # let them print their stacks
+            raise AssertionError(f"{len(hanging)} ranks hang: " + self.read("errors"))
         return [process.exitcode for process in self.processes]
 
 

@@ -132,7 +132,7 @@ def test_a_rank_that_dies(flags, before, expected, text, tmp_path):
 def test_a_rank_that_dies_before_a_group_is_made(nth, text, tmp_path):
     """Of four ranks, with two groups for tp and two for dp: its neighbour in the group says so."""
     before = functools.partial(die_at(dist.distributed_c10d, "new_group", nth), tmp_path / "begun")
-    flags = ["--data", text, "--tp", 2, "--timeout", 3]
+    flags = ["--data", text, "--tp", 2, "--timeout", 8]
     with Forked(4, train_3d.main, *ENDLESS, *flags, before=before) as job:
         codes, errors = job.wait(), job.read("errors")
     assert codes == [1, -signal.SIGKILL, 1, 1]
