@@ -44,8 +44,8 @@ from torch import Tensor, nn
 # --- strategy -------------------------------------------------------------------------------------
 
 
-def torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
-    """The default `remember`: torch's generators, the CPU's and the current GPU's, as they are now.
+def save_torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
+    """The default `save_rng`: torch's generators, the CPU's and the current GPU's, as they are now.
     What it returns opens a context that begins with them, and leaves no trace."""
     on_gpu = torch.cuda.is_initialized()
     cpu, gpu = torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
@@ -79,7 +79,7 @@ class Saved:
         self.kind, self.tensor = (t.shape, t.dtype, t.device), None
 
 
-class Enough(BaseException):
+class EarlyStop(BaseException):
     """Ends the second forward when backward has all it needs. It is a BaseException, so that an
     `except Exception` in a block does not catch it."""
 
@@ -93,8 +93,8 @@ class Recompute:
     first, function runs again until it has saved the last. It does not reach a block's last matmul
     and the all-reduce behind it."""
 
-    def __init__(self, function: Callable, xs: list[Tensor], remember: Callable):
-        self.function, self.again = function, remember()
+    def __init__(self, function: Callable, xs: list[Tensor], save_rng: Callable):
+        self.function, self.restore_rng = function, save_rng()
         self.autocast = [
             torch.autocast(device, torch.get_autocast_dtype(device),
                            torch.is_autocast_enabled(device), torch.is_autocast_cache_enabled())
@@ -114,7 +114,8 @@ class Recompute:
             xs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
             hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda t: t)
             self.count, (cpu, cuda) = 0, self.autocast
-            with contextlib.suppress(Enough), cpu, cuda, torch.enable_grad(), self.again(), hooks:
+            rng, grad = self.restore_rng(), torch.enable_grad()
+            with contextlib.suppress(EarlyStop), cpu, cuda, grad, rng, hooks:
                 self.function(*xs)
             if self.count < len(self.saved):
                 raise ValueError(f"{DIFFERS}the first saved {len(self.saved)}, and the second "
@@ -131,13 +132,13 @@ class Recompute:
             saved.tensor = t
         self.count += 1
         if self.count == len(self.saved):
-            raise Enough
+            raise EarlyStop
         return t
 
 
-def recompute(function: Callable, *args, remember: Callable = torch_rng, **kwargs) -> Any:
+def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **kwargs) -> Any:
     """function(*args, **kwargs), recomputed in backward, under the same CPU and CUDA autocast.
-    remember() returns a function that opens the context of the second forward: random numbers must
+    save_rng() returns a function that opens the context of the second forward: random numbers must
     repeat in it.
 
     Raises ValueError in backward if the second forward saves fewer tensors, or one of another
@@ -156,7 +157,7 @@ def recompute(function: Callable, *args, remember: Callable = torch_rng, **kwarg
         n = len(again) - len(names)
         return function(*again[:n], **dict(zip(names, again[n:], strict=True)))
 
-    of = Recompute(call, [x for x in given if isinstance(x, Tensor)], remember)
+    of = Recompute(call, [x for x in given if isinstance(x, Tensor)], save_rng)
     with torch.autograd.graph.saved_tensors_hooks(of.pack, of.unpack):
         return function(*args, **kwargs)
 
@@ -247,7 +248,7 @@ POLICIES = ("none", "selective", "full", "offload")
 
 def checkpoint_blocks(
     blocks: nn.ModuleDict | nn.ModuleList, policy: str, every: int = 1, layers: int | None = None,
-    remember: Callable = torch_rng, core: str = "attn.core",
+    save_rng: Callable = save_torch_rng, core: str = "attn.core",
 ) -> None:  # fmt: skip
     """Apply the policy to the first of every `every` blocks, among the first `layers` (default:
     all), in place. A block keeps its name, parameters and hooks; only its forward is replaced, or,
@@ -262,7 +263,7 @@ def checkpoint_blocks(
         module.forward = (
             functools.partial(_offloaded, plain, module, copies)
             if policy == "offload"
-            else functools.partial(recompute, plain, remember=remember)
+            else functools.partial(recompute, plain, save_rng=save_rng)
         )
 
 
@@ -377,15 +378,15 @@ def main() -> None:
     steps, b, n_layer = 3, 2, 5
     config = gpt.GPTConfig(n_layer, 3, 48, 256, 32, attention="explicit")
     s, h, a = config.seq_len, config.n_embd, config.n_head
-    with measure.Proof("activation_ckpt.py") as proof:
+    with measure.Report("activation_ckpt.py") as report:
         # Each rank has rows of its own, and checkpointing talks to nobody; losses are summed to be
         # shown. A mask drawn anew in the second forward would show in every gradient.
         tokens = data.example()
-        rows = range(b * proof.group.rank(), b * (proof.group.rank() + 1))
+        rows = range(b * report.group.rank(), b * (report.group.rank() + 1))
 
         def train(policy: str, every: int, layers: int | None, dropout: float):
             model = gpt.build(dataclasses.replace(config, dropout=dropout), 0, dtype=torch.float64)
-            checkpoint_blocks(model.h, policy, every, layers, model.draws.remember)
+            checkpoint_blocks(model.h, policy, every, layers, model.draws.save)
             optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
             for step in range(steps):
                 optimizer.zero_grad()
@@ -419,14 +420,14 @@ def main() -> None:
             for loss, one in zip(mine, losses, strict=True):
                 assert torch.equal(loss, one), "forward is the same computation: bitwise"
             gradients = {n: p.grad for n, p in model.named_parameters()}
-            proof.losses(what, mine, losses)
-            proof.close(f"{what} max |d gradient|", gradients, expected)
+            report.losses(what, mine, losses)
+            report.close(f"{what} max |d gradient|", gradients, expected)
             saved, flops = costs(model)
             sizes = dict(b=b, s=s, h=h, a=a, attention=config.attention, itemsize=8, dropout=True)
             bytes_ = predicted_blocks_bytes(n_layer, policy, every, layers, **sizes)
-            proof.equal(f"{what} bytes kept by the blocks", bytes_, saved)
+            report.equal(f"{what} bytes kept by the blocks", bytes_, saved)
             flops_ = predicted_flops(n_layer, b, s, h, policy, every, layers, dropout=True)
-            proof.equal(f"{what} FLOPs", flops_, flops)
+            report.equal(f"{what} FLOPs", flops_, flops)
 
 
 if __name__ == "__main__":

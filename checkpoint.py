@@ -93,9 +93,9 @@ def rectangles(name: str, tensor: Tensor, parameter: Tensor, offset: int) -> Ite
     """`tensor`, which is a range of the flattened `parameter` from `offset` on (ddp.py and zero.py
     call it a piece), by where it lies in the whole that `parameter` may have been cut from. The
     rectangles are views of `tensor`. A parameter has at least one dim."""
-    cut = getattr(parameter, "cut", None)
-    shape, dim = (cut.shape, cut.dim) if cut else (parameter.shape, 0)
-    places = list(cut.places()) if cut else [(0, 0, shape[0])]
+    sharding = getattr(parameter, "sharding", None)
+    shape, dim = (sharding.shape, sharding.dim) if sharding else (parameter.shape, 0)
+    places = list(sharding.slices()) if sharding else [(0, 0, shape[0])]
     flat, at = tensor.detach().flatten(), 0
     assert flat.data_ptr() == tensor.data_ptr(), f"{name} is not contiguous"
     for offsets, sizes in boxes(tuple(parameter.shape), offset, offset + flat.numel()):
@@ -138,8 +138,10 @@ def begin_state(pieces: Pieces, optimizer: torch.optim.Optimizer, numbers: dict)
     fused = optimizer.defaults.get("fused")  # then its kernel reads the step
     for _, piece, _, _ in pieces:
         moments = {key: torch.zeros_like(piece) for key in numbers["moments"]}
-        scalars = {key: torch.tensor(value, device=piece.device if fused else "cpu")
-                   for key, value in numbers["scalars"].items()}
+        scalars = {
+            key: torch.tensor(value, device=piece.device if fused else "cpu")
+            for key, value in numbers["scalars"].items()
+        }
         optimizer.state[piece] = {**scalars, **moments}
 
 
@@ -260,7 +262,8 @@ class Reader(dcp.FileSystemReader):
 
 
 # --- a directory of them --------------------------------------------------------------------------
-# To go on: find(), on each rank; newest_whole(), all together; then read() fills what a rank holds.
+# To resume: find(), on each rank; newest_complete(), all together; then read() fills what a rank
+# holds.
 
 
 class Damaged(ValueError):
@@ -467,7 +470,7 @@ def host_buffers(tensors: list[Tensor]) -> list[Tensor]:
             for part, t in zip(flat.split(sizes), tensors, strict=True)]  # fmt: skip
 
 
-def newest_whole(
+def newest_complete(
     candidates: list[Found], group: dist.ProcessGroup
 ) -> tuple[Found | None, list[str]]:
     """The newest of `candidates` (see find) whose files are as they were written, and a line on

@@ -530,7 +530,7 @@ def check_optimizer(
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
     """Raises ValueError if tensor-parallel ranks hold a part of a gradient's norm."""
     for name, p in parameters:
-        sharded = hasattr(p, "cut") and p.cut.size > 1
+        sharded = hasattr(p, "sharding") and p.sharding.size > 1
         if sharded or getattr(p, "partial", False):
             raise ValueError(f"clip: the gradient of {name} is spread over tensor-parallel ranks, "
                              "and so is the norm: call before_step(), clip by the norm over all of "
@@ -585,8 +585,8 @@ def main() -> None:
     import measure
 
     config, m, steps = gpt.GPTConfig(2, 2, 32, 256, 32), 2, 3
-    with measure.Proof("ddp.py") as proof:
-        group, batch = proof.group, 4 * proof.group.size()
+    with measure.Report("ddp.py") as report:
+        group, batch = report.group, 4 * report.group.size()
         hosts = torch.arange(group.size()).view(2 - group.size() % 2, -1)  # as if on two
         inside, _ = dist.new_subgroups_by_enumeration(hosts.tolist())
         across, _ = dist.new_subgroups_by_enumeration(hosts.T.tolist())
@@ -632,9 +632,9 @@ def main() -> None:
             mine, g, p, sync, _ = train(rows, rung, seen=seen)
             for loss in mine:
                 dist.all_reduce(loss)  # its share of the batch's mean, from each rank
-            proof.losses(rung, mine, losses)
-            proof.close(f"{rung} max |d gradient|", g, gradients)
-            proof.close(f"{rung} max |d parameter|", p, parameters)
+            report.losses(rung, mine, losses)
+            report.close(f"{rung} max |d gradient|", g, gradients)
+            report.close(f"{rung} max |d parameter|", p, parameters)
             if sync and group.size() == 1:
                 continue  # nothing was sent
             if rung == "hierarchical":
@@ -642,12 +642,15 @@ def main() -> None:
                 predicted = predicted_hierarchical_payload(buckets, inside.size())
                 measured = {key: seen.total(*key).payload for key in predicted}
                 both = [{" ".join(k): n for k, n in x.items()} for x in (predicted, measured)]
-                proof.costs("elements by group", rung, *both)
+                report.costs("elements by group", rung, *both)
                 continue
             exposed = psi
             if sync:  # all but the buckets that wait for one of these: below is no matrix
-                last = [i for i, (n, _) in enumerate(sync.parameters)
-                        if n.startswith(("wte", "wpe", "h.0.ln_1", "h.0.attn.c_attn"))]
+                last = [
+                    i
+                    for i, (n, _) in enumerate(sync.parameters)
+                    if n.startswith(("wte", "wpe", "h.0.ln_1", "h.0.attn.c_attn"))
+                ]
                 late = {sync.bucket_of[i] for i in last}
                 exposed = sum(sync.buckets[i].numel() for i in range(min(late), len(sync.buckets)))
             calls = {"naive": len(p), "flat": 1, "bucketed": sync and len(sync.buckets)}[rung]
@@ -655,14 +658,17 @@ def main() -> None:
             measured = (total.calls, total.payload - hidden.payload, hidden.payload)
             predicted = (calls, exposed, predicted_payload(psi) - exposed)
             kinds = ("calls", "exposed", "hidden")
-            proof.costs("a step, elements", f"{rung} all_reduce",
-                        *(dict(zip(kinds, x, strict=True)) for x in (predicted, measured)))
+            report.costs(
+                "a step, elements",
+                f"{rung} all_reduce",
+                *(dict(zip(kinds, x, strict=True)) for x in (predicted, measured)),
+            )
         for table, *dtypes in (
             ("bytes, float64", torch.float64, None), ("bytes, bf16", torch.bfloat16, None),
             ("bytes, bf16 gradients", torch.bfloat16, torch.bfloat16),
         ):  # fmt: skip
             *_, held = train(rows, "bucketed", dtypes[0], grad_dtype=dtypes[1])
-            proof.costs(table, "bucketed", predicted_bytes(psi, *dtypes), held)
+            report.costs(table, "bucketed", predicted_bytes(psi, *dtypes), held)
 
 
 if __name__ == "__main__":

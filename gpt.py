@@ -68,7 +68,7 @@ class Draws:
     def at(self, step: int, rows: Sequence[int]) -> None:
         self.step, self.rows = step, rows
 
-    def remember(self) -> Callable[[], contextlib.AbstractContextManager]:
+    def save(self) -> Callable[[], contextlib.AbstractContextManager]:
         """What opens a context in which masks are drawn as they would be now."""
         then = self.step, self.rows
 
@@ -93,7 +93,7 @@ class Dropout(nn.Module):
     def __init__(self, p: float):
         super().__init__()
         self.p, self.site, self.draws = p, "", None
-        self.part, self.parts = 0, 1  # of a row's first dim: tokens of [s, h], heads of [a, s, s]
+        self.shard, self.shards = 0, 1  # of a row's first dim: tokens of [s, h], heads of [a, s, s]
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
@@ -104,8 +104,8 @@ class Dropout(nn.Module):
         for row in draws.rows:
             name = f"{draws.seed} {draws.step} {row} {self.site}"
             generator.manual_seed(zlib.crc32(name.encode()))
-            full = torch.rand(n * self.parts, *rest, generator=generator, device=x.device)
-            masks.append(full[self.part * n :][:n] >= self.p)
+            full = torch.rand(n * self.shards, *rest, generator=generator, device=x.device)
+            masks.append(full[self.shard * n :][:n] >= self.p)
         return x * torch.stack(masks) / (1.0 - self.p)
 
 
@@ -259,8 +259,8 @@ def gpt2_draw(name: str, shape: torch.Size, generator: torch.Generator, n_layer:
     """GPT-2's initialisation of the whole tensor `name`, in float64 on the CPU: N(0, 0.02), with
     1/sqrt(2 l) on the two matrices that write to the residual stream; biases 0, norm weights 1."""
     if len(shape) == 1:
-        fill = 1.0 if name.endswith("weight") else 0.0
-        return torch.full(shape, fill, dtype=torch.float64)
+        from_phases = 1.0 if name.endswith("weight") else 0.0
+        return torch.full(shape, from_phases, dtype=torch.float64)
     std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
     return torch.randn(shape, generator=generator, dtype=torch.float64) * std
 
@@ -271,17 +271,17 @@ def init_weights(
     """Fill a model that was built on the meta device. `draw(name, whole_shape, generator)` gives a
     whole tensor; the generator depends on (seed, name) and on nothing else, so a part of a model
     starts from the same numbers as the same part of the whole. A parameter that holds a part of
-    its tensor says so by an attribute `cut`, with `cut.shape` (whole) and `cut(whole)` (its part).
+    its tensor has an attribute `sharding`, with `.shape` (of the full tensor) and `.shard(full)`.
     One whole tensor is alive at a time."""
     new: dict[int, nn.Parameter] = {}  # a tied matrix is drawn once and stays tied
     for module_name, module in model.named_modules():
         for key, old in module.named_parameters(recurse=False):
             if id(old) not in new:
                 name = getattr(old, "tied_name", f"{module_name}.{key}".lstrip("."))
-                cut = getattr(old, "cut", None)
+                sharding = getattr(old, "sharding", None)
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-                whole = draw(name, cut.shape if cut else old.shape, generator)
-                part = (cut(whole) if cut else whole).to(device, dtype, copy=True)
+                whole = draw(name, sharding.shape if sharding else old.shape, generator)
+                part = (sharding.shard(whole) if sharding else whole).to(device, dtype, copy=True)
                 new[id(old)] = nn.Parameter(part.contiguous(), requires_grad=old.requires_grad)
                 new[id(old)].__dict__.update(old.__dict__)
             setattr(module, key, new[id(old)])

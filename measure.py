@@ -436,7 +436,7 @@ def relative_errors(
     return errors
 
 
-class Proof:
+class Report:
     """The frame of a strategy file's demo: joins torchrun's ranks (gloo, one thread each), collects
     what was compared, prints it from rank 0, and leaves with exit code 1 if any rank saw a
     mismatch. A collective that waits longer than `timeout` seconds ends the rank with one line."""
@@ -446,7 +446,7 @@ class Proof:
         self.timeout = datetime.timedelta(seconds=timeout)
         self.tables: dict[str, list[str]] = {}
 
-    def __enter__(self) -> "Proof":
+    def __enter__(self) -> "Report":
         if not dist.is_torchelastic_launched():
             launch = f"torchrun --standalone --nproc-per-node 2 {self.title}"
             raise SystemExit(f"{self.title}: start me with  {launch}")

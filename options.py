@@ -4,7 +4,7 @@ Everything here depends on the arguments and the world size alone (and on files 
 read), so that all ranks come to the same answer before any of them talks to another. What cannot
 work raises ValueError, with both numbers and a remedy.
 
-    args, found, notes = look_back()            arguments, completed by the run that is resumed
+    args, found, notes = parse_args()            arguments, completed by the run that is resumed
     config = check(args, world_size)            the model's configuration, or a ValueError
 """
 
@@ -80,8 +80,13 @@ def parser() -> Parser:
         add(f"--{size.replace('_', '-')}", type=natural, metavar="N")
     add("--untied", action="store_true", help="a head of its own, not the embedding's matrix")
     add("--attention", choices=("sdpa", "explicit"), default="sdpa")
-    add("--dropout", type=probability, default=0.0, metavar="P",
-        help="on embedding, attention (which is explicit then) and residual")
+    add(
+        "--dropout",
+        type=probability,
+        default=0.0,
+        metavar="P",
+        help="on embedding, attention (which is explicit then) and residual",
+    )
     add("--data", metavar="PATH", help="text file or folder, or .npy/.bin token ids "
         "(default: the source of Python's standard library)")  # fmt: skip
     add("--global-batch-size", type=natural, default=32, help="rows a step, over all ranks")
@@ -93,12 +98,19 @@ def parser() -> Parser:
     add("--weight-decay", type=amount, default=0.1, help="on matrices only")
     add("--clip", type=amount, default=1.0, help="largest global gradient norm; 0: no clipping")
     add("--seed", type=at_least(0), default=0)
-    add("--dtype", choices=DTYPES, default="float32",
-        help="of parameters, activations and what travels; bf16 is updated in fp32")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of parameters, activations and what travels; bf16 is updated in fp32",
+    )
     add("--grad-dtype", choices=("float32", "bf16"),
         help="with --dtype bf16: in which gradients add up (default float32)")  # fmt: skip
-    add("--reduce-dtype", choices=("float32", "bf16"),
-        help="with --dtype bf16: in which gradients are sent and summed over ranks (default bf16)")
+    add(
+        "--reduce-dtype",
+        choices=("float32", "bf16"),
+        help="with --dtype bf16: in which gradients are sent and summed over ranks (default bf16)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: cuda if every local rank has a GPU of its own, else cpu")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile, block by block")
@@ -106,17 +118,35 @@ def parser() -> Parser:
         help="of a rank, for the MFU (default: known of some GPUs in bf16)")  # fmt: skip
     add("--tp", type=natural, default=1, help="t: ranks that split every matrix")
     add("--pp", type=natural, default=1, help="p: stages; data parallelism is world size / (t p)")
-    add("--sequence-parallel", action="store_true",
-        help="shard the residual stream and the norms over the sequence, among the tp ranks")
-    add("--zero", type=int, choices=(0, *zero.STAGES), default=0,
-        help="0: DDP, 1: optimizer states sharded, 2: gradients too, 3: parameters too")
-    add("--dp-nodes", type=natural, default=1, metavar="K",
-        help="hosts that hold the d replicas: DDP's gradients meet inside each first")
+    add(
+        "--sequence-parallel",
+        action="store_true",
+        help="shard the residual stream and the norms over the sequence, among the tp ranks",
+    )
+    add(
+        "--zero",
+        type=int,
+        choices=(0, *zero.STAGES),
+        default=0,
+        help="0: DDP, 1: optimizer states sharded, 2: gradients too, 3: parameters too",
+    )
+    add(
+        "--dp-nodes",
+        type=natural,
+        default=1,
+        metavar="K",
+        help="hosts that hold the d replicas: DDP's gradients meet inside each first",
+    )
     add("--zero-shard-size", type=natural, metavar="K", help="hybrid: shard within K of the d")
     add("--zero-reshard-after-forward", type=int, choices=(0, 1), default=1,
         help="ZeRO-3; 0: parameters stay whole until the step's last backward")  # fmt: skip
-    add("--schedule", default="1f1b", metavar="NAME|FILE", help=f"{', '.join(pipeline.SCHEDULES)}; "
-        "or a file, a line for each pp rank, as make draw ARGS=--text writes it: F0 B0 W0 F0.1 ...")
+    add(
+        "--schedule",
+        default="1f1b",
+        metavar="NAME|FILE",
+        help=f"{', '.join(pipeline.SCHEDULES)}; "
+        "or a file, a line for each pp rank, as make draw ARGS=--text writes it: F0 B0 W0 F0.1 ...",
+    )
     add("--chunks", type=natural, metavar="V", help="stages a rank, of interleaved (default 2)")
     add("--recompute", choices=activation_ckpt.POLICIES, default="none")
     add("--recompute-every", type=natural, default=1, metavar="K", help="checkpoint 1 block of K")
@@ -127,8 +157,13 @@ def parser() -> Parser:
     add("--sample", type=at_least(0), default=0, metavar="N", help="tokens to generate at the end")
     add("--log", metavar="FILE", help="one JSON object a line: a step, or a validation")
     add("--trace", metavar="FILE", help="what each rank did, for ui.perfetto.dev; and the bubble")
-    add("--timeout", type=natural, default=600, metavar="SECONDS",
-        help="that a rank waits for another in a collective, before the job ends with an error")
+    add(
+        "--timeout",
+        type=natural,
+        default=600,
+        metavar="SECONDS",
+        help="that a rank waits for another in a collective, before the job ends with an error",
+    )
     add("--checkpoint-dir", metavar="DIR", help="save there (default: nothing is saved)")
     add("--save-every", type=at_least(0), default=100, metavar="N", help="steps; 0: at the end")
     add("--keep", type=natural, default=2, metavar="K", help="checkpoints, the newest")
@@ -325,7 +360,7 @@ def peak_tflops(args: argparse.Namespace, device: torch.device) -> float | None:
 # --- a run that goes on ---------------------------------------------------------------------------
 
 
-def look_back(
+def parse_args(
     argv: list[str] | None = None,
 ) -> tuple[argparse.Namespace, list[checkpoint.Found], list[str]]:
     """(arguments, completed by what the run was; checkpoints to go on from, newest first; what to
@@ -372,6 +407,9 @@ def compare(run: dict, was: dict) -> list[str]:
         raise ValueError(f"--resume: the model has {mine}, and the checkpoint {theirs}: leave the "
                          "sizes out")  # fmt: skip
     before = was["arguments"]
-    changed = [f"--{name.replace('_', '-')} {before[name]} -> {value}"
-               for name, value in run["arguments"].items() if before.get(name, value) != value]
+    changed = [
+        f"--{name.replace('_', '-')} {before[name]} -> {value}"
+        for name, value in run["arguments"].items()
+        if before.get(name, value) != value
+    ]
     return [f"--resume: as before but for {', '.join(changed)}"] if changed else []

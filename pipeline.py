@@ -83,12 +83,12 @@ def stages_of(schedule: Schedule) -> list[list[int]]:
     return [sorted({action.stage for action in row}) for row in schedule]
 
 
-def splits(actions: list[Action]) -> bool:
+def splits_backward(actions: list[Action]) -> bool:
     """Whether these take backwards apart. Wherever one stage does, all do (see check)."""
     return any(action.kind == "W" for action in actions)
 
 
-def spell(action: Action, stages: Sequence[int]) -> str:
+def label(action: Action, stages: Sequence[int]) -> str:
     """How pictures, files and errors write an action of a rank with these stages: F0; f0, the same
     of its second chunk; F0.2 of the third."""
     chunk = stages.index(action.stage)
@@ -96,7 +96,7 @@ def spell(action: Action, stages: Sequence[int]) -> str:
     return f"{kind}{action.microbatch}" + (f".{chunk}" if chunk > 1 else "")
 
 
-def fill(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) -> list[Action]:
+def from_phases(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) -> list[Action]:
     """One rank's list, from phases like (3, "FBW"): three times a forward, a backward and a weight
     gradient, each of the next microbatch in line for it. Small letters: of the second chunk. What
     all m microbatches are through with is skipped."""
@@ -120,13 +120,13 @@ def require_chunks(name: str, v: int, n: int) -> None:
 def gpipe(p: int, m: int, v: int = 1) -> Schedule:
     """All forwards, then all backwards."""
     require_chunks("gpipe", v, 1)
-    return [fill(m, [(m, "F"), (m, "B")], [r]) for r in range(p)]
+    return [from_phases(m, [(m, "F"), (m, "B")], [r]) for r in range(p)]
 
 
 def one_f_one_b(p: int, m: int, v: int = 1) -> Schedule:
     """As many forwards as there are ranks behind, then one forward, one backward."""
     require_chunks("1f1b", v, 1)
-    return [fill(m, [(p - 1 - r, "F"), (m, "FB")], [r]) for r in range(p)]
+    return [from_phases(m, [(p - 1 - r, "F"), (m, "FB")], [r]) for r in range(p)]
 
 
 def interleaved(p: int, m: int, v: int = 2) -> Schedule:
@@ -150,7 +150,7 @@ def zb_h1(p: int, m: int, v: int = 1) -> Schedule:
     """1F1B in which r weight gradients wait on rank r, so that all hold what 1F1B's first does."""
     require_chunks("zb-h1", v, 1)
     return [
-        fill(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
+        from_phases(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
     ]
 
 
@@ -160,8 +160,8 @@ def zb_v(p: int, m: int, v: int = 2) -> Schedule:
     require_chunks("zb-v", v, 2)
     n = max(m, 2 * p - 1)  # what fills it; a smaller batch leaves gaps
     schedule = [
-        fill(n, [(2 * (p - r) - 1, "F"), (r, "fF"), (p - r, "fbw"), (n - p, "FBWfbw"), (r, "Bb"),
-                 (p - r, "BW"), (n, "wW")], [r, 2 * p - 1 - r])
+        from_phases(n, [(2 * (p - r) - 1, "F"), (r, "fF"), (p - r, "fbw"), (n - p, "FBWfbw"),
+                        (r, "Bb"), (p - r, "BW"), (n, "wW")], [r, 2 * p - 1 - r])
         for r in range(p)
     ]  # fmt: skip
     return [[action for action in row if action.microbatch < m] for row in schedule]
@@ -194,7 +194,7 @@ class ScheduleError(ValueError):
         self.rank, self.place = rank, place
 
 
-def needed(action: Action, last: int) -> Action | None:
+def dependency(action: Action, last: int) -> Action | None:
     """What must have run before: F the stage before; B the stage behind, and on the last its own
     F; W its own B."""
     kind, i, k = action
@@ -205,18 +205,18 @@ def needed(action: Action, last: int) -> Action | None:
     return Action("F" if kind == "B" else "B", i, k)
 
 
-def following(made: Action) -> Action:
+def consumer(made: Action) -> Action:
     """What runs on what F or B has made: the next F, or the B before."""
     return made._replace(stage=made.stage + (1 if made.kind == "F" else -1))
 
 
 def unit_time(schedule: Schedule) -> Callable[[Action], float]:
     """F 1, B 1, W 1; a B that is the whole backward 2: it has twice a forward's matmuls."""
-    whole = 1.0 if any(map(splits, schedule)) else 2.0
+    whole = 1.0 if any(map(splits_backward, schedule)) else 2.0
     return lambda action: whole if action.kind == "B" else 1.0
 
 
-def circle(start: int, after: Callable[[int], int]) -> list[int]:
+def cycle(start: int, after: Callable[[int], int]) -> list[int]:
     """The ranks that one comes to again and again, going from each to the one it waits for."""
     way = [start]
     while (rank := after(way[-1])) not in way:
@@ -229,7 +229,7 @@ def simulate(
 ) -> list[Span]:
     """When every action runs, in order of start, if none is missing (see check). time(action),
     default unit_time; transfer: from the end of an action until another rank has what it made.
-    Raises ScheduleError, with who waits for whom, if actions wait for each other in a circle."""
+    Raises ScheduleError, with who waits for whom, if actions wait for each other in a cycle."""
     time, stages = time or unit_time(schedule), stages_of(schedule)
     rank_of = {k: rank for rank, row in enumerate(stages) for k in row}
     done: dict[Action | None, float] = {None: 0.0}
@@ -237,7 +237,7 @@ def simulate(
 
     def awaited(r: int) -> Action | None:
         """What the next action of rank r needs."""
-        return needed(schedule[r][position[r]], len(rank_of) - 1)
+        return dependency(schedule[r][position[r]], len(rank_of) - 1)
 
     moved = True
     while moved:
@@ -252,11 +252,11 @@ def simulate(
                 moved = True
     stuck = [r for r, row in enumerate(schedule) if position[r] < len(row)]
     if stuck:
-        ranks, lines = circle(stuck[0], lambda r: rank_of[awaited(r).stage]), []
+        ranks, lines = cycle(stuck[0], lambda r: rank_of[awaited(r).stage]), []
         for r in ranks:
             here, q = schedule[r][position[r]], rank_of[awaited(r).stage]
-            lines.append(f"rank {r} at {spell(here, stages[r])} waits for "
-                         f"{spell(awaited(r), stages[q])} of rank {q}")  # fmt: skip
+            lines.append(f"rank {r} at {label(here, stages[r])} waits for "
+                         f"{label(awaited(r), stages[q])} of rank {q}")  # fmt: skip
         raise ScheduleError(ranks[0], position[ranks[0]], "; ".join(lines))
     return sorted(spans, key=lambda span: (span.start, span.rank))
 
@@ -269,18 +269,18 @@ def check(schedule: Schedule, m: int) -> None:
     n = sum(map(len, stages))
     if not n or sorted(itertools.chain(*stages)) != [*range(n)]:
         raise ScheduleError(0, 0, f"stages by rank are {stages}: each of 0..{n - 1} belongs on one")
-    kinds = "FBW" if any(map(splits, schedule)) else "FB"
+    kinds = "FBW" if any(map(splits_backward, schedule)) else "FB"
     for rank, row in enumerate(schedule):
         whole = {Action(*action) for action in itertools.product(kinds, range(m), stages[rank])}
         for place, action in enumerate(row):
             if action not in whole:
                 what = f"is there twice, or is no {' or '.join(kinds)} of microbatches 0..{m - 1}"
-                raise ScheduleError(rank, place, f"{spell(action, stages[rank])} {what}")
+                raise ScheduleError(rank, place, f"{label(action, stages[rank])} {what}")
             whole.remove(action)
         if whole:
-            missing = ", ".join(spell(action, stages[rank]) for action in sorted(whole))
+            missing = ", ".join(label(action, stages[rank]) for action in sorted(whole))
             raise ScheduleError(rank, len(row), f"{missing} missing")
-    rendezvous(derive_programs(schedule))
+    check_no_deadlock(derive_programs(schedule))
 
 
 def bubble(spans: list[Span]) -> float:
@@ -302,7 +302,7 @@ def mean_times(spans: Iterable[Span]) -> dict[tuple[str, int], float]:
 def draw(schedule: Schedule, columns: int = 10**6) -> str:
     """The timeline in unit_time, a rank a line. What is wider than `columns` goes on below."""
     spans, stages = simulate(schedule), stages_of(schedule)
-    names = {span: spell(span.action, stages[span.rank]) for span in spans}
+    names = {span: label(span.action, stages[span.rank]) for span in spans}
     width, length = 1 + max(map(len, names.values())), int(max(span.end for span in spans))
     lines = []
     for rank in range(len(schedule)):
@@ -342,12 +342,12 @@ def derive_programs(schedule: Schedule) -> list[Program]:
     is its part of that order, and both ends of a transfer post it there. So nothing can deadlock,
     even if a post were to block until the other end has posted too: the earliest event that is
     not done is at the head of every rank that takes part in it. (Posting each send and receive
-    where one happens to need it does deadlock: `rendezvous` shows it.)"""
+    where one happens to need it does deadlock: `check_no_deadlock` shows it.)"""
     rank_of = {k: rank for rank, row in enumerate(stages_of(schedule)) for k in row}
     events = []  # (time, transfers first, position, ranks, event)
     for n, (rank, action, start, end) in enumerate(simulate(schedule)):
         events.append((start, 1, n, (rank,), action))
-        dst = rank_of.get(following(action).stage) if action.kind != "W" else None
+        dst = rank_of.get(consumer(action).stage) if action.kind != "W" else None
         if dst is not None and dst != rank:  # none beyond the ends; a hand-over on one rank is free
             events.append((end, 0, n, (rank, dst), Transfer(*action, rank, dst)))
     programs: list[Program] = [[] for _ in schedule]
@@ -381,10 +381,10 @@ def receive_ahead(program: Program, rank: int) -> Program:
     return [step for step in ahead if step]
 
 
-def rendezvous(programs: list[Program]) -> None:
+def check_no_deadlock(programs: list[Program]) -> None:
     """Run the programs as the strictest network would: a batch holds its rank until each of its
     transfers has met its other end, and between two ranks transfers meet in the order posted, as
-    with NCCL. Raises ValueError, with the circle of who waits for whom, if they deadlock."""
+    with NCCL. Raises ValueError, with the cycle of who waits for whom, if they deadlock."""
     rest = [list(program) for program in programs]
     batch: list[list[Transfer]] = [[] for _ in programs]  # what a rank still waits for
     moved = True
@@ -404,11 +404,12 @@ def rendezvous(programs: list[Program]) -> None:
                     batch[rank].remove(ends[0])
                 moved = True
     if any(batch):
+
         def other(rank: int) -> int:  # itself, if it is through
             return next((t.dst if t.src == rank else t.src for t in batch[rank]), rank)
 
         lines = []
-        for rank in circle(next(r for r, transfers in enumerate(batch) if transfers), other):
+        for rank in cycle(next(r for r, transfers in enumerate(batch) if transfers), other):
             t = next(iter(batch[rank]), None)
             what = t and f"{'to take' if t.src == rank else 'to send'} {t.kind}{t.microbatch}"
             lines.append(f"rank {rank} waits for rank {other(rank)} ({what})" if t else
@@ -545,23 +546,24 @@ def defer_weight_gradients(model: nn.Module, queue: list) -> None:
 
 class Pipeline:
     """Runs schedules. chunks: this rank's pieces of the model, by stage, of n_stages in all. dtype,
-    device: of what crosses a boundary. apart: a backward is B and W. watch(action) -> a context
-    around its computation, for who wants to look. program: this rank's; one tensor is exchanged
-    with each of its peers at construction, since NCCL connects two ranks at their first transfer,
-    which can hang in the middle of a schedule (pytorch#160210)."""
+    device: of what crosses a boundary. split_backward: a backward is B and W. watch(action) -> a
+    context around its computation, for who wants to look. program: this rank's; one tensor is
+    exchanged with each of its peers at construction, since NCCL connects two ranks at their first
+    transfer, which can hang in the middle of a schedule (pytorch#160210)."""
 
     def __init__(
         self, chunks: dict[int, nn.Module], n_stages: int, group: dist.ProcessGroup,
-        dtype: torch.dtype, device: torch.device | str, apart: bool = False, program: Program = (),
+        dtype: torch.dtype, device: torch.device | str, split_backward: bool = False,
+        program: Program = (),
     ):  # fmt: skip
         self.chunks, self.last, self.group = chunks, n_stages - 1, group
-        self.dtype, self.device, self.apart = dtype, device, apart
+        self.dtype, self.device, self.split_backward = dtype, device, split_backward
         # See receive_ahead. NCCL takes the programs as they are.
-        self.by_pair = group.size() > 1 and dist.get_backend(group) == "gloo"
+        self.is_gloo = group.size() > 1 and dist.get_backend(group) == "gloo"
         self.watch: Callable = lambda action: contextlib.nullcontext()
         self.running = False  # still True if an exception ended the last run
         self.queue: list[Callable] = []  # what the B that runs now leaves to its W
-        for chunk in chunks.values() if apart else ():
+        for chunk in chunks.values() if split_backward else ():
             defer_weight_gradients(chunk, self.queue)
         if group.size() > 1:
             self._connect(program)
@@ -604,8 +606,8 @@ class Pipeline:
         losses, which is 0 where the last stage is not. Gradients are left in `.grad`,
         accumulated. With p > 1, raises RuntimeError if an exception interrupted the last run.
         Raises ValueError, before anything is sent, if the program does not fit the chunks, the
-        inputs, the grad mode or `apart`; and during the run, if a stage returns another shape or
-        dtype. Only the ranks that see the mistake raise; others wait for the timeout."""
+        inputs, the grad mode or `split_backward`; and during the run, if a stage returns another
+        shape or dtype. Only the ranks that see the mistake raise; others wait for the timeout."""
         if self.running and self.group.size() > 1:
             raise RuntimeError(
                 "the last pipeline run was interrupted, and its messages may still be in flight "
@@ -623,7 +625,7 @@ class Pipeline:
         self.in_flight: dict = {}  # (microbatch, stage) -> (input, root of the graph)
         self.pending: dict = {}  # (microbatch, stage) -> its queue
         work = {"F": self._forward, "B": self._backward, "W": self._weights}
-        if self.by_pair:
+        if self.is_gloo:
             program = receive_ahead(program, self.group.rank())
         for step in program:
             if isinstance(step, Action):
@@ -648,15 +650,16 @@ class Pipeline:
             wrong = "has B actions, and gradients are disabled: enable them, or use forward_only()"
         elif "B" not in kinds and torch.is_grad_enabled():
             wrong = "has no B actions: run it under torch.no_grad()"
-        elif "B" in kinds and ("W" in kinds) != self.apart:
+        elif "B" in kinds and ("W" in kinds) != self.split_backward:
             wrong = (f"has {'W' if 'W' in kinds else 'no W'} actions, and the Pipeline was made "
-                     f"with apart={self.apart}: pass apart=splits(actions)")  # fmt: skip
+                     f"with split_backward={self.split_backward}: pass "
+                     "split_backward=splits_backward(actions)")  # fmt: skip
         if wrong:
             raise ValueError(f"the program {wrong}")
 
     def _post(self, batch: tuple[Transfer, ...]) -> None:
         """Start these transfers. Waited for is only what the same stage sent before, so that its
-        tensor is let go: that is earlier in the global order, so it cannot close a circle. Under
+        tensor is let go: that is earlier in the global order, so it cannot close a cycle. Under
         NCCL it is the compute stream that waits, and always for a whole batch, here and in _take.
         Simulated (tools/waits.py), waiting for sends adds at most 0.001 to the bubble, and waiting
         for whole batches up to 0.03 (zb-h1, times varied by 20 %)."""
@@ -672,7 +675,7 @@ class Pipeline:
             else:
                 call, peer = dist.irecv, t.src
                 tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-                box, key = self.inbox, following(made)
+                box, key = self.inbox, consumer(made)
             places.append((box, key, tensor))
             operations.append(dist.P2POp(call, tensor, group=self.group, group_peer=peer))
         handles = dist.batch_isend_irecv(operations)  # payload: b s h each
@@ -696,8 +699,8 @@ class Pipeline:
                 f"{self.shape, self.dtype}: a stage must return one tensor, of run()'s shape and "
                 "the Pipeline's dtype, that depends on its input"
             )
-        if following(made).stage in self.chunks:
-            self.inbox[following(made)] = (tensor.detach(), None)
+        if consumer(made).stage in self.chunks:
+            self.inbox[consumer(made)] = (tensor.detach(), None)
         else:
             self.outbox[made] = tensor.detach().contiguous()
 
@@ -761,14 +764,13 @@ def predicted_held(name: str, p: int, m: int, v: int, rank: int) -> int:
     return {"gpipe": m, "1f1b": min(m, p - rank), "zb-h1": min(m, p), "zb-v": 2 * p}[name]
 
 
-def peak_held(
-    actions: list[Action], in_flight: dict[int, int], waiting: dict[int, int]
-) -> int:
+def peak_held(actions: list[Action], in_flight: dict[int, int], waiting: dict[int, int]) -> int:
     """The most that a rank with these actions holds after one of them: in_flight[stage] for each
     microbatch forwarded and not backwarded, waiting[stage] for each whose W is to come."""
-    apart, held, peak = splits(actions), 0, 0
+    split_backward, held, peak = splits_backward(actions), 0, 0
     for kind, _, k in actions:
-        held += {"F": in_flight[k], "B": waiting[k] * apart - in_flight[k], "W": -waiting[k]}[kind]
+        deferred = waiting[k] * split_backward
+        held += {"F": in_flight[k], "B": deferred - in_flight[k], "W": -waiting[k]}[kind]
         peak = max(peak, held)
     return peak
 
@@ -807,8 +809,8 @@ def main() -> None:
     import measure
 
     steps, b = 3, 2
-    with measure.Proof("pipeline.py") as proof:
-        group, p, rank = proof.group, proof.group.size(), proof.group.rank()
+    with measure.Report("pipeline.py") as report:
+        group, p, rank = report.group, report.group.size(), report.group.rank()
         m = 2 * p + 1
         config = gpt.GPTConfig(2 * p + 1, 2, 32, 251, 32)  # an uneven cut
         tokens = data.example()
@@ -822,8 +824,8 @@ def main() -> None:
                 split = split_layers(config.n_layer, n)
                 take_stages(model, stages[rank], split)
                 chunks = chunks_of(model, stages[rank], split)
-                apart = splits(schedule[rank])
-                pipe = Pipeline(chunks, n, group, torch.float64, "cpu", apart)
+                split_backward = splits_backward(schedule[rank])
+                pipe = Pipeline(chunks, n, group, torch.float64, "cpu", split_backward)
                 program = derive_programs(schedule)[rank]
                 holders = [r for r in range(p) if {0, n - 1} & {*stages[r]}]
                 tied_group = dist.new_group(holders)
@@ -858,22 +860,22 @@ def main() -> None:
                 mine, held = train(schedule)
             for loss in mine:
                 dist.all_reduce(loss)  # the last stage has it, the others 0
-            proof.losses(name, mine, losses)
+            report.losses(name, mine, losses)
             expected = {n: whole[n] for n in held}
             gradients, expected_gradients = (
                 {n: q.grad for n, q in named.items()} for named in (held, expected)
             )
-            proof.close(f"{name} max |d gradient|", gradients, expected_gradients)
-            proof.close(f"{name} max |d parameter|", held, expected)
+            report.close(f"{name} max |d gradient|", gradients, expected_gradients)
+            report.close(f"{name} max |d parameter|", held, expected)
             calls, elements = predicted_sends(stages, rank, m, b, config.seq_len, config.n_embd)
             sent = tuple(seen.total("pp", "send"))
-            proof.equal(f"{name} sends, elements", (steps * calls, steps * elements), sent)
+            report.equal(f"{name} sends, elements", (steps * calls, steps * elements), sent)
             one = dict.fromkeys(stages[rank], 1)
             most = peak_held(schedule[rank], one, one)
-            proof.equal(f"{name} chunks held", predicted_held(name, p, m, v, rank), most)
+            report.equal(f"{name} chunks held", predicted_held(name, p, m, v, rank), most)
             simulated = round(bubble(simulate(schedule)), 9)
             predicted = round(predicted_bubble(name, p, m, v), 9)
-            proof.equal(f"{name} bubble, simulated", predicted, simulated)
+            report.equal(f"{name} bubble, simulated", predicted, simulated)
 
 
 if __name__ == "__main__":

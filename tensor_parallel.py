@@ -217,38 +217,38 @@ def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup)
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class Sharding:
     """How a parameter was cut; it hangs on the parameter as `.cut`, and everyone who must relate
     the part to the whole (initialisation, gradient norm, checkpoints, tests) reads it there.
 
-    shape: of the whole. dim: the one that is cut. parts: sizes along it of the matrices fused in
+    shape: of the whole. dim: the one that is cut. sizes: sizes along it of the matrices fused in
     one (q, k, v), each of which is cut by itself. rank, size: of the tensor-parallel group."""
 
     shape: torch.Size
     dim: int
-    parts: tuple[int, ...]
+    sizes: tuple[int, ...]
     rank: int
     size: int
 
-    def __call__(self, whole: Tensor) -> Tensor:
-        """This rank's part."""
-        return torch.cat([whole.narrow(self.dim, i, n) for _, i, n in self.places()], self.dim)
+    def shard(self, full: Tensor) -> Tensor:
+        """This rank's shard of the full tensor."""
+        return torch.cat([full.narrow(self.dim, i, n) for _, i, n in self.slices()], self.dim)
 
-    def places(self) -> Iterator[tuple[int, int, int]]:
+    def slices(self) -> Iterator[tuple[int, int, int]]:
         """Of each fused matrix: where its part begins here, and in the whole, and how long it is.
         Chunks as torch.chunk's: as long as the first, but for the last."""
         here = there = 0
-        for n in self.parts:
-            start, stop = self.range(n)
+        for n in self.sizes:
+            start, stop = self.bounds(n)
             yield here, there + start, stop - start
             here, there = here + stop - start, there + n
 
-    def range(self, n: int) -> tuple[int, int]:
+    def bounds(self, n: int) -> tuple[int, int]:
         chunk = -(-n // self.size)
         return min(n, self.rank * chunk), min(n, (self.rank + 1) * chunk)
 
 
-def cut_parameter(p: nn.Parameter, dim: int, parts: int | tuple[int, ...], group) -> nn.Parameter:
+def shard_parameter(p: nn.Parameter, dim: int, parts: int | tuple[int, ...], group) -> nn.Parameter:
     """A new parameter with this rank's part of p. `parts`: how many equal matrices are fused along
     dim, or their sizes (query, key and value of grouped-query attention differ)."""
     if isinstance(parts, int):
@@ -258,9 +258,9 @@ def cut_parameter(p: nn.Parameter, dim: int, parts: int | tuple[int, ...], group
             f"the plan's parts {parts} add up to {sum(parts)}, and the matrix has {p.size(dim)} "
             f"{('rows', 'columns')[dim]}: correct the parts in the plan"
         )
-    cut = Cut(p.shape, dim, parts, group.rank(), group.size())
-    new = nn.Parameter(cut(p.detach()), requires_grad=p.requires_grad)
-    new.__dict__.update(p.__dict__, cut=cut)
+    sharding = Sharding(p.shape, dim, parts, group.rank(), group.size())
+    new = nn.Parameter(sharding.shard(p.detach()), requires_grad=p.requires_grad)
+    new.__dict__.update(p.__dict__, sharding=sharding)
     return new
 
 
@@ -292,9 +292,9 @@ class ColumnParallelLinear(Linear):
     def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
         self.group, self.sequence = group, sequence
-        self.weight = cut_parameter(linear.weight, 0, parts, group)  # [out/t, in]
+        self.weight = shard_parameter(linear.weight, 0, parts, group)  # [out/t, in]
         bias = linear.bias
-        self.bias = None if bias is None else cut_parameter(bias, 0, parts, group)
+        self.bias = None if bias is None else shard_parameter(bias, 0, parts, group)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight_grad_queue is None and self.group.size() == 1:
@@ -309,7 +309,7 @@ class RowParallelLinear(Linear):
     def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
         self.group, self.sequence = group, sequence
-        self.weight = cut_parameter(linear.weight, 1, parts, group)  # [out, in/t]
+        self.weight = shard_parameter(linear.weight, 1, parts, group)  # [out, in/t]
         self.bias = linear.bias  # whole, and added once: after the sum
 
     def forward(self, x: Tensor) -> Tensor:
@@ -328,9 +328,9 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding, parts: int, group, sequence: bool):
         super().__init__()
         self.group, self.sequence = group, sequence
-        self.weight = cut_parameter(embedding.weight, 0, 1, group)  # [v/t, h]
+        self.weight = shard_parameter(embedding.weight, 0, 1, group)  # [v/t, h]
         self.v = embedding.num_embeddings
-        self.start, _ = self.weight.cut.range(self.v)
+        self.start, _ = self.weight.sharding.bounds(self.v)
 
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens - self.start
@@ -354,15 +354,15 @@ class PositionShard(nn.Module):
         return x + self.weight[start : start + x.size(1)]
 
 
-def cut_heads(dropout: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
+def shard_heads(dropout: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
     """A mask on [b, a/t, s, s]: gpt.Dropout draws [a, s, s] a row and takes this part."""
-    dropout.part, dropout.parts = group.rank(), group.size()
+    dropout.shard, dropout.shards = group.rank(), group.size()
     return dropout
 
 
-def cut_tokens(dropout: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
+def shard_tokens(dropout: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
     """A mask on [b, s/t, h]; on [b, s, h], without `sequence`, the same on every rank."""
-    return cut_heads(dropout, parts, group, sequence) if sequence else dropout
+    return shard_heads(dropout, parts, group, sequence) if sequence else dropout
 
 
 def mark_partial(module: nn.Module, parts: int, group, sequence: bool) -> nn.Module:
@@ -385,8 +385,8 @@ STYLES = {
     "row": RowParallelLinear,
     "vocab": VocabParallelEmbedding,
     "position": PositionShard,
-    "heads": cut_heads,
-    "tokens": cut_tokens,
+    "heads": shard_heads,
+    "tokens": shard_tokens,
     "partial": mark_partial,
     "replicated": leave,
 }
@@ -438,11 +438,11 @@ def parallelize(
             raise ValueError(f"{pattern}: style {style!r} is none of {', '.join(STYLES)}")
         new = STYLES[style](module, parts, group, sequence)
         if hasattr(new, "weight") and new is not module:
-            cut = getattr(new.weight, "cut", None)
-            for n in cut.parts if cut else ():
+            sharding = getattr(new.weight, "sharding", None)
+            for n in sharding.sizes if sharding else ():
                 check_width(name, n, group.size())
             first, weight = tied.setdefault(id(module.weight), (name, new.weight))
-            if getattr(weight, "cut", None) != cut:
+            if getattr(weight, "sharding", None) != sharding:
                 raise ValueError(
                     f"{name}.weight is tied to {first}.weight, whose style shards it differently: "
                     "give both the same style, or untie them"
@@ -459,9 +459,9 @@ def parallelize(
             )
     check_between(model, styled)
     for name, p in model.named_parameters():
-        if getattr(p, "partial", False) and hasattr(p, "cut"):
+        if getattr(p, "partial", False) and hasattr(p, "sharding"):
             raise ValueError(f"{name} is sharded, so it cannot be 'partial': drop that style")
-        p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "cut"))
+        p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "sharding"))
         p.partial = p.partial and group.size() > 1  # with one rank it is complete
     return model
 
@@ -501,12 +501,14 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """logits [b, s, v/t] of a column-parallel head, targets [b, s] in 0..v-1 or < 0 (ignored) ->
     scalar, the same on every rank: gpt.cross_entropy of the whole logits, so at least in fp32."""
-    cut, logits = head.weight.cut, logits.to(torch.promote_types(logits.dtype, torch.float32))
+    sharding = head.weight.sharding
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if group.size() == 1:  # torch's, which reads and writes the logits less often
         flat = targets.flatten().clamp(min=-1)  # a copy: autograd keeps it
         return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
-    v = cut.shape[0]
-    return VocabParallelCrossEntropy.apply(logits, targets, cut.range(v)[0], v, group)
+    v = sharding.shape[0]
+    start, _ = sharding.bounds(v)
+    return VocabParallelCrossEntropy.apply(logits, targets, start, v, group)
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -531,7 +533,7 @@ def check_module(name: str, module: nn.Module, style: str | None, sequence: bool
     """Raises ValueError if the module does not fit its style (None: the plan does not name it).
     Dropout in a function call (scaled_dot_product_attention's) is not seen."""
     draws = isinstance(module, nn.Dropout) and style != "replicated" or style in ("heads", "tokens")
-    safe = hasattr(module, "parts") or getattr(module, "p", None) == 0  # parts: as gpt.Dropout's
+    safe = hasattr(module, "shards") or getattr(module, "p", None) == 0  # shards: as gpt.Dropout's
     if draws and not safe:
         raise ValueError(
             f"{name}: {module} draws its mask from the generator of this rank, so replicas would "
@@ -627,8 +629,8 @@ def main() -> None:
 
     config, steps = gpt.GPTConfig(2, 12, 48, 257, 36), 3  # a vocabulary that no t divides
     b, s, h = 4, config.seq_len, config.n_embd
-    with measure.Proof("tensor_parallel.py") as proof:
-        group = proof.group
+    with measure.Report("tensor_parallel.py") as report:
+        group = report.group
         tokens = data.example()
 
         def train(parallel: bool, sequence: bool = False):
@@ -656,13 +658,14 @@ def main() -> None:
         for what, sequence in (("TP", False), ("TP+SP", True)):
             with measure.Collectives({"tp": group}) as seen:
                 mine, parts = train(True, sequence)
-            proof.losses(f"{what}, t={group.size()}", mine, losses)
-            of_mine = {n: p.cut if hasattr(p, "cut") else (lambda w: w) for n, p in parts.items()}
-            gradients = {n: cut(whole[n].grad) for n, cut in of_mine.items()}
-            proof.close(f"{what} max |d gradient|", {n: p.grad for n, p in parts.items()},
+            report.losses(f"{what}, t={group.size()}", mine, losses)
+            of_mine = {n: p.sharding.shard if hasattr(p, "sharding") else (lambda w: w)
+                       for n, p in parts.items()}  # fmt: skip
+            gradients = {n: shard(whole[n].grad) for n, shard in of_mine.items()}
+            report.close(f"{what} max |d gradient|", {n: p.grad for n, p in parts.items()},
                         gradients)  # fmt: skip
-            proof.close(f"{what} max |d parameter|", parts,
-                        {n: cut(whole[n]) for n, cut in of_mine.items()})  # fmt: skip
+            report.close(f"{what} max |d parameter|", parts,
+                        {n: shard(whole[n]) for n, shard in of_mine.items()})  # fmt: skip
             costs = predicted_collectives(config.n_layer, b, s, h, steps, sequence)
             if sequence:  # once a step
                 calls, payload = costs["forward", "all_reduce"]
@@ -670,12 +673,12 @@ def main() -> None:
                 costs["forward", "all_reduce"] = calls + steps, payload + steps * partial
             for (phase, operation), predicted in costs.items():
                 measured = tuple(seen.total("tp", operation, phase))
-                proof.equal(f"{what} {phase} {operation}", predicted, measured)
+                report.equal(f"{what} {phase} {operation}", predicted, measured)
             hidden = tuple(seen.total("tp", phase="backward", hidden=True))
             behind = costs["backward", "reduce_scatter" if sequence else "all_reduce"]
             if sequence:  # and the gathers of what f did not keep
                 behind = (2 * behind[0], 2 * behind[1])
-            proof.equal(f"{what} behind a matmul in backward", behind, hidden)
+            report.equal(f"{what} behind a matmul in backward", behind, hidden)
 
 
 if __name__ == "__main__":

@@ -92,18 +92,22 @@ class Trainer:
         draw = draw or functools.partial(gpt.gpt2_draw, n_layer=config.n_layer)
         gpt.init_weights(stage, args.seed, self.dtype, device, draw)
         self.draws = getattr(stage, "draws", gpt.Draws())  # a fork's model may have no dropout
-        self.draws.seed, remember = args.seed, self.draws.remember
+        self.draws.seed = args.seed
         if args.compile:
             compile_blocks(stage.h, args.recompute)
         activation_ckpt.checkpoint_blocks(
-            stage.h, args.recompute, args.recompute_every, args.recompute_layers, remember
+            stage.h,
+            args.recompute,
+            args.recompute_every,
+            args.recompute_layers,
+            self.draws.save,
         )
         self.model = stage
         chunks, mine = pipeline.chunks_of(stage, self.stages, split), self.schedule[self.pp_rank]
-        apart = pipeline.splits(mine)
+        split_backward = pipeline.splits_backward(mine)
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
         self.pipe = pipeline.Pipeline(
-            chunks, n, self.pp_group, self.dtype, device, apart, self.program
+            chunks, n, self.pp_group, self.dtype, device, split_backward, self.program
         )
         self.sync = self._attach(sync, self.pipe.accumulations(mine))
         self.span: Callable = lambda name: contextlib.nullcontext()  # who looks: see watch()
@@ -181,7 +185,7 @@ class Trainer:
 
         def span(action: pipeline.Action):
             step = {"step": self.current} if self.model.training else {}
-            return trace.span(pipeline.spell(action, self.stages), action=action, **step)
+            return trace.span(pipeline.label(action, self.stages), action=action, **step)
 
         self.span, self.pipe.watch = trace.span, span
 
@@ -248,7 +252,7 @@ class Trainer:
         ranks of the last stage."""
         first_tp, first_replica = self.tp_group.rank() == 0, self.replica_group.rank() == 0
         mine = [piece.tensor.grad for piece in pieces
-                if first_replica and self._answers_for(piece.parameter)]  # fmt: skip
+                if first_replica and self._owns(piece.parameter)]  # fmt: skip
         norms = torch._foreach_norm(mine) if mine else [loss.new_zeros(())]
         asked = loss.new_full((), float(self.asked_to_stop))
         stats = torch.stack([loss * first_tp, torch.stack(norms).square().sum(), asked])
@@ -257,17 +261,17 @@ class Trainer:
         stats[1].sqrt_()
         return stats
 
-    def _answers_for(self, p: nn.Parameter) -> bool:
+    def _owns(self, p: nn.Parameter) -> bool:
         """A parameter that is whole on t ranks is the first one's, a tied matrix the first stage's;
         what is cut is where it is. (On each replica: these are not looked at.)"""
-        alone = hasattr(p, "cut") or self.tp_group.rank() == 0
+        alone = hasattr(p, "sharding") or self.tp_group.rank() == 0
         return alone and not (hasattr(p, "tied_name") and 0 not in self.stages)
 
     # A checkpoint: pieces and their moments, by where they lie in whole tensors.
 
     def state_to_save(self) -> tuple[list[checkpoint.Rectangle], dict]:
         """(what this rank writes, the optimizer's numbers)."""
-        pieces = [piece for piece in self.sync.pieces() if self._answers_for(piece.parameter)]
+        pieces = [piece for piece in self.sync.pieces() if self._owns(piece.parameter)]
         held, numbers = checkpoint.state_of(pieces, self.optimizer)
         return checkpoint.share(held, self.replica_group.rank(), self.replica_group.size()), numbers
 
@@ -313,7 +317,7 @@ class Trainer:
 
             def place(output: Tensor, _: int, logits: Tensor = logits, last: int = last) -> Tensor:
                 # Its own rows of the vocabulary, from each tp rank of one pipeline's last stage.
-                start, stop = self.model.lm_head.weight.cut.range(len(logits))
+                start, stop = self.model.lm_head.weight.sharding.bounds(len(logits))
                 logits[start:stop] = output[0, last] * (self.dp_group.rank() == 0)
                 return output.new_zeros(())
 
@@ -430,10 +434,11 @@ def describe(trainer: Trainer, logger: measure.Logger) -> None:
         f"{size / 1e6:.2f} M parameters in {args.dtype}; t={args.tp} p={args.pp} d={d}; "
         f"{trainer.m} microbatches of {args.micro_batch_size} x {config.seq_len} tokens; "
         f"{args.schedule}, ZeRO-{args.zero}, recompute {args.recompute}"
-        + ", compiled" * args.compile
+        + ", compiled"
+        * args.compile
     )
-    if args.compile and (args.tp > 1 or trainer.pipe.apart):
-        n, what = GRAPHS_WITH_ZERO_BUBBLE if trainer.pipe.apart else GRAPHS_WITH_TP
+    if args.compile and (args.tp > 1 or trainer.pipe.split_backward):
+        n, what = GRAPHS_WITH_ZERO_BUBBLE if trainer.pipe.split_backward else GRAPHS_WITH_TP
         least = "at least " * (args.dropout > 0 or args.recompute == "selective")
         logger.say(f"--compile: {least}{n} graphs per block, not 1: it cannot trace {what}")
     if args.zero and d == 1:
@@ -448,13 +453,13 @@ def describe(trainer: Trainer, logger: measure.Logger) -> None:
         logger.say("--recompute offload: device and host are one here, so this gains nothing")
 
 
-def go_on(
+def resume(
     trainer: Trainer, found: list[checkpoint.Found], group: dist.ProcessGroup, run: dict,
     logger: measure.Logger,
 ) -> int:  # fmt: skip
     """From the newest checkpoint that is whole, if there is any; returns the step to begin with."""
     try:
-        newest, wrong = checkpoint.newest_whole(found, group)
+        newest, wrong = checkpoint.newest_complete(found, group)
         if newest is None:
             return 0
         checkpoint.read(newest.path, trainer.state_to_load(newest.about["optimizer"]), group)
@@ -491,7 +496,7 @@ def train(
         limit = datetime.timedelta(seconds=args.timeout)
         group = dist.new_group(None, limit, "gloo", group_desc="checkpoint")
         disk = checkpoint.Checkpoints(args.checkpoint_dir, args.keep, group)
-    first = go_on(trainer, found, disk.group, run, logger) if args.resume else 0
+    first = resume(trainer, found, disk.group, run, logger) if args.resume else 0
     val_loss, trace = None, measure.Trace(device) if args.trace else None
     if trace:
         trainer.watch(trace)
@@ -541,7 +546,7 @@ def train(
 def export(args: argparse.Namespace, found: list[checkpoint.Found]) -> None:
     join_ranks(torch.device("cpu"), args.timeout)
     try:
-        newest, wrong = checkpoint.newest_whole(found, dist.group.WORLD)
+        newest, wrong = checkpoint.newest_complete(found, dist.group.WORLD)
         checkpoint.export_gpt2(newest, args.export, dist.group.WORLD)
     except (OSError, ValueError) as error:
         options.parser().error(f"--export: {error}")
@@ -552,7 +557,7 @@ def main() -> None:
     if "--dry-run" in sys.argv:
         return runpy.run_module("tools.dry_run", run_name="__main__") and None
     try:
-        args, found, notes = options.look_back()
+        args, found, notes = options.parse_args()
         source = checkpoint.GPT2Folder(args.init_from) if args.init_from else None
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         config = options.check(args, world_size, source)

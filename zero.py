@@ -65,13 +65,13 @@ class Piece(NamedTuple):
 
 class Unit:
     """Parameters that travel together: flat, padded to d shards of equal length, one of them mine.
-    Without `whole_parameters` or `whole_gradients` only my shard of them is held for good. A
+    Without `full_parameters` or `full_gradients` only my shard of them is held for good. A
     unit's parameters have one dtype and are all trainable or all frozen. A frozen unit has no
     gradients and no pieces."""
 
     def __init__(
         self, members: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup,
-        whole_parameters: bool, whole_gradients: bool, grad_dtype: torch.dtype | None,
+        full_parameters: bool, full_gradients: bool, grad_dtype: torch.dtype | None,
         reduce_dtype: torch.dtype | None,
     ):  # fmt: skip
         self.group, like = group, members[0][1].detach()
@@ -84,7 +84,7 @@ class Unit:
         mine = self.mine = slice(group.rank() * n, (group.rank() + 1) * n)
         self.parameters = like.new_zeros(size)
         self.gradients = None
-        if whole_gradients and self.trainable:
+        if full_gradients and self.trainable:
             self.gradients = like.new_zeros(size, dtype=grad_dtype)
         self.place: dict[nn.Parameter, slice] = {}
         self.gradient_of: dict[nn.Parameter, Tensor] = {}  # views of `gradients`
@@ -102,7 +102,7 @@ class Unit:
             zero = like.new_zeros((), dtype=p.grad_dtype or p.dtype).expand(p.shape)
             self.reduced[p] = Tensor._make_subclass(ReducedGradient, zero)
         shard = self.parameters[mine]
-        kept = whole_parameters or group.size() == 1
+        kept = full_parameters or group.size() == 1
         self.parameter_shard = shard if kept else shard.clone()
         if self.gradients is not None:
             self.gradient_shard = self.gradients[mine]
@@ -119,7 +119,7 @@ class Unit:
             if start < stop:
                 here = slice(start - mine.start, stop - mine.start)  # in my shard
                 self.add_piece(name, p, here, start - self.place[p].start)
-        self.whole, self.gathering, self.reducing, self.sum = True, None, None, None
+        self.gathered, self.gathering, self.reducing, self.sum = True, None, None, None
         self.readable = True
 
     def add_piece(self, name: str, p: nn.Parameter, here: slice, start: int) -> None:
@@ -138,7 +138,7 @@ class Unit:
 
     def unshard(self) -> None:
         """Start to fill `parameters` from all shards, unless that is done; wait() before use."""
-        if not self.whole:
+        if not self.gathered:
             self.allow_reads(False)
             storage = self.parameters.untyped_storage()
             if not storage.nbytes():
@@ -146,7 +146,7 @@ class Unit:
             self.gathering = all_gather(  # payload: the unit
                 self.parameters, self.parameter_shard, group=self.group, async_op=True
             )
-            self.whole = True
+            self.gathered = True
 
     def wait(self) -> None:
         if self.gathering is not None:
@@ -160,17 +160,17 @@ class Unit:
         if self.group.size() > 1:
             self.wait()
             self.parameters.untyped_storage().resize_(0)
-            self.whole = False
+            self.gathered = False
             self.allow_reads(False)
 
     def refresh(self) -> None:
         """load_state_dict wrote to the full parameters: copy my range to my shard."""
-        if self.whole and self.gathering is None:
+        if self.gathered and self.gathering is None:
             self.parameter_shard.copy_(self.parameters[self.mine])
             self.master.detach().copy_(self.parameter_shard)
 
     def reduce(self, flat: Tensor, first: bool) -> None:
-        """Start the reduce-scatter of `flat` in reduce_dtype. Call land() before the next."""
+        """Start the reduce-scatter of `flat` in reduce_dtype. Call wait_reduce() before another."""
         if self.group.size() > 1:
             flat = flat.to(self.reduce_dtype)
         self.sum, self.first = flat[self.mine], first
@@ -179,7 +179,7 @@ class Unit:
                 self.sum, flat, group=self.group, async_op=True
             )
 
-    def land(self, replicas: dist.ProcessGroup | None = None) -> None:
+    def wait_reduce(self, replicas: dist.ProcessGroup | None = None) -> None:
         """Add to my shard what arrived, or begin it; then, with `replicas`, start to sum the shard
         over these, which lands in its turn."""
         if self.sum is None:
@@ -271,7 +271,7 @@ class Zero1:
     Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
     if a call is missing or out of order; or if the optimizer holds parameters instead of pieces."""
 
-    whole_parameters = whole_gradients = True
+    full_parameters = full_gradients = True
 
     def __init__(
         self, model: nn.Module, group: dist.ProcessGroup | None = None,
@@ -302,11 +302,11 @@ class Zero1:
         for i, (layer, parameters) in enumerate(self.layers.items()):
             new: dict[tuple, list] = {}
             for p in parameters:  # ZeRO-1 and 2 leave frozen ones alone
-                if p not in self.unit_of and (p.requires_grad or not self.whole_parameters):
+                if p not in self.unit_of and (p.requires_grad or not self.full_parameters):
                     new.setdefault(self._kind(p, parameters), []).append((names[p], p))
             for members in new.values():
                 unit = Unit(
-                    members, group, self.whole_parameters, self.whole_gradients, grad_dtype,
+                    members, group, self.full_parameters, self.full_gradients, grad_dtype,
                     reduce_dtype,
                 )  # fmt: skip
                 self.units.append(unit)
@@ -340,7 +340,7 @@ class Zero1:
         # times). In this order and no other, though another unit may fill first on some rank:
         # collectives are matched by order, and the ranks must agree on it.
         counts = [accumulations[p] for unit in trainable for p in unit.place]
-        rounds = self.rounds = 1 if self.whole_gradients else min(counts, default=1)
+        rounds = self.rounds = 1 if self.full_gradients else min(counts, default=1)
         self.launches = [(i + 1, unit) for i in range(rounds) for unit in reversed(trainable)]
         self.place_in_round = {unit: i for i, unit in enumerate(reversed(trainable))}
         self.last_round = len(self.launches) - len(trainable)
@@ -353,8 +353,8 @@ class Zero1:
         both pipeline stages then shard it the same way and can add their shards. So have parameters
         whose gradient is partial over tensor-parallel ranks, if the layer's matrices differ in size
         between these ranks: in one buffer, their shards would begin at different places."""
-        cuts = [q.cut for q in parameters if hasattr(q, "cut")]
-        uneven = any(n % cut.size for cut in cuts for n in cut.parts)
+        shardings = [q.sharding for q in parameters if hasattr(q, "sharding")]
+        uneven = any(n % sharding.size for sharding in shardings for n in sharding.sizes)
         partial = uneven and getattr(p, "partial", False)
         return getattr(p, "tied_name", None), p.dtype, p.requires_grad, partial
 
@@ -372,7 +372,7 @@ class Zero1:
                     raise ValueError(f"{self.names[p]} was {change} after ZeRO was set up, and its "
                                      "units are fixed: rebuild the model and ZeRO")  # fmt: skip
             for unit in self.units:
-                unit.land()
+                unit.wait_reduce()
                 storage = unit.parameters.untyped_storage()._cdata
                 for p in unit.place:
                     if p.untyped_storage()._cdata != storage:
@@ -399,7 +399,7 @@ class Zero1:
             raise ValueError("backward outside of start() and finish(): call start() first, or "
                              "freeze this model while the loss of another one uses it")  # fmt: skip
         unit, n = self.unit_of[p], self.accumulations[p]
-        if self.whole_gradients:
+        if self.full_gradients:
             add(p.grad, unit.gradient_of[p], first=self.done[p] == 0)
             p.grad = None
         before = self.done[p] * self.rounds // n  # rounds that were complete for p
@@ -414,16 +414,17 @@ class Zero1:
                 self._launch()
 
     def _launch(self) -> None:
-        self._land()
+        self._wait_reduce()
         round_, unit = self.launches[self.launched]
         unit.reduce(self._take_gradients(unit), first=round_ == 1)
         self.launched += 1
 
-    def _land(self) -> None:
+    def _wait_reduce(self) -> None:
         """What was launched last arrives before the next: its buffer can go."""
         if self.launched:
             in_last_round = self.last_round < self.launched
-            self.launches[self.launched - 1][1].land(self.replicas if in_last_round else None)
+            unit = self.launches[self.launched - 1][1]
+            unit.wait_reduce(self.replicas if in_last_round else None)
 
     def _take_gradients(self, unit: Unit) -> Tensor:
         for p, gradient in unit.gradient_of.items():
@@ -439,9 +440,9 @@ class Zero1:
                              "a step, and finish() once after the last")  # fmt: skip
         while self.launched < len(self.launches):
             self._launch()
-        self._land()
+        self._wait_reduce()
         for unit in self.units:
-            unit.land()
+            unit.wait_reduce()
             with not_intercepted():
                 for p in unit.place if unit.trainable else ():
                     p.grad = unit.reduced[p]
@@ -516,7 +517,7 @@ class Zero1:
         for unit in self.units:
             unit.wait()  # no forward may have used it since the last step
             unit.parameter_shard.copy_(unit.master)  # itself, unless in bf16
-            unit.whole = self.group.size() == 1
+            unit.gathered = self.group.size() == 1
             unit.unshard()
         self.phase = "idle"
 
@@ -550,7 +551,7 @@ class Zero2(Zero1):
     has them, and dropped. The price is a reduce-scatter for each microbatch, where ZeRO-1 has one a
     step, and a buffer of Psi to add up in."""
 
-    whole_gradients = False
+    full_gradients = False
 
     def _take_gradients(self, unit: Unit) -> Tensor:
         flat, views, gradients = torch.zeros_like(unit.parameters), [], []
@@ -587,7 +588,7 @@ class Zero3(Zero2):
     model). starts: the first layer of each chunk of a pipeline; no layer is gathered ahead across
     the boundary of a chunk."""
 
-    whole_parameters = False
+    full_parameters = False
 
     def __init__(
         self, model: nn.Module, *args, reshard_after_forward: bool = True,
@@ -642,6 +643,7 @@ class Zero3(Zero2):
         for x in made:
             x.register_hook(lambda _: alive(me)._after_backward(i))
         if xs and not made:  # a leaf's gradient may be complete before: wait for the whole backward
+
             def leaf_complete(_) -> None:
                 handle.remove()
                 engine = torch.autograd.Variable._execution_engine
@@ -697,7 +699,7 @@ class Zero3(Zero2):
     def _accumulated(self, p: nn.Parameter) -> None:
         super()._accumulated(p)
         unit = self.unit_of[p]
-        if p in self.unsharded and (not unit.whole or unit.gathering is not None):
+        if p in self.unsharded and (not unit.gathered or unit.gathering is not None):
             raise ValueError(f"the gradient of {self.names[p]} was computed while its layer was "
                              "not gathered, and is wrong: return every tensor that the loss uses "
                              "from the layer's forward")  # fmt: skip
@@ -806,7 +808,7 @@ def check_optimizer(
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
     """Raises ValueError if tensor-parallel ranks hold a part of a gradient's norm."""
     for name, p in parameters:
-        sharded = hasattr(p, "cut") and p.cut.size > 1
+        sharded = hasattr(p, "sharding") and p.sharding.size > 1
         if sharded or getattr(p, "partial", False):
             raise ValueError(f"clip: the gradient of {name} is spread over tensor-parallel ranks, "
                              "and so is the norm: call before_step(), clip by the norm over all of "
@@ -815,8 +817,10 @@ def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
 
 def alive(reference: weakref.ref) -> Zero1:
     if (sync := reference()) is None:
-        raise ValueError("the ZeRO object of this model was deleted, and with it the shards: keep "
-                         "it in a variable as long as the model is used, or rebuild both")
+        raise ValueError(
+            "the ZeRO object of this model was deleted, and with it the shards: keep "
+            "it in a variable as long as the model is used, or rebuild both"
+        )
     return sync
 
 
@@ -968,8 +972,8 @@ def main() -> None:
     import measure
 
     config, m, steps = gpt.GPTConfig(3, 2, 32, 251, 32), 2, 3  # an odd vocabulary: uneven shards
-    with measure.Proof("zero.py") as proof:
-        world, tokens = proof.group.size(), data.example()
+    with measure.Report("zero.py") as report:
+        world, tokens = report.group.size(), data.example()
         k = max(k for k in range(1, max(2, world)) if world % k == 0)  # the hybrid's shard size
         mesh = dist.init_device_mesh("cpu", (world // k, k), mesh_dim_names=("replica", "shard"))
         across, within = mesh["replica"].get_group(), mesh["shard"].get_group()
@@ -1004,23 +1008,23 @@ def main() -> None:
             return losses, named, model, sync, held
 
         losses, whole, *_ = train(range(4 * world), None)
-        rows = range(4 * proof.group.rank(), 4 * proof.group.rank() + 4)
+        rows = range(4 * report.group.rank(), 4 * report.group.rank() + 4)
         for what, stage, d, options in (
             ("ZeRO-1", 1, world, {}), ("ZeRO-2", 2, world, {}), ("ZeRO-3", 3, world, {}),
             ("ZeRO-3 kept", 3, world, {"reshard_after_forward": False}),
             (f"ZeRO-3 {world // k} x {k}", 3, k, {"replicas": across}),
         ):  # fmt: skip
-            group = within if "replicas" in options else proof.group
+            group = within if "replicas" in options else report.group
             attach = functools.partial(STAGES[stage], group=group, accumulations=m, **options)
             seen = measure.Collectives({"shard": group, "replica": across})
             mine, named, model, sync, held = train(rows, attach, seen=seen)
             for loss in mine:
                 dist.all_reduce(loss)
-            proof.losses(what, mine, losses)
+            report.losses(what, mine, losses)
             cut = {n: whole[n].grad.flatten()[at : at + t.numel()] for n, t, _, at in sync.pieces()}
             gradients = {n: t.grad for n, t, _, _ in sync.pieces()}
-            proof.close(f"{what} max |d gradient|, my pieces", gradients, cut)
-            proof.close(f"{what} max |d parameter|", named, whole)
+            report.close(f"{what} max |d gradient|, my pieces", gradients, cut)
+            report.close(f"{what} max |d parameter|", named, whole)
 
             uses = [
                 Use(sync.units.index(unit), "Linear" in str(layer), type(layer) is nn.Embedding)
@@ -1034,14 +1038,14 @@ def main() -> None:
                 total, hidden = (seen.total(None, operation, hidden=h) for h in (None, True))
                 measured = Payload(total.calls, total.payload - hidden.payload, hidden.payload)
                 if predicted.calls or measured.calls:
-                    proof.costs("a step, elements", f"{what} {operation}", predicted, measured)
+                    report.costs("a step, elements", f"{what} {operation}", predicted, measured)
             for table, *dtypes in (
                 ("bytes, float64", torch.float64, None), ("bytes, bf16", torch.bfloat16, None),
                 ("bytes, bf16 gradients", torch.bfloat16, torch.bfloat16),
             ):  # fmt: skip
                 *_, held = train(rows, functools.partial(attach, grad_dtype=dtypes[1]), dtypes[0])
                 predicted = predicted_bytes(units, d, group.rank(), stage, *dtypes)
-                proof.costs(table, what, predicted, held)
+                report.costs(table, what, predicted, held)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ POLICIES = [
 def test_the_same_gradients_and_masks_bitwise(policy, every, layers):
     plain = gradients(model("explicit", dropout=0.2))
     net = model("explicit", dropout=0.2)
-    ckpt.checkpoint_blocks(net.h, policy, every, layers, net.draws.remember)
+    ckpt.checkpoint_blocks(net.h, policy, every, layers, net.draws.save)
     for name, gradient in gradients(net).items():
         assert torch.equal(gradient, plain[name]), name
 
@@ -67,7 +67,7 @@ def test_torchs_own_dropout_draws_the_same_mask_again():
 def test_bytes_kept_and_flops_are_as_predicted(attention, dropout, policy, every, layers, dtype):
     net = gpt.build(gpt.GPTConfig(L, A, H, 17, S, attention, dropout=dropout), dtype=dtype)
     net.draws.at(0, range(B))
-    ckpt.checkpoint_blocks(net.h, policy, every, layers, net.draws.remember)
+    ckpt.checkpoint_blocks(net.h, policy, every, layers, net.draws.save)
     x = torch.randn(B, S, H, dtype=dtype, requires_grad=True)
     with FlopCounterMode(display=False) as flops:
         with measure.SavedActivations(net) as saved:
@@ -90,7 +90,7 @@ def bytes_kept_of_a_block(b: int, s: int, h: int, a: int, policy: str, sequence:
     group = dist.group.WORLD
     net = gpt.build(gpt.GPTConfig(1, a, h, 17, s, "explicit", dropout=0.1), dtype=torch.bfloat16)
     tensor_parallel.parallelize(net, tensor_parallel.GPT_PLAN, group, sequence)
-    ckpt.checkpoint_blocks(net.h, policy, remember=net.draws.remember)
+    ckpt.checkpoint_blocks(net.h, policy, save_rng=net.draws.save)
     net.draws.at(0, range(b))
     shard = s // group.size() if sequence else s
     x = torch.randn(b, shard, h, dtype=torch.bfloat16, requires_grad=True)
@@ -120,7 +120,7 @@ def test_names_parameters_and_hooks_stay(policy):
     fired = []
     for n, p in net.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, n=n: fired.append(n))
-    ckpt.checkpoint_blocks(net.h, policy, remember=net.draws.remember)
+    ckpt.checkpoint_blocks(net.h, policy, save_rng=net.draws.save)
     gradients(net)
     assert [n for n, _ in net.named_parameters()] == names
     assert sorted(fired) == sorted(names)
@@ -134,7 +134,7 @@ def test_frozen_layers_below_and_no_gradient_at_all():
             net = model()
             net.wte.weight.requires_grad_(False)
             net.wpe.weight.requires_grad_(False)
-            ckpt.checkpoint_blocks(net.h, p, remember=net.draws.remember)
+            ckpt.checkpoint_blocks(net.h, p, save_rng=net.draws.save)
             grads.append(gradients(net))
             with torch.no_grad():
                 net(torch.zeros(B, S, dtype=torch.int64))
@@ -152,7 +152,7 @@ def test_nothing_of_the_second_forward_outlives_backward(monkeypatch):
     monkeypatch.setattr(ckpt.Recompute, "_keep", watched)
     for policy in ("selective", "full"):
         net = model("explicit", dropout=0.2)
-        ckpt.checkpoint_blocks(net.h, policy, remember=net.draws.remember)
+        ckpt.checkpoint_blocks(net.h, policy, save_rng=net.draws.save)
         gc.disable()  # nothing may wait for it
         try:
             gradients(net)
@@ -166,7 +166,7 @@ def test_nothing_of_the_second_forward_outlives_backward(monkeypatch):
 @pytest.mark.parametrize("policy", ckpt.POLICIES)
 def test_a_graph_that_is_kept_is_run_backward_twice(policy):
     net = model("explicit", dropout=0.2)
-    ckpt.checkpoint_blocks(net.h, policy, remember=net.draws.remember)
+    ckpt.checkpoint_blocks(net.h, policy, save_rng=net.draws.save)
     net.draws.at(0, range(B))
     x = torch.randint(17, (B, S), generator=torch.Generator().manual_seed(0))
     loss = gpt.cross_entropy(net(x), x)

@@ -69,9 +69,9 @@ def test_rectangles_of_all_pieces_fill_the_whole(parts, t, dim):
     whole = torch.arange(60, dtype=torch.float64).view(shape)
     rebuilt, times = torch.zeros(shape), torch.zeros(shape)
     for rank in range(t):
-        cut = tensor_parallel.Cut(shape, dim, parts, rank, t)
-        parameter = torch.nn.Parameter(cut(whole))
-        parameter.cut = cut
+        sharding = tensor_parallel.Sharding(shape, dim, parts, rank, t)
+        parameter = torch.nn.Parameter(sharding.shard(whole))
+        parameter.sharding = sharding
         flat = parameter.detach().flatten()
         n = max(1, -(-flat.numel() // 3))  # a fifth rank has none of 12
         for start in range(0, flat.numel(), n):
@@ -164,7 +164,7 @@ def save(trainer: train_3d.Trainer, folder: str, step: int) -> str | None:
 
 
 def load(trainer: train_3d.Trainer, folder: str) -> None:
-    found, _ = checkpoint.newest_whole(checkpoint.find(folder)[0], dist.group.WORLD)
+    found, _ = checkpoint.newest_complete(checkpoint.find(folder)[0], dist.group.WORLD)
     checkpoint.read(
         found.path, trainer.state_to_load(found.about["optimizer"]), dist.group.WORLD
     )
@@ -231,7 +231,7 @@ def saves(tmp_path_factory) -> Path:
 
 def newest(folder: str) -> tuple[int, list[str]]:
     found, wrong = checkpoint.find(folder)
-    whole, more = checkpoint.newest_whole(found, dist.group.WORLD)
+    whole, more = checkpoint.newest_complete(found, dist.group.WORLD)
     return whole.about["step"], wrong + more
 
 
@@ -724,7 +724,7 @@ def test_our_gpt2_is_theirs_again(theirs, text, tmp_path):  # noqa: F811
 
 
 def logits_differ_by(saves: str, theirs) -> float:
-    (path, about), _ = checkpoint.newest_whole(checkpoint.find(saves)[0], dist.group.WORLD)
+    (path, about), _ = checkpoint.newest_complete(checkpoint.find(saves)[0], dist.group.WORLD)
     config = gpt.GPTConfig(**about["sizes"], tied=not about["arguments"]["untied"])
     ours = gpt.build(config)
     whole = [r for name, p in gpt.named_parameters(ours)

@@ -82,7 +82,7 @@ COUNT = lost("all_reduce", "all ranks", "ddp.py", "global_count")
 BUCKET = lost("all_reduce", "all ranks", "ddp.py", "finish")
 STATS = lost("all_reduce", "all ranks", "train_3d.py", "_global_stats")
 GATHER = lost("all_gather", "all ranks", "zero.py", "wait")
-SCATTER = lost("reduce_scatter", "all ranks", "zero.py", "land")
+SCATTER = lost("reduce_scatter", "all ranks", "zero.py", "wait_reduce")
 SEND = lost("send", "all ranks", "pipeline.py", "_post")
 RECEIVE = lost("recv", "all ranks", "pipeline.py", "_take")
 
@@ -219,7 +219,7 @@ def test_a_port_that_is_taken(text):
 )
 def test_a_rank_with_another_configuration_is_named(argument, value, message, text):
     def before() -> None:
-        real = options.look_back
+        real = options.parse_args
 
         def changed():
             args, found, notes = real()
@@ -227,7 +227,7 @@ def test_a_rank_with_another_configuration_is_named(argument, value, message, te
             return args, found, notes
 
         if rank() == 1:
-            options.look_back = changed
+            options.parse_args = changed
 
     with Forked(2, train_3d.main, *TINY, "--data", text, before=before) as job:
         assert job.wait(30) == [2, 2]

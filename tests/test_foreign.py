@@ -201,7 +201,7 @@ def whole_during_backward():
     held, (x, y) = [], microbatches(0)[0]
 
     def look(_):
-        held.append([names[id([*unit.place][0])] for unit in sync.units if unit.whole])
+        held.append([names[id([*unit.place][0])] for unit in sync.units if unit.gathered])
 
     hook = model.transformer.h[1].register_forward_hook(lambda *args: look(args) or args[2])
     loss = model(x, y)
@@ -571,9 +571,9 @@ def whole_after(build):
     model = build().double()
     sync, held = zero.Zero3(model, accumulations=2), []
     loss = model(torch.ones(5, 4, dtype=torch.float64))
-    held.append([unit.whole for unit in sync.units])
+    held.append([unit.gathered for unit in sync.units])
     loss.backward()
-    return [*held, [unit.whole for unit in sync.units]]
+    return [*held, [unit.gathered for unit in sync.units]]
 
 
 def test_such_layers_are_resharded_in_time():
@@ -1140,7 +1140,7 @@ def uneven(kind):
     tensor_parallel.all_reduce_partial([piece.tensor.grad for piece in partial], tp)
     for piece in sync.pieces():
         true, p = plain.get_parameter(piece.name).grad, piece.parameter
-        true = (p.cut(true) if hasattr(p, "cut") else true).flatten()
+        true = (p.sharding.shard(true) if hasattr(p, "sharding") else true).flatten()
         true = true[piece.start : piece.start + piece.tensor.numel()]
         torch.testing.assert_close(piece.tensor.grad.flatten(), true, rtol=1e-12, atol=1e-14)
     return len(partial), dp.rank()

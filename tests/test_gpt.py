@@ -59,9 +59,9 @@ def test_a_mask_is_a_function_of_seed_step_row_and_site():
     others = mask(a, 4, [7, 9]), mask(a, 3, [8, 6]), mask(b, 3, [7, 9]), mask(a, 3, [7, 9], 1)
     for other in others:
         assert not torch.equal(other[0], first[0])
-    a.part, a.parts = 1, 4  # a part of a row that is four times as long
+    a.shard, a.shards = 1, 4  # a part of a row that is four times as long
     quarter = mask(a, 3, [7, 9])
-    a.part, a.parts = 0, 1
+    a.shard, a.shards = 0, 1
     ones = torch.ones(2, 160, 50)
     assert torch.equal(quarter, mask(a, 3, [7, 9])[:, 40:80])
     model.eval()

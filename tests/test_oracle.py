@@ -235,10 +235,10 @@ def test_a_resume_with_another_batch_is_refused():
 
 
 def a_rank_that_hangs() -> None:
-    with measure.Proof("hangs.py", timeout=3) as proof:
-        if proof.group.rank() == 1:
+    with measure.Report("hangs.py", timeout=3) as report:
+        if report.group.rank() == 1:
             signal.pause()
-        ddp.global_count(torch.zeros(1), proof.group)
+        ddp.global_count(torch.zeros(1), report.group)
 
 
 def test_a_hang_in_a_demo_ends_with_a_message():

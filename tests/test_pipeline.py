@@ -16,7 +16,7 @@ import gpt
 import measure
 import pipeline
 import tensor_parallel
-from pipeline import Action, check, derive_programs, rendezvous, simulate
+from pipeline import Action, check, check_no_deadlock, derive_programs, simulate
 from tools.oracle import draw, launch
 
 MICROBATCHES = (*range(1, 21), 31, 32, 33, 48, 63, 64)
@@ -56,7 +56,7 @@ def test_schedules_are_complete_and_their_transfers_never_deadlock(name, v):
         forwards = pipeline.forward_only(schedule, few)
         assert [[a for a in row if a.kind == "F" and a.microbatch in range(few)]
                 for row in schedule] == forwards  # fmt: skip
-        rendezvous(derive_programs(forwards))
+        check_no_deadlock(derive_programs(forwards))
 
 
 def test_a_transfer_takes_its_time():
@@ -110,9 +110,9 @@ def naive_programs(schedule):
 
 
 def test_unfused_sends_deadlock_under_rendezvous_and_the_circle_is_named():
-    rendezvous(naive_programs(pipeline.gpipe(4, 8)))  # one direction at a time: no harm
+    check_no_deadlock(naive_programs(pipeline.gpipe(4, 8)))  # one direction at a time: no harm
     with pytest.raises(ValueError) as error:
-        rendezvous(naive_programs(pipeline.one_f_one_b(4, 8)))
+        check_no_deadlock(naive_programs(pipeline.one_f_one_b(4, 8)))
     assert str(error.value) == (
         "deadlock: rank 2 waits for rank 3 (to take F1); rank 3 waits for rank 2 (to take B0)"
     )
@@ -123,14 +123,14 @@ def test_ends_that_post_in_different_orders_are_refused():
     a, b = [i for i, step in enumerate(programs[1]) if not isinstance(step, Action)][:2]
     programs[1][a], programs[1][b] = programs[1][b], programs[1][a]
     with pytest.raises(ValueError, match="different orders"):
-        rendezvous(programs)
+        check_no_deadlock(programs)
 
 
 def test_an_end_that_never_posts_is_refused():
     programs = derive_programs(pipeline.gpipe(2, 1))
     programs[1] = programs[1][1:]
     with pytest.raises(ValueError, match="rank 1 is through|rank 0 waits for rank 1"):
-        rendezvous(programs)
+        check_no_deadlock(programs)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def random_schedule(rng: random.Random, p: int) -> tuple[list[list[Action]], int
     left = {Action(kind, i, k) for kind in kinds for i in range(m) for k in range(n)}
     schedule: list[list[Action]] = [[] for _ in range(p)]
     while left:
-        ready = [a for a in left if pipeline.needed(a, n - 1) not in left]
+        ready = [a for a in left if pipeline.dependency(a, n - 1) not in left]
         action = rng.choice(sorted(ready))
         left.remove(action)
         schedule[holders[action.stage]].append(action)
@@ -201,7 +201,7 @@ def random_schedule(rng: random.Random, p: int) -> tuple[list[list[Action]], int
 
 def can_run(schedule, n: int) -> bool:
     """By another's judgement: no circle among what follows on what."""
-    graph = {a: {pipeline.needed(a, n - 1)} - {None} for row in schedule for a in row}
+    graph = {a: {pipeline.dependency(a, n - 1)} - {None} for row in schedule for a in row}
     for row in schedule:
         for before, after in zip(row, row[1:], strict=False):
             graph[after].add(before)
@@ -397,10 +397,10 @@ def run_schedules(p: int, schedules: list, as_nccl: bool = False) -> tuple[float
         pipeline.take_stages(mine, stages, split)
         gpt.init_weights(mine, 0, torch.float64, "cpu", draw)
         chunks = pipeline.chunks_of(mine, stages, split)
-        apart = pipeline.splits(schedule[rank])
-        pipe = pipeline.Pipeline(chunks, n, pp, torch.float64, "cpu", apart)
+        split_backward = pipeline.splits_backward(schedule[rank])
+        pipe = pipeline.Pipeline(chunks, n, pp, torch.float64, "cpu", split_backward)
         if as_nccl:
-            pipe.by_pair, dist.batch_isend_irecv = False, one_handle_for_a_batch
+            pipe.is_gloo, dist.batch_isend_irecv = False, one_handle_for_a_batch
         program, counted = derive_programs(schedule)[rank], {}
         for q in mine.parameters():
             q.register_post_accumulate_grad_hook(
@@ -479,7 +479,7 @@ def test_each_pair_of_ranks_that_sends_exchanges_a_tensor_at_the_start(name, p):
         assert sorted(batches) == [(peer, peer) for peer in sorted(expected)]
         ways = [[(rank, peer), (peer, rank)] for peer, _ in batches]
         programs.append([tuple(pipeline.Transfer("F", 0, 0, *way) for way in two) for two in ways])
-    rendezvous(programs)
+    check_no_deadlock(programs)
 
 
 def test_a_pipeline_of_one_rank_calls_no_collective():
@@ -537,12 +537,13 @@ class Tower(nn.Module):
 
 
 def run_alone(
-    schedule, function, n: int = 1, m: int = 2, apart: bool = False, shape=(1, 3, 4), stages=None
+    schedule, function, n: int = 1, m: int = 2, split_backward: bool = False, shape=(1, 3, 4),
+    stages=None,
 ):  # fmt: skip
     """On one rank: n stages that are `function`, m microbatches."""
     torch.manual_seed(0)
     chunks = {k: Tower(function) for k in (range(n) if stages is None else stages)}
-    pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float32, "cpu", apart)
+    pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float32, "cpu", split_backward)
     (program,) = derive_programs(schedule)
     pipe.run(program, torch.randn(m, *shape), lambda y, i: y.sum(), shape)
 
@@ -555,9 +556,9 @@ def linear(layer, x):
     "how, message",
     [
         (dict(schedule=pipeline.zb_h1(1, 2), function=linear),
-         r"has W actions, and the Pipeline was made with apart=False"),
-        (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, apart=True),
-         r"has no W actions, and the Pipeline was made with apart=True"),
+         r"has W actions, and the Pipeline was made with split_backward=False"),
+        (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, split_backward=True),
+         r"has no W actions, and the Pipeline was made with split_backward=True"),
         (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, m=3),
          "has 2 microbatches, and there are 3 inputs"),
         (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, n=2, stages=[1]),
@@ -599,7 +600,9 @@ def interrupted_backward() -> list[torch.Tensor]:
 
     torch.manual_seed(0)
     stage = Tower(lambda layer, x: layer(Interrupt.apply(layer(x.tanh() + 0 * layer.bias))))
-    pipe = pipeline.Pipeline({0: stage}, 1, dist.group.WORLD, torch.float32, "cpu", apart=True)
+    pipe = pipeline.Pipeline(
+        {0: stage}, 1, dist.group.WORLD, torch.float32, "cpu", split_backward=True
+    )
     x, gradients = torch.randn(3, 1, 3, 4), []
     for _ in range(3):
         stage.zero_grad()
@@ -663,8 +666,8 @@ def gradients_under_autocast() -> list[list[torch.Tensor]]:
     for schedule in (pipeline.interleaved(1, 2), pipeline.zb_v(1, 2)):
         torch.manual_seed(0)
         chunks, (program,) = {0: Mixed(), 1: Mixed()}, derive_programs(schedule)
-        apart = pipeline.splits(schedule[0])
-        pipe = pipeline.Pipeline(chunks, 2, dist.group.WORLD, torch.float32, "cpu", apart)
+        split_backward = pipeline.splits_backward(schedule[0])
+        pipe = pipeline.Pipeline(chunks, 2, dist.group.WORLD, torch.float32, "cpu", split_backward)
         pipe.run(program, torch.randn(2, 1, 3, 4), lambda y, i: y.square().sum(), (1, 3, 4))
         gradients.append([q.grad for chunk in chunks.values() for q in chunk.parameters()])
     return gradients
@@ -691,7 +694,8 @@ def train_frozen(p: int, names: list[str]) -> tuple[float, int]:
 
     for name in names:
         schedule = pipeline.SCHEDULES[name](p, m)
-        stages, apart = pipeline.stages_of(schedule), pipeline.splits(schedule[rank])
+        stages = pipeline.stages_of(schedule)
+        split_backward = pipeline.splits_backward(schedule[rank])
         n = sum(map(len, stages))
         split, program = pipeline.split_layers(2 * p, n), derive_programs(schedule)[rank]
         first, last = (tuple(f"h.{i}." for i in split[k]) for k in (0, -1))
@@ -706,7 +710,9 @@ def train_frozen(p: int, names: list[str]) -> tuple[float, int]:
                 q.requires_grad_(trained(n_))
             pipeline.take_stages(mine, stages[rank], split)
             chunks = pipeline.chunks_of(mine, stages[rank], split)
-            pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float64, "cpu", apart)
+            pipe = pipeline.Pipeline(
+                chunks, n, dist.group.WORLD, torch.float64, "cpu", split_backward
+            )
             counted = collections.Counter()
             for q in mine.parameters():
                 if q.requires_grad:

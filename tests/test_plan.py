@@ -256,7 +256,7 @@ def ticks(schedule: pipeline.Schedule, length: dict[str, int]) -> int:
     while any(rows):
         for rank, row in enumerate(rows):
             if row and free[rank] <= clock:
-                needed = pipeline.needed(row[0], last)
+                needed = pipeline.dependency(row[0], last)
                 if needed is None or done.get(needed, clock + 1) <= clock:
                     free[rank] = done[row[0]] = clock + length[row[0].kind]
                     row.pop(0)
@@ -271,8 +271,8 @@ def test_a_pipeline_takes_the_ticks_that_are_counted(name, p, m):
     v = {"interleaved": 2, "zb-v": 2}.get(name, 1)
     schedule, layout = (pipeline.SCHEDULES[name](p, m, v),
                         Layout(1, p, 1, microbatches=m, schedule=name, chunks=v))  # fmt: skip
-    apart = any(map(pipeline.splits, schedule))
-    counted = ticks(schedule, {"F": 2, "B": 3 if apart else 4, "W": 1})
+    split_backward = any(map(pipeline.splits_backward, schedule))
+    counted = ticks(schedule, {"F": 2, "B": 3 if split_backward else 4, "W": 1})
     assert cost.pipeline_seconds(layout, ((2.0, 3.0, 1.0),) * (p * v), 0.0) == counted
     if name == "1f1b":
         assert ticks(schedule, {"F": 1, "B": 2}) == 3 * m * (1 + (p - 1) / m)

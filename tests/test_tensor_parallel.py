@@ -74,16 +74,19 @@ def test_shards_of_batches_keep_their_order():
 @pytest.mark.parametrize("n, t", [(12, 4), (13, 4), (7, 3), (5, 5)])
 def test_cuts_are_torch_chunks_and_cover_the_whole(n, t):
     whole = torch.randn(n, 3)
-    cuts = [tp.Cut(whole.shape, 0, (n,), r, t) for r in range(t)]
+    cuts = [tp.Sharding(whole.shape, 0, (n,), r, t) for r in range(t)]
     for cut, chunk in zip(cuts, whole.chunk(t), strict=True):
-        assert torch.equal(cut(whole), chunk)
+        assert torch.equal(cut.shard(whole), chunk)
 
 
 def test_fused_matrices_are_cut_one_by_one():
     whole = torch.arange(12).view(12, 1)  # q: 0..3, k: 4..7, v: 8..11
-    cut = [tp.Cut(whole.shape, 0, (4, 4, 4), r, 2)(whole).flatten().tolist() for r in (0, 1)]
-    assert cut == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
-    grouped = [tp.Cut(whole.shape, 0, (8, 2, 2), r, 2)(whole).flatten().tolist() for r in (0, 1)]
+    def shards(sizes):
+        return [tp.Sharding(whole.shape, 0, sizes, r, 2).shard(whole).flatten().tolist()
+                for r in (0, 1)]  # fmt: skip
+
+    assert shards((4, 4, 4)) == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
+    grouped = shards((8, 2, 2))
     assert grouped == [[0, 1, 2, 3, 8, 10], [4, 5, 6, 7, 9, 11]]
 
 
@@ -97,8 +100,8 @@ def loss_beside_plain(v: int, scale: float, target: int = -100):
     plain.backward()
     targets[1, 4] = target
     head = nn.Module()
-    head.weight = tp.cut_parameter(nn.Parameter(torch.zeros(v, 1)), 0, 1, group)
-    start, stop = head.weight.cut.range(v)
+    head.weight = tp.shard_parameter(nn.Parameter(torch.zeros(v, 1)), 0, 1, group)
+    start, stop = head.weight.sharding.bounds(v)
     mine = logits.detach()[..., start:stop].clone().requires_grad_()
     kept = mine.detach().clone()
     loss = tp.vocab_parallel_cross_entropy(mine, targets, head, group) * 0.3
@@ -201,7 +204,7 @@ def shards():
         model = gpt.GPT(config)
     tp.parallelize(model, tp.GPT_PLAN, dist.group.WORLD)
     gpt.init_weights(model, 0, D, "cpu", draw)
-    return {n: (p.detach(), hasattr(p, "cut")) for n, p in gpt.named_parameters(model)}
+    return {n: (p.detach(), hasattr(p, "sharding")) for n, p in gpt.named_parameters(model)}
 
 
 def test_shards_differ_and_replicas_do_not():
@@ -300,11 +303,11 @@ def beside_one_process(plan: dict, sequence: bool, change=lambda net: None, defe
     """(largest relative error, the replicated tensors)."""
     expected = train(Net(change))
     model = tp.parallelize(Net(change), plan, dist.group.WORLD, sequence)
-    cuts = {n: p.cut for n, p in model.named_parameters() if hasattr(p, "cut")}
+    cuts = {n: p.sharding for n, p in model.named_parameters() if hasattr(p, "sharding")}
     actual = train(model, dist.group.WORLD, defer)
     for name, cut in cuts.items():
         for key in {name, f"gradient {name}"} & expected.keys():
-            expected[key] = cut(expected[key])
+            expected[key] = cut.shard(expected[key])
     errors = measure.relative_errors(actual, expected)
     replicas = {n: a for n, a in actual.items() if n.removeprefix("gradient ") not in cuts}
     return measure.largest(errors.values()), replicas
@@ -544,7 +547,8 @@ def under_autocast(sequence: bool, defer: bool):
         runs.append((loss.detach(), dict(net.named_parameters())))
     (expected, full), (loss, shards) = runs
     torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
-    gradients = {n: getattr(p, "cut", lambda w: w)(full[n].grad) for n, p in shards.items()}
+    gradients = {n: p.sharding.shard(full[n].grad) if hasattr(p, "sharding") else full[n].grad
+                 for n, p in shards.items()}  # fmt: skip
     errors = measure.relative_errors({n: p.grad for n, p in shards.items()}, gradients, floor=0.01)
     assert measure.largest(errors.values()) < 0.1, errors
 

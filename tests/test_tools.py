@@ -93,7 +93,7 @@ def test_a_rank_does_not_collect_what_was_garbage_before_it():
 
     class Group:
         def __init__(self):
-            self.circle, self.owner = self, os.getpid()
+            self.cycle, self.owner = self, os.getpid()
 
         def __del__(self):
             if os.getpid() != self.owner:

@@ -188,7 +188,7 @@ def test_a_schedule_from_a_file(tmp_path):
     path.write_text(long)
     assert "F0.1" in long and options.read_schedule(str(path), 2, 3) == schedule
     path.write_text("\n".join(
-        " ".join(pipeline.spell(a, stages) for a in row)
+        " ".join(pipeline.label(a, stages) for a in row)
         for row, stages in zip(pipeline.interleaved(2, 4, 3), ([0, 2, 4], [1, 3, 5]), strict=True)
     ))  # fmt: skip
     assert "F0.2" in path.read_text()
@@ -585,8 +585,8 @@ def test_the_proof_on_one_rank(module):
 
 
 def proof_of_a_cost_predicted_wrongly_on_one_rank():
-    with measure.Proof("wrong.py") as proof:
-        proof.equal("calls", 3, 3 + proof.group.rank())
+    with measure.Report("wrong.py") as report:
+        report.equal("calls", 3, 3 + report.group.rank())
 
 
 def test_a_failed_proof_fails():

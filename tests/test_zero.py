@@ -67,7 +67,7 @@ def pieces_and_step(stage: int, options: dict, hybrid: bool):
                 for layer in net.values():
                     y = layer(y)
                 ((rank + i + 1) * y).backward()
-            gathered = any(unit.whole for unit in sync.units)
+            gathered = any(unit.gathered for unit in sync.units)
             assert stage < 3 or gathered == (sync.group.size() == 1), "kept too long"
             sync.finish()
             assert measure.bytes_held(p.grad for p in named.values()) == 8 * len(named)
@@ -259,7 +259,7 @@ def kept_by_a_forward_without_backward(options: dict):
     with torch.no_grad():
         for layer in net.values():
             layer(torch.ones(1, dtype=torch.float64))
-    return [unit.whole for unit in sync.units]
+    return [unit.gathered for unit in sync.units]
 
 
 @pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}])

@@ -266,8 +266,8 @@ def ours_pp(model: nn.Module, name: str, m: int = ROWS) -> Callable:
     pipeline.take_stages(model, stages[rank], split)
     chunks, program = (pipeline.chunks_of(model, stages[rank], split),
                        pipeline.derive_programs(schedule)[rank])  # fmt: skip
-    apart = pipeline.splits(schedule[rank])
-    pipe = pipeline.Pipeline(chunks, n, group, dtype, "cpu", apart)
+    split_backward = pipeline.splits_backward(schedule[rank])
+    pipe = pipeline.Pipeline(chunks, n, group, dtype, "cpu", split_backward)
     optimizer = adamw(model.parameters())
 
     def step(batch: list, valid: int) -> Tensor:
@@ -623,9 +623,10 @@ def overhead(name: str, m: int = 64) -> float:
     """Microseconds an action, of a pipeline whose stages compute next to nothing."""
     p, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
     schedule = pipeline.SCHEDULES[name](p, m)
-    apart = pipeline.splits(schedule[rank])
+    split_backward = pipeline.splits_backward(schedule[rank])
     bind()
-    pipe = pipeline.Pipeline({rank: nn.Linear(1, 1)}, p, group, torch.float32, "cpu", apart)
+    chunks = {rank: nn.Linear(1, 1)}
+    pipe = pipeline.Pipeline(chunks, p, group, torch.float32, "cpu", split_backward)
     program, x = pipeline.derive_programs(schedule)[rank], torch.ones(m, 1, 1, requires_grad=True)
     each = []
     for _ in range(10):

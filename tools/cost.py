@@ -437,11 +437,11 @@ def makespan(
 ) -> float:  # fmt: skip
     """Simulated, of m microbatches; (F, B, W) by stage."""
     schedule = rows(name, p, m, v)
-    apart = any(map(pipeline.splits, schedule))
+    split_backward = any(map(pipeline.splits_backward, schedule))
     of = {"F": 0, "B": 1, "W": 2}
 
     def time(action: pipeline.Action) -> float:
-        whole = 0.0 if apart or action.kind != "B" else seconds[action.stage][2]
+        whole = 0.0 if split_backward or action.kind != "B" else seconds[action.stage][2]
         return seconds[action.stage][of[action.kind]] + whole
 
     return max(span.end for span in pipeline.simulate(schedule, time, transfer))

@@ -59,7 +59,7 @@ def main() -> None:
         stages = pipeline.stages_of(schedule)
         if args.text:
             for row, mine in zip(schedule, stages, strict=True):
-                actions = " ".join(pipeline.spell(action, mine) for action in row)
+                actions = " ".join(pipeline.label(action, mine) for action in row)
                 print(f"{' '.join(map(str, mine))}: {actions}")
             continue
         if args.schedule != "all":

@@ -414,8 +414,8 @@ def predicted_flops(trainer: train_3d.Trainer) -> int:
     b, s, h = args.micro_batch_size, config.seq_len, config.n_embd
     layers = [len(trainer.pipe.chunks[k].h) for k in trainer.stages]
     fused = not is_explicit(config) and trainer.device.type != "meta"
-    more = dict(dropout=config.dropout > 0, deferred=any(map(pipeline.splits, trainer.schedule)),
-                fused=fused)  # fmt: skip
+    deferred = any(map(pipeline.splits_backward, trainer.schedule))
+    more = dict(dropout=config.dropout > 0, deferred=deferred, fused=fused)
     total = sum(
         activation_ckpt.predicted_flops(n, b, s, h, args.recompute, layers=again, **more)
         for n, again in zip(layers, cost.under_policy(layout_of(trainer), layers), strict=True)
@@ -499,7 +499,7 @@ def deadlock(queues: list[Queue]) -> str | None:
         return rank
 
     lines, stuck = [], [rank for rank, head in enumerate(heads) if head]
-    ranks = pipeline.circle(stuck[0], other)
+    ranks = pipeline.cycle(stuck[0], other)
     if not heads[ranks[0]]:
         ranks = [next(rank for rank in stuck if other(rank) == ranks[0]), *ranks]
     for rank in ranks:

@@ -353,7 +353,7 @@ def layout(
     trainer = trainer_of(case, **seams)
     disk = checkpoint.Checkpoints(folder, 1, dist.group.WORLD)
     if first:
-        (path, about), _ = checkpoint.newest_whole(checkpoint.find(folder)[0], dist.group.WORLD)
+        (path, about), _ = checkpoint.newest_complete(checkpoint.find(folder)[0], dist.group.WORLD)
         assert about["step"] == first
         checkpoint.read(path, trainer.state_to_load(about["optimizer"]), dist.group.WORLD)
         trainer.loaded()
@@ -379,7 +379,7 @@ def layout(
     def shard(kind: str) -> dict[str, Tensor]:
         """The one process's tensors, split as this rank holds them."""
         known = {n: p for n, p in named.items() if n in expected[kind]}
-        return {n: p.cut(expected[kind][n]) if hasattr(p, "cut") else expected[kind][n]
+        return {n: (p.sharding.shard if hasattr(p, "sharding") else lambda w: w)(expected[kind][n])
                 for n, p in known.items()}  # fmt: skip
 
     def ranges(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -403,7 +403,7 @@ def layout(
     for n, piece, p, at in pieces:
         index = torch.arange(expected["gradient"][n].numel(), device=trainer.device)
         index = index.view(expected["gradient"][n].shape)
-        mine = p.cut(index) if hasattr(p, "cut") else index
+        mine = p.sharding.shard(index) if hasattr(p, "sharding") else index
         elements.setdefault(n, []).append(mine.flatten()[at : at + piece.numel()])
     return Compared(errors, {n: torch.cat(parts).cpu() for n, parts in elements.items()})
 

@@ -35,7 +35,7 @@ def main() -> None:
     rest += [f"--global-batch-size={world_size}", "--micro-batch-size=1"]
     rest += [] if "--init-from" in rest else ["--resume"]
     try:
-        args, found, wrong = options.look_back(rest)
+        args, found, wrong = options.parse_args(rest)
         source = checkpoint.GPT2Folder(args.init_from) if args.init_from else None
         config = options.check(args, world_size, source)
         encode, decode = codec(mine.tokenizer, args)
@@ -49,7 +49,7 @@ def main() -> None:
     draw = source.draw if source else None
     trainer = train_3d.Trainer(args, config, None, device, draw)
     if found:
-        newest, more = checkpoint.newest_whole(found, dist.group.WORLD)
+        newest, more = checkpoint.newest_complete(found, dist.group.WORLD)
         wanted = trainer.state_to_load({"moments": [], "scalars": {}})
         checkpoint.read(newest.path, wanted, dist.group.WORLD)
         trainer.loaded()

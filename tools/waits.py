@@ -50,7 +50,7 @@ def bubble(
         before, sent = 0.0, {}
         for i, step in enumerate(programs[rank]):
             if isinstance(step, Action):
-                if t := received.get((rank, pipeline.needed(step, last))):
+                if t := received.get((rank, pipeline.dependency(step, last))):
                     there = wait(end, rank, place[rank, t]) if one_handle else wait(arrival, t)
                     compute[rank] = max(compute[rank], (yield from there))
                 compute[rank] += time(step)
