@@ -388,7 +388,7 @@ def test_a_plan_for_this_machine(monkeypatch, capsys):
     try:
         best = json.loads(said(monkeypatch, capsys, HERE))["best"]
     except SystemExit as error:
-        assert str(error).endswith("times do not follow FLOPs: is this machine idle?")
+        assert str(error).endswith("measured times do not grow with FLOPs. Is the machine idle?")
     else:
         assert best["tp"] * best["pp"] * best["dp"] == 2
 

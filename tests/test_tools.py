@@ -236,7 +236,8 @@ class Clock:
 def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, capsys):
     """A step of each variant takes a known time: on rank 1 the one given here, on rank 0 half."""
     monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
-    variants, clock, plain = [bench.BASELINE, *bench.OURS, *bench.THEIRS], Clock(), bench.on_rank
+    variants = [bench.BASELINE, *bench.DP_VARIANTS, *bench.DP_TORCH]
+    clock, plain = Clock(), bench.on_rank
     seconds = {key: 1.0 + i for i, key in enumerate(variants)}
 
     def on_rank(suite, built, *rest):
@@ -251,7 +252,7 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
     bench.main()
     rows = json.loads(out.read_text())["rows"]
     ours = {(r["strategy"], r["variant"]): r for r in rows}
-    assert set(ours) == {*bench.OURS, *(("torch", name) for name in bench.THEIRS)}
+    assert set(ours) == {*bench.DP_VARIANTS, *(("torch", name) for name in bench.DP_TORCH)}
     for key, row in ours.items():
         took = seconds[key[1] if key[0] == "torch" else key]
         assert row["torch_ms" if key[0] == "torch" else "ours_ms"] == 1e3 * took, key
@@ -260,8 +261,8 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
         speaks = key[0] != "none"
         assert (row["max_loss_difference"] < 1e-5) == speaks, (key, row["max_loss_difference"])
         assert (row["wire_bytes"] > 0) == speaks, key
-    for key in bench.OURS:  # against the fastest of PyTorch's for the same strategy
-        theirs = [seconds[name] for name, (*_, keys) in bench.THEIRS.items() if key in keys]
+    for key in bench.DP_VARIANTS:  # against the fastest of PyTorch's for the same strategy
+        theirs = [seconds[name] for name, (*_, keys) in bench.DP_TORCH.items() if key in keys]
         ratio = seconds[key] / min(theirs) if theirs else None
         assert ours[key]["ratio"] == pytest.approx(ratio), key
     assert ours["ddp", "bucketed 25 MB"]["torch"] == "DDP 25 MB"
@@ -281,10 +282,9 @@ def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "WARMUP", 1)
     out, suite = tmp_path / "bench.json", bench.SUITES[name]
     if name == "3d":  # 8 ranks a variant: some of them
-        some = ([("3d", "ZeRO-1"), ("3d", "ZeRO-3 kept")], [list(suite.theirs)[-1]])
-        ours, theirs = ({key: d[key] for key in keys}
-                        for d, keys in zip(suite[:2], some, strict=True))  # fmt: skip
-        suite = suite._replace(ours=ours, theirs=theirs)
+        variants = {("3d", name): suite.variants["3d", name] for name in ("ZeRO-1", "ZeRO-3 kept")}
+        last = list(suite.torch)[-1]
+        suite = suite._replace(variants=variants, torch={last: suite.torch[last]})
         monkeypatch.setitem(bench.SUITES, name, suite)
         readings = itertools.count()  # thread_time is a second more at each reading
         clock = SimpleNamespace(**vars(time) | {"thread_time": lambda: next(readings)})
@@ -293,7 +293,7 @@ def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", arguments.split())
     bench.main()
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == len(suite.ours) + len(suite.theirs)
+    assert len(rows) == len(suite.variants) + len(suite.torch)
     for row in rows:
         assert row["max_loss_difference"] < 1e-5, row
         ours = row["strategy"] != "torch"
@@ -303,7 +303,8 @@ def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
     if name == "tp":  # 10 (t-1)/t of [b, s, h] in a block with its sequence cut, 8 without
         sent = {r["strategy"]: r["wire_bytes"] for r in rows if r["variant"] == "m 1"}
         assert 1.1 < sent["tp+sp"] / sent["tp"] < 1.4
-    share = r"h 256: loop 42.86% of .*: data 14.29%, norm 14.29%, log 14.29%"  # 1 of 7 seconds each
+    # Each takes one of seven seconds.
+    share = r"h 256: data, norm and log take 42.86% of .*: data 14.29%, norm 14.29%, log 14.29%"
     assert len(re.findall(share, capsys.readouterr().out)) == (name == "3d")
 
 
@@ -407,7 +408,7 @@ def test_a_plot_is_of_the_last_of_each_step(tmp_path, capsys, monkeypatch):
     assert plot.curve(str(path), "loss") == ([16, 32, 48], [5.0, 3.5, 3.0])
     assert plot.curve(str(path), "val_loss") == ([48], [2.5])
     path.write_text("no JSON")
-    for arguments, message in (([str(path)], "line 1 is no row of --log: no JSON"),
+    for arguments, message in (([str(path)], "line 1 was not written by --log: no JSON"),
                                ([str(tmp_path / "none")], "No such file")):  # fmt: skip
         monkeypatch.setattr("sys.argv", ["plot.py", *arguments])
         with pytest.raises(SystemExit):
@@ -422,7 +423,7 @@ def test_a_plot_is_drawn_or_says_what_it_needs(tmp_path, capsys, monkeypatch):
     try:
         plot.main()
     except SystemExit:
-        assert "a plot needs a package: pip install matplotlib" in capsys.readouterr().err
+        assert "matplotlib is not installed: pip install matplotlib" in capsys.readouterr().err
     else:
         assert out.read_bytes().startswith(b"\x89PNG")
 

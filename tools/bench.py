@@ -1,31 +1,39 @@
-"""What this code costs beside PyTorch's own, on this machine: step times in pairs, as ratios.
+"""Compares the step times of this repository with those of PyTorch's implementations.
 
-    python -m tools.bench dp --out bench.json          2 ranks x 1 thread, gloo, float32, AdamW
-    python -m tools.bench tp                           ranks share the matrices and not the rows
-    python -m tools.bench pp                           8 microbatches of a row through 2 ranks
-    python -m tools.bench ckpt                         one rank, explicit attention
-    python -m tools.bench 3d                           train_3d.py's loop on t 2 x p 2 x d 2 ranks
+    make bench-dp      python -m tools.bench dp      2 ranks, data parallelism and ZeRO
+    make bench-tp      python -m tools.bench tp      2 ranks, tensor parallelism
+    make bench-pp      python -m tools.bench pp      2 ranks, pipelines, 8 microbatches of one row
+    make bench-ckpt    python -m tools.bench ckpt    1 rank, recomputation, explicit attention
+    make bench-3d      python -m tools.bench 3d      8 ranks, t = p = d = 2, train_3d.py's step
 
-Every variant trains the same model from the same weights on the same global batches, in processes
-of its own (pp: all in the same ones, step by step in turn: a launch is 5% faster or slower than the
-next), once a round, in turn with the others; the one-process baseline runs between them. There
-are as many rounds as fit into `--minutes`, and at least two. Where there are enough cores, each
-rank, with the threads of its collectives, is bound to one of its own. A number is the median over
-rounds of the median step (of the slower rank); the spread is over rounds.
+t, p and d are the sizes of tensor, pipeline and data parallelism, m is the number of microbatches,
+h the hidden size. Ranks are forked processes of one thread that communicate through gloo. All
+variants train the same model in float32 with AdamW, from the same weights and on the same global
+batches, and their losses are compared with those of one process.
 
-    ratio        our step over the best of PyTorch's settings for the same strategy; below 1: faster
-    efficiency   step of one process over (ranks x step), or, with fewer cores than ranks, over
-                 (cores x step); of ckpt, the share that is not recompute
-    by FLOPs     the efficiency that would be, were every FLOP as quick (ckpt)
-    bubble       idle over busy time: simulated with the mean F, B and W of the same step, transfers
-                 taking no time, and measured (pp)
-    none         ranks that never speak (and so drift apart): what two ranks can reach at best
-    links        what the collectives would take if nothing ran beside them, by tools/links.py: with
-                 one core a rank, gloo's threads take it from the computation, hidden or not
-    wire         bytes that a ring sends per rank and step
-    CPU          share of a core that a rank used
-    loop         share of what is around the strategies: of the CPU time of a rank's main thread in
-                 a step, since a wait (for the slowest rank, in the norm) is the layout's (3d)
+A round launches each variant once, in separate processes, with one-process runs in between. The
+variants of `pp` share one launch and alternate step by step, because launches differ by more than
+schedules do. Rounds are repeated for `--minutes`, and at least twice. If there are enough cores,
+each rank is bound to one of them. The result is a Markdown table; `--out` writes it as JSON. A row
+named "torch" is one of PyTorch's variants. The variant "none" does not communicate, so it is a
+lower bound of the step time. The columns:
+
+    step             time of a step on its slowest rank: median per launch, median over rounds
+    +-               largest minus smallest median of a launch
+    PyTorch's best   PyTorch's fastest variant of the same strategy
+    ratio            step / PyTorch's best step; below 1, this repository is faster
+    efficiency       step of one process / (n x step), n = min(ranks, cores)
+    by FLOPs         efficiency expected from the FLOPs of recomputation alone (ckpt)
+    bubble           idle time / busy time (pp): simulated with the measured duration of F, B and W
+                     and with instantaneous transfers, then measured
+    wire             bytes that a ring sends, per rank and step
+    links            predicted time of the collectives without overlap, from tools/links.py
+    CPU              CPU time of a rank / wall time
+    other CPU        CPU time of other processes on this machine / wall time
+    d loss           largest difference from the losses of one process
+
+`3d` also prints which fraction of a step's CPU time is spent outside the strategies, on data,
+gradient norm and log. It is CPU time of the main thread, so waiting for other ranks is excluded.
 """
 
 import argparse
@@ -41,7 +49,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-import torch._dynamo  # once here, not in every forked rank
+import torch._dynamo  # imported before the fork: otherwise every rank would import it
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -79,13 +87,15 @@ import zero
 from tools import links
 from tools.oracle import launch
 
-RANKS, ROWS, WARMUP, ROUNDS = 2, 8, 2, 2  # ranks along each axis that there is; rounds at least
+# RANKS: ranks along each parallel axis of a suite. ROUNDS: the least number of rounds.
+RANKS, ROWS, WARMUP, ROUNDS = 2, 8, 2, 2
 SIZES = {256: gpt.GPTConfig(8, 4, 256, 256, 256), 768: gpt.GPTConfig(2, 12, 768, 256, 128)}
 adamw = functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True)
 
 
 # --- variants -------------------------------------------------------------------------------------
-# Each takes the model and returns step(microbatches, tokens of the batch): F, B and update.
+# A variant takes the model and returns step(microbatches, tokens of the global batch), which runs
+# forward, backward and the optimizer, and returns this rank's share of the loss.
 
 
 def backward(model: nn.Module, x: Tensor, y: Tensor, valid: int) -> Tensor:
@@ -94,24 +104,24 @@ def backward(model: nn.Module, x: Tensor, y: Tensor, valid: int) -> Tensor:
     return loss.detach()
 
 
-def ladder(model: nn.Module, meet: Callable) -> Callable:
-    """ddp.py's first two rungs: meet(parameters, group) after backward."""
+def plain_step(model: nn.Module, reduce: Callable) -> Callable:
+    """Calls reduce(parameters, group) once per step, after the last backward."""
     optimizer = adamw(model.parameters())
 
     def step(batch: list, valid: int) -> Tensor:
         optimizer.zero_grad()
         loss = sum(backward(model, x, y, valid) for x, y in batch)
-        meet(model.parameters(), dist.group.WORLD)
+        reduce(model.parameters(), dist.group.WORLD)
         optimizer.step()
         return loss
 
     return step
 
 
-one_process = functools.partial(ladder, meet=lambda *_: None)
+one_process = functools.partial(plain_step, reduce=lambda *_: None)
 
 
-def ours(model: nn.Module, attach: Callable, m: int = 1) -> Callable:
+def repo_dp(model: nn.Module, attach: Callable, m: int = 1) -> Callable:
     sync = attach(model, dist.group.WORLD, m)
     optimizer = adamw([piece.tensor for piece in sync.pieces()])
 
@@ -128,12 +138,13 @@ def ours(model: nn.Module, attach: Callable, m: int = 1) -> Callable:
 
 
 def hybrid(model: nn.Module, group: dist.ProcessGroup, m: int) -> zero.Zero3:
-    """Shards of one rank, so that all ranks replicate: ZeRO-3's code does what DDP does."""
+    """ZeRO-3 with shard groups of one rank: every rank is a replica, as with DDP."""
     alone = [dist.new_group([rank]) for rank in range(group.size())][group.rank()]
     return zero.Zero3(model, alone, m, replicas=group)
 
 
-# PyTorch divides gradients by the number of ranks, so its loss is multiplied by it.
+# PyTorch averages gradients over ranks where this repository sums them. Its variants multiply the
+# loss by the number of ranks, so that the gradients are equal.
 
 
 def world_mesh(model: nn.Module) -> DeviceMesh:
@@ -156,7 +167,7 @@ def torch_ddp(model: nn.Module, bucket_mb: int, sharded: bool) -> Callable:
     def step(batch: list, valid: int) -> Tensor:
         optimizer.zero_grad(set_to_none=sharded)
         *first, last = batch
-        with wrapped.no_sync():  # gradients meet once a step, as ours
+        with wrapped.no_sync():  # reduce gradients once per step, as ddp.py does
             loss = sum(backward(wrapped, x, y, valid / n) for x, y in first)
         loss = (loss + backward(wrapped, *last, valid / n)) / n
         optimizer.step()
@@ -181,7 +192,7 @@ def torch_fsdp(model: nn.Module, reshard: bool) -> Callable:
     return step
 
 
-def ours_tp(model: nn.Module, sequence: bool) -> Callable:
+def repo_tp(model: nn.Module, sequence: bool) -> Callable:
     group = dist.group.WORLD
     tensor_parallel.parallelize(model, tensor_parallel.GPT_PLAN, group, sequence)
     optimizer = adamw(model.parameters())
@@ -202,9 +213,12 @@ def ours_tp(model: nn.Module, sequence: bool) -> Callable:
 
 
 def distribute(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
-    """DTensor's plan for the same cuts, of the layers that are here. Its columns are contiguous, so
-    each rank's q, k and v are put side by side first; positions of a shard it has no style for, so
-    ours stands in."""
+    """Shard the layers of this stage with DTensor, as tensor_parallel.py does.
+
+    DTensor splits a matrix into contiguous rows, so the fused q, k, v matrix is reordered first:
+    the q, k and v of one rank become neighbours. DTensor has no style for a position embedding
+    under sequence parallelism, so tensor_parallel.PositionShard is used.
+    """
     outside = Shard(1) if sequence else Replicate()
     plan = {
         "wte": RowwiseParallel(input_layouts=Replicate(), output_layouts=outside),
@@ -230,7 +244,7 @@ def distribute(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
 
 
 def adamw_by_mesh(model: nn.Module) -> torch.optim.Optimizer:
-    """foreach takes DTensors of one mesh at a time."""
+    """AdamW with one parameter group per mesh: foreach cannot mix DTensors of two meshes."""
     kinds: dict[DeviceMesh | None, list] = {}
     for p in model.parameters():
         kinds.setdefault(getattr(p, "device_mesh", None), []).append(p)
@@ -256,7 +270,7 @@ def torch_tp(model: nn.Module, sequence: bool) -> Callable:
     return step
 
 
-def ours_pp(model: nn.Module, name: str, m: int = ROWS) -> Callable:
+def repo_pp(model: nn.Module, name: str, m: int = ROWS) -> Callable:
     group, p, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     schedule = pipeline.SCHEDULES[name](p, m)
     stages = pipeline.stages_of(schedule)
@@ -282,22 +296,22 @@ def ours_pp(model: nn.Module, name: str, m: int = ROWS) -> Callable:
     return step
 
 
-def torch_pp(model: nn.Module, kind: type, v: int, fold: bool, m: int = ROWS) -> Callable:
-    """Stages looped over the ranks, or folded to a V."""
+def torch_pp(model: nn.Module, kind: type, chunks: int, fold: bool, m: int = ROWS) -> Callable:
+    """Schedule `kind` with `chunks` stages per rank, assigned round-robin or (`fold`) in a V."""
     p, rank = dist.get_world_size(), dist.get_rank()
     device = model.wte.weight.device
-    mine = [rank, 2 * p - 1 - rank] if fold else range(rank, v * p, p)
-    split = pipeline.split_layers(len(model.h), v * p)
-    chunks = pipeline.chunks_of(pipeline.take_stages(model, mine, split), mine, split)
-    stages = [PipelineStage(chunk, k, v * p, device, group=dist.group.WORLD)
-              for k, chunk in chunks.items()]  # fmt: skip
+    mine = [rank, 2 * p - 1 - rank] if fold else range(rank, chunks * p, p)
+    split = pipeline.split_layers(len(model.h), chunks * p)
+    modules = pipeline.chunks_of(pipeline.take_stages(model, mine, split), mine, split)
+    stages = [PipelineStage(module, k, chunks * p, device, group=dist.group.WORLD)
+              for k, module in modules.items()]  # fmt: skip
     return run_stages(stages, kind, m, adamw(model.parameters()))
 
 
 def run_stages(
     stages: list[PipelineStage], kind: type, m: int, optimizer: torch.optim.Optimizer, d: int = 1
 ) -> Callable:
-    """The step of a rank that holds these, in one of d replicas."""
+    """The step of a rank that holds `stages` and is in one of d replicas."""
     tokens = 0
     first, last = any(stage.is_first for stage in stages), any(stage.is_last for stage in stages)
 
@@ -312,15 +326,15 @@ def run_stages(
         tokens, losses = valid, []
         optimizer.zero_grad()
         x, y = (torch.cat(parts) for parts in zip(*batch, strict=True))
-        goal = {"target": y, "losses": losses} if last else {}
-        schedule.step(*([x] if first else []), **goal)
+        targets = {"target": y, "losses": losses} if last else {}
+        schedule.step(*([x] if first else []), **targets)
         optimizer.step()
         return sum((loss.detach() / d for loss in losses), torch.zeros(()))
 
     return step
 
 
-def ours_ckpt(model: nn.Module, policy: str) -> Callable:
+def repo_ckpt(model: nn.Module, policy: str) -> Callable:
     activation_ckpt.checkpoint_blocks(model.h, policy)
     return one_process(model)
 
@@ -333,8 +347,10 @@ def torch_ckpt(model: nn.Module, core: bool, reentrant: bool) -> Callable:
 
 
 def make_trainer(config: gpt.GPTConfig, read: Callable, stage: str) -> train_3d.Trainer:
-    """The real loop's, on microbatches of a row, with the optimizer of the other variants. stage:
-    ZeRO's, and perhaps more of its flags."""
+    """train_3d.py's trainer, with microbatches of one row and the optimizer of the other variants.
+
+    stage: the value of --zero, possibly followed by more flags.
+    """
     flags = f"--tp {RANKS} --pp {RANKS} --clip 0 --micro-batch-size 1 --zero {stage}"
     args = options.parser().parse_args([*flags.split(), f"--global-batch-size={ROWS}"])
     trainer = train_3d.Trainer(args, config, read, torch.device("cpu"))
@@ -343,20 +359,23 @@ def make_trainer(config: gpt.GPTConfig, read: Callable, stage: str) -> train_3d.
     return trainer
 
 
-def ours_3d(model: nn.Module, stage: str) -> Callable:
-    tokens = []  # of this replica
+def repo_3d(model: nn.Module, stage: str) -> Callable:
+    tokens = []  # inputs and targets of this replica
     trainer = make_trainer(model.config, lambda step, rows: tokens, stage)
 
     def step(batch: list, valid: int) -> Tensor:
         tokens[:] = (torch.cat(parts) for parts in zip(*batch, strict=True))
-        return trainer.step(0)[0] / RANKS**2  # the whole loss is on every rank
+        return trainer.step(0)[0] / RANKS**2  # every pp and dp rank returns the full loss
 
     return step
 
 
 def torch_3d(model: nn.Module, reshard: bool, m: int = ROWS // RANKS) -> Callable:
-    """A stage whose layers are cut by DTensor, then sharded by fully_shard, which sums gradients in
-    the last microbatch only, as pipelining tells it to. There is no gradient norm in its step."""
+    """PyTorch's composition: 1F1B over pp, DTensor over tp, fully_shard over dp.
+
+    `torch.distributed.pipelining` makes fully_shard reduce gradients in the last microbatch only.
+    The step has no gradient norm.
+    """
     device = model.wte.weight.device
     mesh = dist.init_device_mesh(device.type, (RANKS,) * 3, mesh_dim_names=("pp", "dp", "tp"))
     group, k = mesh["pp"].get_group(), mesh["pp"].get_local_rank()
@@ -371,22 +390,22 @@ def torch_3d(model: nn.Module, reshard: bool, m: int = ROWS // RANKS) -> Callabl
 
 def _zero(stage: int, m: int = 1, **options) -> Callable:
     attach = functools.partial(zero.STAGES[stage], **options)
-    return functools.partial(ours, attach=attach, m=m)
+    return functools.partial(repo_dp, attach=attach, m=m)
 
 
 def _ddp(megabytes: int) -> Callable:
     return functools.partial(
-        ours, attach=functools.partial(ddp.DDP, bucket_bytes=megabytes * 2**20)
+        repo_dp, attach=functools.partial(ddp.DDP, bucket_bytes=megabytes * 2**20)
     )
 
 
-KEPT = {"reshard_after_forward": False}
-# (strategy, variant) -> (microbatches, ours)
-OURS = {
+KEEP = {"reshard_after_forward": False}
+# This repository: (strategy, variant) -> (microbatches, builder).
+DP_VARIANTS = {
     ("none", "m 1"): (1, one_process),
     ("none", "m 4"): (4, one_process),
-    ("ddp", "naive"): (1, functools.partial(ladder, meet=ddp.all_reduce_gradients)),
-    ("ddp", "flat"): (1, functools.partial(ladder, meet=ddp.all_reduce_flat)),
+    ("ddp", "naive"): (1, functools.partial(plain_step, reduce=ddp.all_reduce_gradients)),
+    ("ddp", "flat"): (1, functools.partial(plain_step, reduce=ddp.all_reduce_flat)),
     ("ddp", "bucketed 25 MB"): (1, _ddp(25)),
     ("ddp", "bucketed 4 MB"): (1, _ddp(4)),
     ("zero-1", "m 1"): (1, _zero(1)),
@@ -394,13 +413,13 @@ OURS = {
     ("zero-2", "m 4"): (4, _zero(2, 4)),
     ("zero-3", "m 1"): (1, _zero(3)),
     ("zero-3", "m 4"): (4, _zero(3, 4)),
-    ("zero-3", "kept, m 1"): (1, _zero(3, **KEPT)),
-    ("zero-3", "kept, m 4"): (4, _zero(3, 4, **KEPT)),
-    ("hybrid", "2 replicas x 1"): (1, functools.partial(ours, attach=hybrid)),
+    ("zero-3", "kept, m 1"): (1, _zero(3, **KEEP)),
+    ("zero-3", "kept, m 4"): (4, _zero(3, 4, **KEEP)),
+    ("hybrid", "2 replicas x 1"): (1, functools.partial(repo_dp, attach=hybrid)),
 }
-# PyTorch's: name -> (microbatches, variant, whom of ours it stands beside)
+# PyTorch: name -> (microbatches, builder, the variants above that are compared with it).
 BUCKETED = [("ddp", "bucketed 25 MB"), ("ddp", "bucketed 4 MB")]
-THEIRS = {
+DP_TORCH = {
     "DDP 25 MB": (1, functools.partial(torch_ddp, bucket_mb=25, sharded=False), BUCKETED),
     "DDP 4 MB": (1, functools.partial(torch_ddp, bucket_mb=4, sharded=False), BUCKETED),
     "ZeroRedundancyOptimizer 25 MB": (
@@ -414,70 +433,73 @@ THEIRS = {
     "fully_shard kept, m 4": (4, functools.partial(torch_fsdp, reshard=False),
                               [("zero-2", "m 4"), ("zero-3", "kept, m 4")]),
 }  # fmt: skip
-TP_OURS = {
-    (kind, f"m {m}"): (m, functools.partial(ours_tp, sequence=kind == "tp+sp"))
+TP_VARIANTS = {
+    (kind, f"m {m}"): (m, functools.partial(repo_tp, sequence=kind == "tp+sp"))
     for kind in ("tp", "tp+sp")
     for m in (1, 8)
 }
-TP_THEIRS = {
+TP_TORCH = {
     f"DTensor {kind}, {m}": (build, functools.partial(torch_tp, sequence=kind == "tp+sp"),
                              [(kind, m)])
-    for (kind, m), (build, _) in TP_OURS.items()
+    for (kind, m), (build, _) in TP_VARIANTS.items()
 }  # fmt: skip
-PP_OURS = {
-    (name, f"m {ROWS}"): (ROWS, functools.partial(ours_pp, name=name))
+PP_VARIANTS = {
+    (name, f"m {ROWS}"): (ROWS, functools.partial(repo_pp, name=name))
     for name in pipeline.SCHEDULES
 }
-PP_THEIRS = {
+PP_TORCH = {
     f"pipelining {kind.__name__.removeprefix('Schedule')}": (
-        ROWS, functools.partial(torch_pp, kind=kind, v=v, fold=fold),
+        ROWS, functools.partial(torch_pp, kind=kind, chunks=chunks, fold=fold),
         [(name, f"m {ROWS}") for name in names])
-    for kind, v, fold, names in (
+    for kind, chunks, fold, names in (
         (ScheduleGPipe, 1, False, ["gpipe"]), (Schedule1F1B, 1, False, ["1f1b", "zb-h1"]),
         (ScheduleInterleaved1F1B, 2, False, ["interleaved"]),
         (ScheduleZBVZeroBubble, 2, True, ["zb-v"]),
     )
 }  # fmt: skip
-CKPT_OURS = {
-    ("recompute", policy): (1, functools.partial(ours_ckpt, policy=policy))
+CKPT_VARIANTS = {
+    ("recompute", policy): (1, functools.partial(repo_ckpt, policy=policy))
     for policy in ("full", "selective", "offload")
 }
-CKPT_THEIRS = {
+CKPT_TORCH = {
     f"checkpoint of {what}{', reentrant' * reentrant}": (
         1, functools.partial(torch_ckpt, core=policy == "selective", reentrant=reentrant),
         [("recompute", policy)])
     for policy, what in (("full", "blocks"), ("selective", "attention"))
     for reentrant in (False, True)
 }  # fmt: skip
-LOOP_OURS = {
-    ("3d", f"ZeRO-{name}"): (ROWS // RANKS, functools.partial(ours_3d, stage=stage))
+LOOP_VARIANTS = {
+    ("3d", f"ZeRO-{name}"): (ROWS // RANKS, functools.partial(repo_3d, stage=stage))
     for name, stage in {
-        "0": "0", "1": "1", "3": "3", "3 kept": "3 --zero-reshard-after-forward 0"
+        "0": "0",
+        "1": "1",
+        "3": "3",
+        "3 kept": "3 --zero-reshard-after-forward 0",
     }.items()
 }
-LOOP_THEIRS = {
+LOOP_TORCH = {
     f"pipelining, DTensor, fully_shard{kept}": (
-        ROWS // RANKS, functools.partial(torch_3d, reshard=not kept), list(LOOP_OURS))
+        ROWS // RANKS, functools.partial(torch_3d, reshard=not kept), list(LOOP_VARIANTS))
     for kept in ("", " kept")
 }  # fmt: skip
 BASELINE = "one process"
 
 
 class Suite(NamedTuple):
-    ours: dict
-    theirs: dict
+    variants: dict
+    torch: dict
     t: int = 1
     p: int = 1
     d: int = 1
     attention: str = "sdpa"
-    together: bool = False  # all variants in one launch
+    together: bool = False  # run all variants in one launch
 
     @property
     def ranks(self) -> int:
         return self.t * self.p * self.d
 
     def config(self, h: int) -> gpt.GPTConfig:
-        """With blocks for two stages a rank, and untied where PyTorch's cannot tie."""
+        """At least two blocks per rank. Untied with p > 1: PyTorch's stages cannot tie weights."""
         return dataclasses.replace(
             SIZES[h], attention=self.attention, n_layer=max(SIZES[h].n_layer, 2 * self.p),
             tied=self.p == 1,
@@ -485,11 +507,11 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "dp": Suite(OURS, THEIRS, d=RANKS),
-    "tp": Suite(TP_OURS, TP_THEIRS, t=RANKS),
-    "pp": Suite(PP_OURS, PP_THEIRS, p=RANKS, together=True),
-    "ckpt": Suite(CKPT_OURS, CKPT_THEIRS, attention="explicit"),
-    "3d": Suite(LOOP_OURS, LOOP_THEIRS, t=RANKS, p=RANKS, d=RANKS),
+    "dp": Suite(DP_VARIANTS, DP_TORCH, d=RANKS),
+    "tp": Suite(TP_VARIANTS, TP_TORCH, t=RANKS),
+    "pp": Suite(PP_VARIANTS, PP_TORCH, p=RANKS, together=True),
+    "ckpt": Suite(CKPT_VARIANTS, CKPT_TORCH, attention="explicit"),
+    "3d": Suite(LOOP_VARIANTS, LOOP_TORCH, t=RANKS, p=RANKS, d=RANKS),
 }
 
 
@@ -497,11 +519,14 @@ SUITES = {
 
 
 def on_rank(suite: Suite, variants: dict, h: int, steps: int, count: bool) -> dict:
-    """Train on this rank's rows, every variant in turn at each step. By variant: seconds and losses
-    by step, CPU seconds per second; if `count`, calls and wire bytes of one more step."""
+    """Trains on this rank's rows; in each step the variants run one after another.
+
+    Returns by variant: seconds per timed step, losses, CPU seconds per second, and for pipelines
+    the spans of all actions. With `count`, one more step counts the calls and wire bytes.
+    """
     config = suite.config(h)
     bind()
-    d = min(suite.d, dist.get_world_size())  # 1 of the one process
+    d = min(suite.d, dist.get_world_size())  # 1 for the one-process baseline
     share, replica = ROWS // d, dist.get_rank() // suite.t % d
     mine = slice(replica * share, (replica + 1) * share)
     built = {key: (m, build(gpt.build(config, seed=0))) for key, (m, build) in variants.items()}
@@ -521,7 +546,7 @@ def on_rank(suite: Suite, variants: dict, h: int, steps: int, count: bool) -> di
                 result["spans"].append(trace.spans)
             dist.barrier()
             start, cpu_start = time.perf_counter(), time.process_time()
-            with seen if i == WARMUP + steps and not unseen(key) else contextlib.nullcontext():
+            with seen if i == WARMUP + steps and not uncounted(key) else contextlib.nullcontext():
                 loss = step(batch, ROWS * config.seq_len)
             if i == WARMUP + steps:
                 result["wire"] = wire_of(seen)
@@ -537,17 +562,17 @@ def on_rank(suite: Suite, variants: dict, h: int, steps: int, count: bool) -> di
     return results
 
 
-def unseen(key) -> bool:
-    """DTensor's collectives are of another kind, which measure.py does not see."""
+def uncounted(key) -> bool:
+    """measure.Collectives does not see DTensor's functional collectives."""
     return "DTensor" in str(key)
 
 
 def wire_of(seen: measure.Collectives) -> dict[str, tuple[int, float]]:
-    """(calls, bytes that a ring sends) by collective."""
+    """Collective -> (calls, bytes that a ring sends)."""
     wire: dict[str, tuple[int, float]] = {}
     for call in seen.calls:
         if call.ranks > 1:
-            # A broadcast is a tree: about the payload, once.
+            # A broadcast is a tree: a rank sends about one payload, as in a transfer.
             operation = call.operation if call.operation in links.WIRE else "p2p"
             calls, sent = wire.get(operation, (0, 0.0))
             sent += links.WIRE[operation](call.ranks) * call.payload * call.dtype.itemsize
@@ -556,27 +581,27 @@ def wire_of(seen: measure.Collectives) -> dict[str, tuple[int, float]]:
 
 
 def cores() -> list[int]:
-    """The cores that this process may use."""
+    """The cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count()))
 
 
 def bind() -> None:
-    """This rank to a core of its own, if there is one for each."""
+    """Binds this rank to one core, if there are at least as many cores as ranks."""
     mine = cores()[dist.get_rank() : dist.get_rank() + 1]
     if len(cores()) >= dist.get_world_size() and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, mine)
 
 
 def link_costs() -> list[dict]:
-    """Latency and bandwidth of each operation between the ranks."""
+    """Latency and bandwidth of each collective between the ranks."""
     bind()
     return links.fit(links.table([64, 25 * 1024], 10, torch.device("cpu"), lambda line: None))
 
 
-def other_cpu_seconds() -> float:
-    """CPU seconds that this machine has spent, by everyone (0 where /proc/stat is not)."""
+def machine_cpu_seconds() -> float:
+    """CPU seconds of all processes since boot; 0 on systems without /proc/stat."""
     with contextlib.suppress(OSError), open("/proc/stat") as file:
         user, nice, system = (int(n) for n in file.readline().split()[1:4])
         return (user + nice + system) / os.sysconf("SC_CLK_TCK")
@@ -584,12 +609,12 @@ def other_cpu_seconds() -> float:
 
 
 def run(suite: Suite, variants: dict, h: int, steps: int, ranks: int, count: bool) -> dict:
-    """One launch. By variant: the slower rank's median step and what else is reported."""
-    before, children = other_cpu_seconds(), sum(os.times()[2:4])
+    """One launch. Returns by variant the median step of the slowest rank and the other results."""
+    before, children = machine_cpu_seconds(), sum(os.times()[2:4])
     start = time.perf_counter()
     launched = launch(ranks, on_rank, suite, variants, h, steps, count, timeout=600)
     wall = time.perf_counter() - start
-    foreign = other_cpu_seconds() - before - (sum(os.times()[2:4]) - children)
+    foreign = machine_cpu_seconds() - before - (sum(os.times()[2:4]) - children)
 
     def summary(results: list[dict]) -> dict:
         each = [max(times) for times in zip(*(r["seconds"] for r in results), strict=True)]
@@ -597,7 +622,7 @@ def run(suite: Suite, variants: dict, h: int, steps: int, ranks: int, count: boo
                          for kind in ("losses", "spans"))  # fmt: skip
         return {
             "ms": 1e3 * statistics.median(each),
-            "losses": [sum(parts[:: suite.t]) for parts in losses],  # the same on tp ranks
+            "losses": [sum(parts[:: suite.t]) for parts in losses],  # tp ranks return equal losses
             "cpu": statistics.mean(r["cpu"] for r in results),
             "wire": results[0]["wire"],
             "foreign": max(0.0, foreign / wall),
@@ -608,7 +633,7 @@ def run(suite: Suite, variants: dict, h: int, steps: int, ranks: int, count: boo
 
 
 def bubbles(schedule: pipeline.Schedule, spans: Iterable) -> tuple[float, float]:
-    """Medians over steps: (simulated, measured). spans: [step][rank]."""
+    """(simulated, measured) bubble, medians over steps. spans: [step][rank]."""
     both = []
     for ranks in spans:
         step = [pipeline.Span(rank, known["action"], start, end) for rank, mine in enumerate(ranks)
@@ -620,7 +645,7 @@ def bubbles(schedule: pipeline.Schedule, spans: Iterable) -> tuple[float, float]
 
 
 def overhead(name: str, m: int = 64) -> float:
-    """Microseconds an action, of a pipeline whose stages compute next to nothing."""
+    """Microseconds per action of a pipeline whose stages are 1 x 1 matrices."""
     p, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
     schedule = pipeline.SCHEDULES[name](p, m)
     split_backward = pipeline.splits_backward(schedule[rank])
@@ -638,8 +663,10 @@ def overhead(name: str, m: int = 64) -> float:
 
 
 def loop_shares(config: gpt.GPTConfig, steps: int = 10) -> dict[str, float]:
-    """What reading, norm and log take of this rank's step, with ZeRO-1; every rank logs, though in
-    the real loop only rank 0 does."""
+    """Fractions of a step's CPU time (main thread of this rank, ZeRO-1): data, norm, log.
+
+    Every rank logs here. In train_3d.py only rank 0 does.
+    """
     tokens, _ = data.load(None, config.seq_len, config.vocab_size)
     spent: dict[str, float] = {}
 
@@ -658,13 +685,13 @@ def loop_shares(config: gpt.GPTConfig, steps: int = 10) -> dict[str, float]:
     with tempfile.NamedTemporaryFile("w") as file, contextlib.redirect_stdout(file):
         logger = measure.Logger(file.name, steps, steps, ROWS * config.seq_len, 1.0)
         log = timed("log", logger.step)
-        whole = timed("step", lambda i: log(i, trainer.step(i), trainer.learning_rate(i)))
+        timed_step = timed("step", lambda i: log(i, trainer.step(i), trainer.learning_rate(i)))
         for i in range(WARMUP):
             trainer.step(i)
         spent.clear()
         logger.start()
         for i in range(steps):
-            whole(i)
+            timed_step(i)
     return {kind: seconds / spent["step"] for kind, seconds in spent.items() if kind != "step"}
 
 
@@ -672,19 +699,22 @@ def loop_shares(config: gpt.GPTConfig, steps: int = 10) -> dict[str, float]:
 
 
 def collect(
-    suite: Suite, sizes: list[int], minutes: float, steps: int, say: Callable
+    suite: Suite, sizes: list[int], minutes: float, steps: int, report: Callable
 ) -> dict[int, dict]:
-    """All launches, in turn: by size, by variant, one a round. A round that would end after
-    `minutes` is not begun, once there are ROUNDS of them."""
-    variants = {key: (m, build) for key, (m, build) in suite.ours.items()}
-    variants |= {name: (m, build) for name, (m, build, _) in suite.theirs.items()}
+    """Runs all launches. Returns, by hidden size and variant, one result per round.
+
+    After ROUNDS rounds, another one starts only if it is expected to end within `minutes`.
+    """
+    variants = {key: (m, build) for key, (m, build) in suite.variants.items()}
+    variants |= {name: (m, build) for name, (m, build, _) in suite.torch.items()}
     runs: dict[int, dict] = {h: {key: [] for key in (BASELINE, *variants)} for h in sizes}
     start, rounds, longest = time.perf_counter(), 0, 0.0
     while rounds < ROUNDS or time.perf_counter() - start + longest < 60 * minutes:
         began = time.perf_counter()
         for h in sizes:
             order = sorted(variants, key=str)
-            order = order[rounds % 2 :: 2] + order[1 - rounds % 2 :: 2]  # another one before it
+            # Each round has another order, so that no variant always follows the same one.
+            order = order[rounds % 2 :: 2] + order[1 - rounds % 2 :: 2]
             alone = {BASELINE: (ROWS if suite.p > 1 else 1, one_process)}
             launches = [order] if suite.together else [[key] for key in order]
             for j, keys in enumerate(launches):
@@ -694,15 +724,16 @@ def collect(
                     results = run(suite, group, h, steps, ranks, count=rounds == 0)
                     for key, result in results.items():
                         runs[h][key].append(result)
-            say(f"round {rounds + 1}, h {h}: done after {time.perf_counter() - start:.0f} s")
+            report(f"round {rounds + 1}, h {h}: done after {time.perf_counter() - start:.0f} s")
         rounds, longest = rounds + 1, max(longest, time.perf_counter() - began)
     return runs
 
 
-def rows_of(
-    suite: Suite, h: int, runs: dict[object, list[dict]], costs: list[dict]
-) -> list[dict]:
-    """A row for each variant of ours, beside the fastest of PyTorch's for the same strategy."""
+def rows_of(suite: Suite, h: int, runs: dict[object, list[dict]], costs: list[dict]) -> list[dict]:
+    """One row per variant, compared with PyTorch's fastest variant of the same strategy.
+
+    costs: latency and bandwidth by collective, as links.fit returns them.
+    """
     ms = {key: statistics.median(r["ms"] for r in rs) for key, rs in runs.items()}
     one, expected = ms[BASELINE], runs[BASELINE][0]["losses"]
     fit = {c["operation"]: (c["latency_us"] / 1e6, c["gb_per_s"]) for c in costs}
@@ -718,8 +749,8 @@ def rows_of(
         return {
             "spread_ms": max(times) - min(times),
             "efficiency": one / (min(suite.ranks, len(cores())) * ms[key]),
-            "wire_bytes": None if unseen(key) else sum(sent for _, sent in wire.values()),
-            "links_ms": None if unseen(key) else 1e3 * links_s,
+            "wire_bytes": None if uncounted(key) else sum(sent for _, sent in wire.values()),
+            "links_ms": None if uncounted(key) else 1e3 * links_s,
             "cpu_share": statistics.median(r["cpu"] for r in runs[key]),
             "foreign_cpu": statistics.median(r["foreign"] for r in runs[key]),
             "bubble": [statistics.median(side) for side in zip(*bubble, strict=True)],
@@ -729,9 +760,9 @@ def rows_of(
         }  # fmt: skip
 
     rows = []
-    for key in suite.ours:
-        beside = [name for name, (_, _, keys) in suite.theirs.items() if key in keys]
-        best = min(beside, key=ms.get, default=None)
+    for key in suite.variants:
+        comparable = [name for name, (_, _, keys) in suite.torch.items() if key in keys]
+        best = min(comparable, key=ms.get, default=None)
         rows.append({
             "strategy": key[0], "variant": key[1], "h": h, "ours_ms": ms[key],
             "torch": best, "torch_ms": ms[best] if best else None,
@@ -739,10 +770,13 @@ def rows_of(
         } | describe(key))  # fmt: skip
         if key[0] == "recompute":
             c = suite.config(h)
-            flops = [activation_ckpt.predicted_flops(c.n_layer, ROWS, c.seq_len, h, policy)
-                     + 6 * ROWS * c.seq_len * h * c.vocab_size for policy in ("none", key[1])]
+            flops = [
+                activation_ckpt.predicted_flops(c.n_layer, ROWS, c.seq_len, h, policy)
+                + 6 * ROWS * c.seq_len * h * c.vocab_size
+                for policy in ("none", key[1])
+            ]
             rows[-1]["efficiency_by_flops"] = flops[0] / flops[1]  # fmt: skip
-    for name in suite.theirs:
+    for name in suite.torch:
         rows.append({
             "strategy": "torch", "variant": name, "h": h, "ours_ms": None, "torch": name,
             "torch_ms": ms[name], "ratio": None,
@@ -751,19 +785,19 @@ def rows_of(
 
 
 COLUMNS = ("strategy", "variant", "h", "step", "+-", "PyTorch's best", "its step", "ratio",
-           "efficiency", "by FLOPs", "bubble", "wire", "links", "CPU", "others' CPU",
+           "efficiency", "by FLOPs", "bubble", "wire", "links", "CPU", "other CPU",
            "d loss")  # fmt: skip
 
 
 def markdown(rows: list[dict]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for r in rows:
-        mine = r["ours_ms"] or r["torch_ms"]
-        beside = r["ratio"] is not None
+        ms = r["ours_ms"] or r["torch_ms"]
+        compared = r["ratio"] is not None
         cells = (
-            r["strategy"], r["variant"], r["h"], f"{mine:.0f} ms", f"{r['spread_ms']:.0f}",
-            r["torch"] if beside else "", f"{r['torch_ms']:.0f} ms" if beside else "",
-            f"{r['ratio']:.2f}" if beside else "", f"{r['efficiency']:.2f}",
+            r["strategy"], r["variant"], r["h"], f"{ms:.0f} ms", f"{r['spread_ms']:.0f}",
+            r["torch"] if compared else "", f"{r['torch_ms']:.0f} ms" if compared else "",
+            f"{r['ratio']:.2f}" if compared else "", f"{r['efficiency']:.2f}",
             f"{r['efficiency_by_flops']:.2f}" if "efficiency_by_flops" in r else "",
             "{:.3f}, {:.3f}".format(*r["bubble"]) if r["bubble"] else "",
             "" if r["links_ms"] is None else f"{r['wire_bytes'] / 1e6:.1f} MB",
@@ -779,38 +813,49 @@ def main() -> None:
     add = arguments.add_argument
     add("suite", choices=SUITES)
     add("--sizes", type=int, nargs="+", default=list(SIZES), choices=SIZES, metavar="H",
-        help=f"hidden sizes, of {', '.join(map(str, SIZES))}")  # fmt: skip
-    add("--minutes", type=float, default=9, metavar="N", help="no round begins that ends later")
-    add("--steps", type=int, default=3, metavar="N", help="timed steps of a launch")
-    add("--out", metavar="FILE", help="the rows as JSON")
+        help=f"hidden sizes: {', '.join(map(str, SIZES))}")  # fmt: skip
+    add("--minutes", type=float, default=9, metavar="N", help="time limit (at least two rounds)")
+    add("--steps", type=int, default=3, metavar="N", help="timed steps per launch")
+    add("--out", metavar="FILE", help="write the rows as JSON")
     args = arguments.parse_args()
     suite = SUITES[args.suite]
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         print(line, flush=True)
 
-    say(f"{suite.ranks} ranks x 1 thread on {len(cores())} cores, gloo, torch {torch.__version__}, "
-        f"float32, global batch {ROWS} rows")  # fmt: skip
+    report(f"{suite.ranks} ranks x 1 thread on {len(cores())} cores, gloo, "
+           f"torch {torch.__version__}, float32, global batch {ROWS} rows")  # fmt: skip
     costs, rows = launch(RANKS, link_costs)[0], []
     for name in ("1f1b", "zb-h1") if args.suite == "pp" else ():
         us = [max(launch(p, overhead, name)) for p in (1, RANKS)]
-        say(f"executor, {name}: {us[0]:.0f} us an action with autograd's share; {us[1]:.0f} with "
-            f"transfers between {RANKS} ranks")  # fmt: skip
+        report(f"executor, {name}: {us[0]:.0f} us per action, including autograd; {us[1]:.0f} us "
+               f"with transfers between {RANKS} ranks")  # fmt: skip
     for h in args.sizes if args.suite == "3d" else ():
         shares = launch(suite.ranks, loop_shares, suite.config(h))
         most = max(shares, key=lambda of: sum(of.values()))
         parts = ", ".join(f"{kind} {share:.2%}" for kind, share in most.items())
-        say(f"h {h}: loop {sum(most.values()):.2%} of a step's CPU time, where it is most: {parts}")
-    for h, runs in collect(suite, args.sizes, args.minutes, args.steps, say).items():
+        report(f"h {h}: data, norm and log take {sum(most.values()):.2%} of a step's CPU time on "
+               f"the rank where they take most: {parts}")  # fmt: skip
+    for h, runs in collect(suite, args.sizes, args.minutes, args.steps, report).items():
         one = [r["ms"] for r in runs[BASELINE]]
-        say(f"h {h}: one process {statistics.median(one):.0f} ms, from {min(one):.0f} to "
-            f"{max(one):.0f} in {len(one)} launches")  # fmt: skip
+        report(f"h {h}: one process {statistics.median(one):.0f} ms ({min(one):.0f} to "
+               f"{max(one):.0f} ms in {len(one)} launches)")  # fmt: skip
         rows += rows_of(suite, h, runs, costs)
-    say("\n" + markdown(rows))
+    report("\n" + markdown(rows))
     if args.out:
         with open(args.out, "w") as file:
-            json.dump({"ranks": suite.ranks, "cores": len(cores()), "torch": torch.__version__,
-                       "backend": "gloo", "links": costs, "rows": rows}, file, indent=1)
+            json.dump(
+                {
+                    "ranks": suite.ranks,
+                    "cores": len(cores()),
+                    "torch": torch.__version__,
+                    "backend": "gloo",
+                    "links": costs,
+                    "rows": rows,
+                },
+                file,
+                indent=1,
+            )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
-"""What a checkpoint costs, beside torch.save of the same bytes by one process.
+"""Measures the time of checkpoint.py's saves, compared with torch.save of the same tensors.
 
-    python -m tools.bench_checkpoint --out checkpoint.json
+    make bench-checkpoint    python -m tools.bench_checkpoint [--folder DIR] [--out FILE]
 
-For each layout, in turn, ROUNDS times: torch.save of one state_dict of the same tensors, with
-fsync, by one process while the others wait; a save that is waited for; and steps of training while
-nothing, and while a save is written. Medians.
+For each layout (t, d: sizes of tensor and data parallelism; h: hidden size) it measures ROUNDS
+times, and reports medians of: - torch.save of all tensors of the layout by rank 0, with fsync,
+while the other ranks wait; - a save by checkpoint.py, from its call until it is complete on the
+disk; - the pause of an asynchronous save: the time until training continues, while the tensors are
+copied; - a training step, without a save and during one.
 
-    per byte   a save's time over torch.save's, per byte of tensors: below 1, ranks write together
-    pause      how long training stands still for an asynchronous save, and its share of a save that
-               is waited for
-    slower     a step during a save over a step without: the disk's work takes the same cores
+The columns of the table, one row per layout and size:
+
+    state        bytes of parameters and optimizer state
+    torch.save   its time
+    save         time of checkpoint.py until the save is complete
+    ratio        save / torch.save; below 1, writing in parallel pays
+    pause        time for which an asynchronous save stops training
+    of a save    pause / save
+    slowdown     step during a save / step without; writing uses the same cores as training
 """
 
 import argparse
@@ -42,7 +49,7 @@ SIZES = {256: (8, 4, 256), 768: (4, 12, 768)}  # h: layers, heads, h
 
 
 def measure(name: str, h: int, folder: str) -> dict[str, float]:
-    """On each rank: medians in seconds, and the bytes of all tensors."""
+    """Runs on each rank. Returns the medians in seconds and the bytes of all tensors."""
     bind()
     case, (layers, heads, _) = CASES[name], SIZES[h]
     flags = [*case.arguments(), f"--n-layer={layers}", f"--n-head={heads}", f"--n-embd={h}",
@@ -53,15 +60,15 @@ def measure(name: str, h: int, folder: str) -> dict[str, float]:
         args, options.check(args, case.world_size), reader(case), torch.device("cpu")
     )
     trainer.step(0)
-    gc.freeze()  # as the loop does
+    gc.freeze()  # as in train_3d.py
     disk = checkpoint.Checkpoints(folder, 1, dist.new_group(backend="gloo"))
     mine, numbers = trainer.state_to_save()
     size = torch.tensor(float(sum(r.tensor.nbytes for r in mine)))
     dist.all_reduce(size)
     with torch.device("meta"):
         shapes = [p.shape for p in gpt.GPT(trainer.config).parameters()]
-    whole = [torch.empty(shape) for shape in 3 * shapes]  # parameters and two moments
-    assert sum(t.nbytes for t in whole) == size
+    tensors = [torch.empty(shape) for shape in 3 * shapes]  # parameters and AdamW's two moments
+    assert sum(t.nbytes for t in tensors) == size
     seconds: dict[str, list[float]] = {
         kind: [] for kind in ("torch", "save", "pause", "step", "step during a save")
     }
@@ -79,7 +86,7 @@ def measure(name: str, h: int, folder: str) -> dict[str, float]:
         if dist.get_rank() == 0:
             path = os.path.join(folder, "torch.pt")
             with open(path, "wb") as file:
-                torch.save(whole, file)
+                torch.save(tensors, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.remove(path)
@@ -102,11 +109,11 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = arguments.add_argument
     add("--sizes", type=int, nargs="+", default=list(SIZES), choices=SIZES, metavar="H")
-    add("--folder", help="on the disk to be measured (default: a temporary one)")
-    add("--out", metavar="FILE", help="the rows as JSON")
+    add("--folder", help="a folder on the disk to measure (default: a temporary folder)")
+    add("--out", metavar="FILE", help="write the rows as JSON")
     args = arguments.parse_args()
     print(f"{len(cores())} cores, gloo, torch {torch.__version__}, float32, AdamW; with fsync")
-    print("| layout | h | state | torch.save | save | per byte | pause | of a save | slower |")
+    print("| layout | h | state | torch.save | save | ratio | pause | of a save | slowdown |")
     print("|" + " --- |" * 9)
     rows = []
     for h in args.sizes:

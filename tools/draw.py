@@ -1,13 +1,18 @@
-"""A schedule in the terminal: its timeline, bubble and memory. Nothing is run.
+"""Draws a pipeline schedule in the terminal and prints its bubble and memory. No training is run.
 
+    make draw P=4 M=8 SCHEDULE=zb-v
     python -m tools.draw zb-v --p 4 --m 8
-    python -m tools.draw my_schedule.txt --p 2 --m 4         a file, as train_3d.py --schedule reads
-    python -m tools.draw interleaved --chunks 3 --text       as such a file, to be changed
-    python -m tools.draw all --p 4 --m 8                     the five, side by side
+    python -m tools.draw my_schedule.txt --p 2 --m 4       a file, as read by train_3d.py --schedule
+    python -m tools.draw interleaved --chunks 3 --text     prints the schedule as such a file
+    python -m tools.draw all --p 4 --m 8                   the numbers of all built-in schedules
 
-F forward, B backward (of the input alone, if there are W), W weights' gradient; small letters: of a
-rank's second chunk. One column is a forward of a chunk. On a terminal kinds have colors, and the
-letters, which these say already, are left out.
+The timeline has one row per rank. An action is a letter and the number of its microbatch: F
+forward, B backward, W gradient of the weights (then B is the gradient of the input only). Lower
+case is the second chunk of a rank; a chunk is one of the rank's stages, and a stage is a contiguous
+slice of the layers. On a terminal, actions have colors instead of letters.
+
+The numbers below the timeline are the bubble (idle time / busy time), the messages that a rank
+sends per microbatch, and the largest number of microbatches whose activations a rank stores.
 """
 
 import argparse
@@ -26,7 +31,7 @@ def in_color(timeline: str) -> str:
         letter, rest = match[0][0], match[0][1:].replace("-", " ")
         return f"\033[30;{COLORS[letter]}m{rest}\033[0m "
 
-    # An action without its letter, on a ground as wide as it takes.
+    # The color replaces the letter, and covers the width of the action.
     return re.sub(r"[FBWfbw]\d+(?:\.\d+)?-*", paint, timeline)
 
 
@@ -36,7 +41,7 @@ def numbers(name: str, schedule: pipeline.Schedule) -> str:
     held = [pipeline.peak_held(row, one, one) for row in schedule]
     sends = [pipeline.predicted_sends(stages, r, 1, 1, 1, 1)[0] for r in range(len(schedule))]
     bubble = pipeline.bubble(pipeline.simulate(schedule))
-    return (f"{name:12s} bubble {bubble:.3f}   sends {max(sends)} a microbatch   holds at most, in "
+    return (f"{name:12s} bubble {bubble:.3f}   {max(sends)} sends per microbatch   most stored "
             f"microbatches, by rank: {' '.join(f'{h:g}' for h in held)}")  # fmt: skip
 
 
@@ -44,10 +49,10 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = arguments.add_argument
     add("schedule", help=f"{', '.join(pipeline.SCHEDULES)}, all, or a file")
-    add("--p", type=options.at_least(1), default=4, help="ranks")
-    add("--m", type=options.at_least(1), default=8, help="microbatches")
-    add("--chunks", type=options.at_least(1), help="stages a rank, of interleaved")
-    add("--text", action="store_true", help="as a file for train_3d.py --schedule")
+    add("--p", type=options.at_least(1), default=4, help="number of ranks")
+    add("--m", type=options.at_least(1), default=8, help="number of microbatches")
+    add("--chunks", type=options.at_least(1), help="stages per rank, for interleaved")
+    add("--text", action="store_true", help="print a file for train_3d.py --schedule")
     args = arguments.parse_args()
     names = list(pipeline.SCHEDULES) if args.schedule == "all" else [args.schedule]
     for name in names:

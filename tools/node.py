@@ -75,7 +75,7 @@ def theirs(n: int) -> dict[str, Callable | None]:
         "torch DTensor TP": functools.partial(bench.torch_tp, sequence=False),
         "torch DTensor TP+SP": functools.partial(bench.torch_tp, sequence=True),
         pp: functools.partial(
-            bench.torch_pp, kind=Schedule1F1B, v=1, fold=False, m=batch // microbatch(pp)),
+            bench.torch_pp, kind=Schedule1F1B, chunks=1, fold=False, m=batch // microbatch(pp)),
         "torch 2 x 2 x d": functools.partial(
             bench.torch_3d, reshard=True, m=batch // 2 // microbatch("torch 2 x 2 x d"))
         if n == 8 else None,

@@ -1,9 +1,11 @@
-"""The losses of runs over tokens, as a picture: takes matplotlib, which is optional.
+"""Plots the training and validation losses of runs over the number of tokens.
 
+    make plot RUNS="a.jsonl b.jsonl" OUT=runs.png
     python -m tools.plot a.jsonl b.jsonl --out runs.png
 
-A run is what train_3d.py writes with --log. A step that is there twice (the run was resumed from
-before it) counts as it was the second time.
+The input files are written by `train_3d.py --log FILE`. If a file contains a step twice, because
+the run was resumed from an earlier checkpoint, the second entry is used. It writes one PNG with a
+line per run (training loss) and dots (validation loss), and needs the package matplotlib.
 """
 
 import argparse
@@ -12,22 +14,24 @@ from pathlib import Path
 
 
 def curve(path: str, key: str) -> tuple[list[int], list[float]]:
-    """(tokens, values of `key`) of a run. Raises ValueError for what is no log."""
+    """(tokens, values of `key`) of a run. Raises ValueError if the file is not a log."""
     points: dict[int, float] = {}
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
             row = json.loads(line)
             points |= {row["tokens"]: row[key]} if key in row else {}
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}, line {number} is no row of --log: {line[:60]}") from None
+            raise ValueError(
+                f"{path}, line {number} was not written by --log: {line[:60]}"
+            ) from None
     xs = sorted(points)
     return xs, [points[x] for x in xs]
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("runs", nargs="+", metavar="FILE")
-    arguments.add_argument("--out", default="runs.png", metavar="FILE")
+    arguments.add_argument("runs", nargs="+", metavar="FILE", help="logs of train_3d.py --log")
+    arguments.add_argument("--out", default="runs.png", metavar="FILE", help="the PNG to write")
     args = arguments.parse_args()
     try:
         curves = {run: [curve(run, key) for key in ("loss", "val_loss")] for run in args.runs}
@@ -36,7 +40,7 @@ def main() -> None:
     try:
         import matplotlib
     except ImportError:
-        arguments.error("a plot needs a package: pip install matplotlib")
+        arguments.error("matplotlib is not installed: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

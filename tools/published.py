@@ -1,17 +1,28 @@
-"""The cost model beside published tables: published | predicted | error, and what a guess gives.
+"""Compares the cost model of tools/cost.py with published measurements.
 
-    python -m tools.published           make published; --fit fits the constants anew, each table in
-                                        turn left out
+    make published               python -m tools.published
+    make published ARGS=--fit    also fits the constants of the model to the tables (3 min)
 
-The guess: every row of a table runs at the same FLOP/s, the mean of its other rows. A model that
-does not beat this is decoration. The constants of tools/cost.py's `Hardware` were fitted, all
-together, to the rows of times here; so each table is also predicted with constants that were fitted
-to the others alone.
+For each row of a published table it prints published | predicted | error. Below each table it
+prints the mean and the largest error of the model, and those of a guess: every row runs at the same
+FLOP/s per GPU, namely the mean of the table's other rows. A model must beat this guess to be of any
+use.
+
+The fitted constants of `cost.Hardware` (FITTED below) are the same for all tables. To show that
+they are not tuned to a single one, --fit fits them to all tables but one and predicts the one left
+out, for each table.
+
+Two tables contain no times: the memory of the ZeRO stages and the bubble rates of three schedules.
+They are compared with the formula of zero.py and with the simulation of pipeline.py.
+
+t, p and d are the sizes of tensor, pipeline and data parallelism, b is the microbatch size, m the
+number of microbatches of a step, and chunks the number of stages per rank.
 
 Sources: Narayanan et al. 2021 (arXiv 2104.04473), tables 1 and 2, with the microbatch sizes and
-chunks of Megatron-LM's examples/academic_paper_scripts/sc21; Korthikanti et al. 2022 (2205.05198),
-tables 4 and 5; Rajbhandari et al. 2020 (1910.02054), table 1; Qi et al. 2023 (2401.10241), tables 3
-to 5. All on A100s of 80 GB in DGX machines, 8 x 200 Gbit/s (Zero Bubble's: RoCE).
+chunks of Megatron-LM's examples/academic_paper_scripts/sc21. Korthikanti et al. 2022 (2205.05198),
+tables 4 and 5. Rajbhandari et al. 2020 (1910.02054), table 1. Qi et al. 2023 (2401.10241), tables 3
+to 5. All times were measured on A100s with 80 GB in DGX machines with 8 x 200 Gbit/s of network
+(Qi et al.: RoCE).
 """
 
 import argparse
@@ -29,37 +40,41 @@ from tools.cost import HARDWARE, Hardware, Layout, Program
 
 A100 = HARDWARE["a100-80"]
 SEQ, VOCABULARY = 2048, 51200
-# Megatron-LM in 2021: a rank waits for tp's all-reduces, in backward too, and for its transfers; a
-# boundary is sent in t parts; its own DDP sums after backward, torch's during it.
+# Megatron-LM in 2021: a rank waits for tp's all-reduces, also in backward, and for its transfers.
+# Each tp rank sends 1/t of a boundary tensor. Megatron's DDP all-reduces after backward (LOCAL),
+# PyTorch's overlaps with it (TORCH).
 LOCAL = Program(hides_tp=False, hides_dp=False, scatters=True, waits=True)
 TORCH = LOCAL._replace(hides_dp=True)
 
 
 class Row(NamedTuple):
     name: str
-    seconds: float  # of a step (of a block, in Korthikanti's table 4)
-    flops: float  # on all GPUs, as the table's authors count them
+    seconds: float  # per step (Korthikanti's table 4: per block)
+    flops: float  # of all GPUs, counted as the authors of the table do
     config: gpt.GPTConfig
     layout: Layout
     program: Program = LOCAL
     split: list[range] | None = None
-    part: str = ""  # of a block: "F", "B"
+    phase: str = ""  # of one block: "F" forward, "B" backward; "": a step
 
 
 def megatron(n_layer: int, n_head: int, n_embd: int, seq_len: int = SEQ) -> gpt.GPTConfig:
-    """Its attention keeps scores, and drops out."""
+    """Megatron-LM's model: explicit attention, which saves the scores, and dropout."""
     return gpt.GPTConfig(n_layer, n_head, n_embd, VOCABULARY, seq_len, "explicit", dropout=0.1)
 
 
 def flops(config: gpt.GPTConfig, batch: int, recompute: str) -> float:
-    """2104.04473, equation 3, for full recomputation; 2205.05198, equation 7, for none (of a model:
-    what is recomputed is left out)."""
+    """FLOPs of a step, counted as the papers do.
+
+    Full recomputation: 2104.04473, equation 3. Otherwise 2205.05198, equation 7, which leaves out
+    what is recomputed.
+    """
     h, s, n = config.n_embd, config.seq_len, config.n_layer
     dense, head = {"full": (96, 16), "none": (72, 12), "selective": (72, 12)}[recompute]
     return dense * batch * s * n * h * h * (1 + s / (6 * h) + config.vocab_size / (head * n * h))
 
 
-# billions of parameters, t, p, GPUs, batch, b, chunks, DDP, TFLOP/s per GPU; sizes: gpt.MODELS
+# model in gpt.MODELS, t, p, GPUs, batch, b, chunks, program, TFLOP/s per GPU
 SC21_1 = [
     ("1.7b", 1, 1, 32, 512, 16, 1, TORCH, 137), ("3.6b", 2, 1, 64, 512, 16, 1, TORCH, 138),
     ("7.5b", 4, 1, 128, 512, 16, 1, TORCH, 142), ("18b", 8, 1, 256, 1024, 8, 1, TORCH, 135),
@@ -67,7 +82,7 @@ SC21_1 = [
     ("145b", 8, 8, 1536, 2304, 2, 2, LOCAL, 148), ("310b", 8, 16, 1920, 2160, 1, 2, LOCAL, 155),
     ("530b", 8, 35, 2520, 2520, 1, 3, LOCAL, 163), ("1t", 8, 64, 3072, 3072, 1, 1, LOCAL, 163),
 ]  # fmt: skip
-# model, p (t = 8; 0: ZeRO-3 alone), GPUs, batch, b, TFLOP/s per GPU
+# model, p (with t = 8; 0: ZeRO-3 and t = 1), GPUs, batch, b, TFLOP/s per GPU
 SC21_2 = [
     ("175b", 0, 384, 1536, 4, 144), ("175b", 0, 768, 1536, 2, 88), ("175b", 0, 1536, 1536, 1, 44),
     ("530b", 0, 640, 2560, 4, 138), ("530b", 0, 1120, 2240, 2, 98), ("530b", 0, 2240, 2240, 1, 48),
@@ -75,8 +90,8 @@ SC21_2 = [
     ("175b", 12, 1536, 1536, 1, 141), ("530b", 35, 560, 2240, 1, 171),
     ("530b", 35, 1120, 2240, 1, 167), ("530b", 35, 2240, 2240, 1, 159),
 ]  # fmt: skip
-# n_layer, heads, hidden, p (t = 8), chunks, d, batch, b, seconds with full recomputation, seconds
-# with selective and sequence parallelism
+# model, n_layer, heads, hidden size, p (with t = 8), chunks, d, batch, b, seconds with full
+# recomputation, seconds with selective recomputation and sequence parallelism
 KORTHIKANTI_5 = [
     ("22B", 48, 64, 6144, 1, 1, 1, 4, 4, 1.42, 1.10),
     ("175B", 96, 96, 12288, 8, 3, 1, 64, 1, 18.13, 13.75),
@@ -84,13 +99,15 @@ KORTHIKANTI_5 = [
     ("1T", 128, 160, 25600, 64, 1, 1, 512, 1, 94.42, 71.49),
     ("530B, d = 8", 105, 128, 20480, 35, 3, 8, 2240, 1, None, 39.15),
 ]
-# recompute, sequence parallelism, ms forward, ms backward, of a block of 22B: t = 8, b = 4
+# One block of the 22B model with t = 8, b = 4: recomputation, sequence parallelism, ms of forward,
+# ms of backward
 KORTHIKANTI_4 = [
     ("none", False, 7.7, 11.9), ("none", True, 7.2, 11.8), ("full", False, 7.7, 19.5),
     ("selective", False, 7.7, 13.2), ("selective", True, 7.2, 13.1),
 ]  # fmt: skip
-# n_layer, heads, hidden, p, b; by m: samples per GPU and second of 1F1B, 1F1B-I, ZB-1p (ZB-H1);
-# bubble rates of 1F1B, 1F1B-I, ZB-H1 (table 5: theirs from profiled times, not run)
+# model, n_layer, heads, hidden size, p, b; by m: samples per GPU and second of 1F1B, interleaved
+# 1F1B and ZB-1p (ZB-H1). ZERO_BUBBLE_5 has their bubble rates by model and m, which the authors
+# computed from profiled times.
 ZERO_BUBBLE = [
     ("1.5B", 22, 24, 2304, 8, 6, {24: (11.8, 13.1, 12.9), 32: (12.5, 13.4, 13.4),
                                   64: (13.6, 13.9, 14.2)}),
@@ -111,7 +128,7 @@ ZERO_BUBBLE_5 = {
     "28.3B": {96: (0.2646, 0.1493, 0.1421), 128: (0.2168, 0.1164, 0.1106),
               256: (0.1352, 0.0624, 0.0594)},
 }  # fmt: skip
-# GB by d = 1, 4, 16, 64, 256, 1024: ZeRO-1, 2, 3
+# By number of parameters: GB per rank of (ZeRO-1, 2, 3) for d = 1, 4, 16, 64, 256, 1024
 ZERO_1 = {
     7.5e9: [(120, 120, 120), (52.5, 41.3, 30), (35.6, 21.6, 7.5), (31.4, 16.6, 1.88),
             (30.4, 15.4, 0.47), (30.1, 15.1, 0.12)],
@@ -123,31 +140,32 @@ ZERO_1 = {
 
 
 def even(n_layer: int, n: int) -> list[range]:
-    """Theirs are cut evenly, whatever the head costs."""
+    """Blocks of each of n equal stages. Megatron-LM ignores the cost of the head."""
     return [range(k * n_layer // n, (k + 1) * n_layer // n) for k in range(n)]
 
 
-def of_models(name: str) -> gpt.GPTConfig:
+def model_config(name: str) -> gpt.GPTConfig:
+    """The model `name` of gpt.MODELS as Megatron-LM trains it."""
     config = gpt.MODELS[f"gpt-{name}"]
     return megatron(config.n_layer, config.n_head, config.n_embd)
 
 
 def sc21_1() -> list[Row]:
     found = []
-    for name, t, p, gpus, batch, b, v, program, tflops in SC21_1:
-        config, d = of_models(name), gpus // (t * p)
+    for name, t, p, gpus, batch, b, chunks, program, tflops in SC21_1:
+        config, d = model_config(name), gpus // (t * p)
         work = flops(config, batch, "full")
         layout = Layout(t, p, d, 0, b, batch // (d * b), "full",
-                        "interleaved" if v > 1 else "1f1b", v)  # fmt: skip
+                        "interleaved" if chunks > 1 else "1f1b", chunks)  # fmt: skip
         found.append(Row(f"{name}  t={t} p={p} d={d}", work / (gpus * tflops * 1e12), work, config,
-                         layout, program, even(config.n_layer, p * v)))  # fmt: skip
+                         layout, program, even(config.n_layer, p * chunks)))  # fmt: skip
     return found
 
 
 def sc21_2() -> list[Row]:
     found = []
     for name, p, gpus, batch, b, tflops in SC21_2:
-        config, t = of_models(name), 8 if p else 1
+        config, t = model_config(name), 8 if p else 1
         d = gpus // (t * max(1, p))
         work = flops(config, batch, "full")
         layout = Layout(t, max(1, p), d, 0 if p else 3, b, batch // (d * b))
@@ -159,14 +177,14 @@ def sc21_2() -> list[Row]:
 
 def korthikanti() -> list[Row]:
     found = []
-    for name, n, a, h, p, v, d, batch, b, full, selective in KORTHIKANTI_5:
+    for name, n, a, h, p, chunks, d, batch, b, full, selective in KORTHIKANTI_5:
         config = megatron(n, a, h)
         for policy, seconds in (("full", full), ("selective", selective)):
-            schedule, sequence = "interleaved" if v > 1 else "1f1b", policy == "selective"
-            layout = Layout(8, p, d, 0, b, batch // (d * b), policy, schedule, v, sequence)
+            schedule, sequence = "interleaved" if chunks > 1 else "1f1b", policy == "selective"
+            layout = Layout(8, p, d, 0, b, batch // (d * b), policy, schedule, chunks, sequence)
             if seconds:
                 found.append(Row(f"{name}  {policy}", seconds, flops(config, batch, policy), config,
-                                 layout, LOCAL, even(n, p * v)))  # fmt: skip
+                                 layout, LOCAL, even(n, p * chunks)))  # fmt: skip
     return found
 
 
@@ -175,10 +193,10 @@ def block() -> list[Row]:
     for policy, sequence, *both in KORTHIKANTI_4:
         layout = Layout(8, 1, 1, 0, 4, 1, policy, sequence_parallel=sequence)
         work = flops(megatron(1, 64, 6144), 4, "none")
-        for part, ms, share in zip("FB", both, (1 / 3, 2 / 3), strict=True):
-            what = f"{policy}{', sequence' * sequence}: {'forward' if part == 'F' else 'backward'}"
+        for phase, ms, share in zip("FB", both, (1 / 3, 2 / 3), strict=True):
+            what = f"{policy}{', sequence' * sequence}: {'forward' if phase == 'F' else 'backward'}"
             found.append(Row(what, ms / 1e3, share * work, config, layout, LOCAL, even(48, 48),
-                             part))  # fmt: skip
+                             phase))  # fmt: skip
     return found
 
 
@@ -186,14 +204,15 @@ def zero_bubble() -> list[Row]:
     found = []
     for name, n, a, h, p, b, by_m in ZERO_BUBBLE:
         config = megatron(n, a, h, 1024)
-        for m, (plain, turns, h1) in by_m.items():
-            for what, v, rate in (("1f1b", 1, plain), ("interleaved", (n + 2) // p, turns),
-                                  ("zb-h1", 1, h1)):  # fmt: skip
-                each = [(n + 2) // (p * v)] * (p * v)
-                each[0] -= 1  # the embedding is counted as a block, and so is the head
+        for m, (plain, interleaved, h1) in by_m.items():
+            for what, chunks, rate in (
+                ("1f1b", 1, plain), ("interleaved", (n + 2) // p, interleaved), ("zb-h1", 1, h1),
+            ):  # fmt: skip
+                each = [(n + 2) // (p * chunks)] * (p * chunks)
+                each[0] -= 1  # the authors count the embedding and the head as one block each
                 each[-1] -= 1
-                split = [range(sum(each[:k]), sum(each[: k + 1])) for k in range(p * v)]
-                layout = Layout(1, p, 1, 0, b, m, "none", what, v)
+                split = [range(sum(each[:k]), sum(each[: k + 1])) for k in range(p * chunks)]
+                layout = Layout(1, p, 1, 0, b, m, "none", what, chunks)
                 work = flops(config, b * m, "none")
                 found.append(Row(f"{name}  m={m} {what}", b * m / (rate * p), work, config, layout,
                                  LOCAL, split))  # fmt: skip
@@ -202,9 +221,9 @@ def zero_bubble() -> list[Row]:
 
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "2104.04473, table 1: step of GPT with t, p and d": sc21_1,
-    "2104.04473, table 2: ZeRO-3 beside t and p": sc21_2,
+    "2104.04473, table 2: step with ZeRO-3, and with t and p": sc21_2,
     "2205.05198, table 5: step, full and selective recomputation": korthikanti,
-    "2205.05198, table 4: a block": block,
+    "2205.05198, table 4: one block": block,
     "2401.10241, table 4: step of three schedules": zero_bubble,
 }
 
@@ -214,21 +233,21 @@ def step(row: Row, hardware: Hardware) -> cost.Times:
 
 
 def seconds(row: Row, hardware: Hardware) -> float:
-    if row.part:
-        parts = cost.stage_seconds(row.config, row.layout, hardware, 8, row.program, row.split)[1]
-        return sum(sum(parts[kind]) for kind in ("F" if row.part == "F" else "BW"))
+    if row.phase:
+        stage = cost.stage_seconds(row.config, row.layout, hardware, 8, row.program, row.split)[1]
+        return sum(sum(stage[kind]) for kind in ("F" if row.phase == "F" else "BW"))
     return step(row, hardware).total
 
 
 def guesses(rows: list[Row]) -> list[float]:
-    """Each row's seconds at the others' mean FLOP/s per GPU."""
+    """Seconds of each row, if it ran at the mean FLOP/s per GPU of the other rows."""
     rates = [row.flops / row.layout.gpus / row.seconds for row in rows]
     return [row.seconds * rate / ((sum(rates) - rate) / (len(rates) - 1))
             for row, rate in zip(rows, rates, strict=True)]  # fmt: skip
 
 
 def errors(predicted: list[float], rows: list[Row]) -> list[float]:
-    """In percent."""
+    """Relative errors in percent."""
     return [100 * (p / row.seconds - 1) for p, row in zip(predicted, rows, strict=True)]
 
 
@@ -241,8 +260,11 @@ FITTED = ("matmul", "ramp_gflop", "passes", "link", "network", "overlap")
 
 
 def fit(tables: list[list[Row]], start: Hardware = A100) -> Hardware:
-    """The constants with the least mean square of log(predicted / published), tables weighing
-    alike: by steps along each of them that get smaller."""
+    """The constants that minimise the mean square of log(predicted / published).
+
+    All tables have the same weight. The search changes one constant at a time by a factor, and
+    halves the step when no change improves the loss.
+    """
 
     def loss(hardware: Hardware) -> float:
         return statistics.fmean(
@@ -263,12 +285,15 @@ def fit(tables: list[list[Row]], start: Hardware = A100) -> Hardware:
     return start
 
 
-# --- what has no time in it -----------------------------------------------------------------------
+# --- tables of memory and bubble rates ------------------------------------------------------------
 
 
 def zero_memory() -> list[tuple[str, float, float]]:
-    """(what, published GB, ours) of 1910.02054, table 1: 16 bytes a parameter, gradients in 16
-    bits, each state cut by d where the stage says so."""
+    """1910.02054, table 1: (name, published GB, predicted GB) per rank.
+
+    16 bytes per parameter: bf16 parameter and gradient, fp32 master weight and AdamW moments. Each
+    of them is divided by d where the ZeRO stage shards it.
+    """
     found = []
     for numel, by_d in ZERO_1.items():
         for d, published in zip((1, 4, 16, 64, 256, 1024), by_d, strict=True):
@@ -281,8 +306,11 @@ def zero_memory() -> list[tuple[str, float, float]]:
 
 
 def bubble_rates() -> list[tuple[str, float, float]]:
-    """(what, published, ours) of 2401.10241, table 5: idle over all of a step, from each stage's
-    times under the cost model, simulated; as theirs, which do not wait for transfers."""
+    """2401.10241, table 5: (name, published rate, predicted rate), rate = idle time / step time.
+
+    Predicted by simulating the schedule with the model's time of each stage, without waiting for
+    transfers, as the authors do.
+    """
     found, rows = [], iter(zero_bubble())
     for name, by_m in ZERO_BUBBLE_5.items():
         for m, rates in by_m.items():
@@ -293,34 +321,36 @@ def bubble_rates() -> list[tuple[str, float, float]]:
     return found
 
 
-# --- what is said ---------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--fit", action="store_true", help="fit the constants anew (3 min)")
+    arguments.add_argument(
+        "--fit", action="store_true", help="also fit the constants to the tables (3 min)"
+    )
     args = arguments.parse_args()
     tables = {title: rows() for title, rows in TABLES.items()}
     for title, rows in tables.items():
         predicted = [seconds(row, A100) for row in rows]
         print(f"\n{title}\n{'':42s}published   predicted   error")
-        for row, ours, error in zip(rows, predicted, errors(predicted, rows), strict=True):
-            print(f"  {row.name:38s}{row.seconds:9.4g} s {ours:9.4g} s {error:+6.1f} %")
-        print(f"  of {len(rows)} rows:     {summary(errors(predicted, rows))}")
-        print(f"  a constant guess: {summary(errors(guesses(rows), rows))}")
-    for title, rows in (("1910.02054, table 1: GB of a rank", zero_memory()),
+        for row, model, error in zip(rows, predicted, errors(predicted, rows), strict=True):
+            print(f"  {row.name:38s}{row.seconds:9.4g} s {model:9.4g} s {error:+6.1f} %")
+        print(f"  {f'model, {len(rows)} rows:':16s}  {summary(errors(predicted, rows))}")
+        print(f"  {'constant FLOP/s:':16s}  {summary(errors(guesses(rows), rows))}")
+    for title, rows in (("1910.02054, table 1: GB per rank", zero_memory()),
                         ("2401.10241, table 5: bubble rate", bubble_rates())):  # fmt: skip
         print(f"\n{title}\n{'':42s}published   predicted")
-        for name, published, ours in rows:
-            print(f"  {name:38s}{published:9.5g}   {ours:9.5g}")
-    off = [100 * (ours / published - 1) for _, published, ours in zero_memory()]
-    print(f"\n1910.02054, table 1: {summary(off)}, of what is printed with two or three digits")
-    off = [100 * abs(ours - published) for _, published, ours in bubble_rates()]
+        for name, published, model in rows:
+            print(f"  {name:38s}{published:9.5g}   {model:9.5g}")
+    off = [100 * (model / published - 1) for _, published, model in zero_memory()]
+    print(f"\n1910.02054, table 1: {summary(off)}; the paper prints two or three digits")
+    off = [100 * abs(model - published) for _, published, model in bubble_rates()]
     print(f"2401.10241, table 5: mean {statistics.fmean(off):.1f}, max {max(off):.1f} points")
     if not args.fit:
         return
     fitted = fit(list(tables.values()))
-    print(f"\nfitted to all:   {', '.join(f'{n} {getattr(fitted, n):.3g}' for n in FITTED)}")
+    print(f"\nfitted to all tables: {', '.join(f'{n} {getattr(fitted, n):.3g}' for n in FITTED)}")
     for title, rows in tables.items():
         other = fit([rest for name, rest in tables.items() if name != title])
         off = errors([seconds(row, other) for row in rows], rows)

@@ -1,11 +1,18 @@
-"""Text from a checkpoint, or from a GPT-2 in Hugging Face's format.
+"""Generates text from a checkpoint of train_3d.py, or from a GPT-2 in Hugging Face's format.
 
+    make sample CHECKPOINT=checkpoints ARGS="--n 200 --top-k 40"
     python -m tools.sample --checkpoint-dir checkpoints --n 200 --temperature 0.8 --top-k 40
     python -m tools.sample --init-from gpt2 --prompt "Machines that learn"
 
-Prompt and text are bytes, or what the tokenizer says (a `tokenizer.json`, as such folders have one;
-that takes the package tokenizers), or else token ids with a space between. Other flags are
-train_3d.py's: under torchrun a model that no rank can hold is cut as there, with --tp, --pp, ...
+It prints the prompt and the generated text. Which tokens these are depends on the model:
+- With a `tokenizer.json` (--tokenizer, or in the folder of --init-from), text is tokenized by the
+  package `tokenizers`, which must be installed.
+- A model trained on a .npy or .bin file, or a GPT-2 without tokenizer.json, has no known tokenizer.
+  Prompt and output are then token ids, separated by spaces.
+- Otherwise tokens are bytes.
+
+All other flags are those of train_3d.py. A model that is too large for one rank is run with
+torchrun and sharded by --tp, --pp and so on.
 """
 
 import argparse
@@ -24,14 +31,15 @@ import train_3d
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = arguments.add_argument
-    add("--n", type=int, default=200, help="tokens")
-    add("--temperature", type=options.at_least(0, float), default=0.8, help="0: the likeliest")
-    add("--top-k", type=options.at_least(1), metavar="K", help="of the K likeliest alone")
+    add("--n", type=int, default=200, help="number of tokens to generate")
+    add("--temperature", type=options.at_least(0, float), default=0.8,
+        help="0: always the most likely token")  # fmt: skip
+    add("--top-k", type=options.at_least(1), metavar="K", help="sample from the K most likely only")
     add("--prompt", default="\n")
-    add("--tokenizer", metavar="FILE", help="default: tokenizer.json of --init-from, if it has one")
+    add("--tokenizer", metavar="FILE", help="default: tokenizer.json in the --init-from folder")
     mine, rest = arguments.parse_known_args()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    # Of the training batch only that it must be one.
+    # train_3d.py's checks need a valid batch size. Sampling does not use it.
     rest += [f"--global-batch-size={world_size}", "--micro-batch-size=1"]
     rest += [] if "--init-from" in rest else ["--resume"]
     try:
@@ -41,7 +49,10 @@ def main() -> None:
         encode, decode = codec(mine.tokenizer, args)
         prompt = encode(mine.prompt)
         if not prompt or max(prompt) >= config.vocab_size:
-            raise ValueError(f"--prompt is {prompt}: give tokens of 0..{config.vocab_size - 1}")
+            raise ValueError(
+                f"--prompt has the tokens {prompt}: give at least one, from 0 to "
+                f"{config.vocab_size - 1}"
+            )
         device, _ = options.pick_device(args.device)
     except ValueError as error:
         arguments.error(str(error))
@@ -63,14 +74,14 @@ def main() -> None:
 
 
 def codec(tokenizer: str | None, args: argparse.Namespace) -> tuple:
-    """(text -> tokens, tokens -> text)."""
-    beside = Path(args.init_from or "", "tokenizer.json")
-    if tokenizer or (args.init_from and beside.exists()):
+    """Two functions: text -> tokens, tokens -> text."""
+    default = Path(args.init_from or "", "tokenizer.json")
+    if tokenizer or (args.init_from and default.exists()):
         try:
             from tokenizers import Tokenizer
         except ImportError:
-            raise ValueError("a tokenizer.json needs a package: pip install tokenizers") from None
-        known = Tokenizer.from_file(str(tokenizer or beside))
+            raise ValueError("tokenizer.json needs a package: pip install tokenizers") from None
+        known = Tokenizer.from_file(str(tokenizer or default))
         return lambda text: known.encode(text).ids, known.decode
     if (args.data or "").endswith((".npy", ".bin")) or args.init_from:
         return lambda text: [int(n) for n in text.split()], lambda ids: " ".join(map(str, ids))
