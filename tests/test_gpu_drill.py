@@ -85,7 +85,7 @@ def test_no_time_is_left(tmp_path):
 def test_a_part_that_does_not_exist(tmp_path):
     line = [ROOT / "tools/gpu_drill.sh", tmp_path / "drill.md", "praity"]
     done = subprocess.run(line, env=os.environ | {"PYTHON": "true"}, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "gpu_drill.sh: no part is named praity \n"
+    assert done.returncode == 2 and done.stderr == "gpu_drill.sh: there is no part named praity \n"
 
 
 def test_a_layout_that_differs_or_fails_makes_parity_fail(monkeypatch):

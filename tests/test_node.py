@@ -19,7 +19,7 @@ TINY = "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 16 --vocab-size 64 --untied
 
 def able(n: int) -> set[str]:
     """Without those rows that differ from another in their environment only."""
-    rows = (node.ours(n) | node.theirs(n)).items()
+    rows = (node.trainer_rows(n) | node.torch_rows(n)).items()
     return {row for row, how in rows if how is not None and node.PRIORITY not in row}
 
 
@@ -163,7 +163,7 @@ def test_the_report(monkeypatch, tmp_path):
     assert code == 0, said
     for what in ("# 2 ranks on one machine", "says nothing about GPUs", "| 2 | all_reduce |",
                  "| t=2 p=1 d=1, ZeRO-0, 1f1b, SP |", "All within 1e-12", "`python -m tools.node",
-                 "| 2 x 2 x d | not of this many ranks |"):  # fmt: skip
+                 "| 2 x 2 x d | not possible with 2 ranks |"):  # fmt: skip
         assert what in said, what
     rows = {line.split(" | ")[0]: line.split(" | ") for line in said.splitlines()}
     for row in ("| bare loop", "| ZeRO-3"):  # milliseconds, and no error
@@ -203,11 +203,11 @@ def test_nccl_at_high_priority_is_a_row_of_its_own(monkeypatch):
         node, "torchrun", lambda ranks, command, **variables: asked.update(variables) or "stopped"
     )
     args = node.parser().parse_args(["--nproc", "2"])
-    for row in node.ours(2):
+    for row in node.trainer_rows(2):
         asked.clear()
         assert node.launch(row, args) == "stopped"
         assert asked == ({"TORCH_NCCL_HIGH_PRIORITY": "1"} if "high" in row else {})
-    rows = node.ours(8)
+    rows = node.trainer_rows(8)
     for row in ("DDP", "TP+SP"):
         assert rows[row] == rows[row + node.PRIORITY]
 
@@ -277,7 +277,7 @@ def test_parity_gives_its_groups_back():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [("--nproc 1", "is 1: give at least 2"), ("--rows DPP", "'DPP' is none of 'bare loop'"),
+    [("--nproc 1", "is 1: give at least 2"), ("--rows DPP", "'DPP' is not one of 'bare loop'"),
      ("--nproc 2 --device cuda", "2 local ranks and 0 GPUs"),
      ("--out /nowhere/x", "--out /nowhere/x cannot be written")],
 )  # fmt: skip

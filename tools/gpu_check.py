@@ -1,14 +1,19 @@
-"""One GPU, t = p = d = 1: what the trainer adds to a bare loop, in numbers, time and memory.
+"""Compares the trainer of train_3d.py on one GPU with a plain training loop.
 
-    python -m tools.gpu_check --out gpu.md                              make gpu-check (5 min)
+    make gpu-check OUT=gpu.md    python -m tools.gpu_check --out gpu.md     5 minutes
 
-The bare loop is the model, microbatches, clipping and AdamW, without a line of a strategy. Compared
-are (a) losses, norms, gradients and parameters in float64; (b) a step's time in bf16, in turns,
-with and without --compile, synchronised around each step, and free-running, synchronised once after
-the last of several steps; (c) what recomputing and offloading take, and how much of the copies
-hides behind compute: 1 - (offload - none) / copies alone; (d) the most memory that CUDA's allocator
-gave out, beside the formulas. Markdown, for docs/gpu.md. Without a GPU, the same on a small model:
-that shows that it works.
+The plain loop (class `Bare`, "bare loop" in the tables) consists of the model, microbatches,
+clipping and AdamW. It uses none of the strategies. The trainer runs with t = p = d = 1, so its
+strategies are no-ops. The report is Markdown:
+- largest relative differences of losses, gradient norms, gradients and parameters in float64;
+- time per step in bf16, with and without --compile. Loops alternate. Steps are timed with a
+  synchronisation around each step, and free-running, with one after the last of several steps;
+- time of recomputation and of offloading, and the fraction of the offloading copies that overlaps
+  with compute: 1 - (step with offloading - step without) / time of the copies alone;
+- peak memory of CUDA's allocator, compared with the formulas.
+
+The exit code is 1 if a difference in float64 is too large. Without a GPU the report uses a small
+model on the CPU, which shows only that the tool works.
 """
 
 import argparse
@@ -33,12 +38,12 @@ import train_3d
 from tools import dry_run
 from tools.oracle import EPS, draw
 
-STEPS = 3  # in float64
+STEPS = 3  # of the comparison in float64
 SMALL = "--n-layer 2 --n-head 2 --n-embd 64 --seq-len 64 --vocab-size 512".split()
 
 
 class Bare:
-    """A training loop before any strategy: one device, m microbatches, bf16 with fp32 masters."""
+    """Plain training loop: one device, m microbatches, bf16 with fp32 master weights."""
 
     def __init__(self, args: argparse.Namespace, config: gpt.GPTConfig, device: torch.device):
         self.args, self.read, self.device = args, reader(config), device
@@ -49,16 +54,18 @@ class Bare:
         self.parameters, narrow = list(self.model.parameters()), dtype.itemsize < 4
         self.masters = [p.detach().float() if narrow else p for p in self.parameters]
         for p in self.parameters if narrow else ():
-            p.grad_dtype = torch.float32  # microbatches add up in fp32, as in ddp.py
-        groups = [{"params": [m for m in self.masters if m.ndim >= 2]},
-                  {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0}]
+            p.grad_dtype = torch.float32  # accumulate microbatches in fp32, as ddp.py does
+        groups = [
+            {"params": [m for m in self.masters if m.ndim >= 2]},
+            {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, 0.0, (0.9, 0.95), EPS, args.weight_decay,
                                            fused=True)  # fmt: skip
         for block in self.model.h.values() if args.compile else ():
             block.forward = torch.compile(block.forward)
 
     def step(self, step: int) -> Tensor:
-        """[loss, gradient norm]."""
+        """One training step. Returns [loss, gradient norm]."""
         args, b = self.args, self.args.micro_batch_size
         rows = range(args.global_batch_size)
         x, y = (train_3d.to_device(t, self.device) for t in self.read(step, rows))
@@ -82,6 +89,8 @@ class Bare:
 
 
 def reader(config: gpt.GPTConfig) -> Callable:
+    """A function (step, rows) -> (inputs, targets) of random tokens."""
+
     def read(step: int, rows: range) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(step)
         row = torch.randint(config.vocab_size, (len(rows), config.seq_len + 1), generator=generator)
@@ -100,64 +109,70 @@ def trainer_of(
 
 
 def now(device: torch.device) -> float:
+    """The time after all work launched on `device` has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def seconds(loops: list, steps: int, device: torch.device) -> list[float]:
-    """Median of a step of each, in turns; the first two warm up."""
+    """Median seconds per step of each loop. The loops alternate; the first two steps warm up."""
     times: list[list[float]] = [[] for _ in loops]
     for step in range(2 + steps):
-        for loop, mine in zip(loops, times, strict=True):
+        for loop, measured in zip(loops, times, strict=True):
             start = now(device)
             loop.step(step)
-            mine.append(now(device) - start)
-    return [statistics.median(mine[2:]) for mine in times]
+            measured.append(now(device) - start)
+    return [statistics.median(measured[2:]) for measured in times]
 
 
 def free_running_seconds(loops: list, steps: int, device: torch.device) -> list[float]:
-    """Seconds per step of each without a synchronisation between the steps, as in training: the
-    mean of `steps` steps. Median of three such windows, in turns. The loops are warmed up."""
+    """Seconds per step of each loop, without synchronisation between steps, as in training.
+
+    A window is `steps` steps. Windows of the loops alternate, and the result is the median of three
+    of them. The loops must be warm.
+    """
     times: list[list[float]] = [[] for _ in loops]
     for _ in range(3):
-        for loop, mine in zip(loops, times, strict=True):
+        for loop, measured in zip(loops, times, strict=True):
             start = now(device)
             for step in range(steps):
                 loop.step(step)
-            mine.append((now(device) - start) / steps)
-    return [statistics.median(mine) for mine in times]
+            measured.append((now(device) - start) / steps)
+    return [statistics.median(measured) for measured in times]
 
 
-def forget() -> None:
+def free_memory() -> None:
+    """Frees cached GPU memory and resets the allocator's peak."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-# --- what is compared -----------------------------------------------------------------------------
+# --- comparisons ----------------------------------------------------------------------------------
 
 
 def parity(flags: list[str], device: torch.device) -> Iterator[tuple[str, bool]]:
+    """(row of the table, whether the difference is within measure.TOLERANCE)."""
     args = options.parser().parse_args([*flags, "--dtype=float64", "--clip=0.1"])
     config = options.check(args, 1)
-    mine, bare = trainer_of(args, config, device), Bare(args, config, device)
-    stats = [[loop.step(step)[:2] for step in range(STEPS)] for loop in (mine, bare)]
-    ours, theirs = (dict(gpt.named_parameters(loop.model)) for loop in (mine, bare))
+    loops = trainer_of(args, config, device), Bare(args, config, device)
+    stats = [[loop.step(step)[:2] for step in range(STEPS)] for loop in loops]
+    parameters = [dict(gpt.named_parameters(loop.model)) for loop in loops]
     for what, a, b in (
         ("losses and norms", *({"": torch.stack(s)} for s in stats)),
-        ("gradients", *({n: p.grad for n, p in named.items()} for named in (ours, theirs))),
-        ("parameters", ours, theirs),
+        ("gradients", *({n: p.grad for n, p in named.items()} for named in parameters)),
+        ("parameters", *parameters),
     ):
         worst = measure.largest(measure.relative_errors(a, b).values())
         yield f"| {what} | {worst:.1e} |", worst <= measure.TOLERANCE
 
 
 SPEED_HEAD = (
-    "| bf16 | bare loop, ms | ours, ms | ours / bare | bare loop, free-running, ms | "
-    "ours, free-running, ms | ours / bare, free-running | tokens/s, free-running | TFLOP/s | MFU | "
-    "max difference of loss, norm |",
+    "| bf16 | bare loop, ms | trainer, ms | trainer / bare | bare loop, free-running, ms | "
+    "trainer, free-running, ms | trainer / bare, free-running | tokens/s, free-running | TFLOP/s | "
+    "MFU | max difference of loss, norm |",
     "|---" * 11 + "|",
 )
 
@@ -165,36 +180,39 @@ SPEED_HEAD = (
 def speed(
     flags: list[str], device: torch.device, steps: int, compiled: Iterable[bool] = (False, True)
 ) -> Iterator[str]:  # fmt: skip
+    """Rows of the table below SPEED_HEAD, one for each value in `compiled`."""
     for compile_blocks in compiled:
         mode = ["--compile"] if compile_blocks else []
         args = options.parser().parse_args([*flags, "--dtype=bf16", *mode])
         config = options.check(args, 1)
         loops = [trainer_of(args, config, device), Bare(args, config, device)]
-        ours, bare = seconds(loops, steps, device)
+        ms, bare = (1e3 * taken for taken in seconds(loops, steps, device))
         free, free_bare = free_running_seconds(loops, steps, device)
         both = zip(*(loop.step(9)[:2].tolist() for loop in loops), strict=True)
-        apart = measure.largest(abs(a - b) for a, b in both)
+        difference = measure.largest(abs(a - b) for a, b in both)
         tokens = args.global_batch_size * config.seq_len
         tflops = 3e-12 * gpt.forward_flops_per_token(config) * tokens / free
         peak = options.peak_tflops(args, device)
         mfu = f"{100 * tflops / peak:.1f} %" if peak else "-"
         how = "compiled" if compile_blocks else "eager"
-        yield (f"| {how} | {1e3 * bare:.1f} | {1e3 * ours:.1f} | {ours / bare:.3f} | "
-               f"{1e3 * free_bare:.1f} | {1e3 * free:.1f} | {free / free_bare:.3f} | "
-               f"{tokens / free:,.0f} | {tflops:.3g} | {mfu} | {apart:.1e} |")
+        yield (
+            f"| {how} | {bare:.1f} | {ms:.1f} | {ms / bare:.3f} | "
+            f"{1e3 * free_bare:.1f} | {1e3 * free:.1f} | {free / free_bare:.3f} | "
+            f"{tokens / free:,.0f} | {tflops:.3g} | {mfu} | {difference:.1e} |"
+        )
         del loops
-        forget()
+        free_memory()
 
 
 def copy_seconds(nbytes: int, device: torch.device) -> float:
-    """To the host, pinned, and back, with nothing beside it."""
-    there = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    """Seconds of a copy to pinned host memory and back, without other work."""
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device)
     host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     class Copies:
         def step(self, _: int) -> None:
-            host.copy_(there, non_blocking=True)
-            there.copy_(host, non_blocking=True)
+            host.copy_(source, non_blocking=True)
+            source.copy_(host, non_blocking=True)
 
     return seconds([Copies()], 5, device)[0]
 
@@ -206,6 +224,7 @@ MEMORY_HEAD = (
 
 
 def memory(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
+    """Rows of the table below MEMORY_HEAD, and a line about the overlap of offloading."""
     policies = ("none", "full", "offload")
 
     def trainer_with(policy: str) -> train_3d.Trainer:
@@ -215,29 +234,30 @@ def memory(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
     taken = seconds([trainer_with(policy) for policy in policies], steps, device)
     times = dict(zip(policies, taken, strict=True))
     for policy in policies:
-        forget()
+        free_memory()
         trainer = trainer_with(policy)
         args, config = trainer.args, trainer.config
         trainer.step(0)
-        forget()  # the peak is a step's, not that of making it
+        free_memory()  # measure the peak of a step, without that of the initialisation
         trainer.step(1)
         held = dry_run.predicted_bytes(trainer)
-        expected, most = sum(held.values()), "no GPU | -"
+        expected, measured = sum(held.values()), "no GPU | -"
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
-            most = f"{peak / 1e9:.3f} | {peak / expected:.3f}"
-        yield f"| {policy} | {1e3 * times[policy]:.1f} | {expected / 1e9:.3f} | {most} |"
+            measured = f"{peak / 1e9:.3f} | {peak / expected:.3f}"
+        yield f"| {policy} | {1e3 * times[policy]:.1f} | {expected / 1e9:.3f} | {measured} |"
         del trainer
-    kept = config.n_layer * activation_ckpt.predicted_block_bytes(
+    saved = config.n_layer * activation_ckpt.predicted_block_bytes(
         args.micro_batch_size, config.seq_len, config.n_embd, config.n_head, config.attention, 2,
         stat=4)  # fmt: skip
     m = args.global_batch_size // args.micro_batch_size
-    copies = m * copy_seconds(kept, device)
-    hidden = f"{100 * (1 - (times['offload'] - times['none']) / copies):.0f} % are hidden"
+    copies = m * copy_seconds(saved, device)
+    overlap = 100 * (1 - (times["offload"] - times["none"]) / copies)
+    hidden = f"{overlap:.0f} % of this overlaps with compute"
     if device.type == "cpu":
-        hidden = "nothing is hidden: device and host are one"
-    yield (f"\nOffloading copies {m} x {kept / 1e9:.3f} GB a step, there and back: "
-           f"{1e3 * copies:.1f} ms alone, of which {hidden}.")  # fmt: skip
+        hidden = "without a GPU nothing overlaps"
+    yield (f"\nOffloading copies {m} x {saved / 1e9:.3f} GB per step to the host and back. The "
+           f"copies alone take {1e3 * copies:.1f} ms; {hidden}.")  # fmt: skip
 
 
 def report(model: str | None, vocab_size: int | None, batch: tuple[int, int], steps: int,
@@ -250,7 +270,7 @@ def report(model: str | None, vocab_size: int | None, batch: tuple[int, int], st
     rows = [f"--global-batch-size={batch[0]}", f"--micro-batch-size={batch[1]}"]
     flags = [*sizes, *vocabulary, *rows]
     yield f"`{' '.join(flags)}`; CUDA {torch.version.cuda}; float32 matmuls without TF32\n"
-    yield "| float64, 3 steps of AdamW, a small model | largest relative difference |\n|---|---|"
+    yield "| float64, 3 steps of AdamW, small model | largest relative difference |\n|---|---|"
     for line, same in parity([*SMALL, "--global-batch-size=4", "--micro-batch-size=2"], device):
         failed += [] if same else [line]
         yield line
@@ -266,12 +286,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = arguments.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--model", choices=gpt.MODELS, help="default: gpt2-medium, or without a GPU a small one")
-    add("--vocab-size", type=options.at_least(1), help="default: the model's")
-    add("--batch", type=options.at_least(1), nargs=2, default=(16, 4), metavar=("ROWS", "OF"),
-        help="rows a step, and of a microbatch")  # fmt: skip
-    add("--steps", type=options.at_least(1), default=10, help="timed")
-    add("--out", metavar="FILE")
+    add("--model", choices=gpt.MODELS, help="default: gpt2-medium; on a CPU a small one")
+    add("--vocab-size", type=options.at_least(1), help="default: that of the model")
+    add("--batch", type=options.at_least(1), nargs=2, default=(16, 4), metavar=("ROWS", "MICRO"),
+        help="sequences per step and per microbatch")  # fmt: skip
+    add("--steps", type=options.at_least(1), default=10, help="timed steps")
+    add("--out", metavar="FILE", help="also write the report to FILE")
     args = arguments.parse_args()
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     try:

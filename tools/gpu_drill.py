@@ -1,11 +1,27 @@
-"""Checks that need a GPU, in parts of a minute or two each.
+"""Checks of everything that needs a GPU, on a single GPU, in parts of one or two minutes.
 
-    python -m tools.gpu_drill parity --device cuda            all parts: tools/gpu_drill.sh FILE
+    make gpu-drill OUT=gpu_drill.md                   all parts, in at most ten minutes
+    tools/gpu_drill.sh gpu_drill.md [PART ...]        all parts, or those that are named
+    python -m tools.gpu_drill PART --device cuda      one part
 
-Two or three ranks share the GPU over NCCL, which is slow and enough for correctness. NCCL refuses
-two ranks that have one GPU and one host hash, so each rank gets another NCCL_HOSTID. Each part
-writes Markdown and ends with 0 (passed), 1 (failed) or 3 (it needs a GPU, and there is none).
-Without a GPU the ranks use gloo, and the models are small.
+The parts, in the order in which the script runs them:
+
+    parity          layouts of 2 and 3 ranks agree with one process in float64
+    late            the same, with delayed ranks and delayed results of collectives
+    train           checkpoint, SIGTERM, resume and trace of train_3d.py on 2 ranks
+    syncs           a step never makes the host wait for the GPU
+    speed           step time compared with a loop without strategies
+    profile         fraction of time in which the GPU is busy; kernel launches per step
+    fragmentation   reserved / allocated memory
+    offload         how much of offloading's copies overlaps with compute
+    memcheck        NVIDIA's compute-sanitizer finds no memory errors
+
+In parity, late, train, syncs, fragmentation and memcheck, several ranks share the GPU over NCCL.
+That is slow, but enough to test correctness. NCCL refuses two ranks with the same GPU and the same
+host, so each rank gets a different NCCL_HOSTID.
+
+Each part prints Markdown and exits with 0 (passed), 1 (failed) or 3 (needs a GPU, and there is
+none). Without a GPU the ranks use gloo and small models.
 """
 
 import argparse
@@ -52,11 +68,11 @@ CASES = {
     "zb-v": Case(p=2, schedule="zb-v", **TINY),
 }
 SMALL = "--n-layer 1 --n-head 2 --n-embd 32 --seq-len 32"
-CYCLES = 2_000_000  # of torch.cuda._sleep: about 1 ms
+CYCLES = 2_000_000  # for torch.cuda._sleep: about 1 ms
 
 
 def share_gpu(rank: int) -> None:
-    """Called in each rank's process before NCCL starts."""
+    """Lets several ranks use one GPU. Called in each rank's process before NCCL starts."""
     os.environ.update(SHARED_GPU, NCCL_HOSTID=str(rank))
 
 
@@ -66,7 +82,7 @@ def share_gpu(rank: int) -> None:
 def parity(
     device: torch.device, failed: list[str], judge: Callable = oracle.judge
 ) -> Iterator[str]:  # fmt: skip
-    """float64, next to one process on the CPU."""
+    """Compares CASES with one process on the CPU, in float64."""
     yield "| layout | ranks | largest relative difference | in | s |"
     yield "|---|---|---|---|---|"
     for name, case in CASES.items():
@@ -91,13 +107,13 @@ def rank_1_is_late() -> None:
 
 
 def late(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """Rank 1 sleeps before each launch, and outputs are filled with NaN ahead of it."""
+    """parity(), but rank 1 sleeps before each collective and outputs are NaN until it runs."""
     judge = functools.partial(races.judge_late, direct=True, delay=rank_1_is_late)
     yield from parity(device, failed, judge)
 
 
 class Ranks:
-    """train_3d.py on two ranks that share a GPU: each believes that it is alone on its host."""
+    """train_3d.py on two ranks that share a GPU. To each rank it looks like one rank per host."""
 
     def __init__(self, device: torch.device, *flags: str):
         with socket.socket() as s:
@@ -116,12 +132,15 @@ class Ranks:
             ))  # fmt: skip
 
     def wait(self, stop_after: str | None = None) -> str:
-        """Rank 0's output. stop_after: a regex; when a line matches, rank 1 gets SIGTERM. Raises
-        RuntimeError if a rank fails."""
-        said = ""
+        """Waits for both ranks and returns the output of rank 0.
+
+        stop_after: a regular expression. When a line matches it, rank 1 gets SIGTERM. Raises
+        RuntimeError if a rank fails.
+        """
+        output = ""
         with self.errors:
             for line in self.processes[0].stdout:
-                said += line
+                output += line
                 if stop_after and re.match(stop_after, line):
                     self.processes[1].send_signal(signal.SIGTERM)
                     stop_after = None
@@ -130,18 +149,20 @@ class Ranks:
             self.errors.seek(0)
             if any(codes):
                 raise RuntimeError(f"exit codes {codes}: {self.errors.read()[-1000:]}")
-        return said
+        return output
 
 
 def rows(log: str) -> dict[int, tuple[float, float]]:
-    """(loss, norm) by step."""
+    """Step -> (loss, gradient norm)."""
     found = map(json.loads, Path(log).read_text().splitlines())
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in found if "loss" in row}
 
 
 def train(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """Checkpoint, SIGTERM, resume, trace: the losses of a run that was stopped and resumed are
-    those of one that was not."""
+    """Stops a run by SIGTERM and resumes it: the losses must equal those of an unbroken run.
+
+    The unbroken run also writes a trace, which must have spans of both ranks.
+    """
     flags = ("--n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --global-batch-size 8 --zero 3 "
              "--micro-batch-size 2 --steps 40 --dtype float64 --val-every 0 --print-every 1 "
              "--data train_3d.py").split()  # fmt: skip
@@ -176,7 +197,7 @@ def train(device: torch.device, failed: list[str]) -> Iterator[str]:
 
 
 def synchronising(seen: list[warnings.WarningMessage]) -> list[str]:
-    """Source locations of the synchronisation warnings."""
+    """Source locations ("file:line") of the synchronisation warnings."""
     found = [w for w in seen if "synchronizing" in str(w.message)]
     return [f"{Path(w.filename).name}:{w.lineno}" for w in found]
 
@@ -186,7 +207,7 @@ def most_common(places: list[str]) -> list[str]:
 
 
 def syncs_of_steps(steps: Iterable[Callable]) -> tuple[list[int], list[str]]:
-    """How often each step synchronises, and where the last one does."""
+    """(synchronisations of each step, their most common locations in the last step)."""
     counts, places = [], []
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -206,9 +227,11 @@ def syncs_of_layout(case: Case, device: torch.device) -> tuple[list[int], list[s
 
 
 def syncs_of_the_loop(device: torch.device, flags: list[str]) -> tuple[list[int], list[str]]:
-    """Of train_3d.main(), which also asks whether to stop. The last step is printed, so it is left
-    out."""
-    starts, plain = [], train_3d.Trainer.step  # starts: places seen when a step began
+    """The same for train_3d.main(), which also checks whether to stop.
+
+    The last step is left out: printing its loss synchronises.
+    """
+    starts, plain = [], train_3d.Trainer.step  # starts: warnings seen before each step
 
     def step(trainer: train_3d.Trainer, number: int) -> torch.Tensor:
         torch.cuda.set_sync_debug_mode("warn")
@@ -225,8 +248,8 @@ def syncs_of_the_loop(device: torch.device, flags: list[str]) -> tuple[list[int]
 
 
 def syncs(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """torch.cuda.set_sync_debug_mode("warn") over six steps."""
-    yield "| run | warnings of set_sync_debug_mode by step (aim: 0 from the 3rd) | last ones |"
+    """Counts the warnings of torch.cuda.set_sync_debug_mode("warn") in each of six steps."""
+    yield "| run | synchronisations by step (aim: 0 from the 3rd) | where, in the last step |"
     yield "|---|---|---|"
     names = ("DDP", "ZeRO-3", "TP+SP", "zb-v")
     if device.type == "cpu":
@@ -255,22 +278,22 @@ def syncs_row(name: str, counts: list[int], places: list[str]) -> str:
 
 
 def sizes(device: torch.device, vocab_size: int) -> list[str]:
-    """Flags of the model and of the batch."""
+    """Flags for the model and the batch."""
     model = "--model=gpt2-medium" if device.type == "cuda" else SMALL
     return [*model.split(), f"--vocab-size={vocab_size}", "--global-batch-size=16",
             "--micro-batch-size=4"]  # fmt: skip
 
 
 def speed(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """A step next to the bare loop's; aim: at most 1.02."""
+    """Step time of the trainer / step time of gpu_check.Bare. Aim: at most 1.02."""
     steps = 10 if device.type == "cuda" else 1
     train_3d.join_ranks(device)
     if device.type == "cpu":  # inductor would compile C++ for 40 s
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    yield "Aim: ours / bare at most 1.02.\n"
+    yield "Aim: trainer / bare at most 1.02.\n"
     yield "| vocabulary " + gpu_check.SPEED_HEAD[0]
     yield "|---" + gpu_check.SPEED_HEAD[1]
-    for compiled in (False, True):  # compiled last: it needs a C compiler
+    for compiled in (False, True):  # eager first, because compiling needs a C compiler
         for vocab_size in (50257, 50304) if device.type == "cuda" else (65, 64):
             flags = sizes(device, vocab_size)
             for row in gpu_check.speed(flags, device, steps, compiled=[compiled]):
@@ -279,7 +302,7 @@ def speed(device: torch.device, failed: list[str]) -> Iterator[str]:
 
 
 def offload(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """How much of the copying is hidden."""
+    """The fraction of offloading's copies that overlaps with compute."""
     train_3d.join_ranks(device)
     yield from gpu_check.MEMORY_HEAD
     yield from gpu_check.memory(sizes(device, 50304 if device.type == "cuda" else 64), device,
@@ -288,8 +311,11 @@ def offload(device: torch.device, failed: list[str]) -> Iterator[str]:
 
 
 def busy_and_launches(events: list[dict], steps: int) -> tuple[float, float]:
-    """From a trace of torch.profiler: the share of the time between the first kernel and the end of
-    the last in which the GPU ran a kernel or a copy; kernel launches per step."""
+    """(fraction of time in which the GPU is busy, kernel launches per step), from a trace.
+
+    events: of torch.profiler. Busy means running a kernel or a copy; the time counts from the
+    start of the first one to the end of the last.
+    """
     kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in kinds)
     busy, end = 0.0, spans[0][0]
@@ -302,16 +328,16 @@ def busy_and_launches(events: list[dict], steps: int) -> tuple[float, float]:
 
 
 def profile(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """GPU-busy share and kernel launches per step."""
+    """Fraction of time in which the GPU is busy, and kernel launches per step."""
     yield "| bf16, eager | GPU busy | kernel launches per step |"
     yield "|---|---|---|"
     if device.type == "cpu":
-        yield from needs_a_gpu("bare loop", "ours", columns=2)
+        yield from needs_a_gpu("bare loop", "trainer", columns=2)
     train_3d.join_ranks(device)
     args = options.parser().parse_args([*sizes(device, 50304), "--dtype=bf16"])
     config, steps = options.check(args, 1), 3
-    for name, build in (("bare loop", gpu_check.Bare), ("ours", gpu_check.trainer_of)):
-        gpu_check.forget()
+    for name, build in (("bare loop", gpu_check.Bare), ("trainer", gpu_check.trainer_of)):
+        gpu_check.free_memory()
         loop = build(args, config, device)
         for step in range(3):
             loop.step(step)
@@ -331,7 +357,7 @@ def profile(device: torch.device, failed: list[str]) -> Iterator[str]:
 
 
 def peaks(zero: int, device: torch.device) -> tuple[int, int]:
-    """Peak bytes reserved and allocated in steps 3 to 5."""
+    """Peak bytes (reserved, allocated) of CUDA's allocator in steps 3 to 5."""
     flags = [*"--model=gpt2 --global-batch-size=8 --micro-batch-size=2 --dtype=bf16".split(),
              f"--zero={zero}"]  # fmt: skip
     args = options.parser().parse_args(flags)
@@ -346,7 +372,8 @@ def peaks(zero: int, device: torch.device) -> tuple[int, int]:
 
 
 def fragmentation(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """ZeRO-3 frees and allocates a unit's parameters several times per step."""
+    """Reserved / allocated memory. ZeRO-3 could fragment: it frees and allocates parameters
+    often."""
     yield "| gpt2, bf16, 2 ranks | reserved GB | allocated GB | reserved / allocated |"
     yield "|---|---|---|---|"
     names = {0: "DDP", 3: "ZeRO-3"}
@@ -354,31 +381,32 @@ def fragmentation(device: torch.device, failed: list[str]) -> Iterator[str]:
         yield from needs_a_gpu(*names.values(), columns=3)
     for zero, name in names.items():
         both = oracle.launch(2, peaks, zero, device, before=share_gpu, device=device, timeout=60.0)
-        held, given = both[0]
-        yield f"| {name} | {held / 1e9:.3f} | {given / 1e9:.3f} | {held / given:.3f} |"
+        reserved, allocated = both[0]
+        yield (f"| {name} | {reserved / 1e9:.3f} | {allocated / 1e9:.3f} | "
+               f"{reserved / allocated:.3f} |")  # fmt: skip
 
 
 def memcheck(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """A tiny ZeRO-3 under compute-sanitizer."""
+    """Runs a tiny ZeRO-3 step (`tiny` below) under compute-sanitizer."""
     if device.type == "cpu":
         yield "ZeRO-3 under compute-sanitizer needs a GPU."
         raise SystemExit(NEEDS_A_GPU)
     if not shutil.which("compute-sanitizer"):
-        yield "compute-sanitizer is not installed; it is a part of the CUDA toolkit."
+        yield "compute-sanitizer is not installed; it belongs to the CUDA toolkit."
         raise SystemExit(NEEDS_A_GPU)
-    # NCCL and torch make probing API calls that fail by design, hence --report-api-errors no.
+    # --report-api-errors no: NCCL and torch make probing API calls that fail by design.
     sanitizer = "compute-sanitizer --tool memcheck --target-processes all --report-api-errors no"
     line = [*sanitizer.split(), sys.executable, "-m", "tools.gpu_drill", "tiny", "--device", "cuda"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    said = [line for line in done.stdout.splitlines() if not line.startswith("=====")]
+    output = [line for line in done.stdout.splitlines() if not line.startswith("=====")]
     errors = re.findall("=+ (?:Invalid|Misaligned|.*out of bounds|Program hit).*", done.stdout)
-    yield f"{' '.join(said)}; exit code {done.returncode}; {len(errors)} errors of memcheck"
+    yield f"{' '.join(output)}; exit code {done.returncode}; {len(errors)} errors of memcheck"
     yield from sorted({*errors})[:5]
     failed += ["memcheck"] if errors or done.returncode else []
 
 
 def tiny(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """What memcheck runs."""
+    """One step of ZeRO-3 on two ranks, compared with one process. Run by memcheck."""
     case = Case(d=2, zero=3, steps=1, **TINY | {"n_layer": 1, "m": 1})
     errors = oracle.judge(case, {"device": device}, before=share_gpu, device=device, timeout=80.0)
     yield f"ZeRO-3, 2 ranks, one step: largest relative difference {errors.worst:.1e}"
@@ -399,9 +427,10 @@ PARTS = {part.__name__: part for part in (parity, late, train, syncs, speed, pro
 
 
 def main() -> None:
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # ranks are forked: see the script
+    # torch.cuda.is_available() must not initialise CUDA here, because ranks are forked.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("part", choices=[*PARTS, "tiny"])
+    arguments.add_argument("part", choices=[*PARTS, "tiny"], help="which check to run")
     arguments.add_argument("--device", choices=("cpu", "cuda"), required=True)
     args = arguments.parse_args()
     device, failed = torch.device(args.device, 0) if args.device == "cuda" else oracle.CPU, []

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# One GPU, at most ten minutes: parity over NCCL first, then what only a GPU can show.
+# Runs the checks of tools/gpu_drill.py on one GPU, in at most ten minutes.
 #
-#   tools/gpu_drill.sh gpu_drill.md [PART ...]                       make gpu-drill OUT=gpu_drill.md
+#   make gpu-drill OUT=gpu_drill.md
+#   tools/gpu_drill.sh gpu_drill.md [PART ...]       only the named parts
 #
-# Each part of tools/gpu_drill.py runs under a time limit and appends its Markdown to the file. The
-# last table says which parts passed. Exit code 1: a part failed or ran out of time. Without a GPU
-# the parts that can run on a CPU use small models over gloo. SLOWER=3 multiplies the time limits.
+# Each part runs under a time limit and appends its Markdown to the file. The last table lists which
+# parts passed. The exit code is 1 if a part failed or ran out of time. Without a GPU, parts that can
+# run on a CPU use small models over gloo. SLOWER=3 multiplies the time limits by 3.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: tools/gpu_drill.sh FILE [PART ...]}")
 chosen=" ${*:2} "
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python} slower=${SLOWER:-1} failed=0 results=()
 export OMP_NUM_THREADS=1
-export PYTORCH_NVML_BASED_CUDA_CHECK=1 # is_available() does not initialise CUDA: ranks are forked
+export PYTORCH_NVML_BASED_CUDA_CHECK=1 # is_available() must not initialise CUDA: ranks are forked
 
 about='
 import datetime, torch
@@ -51,7 +52,7 @@ part() { # name, seconds
   echo "$1: $result"
 }
 
-part parity 100 # if this fails, ignore the rest
+part parity 100 # if this fails, the results below mean nothing
 part late 110
 part train 80
 part syncs 50
@@ -61,7 +62,7 @@ part fragmentation 40
 part offload 40
 part memcheck 60
 if ((${#results[@]} == 0)); then
-  echo "gpu_drill.sh: no part is named${chosen}" >&2
+  echo "gpu_drill.sh: there is no part named${chosen}" >&2
   exit 2
 fi
 printf '\n| part | result | seconds |\n|---|---|---|\n' >> "$out"

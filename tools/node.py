@@ -1,15 +1,26 @@
-"""A machine with several GPUs in one report: what it is, its links, parity, every strategy's speed.
+"""Reports on a machine with several GPUs: hardware, links, correctness, speed of every strategy.
 
-    python -m tools.node --nproc 8 --out node.md                       make node (8 GPUs: 30 min)
+    make node OUT=node.md    python -m tools.node --nproc 8 --out node.md     8 GPUs: 30 minutes
 
-Markdown to paste. Each row is a launch of its own, so that memory is fresh and what fails says so
-in its row: the bare loop of tools/gpu_check.py on one GPU, our strategies by train_3d.Trainer, and
-PyTorch's own by tools/bench.py. All rows take as many tokens a GPU, in microbatches of 4 rows, or 8
-under TP, whose ranks share them. They compute in bf16 and update fp32 copies of the parameters with
-AdamW; PyTorch leaves these copies to its user, so they are made here. (PyTorch's gradients add up
-in bf16, and it does not clip.) Steps are timed with a synchronisation around each, and free-
-running: with one after the last. On CPUs a small model shows that the report works, and nothing
-about GPUs.
+The report is Markdown and has four sections:
+- the machine and its software;
+- latency and bandwidth of the collectives (tools/links.py);
+- parity: the largest difference between each layout and one process, in float64;
+- the speed of every strategy in bf16, of this repository and of PyTorch.
+
+Each row of the last table is a separate launch with fresh memory; a failure is reported in its row.
+The rows are the loop without parallelism of tools/gpu_check.py on one GPU ("bare loop"), strategies
+of this repository run by train_3d.Trainer, and the PyTorch variants of tools/bench.py ("torch
+..."). All process the same number of tokens per GPU, in microbatches of 4 rows. With tensor
+parallelism (TP) microbatches have 8 rows, because the TP ranks share them.
+
+All rows compute in bf16 and let AdamW update fp32 copies of the parameters. PyTorch's strategies
+leave these copies to the user, so the class `Masters` makes them. Two differences remain: PyTorch's
+variants accumulate gradients in bf16 and do not clip.
+
+Steps are timed twice: with a synchronisation of host and GPU around each step, and free-running,
+with a single synchronisation after the last step. On CPUs a small model shows that the report
+works; its numbers say nothing about GPUs.
 """
 
 import argparse
@@ -40,18 +51,19 @@ import train_3d
 from tools import bench, gpu_check, oracle, parity
 
 ROOT = Path(__file__).parent.parent
-ROWS = 16  # of tokens, a GPU and step
-# gpt2-xl's 25 heads no t divides, nor its 50257 tokens; pipelining has no tied matrix.
+ROWS = 16  # sequences per GPU and step
+# t divides neither the 25 heads nor the 50257 tokens of gpt2-xl, so both are changed. Untied
+# because torch.distributed.pipelining cannot tie weights.
 MODEL = "--model gpt2-xl --n-head 40 --vocab-size 50304 --untied"
-SMALL = ("--n-layer 8 --n-head 8 --n-embd 64 --seq-len 64 --vocab-size 256 --untied")
+SMALL = "--n-layer 8 --n-head 8 --n-embd 64 --seq-len 64 --vocab-size 256 --untied"
 
-PRIORITY = ", NCCL at high priority"  # a row of that name has TORCH_NCCL_HIGH_PRIORITY=1
+PRIORITY = ", NCCL at high priority"  # rows with this suffix set TORCH_NCCL_HIGH_PRIORITY=1
 
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def ours(n: int) -> dict[str, str | None]:
-    """Flags by row; None where n ranks cannot have it."""
+def trainer_rows(n: int) -> dict[str, str | None]:
+    """Row -> flags of train_3d.py; None if the layout does not exist for n ranks."""
     return {
         "DDP": "",
         f"DDP{PRIORITY}": "",
@@ -64,8 +76,8 @@ def ours(n: int) -> dict[str, str | None]:
     }
 
 
-def theirs(n: int) -> dict[str, Callable | None]:
-    """Variants of tools/bench.py by row."""
+def torch_rows(n: int) -> dict[str, Callable | None]:
+    """Row -> variant of tools/bench.py; None if the layout does not exist for n ranks."""
     batch = n * ROWS
     pp = "torch pipelining, 1F1B"
     return {
@@ -83,7 +95,7 @@ def theirs(n: int) -> dict[str, Callable | None]:
 
 
 def microbatch(row: str) -> int:
-    """Rows of tokens."""
+    """Sequences per microbatch."""
     return 8 if "TP" in row or "2 x 2" in row else 4
 
 
@@ -91,11 +103,11 @@ BARE, PARITY = "bare loop", "parity"
 
 
 def names(n: int) -> list[str]:
-    return [BARE, *ours(n), *theirs(n)]
+    return [BARE, *trainer_rows(n), *torch_rows(n)]
 
 
 class Masters:
-    """AdamW on fp32 copies of bf16 parameters, of a DTensor's local part."""
+    """AdamW on fp32 copies of bf16 parameters; for a DTensor, of this rank's shard."""
 
     def __init__(self, parameters):
         given = list(parameters)
@@ -128,8 +140,8 @@ class Masters:
             master.grad = None
 
 
-class Theirs:
-    """A variant of tools/bench.py with the step of a trainer."""
+class TorchLoop:
+    """A variant of tools/bench.py with the method step(step), like train_3d.Trainer."""
 
     def __init__(self, build: Callable, args: argparse.Namespace, config: gpt.GPTConfig,
                  device: torch.device, share: int, b: int):  # fmt: skip
@@ -149,24 +161,27 @@ class Theirs:
 
 
 def loop_of(row: str, n: int, model: str, device: torch.device):
-    """What has a step, and its model's configuration."""
+    """(an object with the method step(step), the configuration of its model)."""
     ranks, b = 1 if row == BARE else n, microbatch(row)
     flags = f"{model} --dtype bf16 --micro-batch-size {b} --global-batch-size {ranks * ROWS} "
-    args = options.parser().parse_args((flags + (ours(n).get(row) or "")).split())
+    args = options.parser().parse_args((flags + (trainer_rows(n).get(row) or "")).split())
     config = options.check(args, ranks)
     if row == BARE:
         return gpu_check.Bare(args, config, device), config
-    if row in ours(n):
+    if row in trainer_rows(n):
         return gpu_check.trainer_of(args, config, device), config
-    whole = "TP" in row or "pipelining" in row  # each rank has all rows
-    share = args.global_batch_size // (1 if whole else 2 if row == "torch 2 x 2 x d" else n)
-    return Theirs(theirs(n)[row], args, config, device, share, b), config
+    one_replica = "TP" in row or "pipelining" in row  # every rank processes the full batch
+    replicas = 1 if one_replica else 2 if row == "torch 2 x 2 x d" else n
+    share = args.global_batch_size // replicas
+    return TorchLoop(torch_rows(n)[row], args, config, device, share, b), config
 
 
 def on_rank(row: str, n: int, model: str, steps: int, device: torch.device) -> dict:
-    """A step's seconds, synchronised and free-running, and the most bytes of CUDA's allocator; of
-    the worst rank each."""
-    gpu_check.forget()
+    """Measures `row` on this rank. Returns the maximum over ranks of the seconds per step
+    (synchronised and free-running) and of the peak bytes of CUDA's allocator, and the tokens and
+    TFLOP per GPU and step.
+    """
+    gpu_check.free_memory()
     loop, config = loop_of(row, n, model, device)
     (seconds,) = gpu_check.seconds([loop], steps, device)
     (free,) = gpu_check.free_running_seconds([loop], steps, device)
@@ -174,13 +189,16 @@ def on_rank(row: str, n: int, model: str, steps: int, device: torch.device) -> d
     worst = torch.tensor([seconds, free, peak], dtype=torch.float64, device=device)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     seconds, free, peak = worst.tolist()
-    tokens = ROWS * config.seq_len  # a GPU
+    tokens = ROWS * config.seq_len  # per GPU
     return {"seconds": seconds, "free": free, "peak": peak, "tokens": tokens,
             "tflop": 3e-12 * gpt.forward_flops_per_token(config) * tokens}  # fmt: skip
 
 
 def compare(n: int, device: torch.device) -> dict:
-    """Layouts of these ranks beside one process, over this backend: {case: largest error}."""
+    """Compares layouts of n ranks with one process, over the backend of `device`.
+
+    Returns {"parity": {case: largest relative error}}.
+    """
     worst, trainers = {}, []
 
     def step_of(trainer: train_3d.Trainer, step: int) -> Tensor:
@@ -201,7 +219,8 @@ def compare(n: int, device: torch.device) -> dict:
         largest = torch.tensor(measure.largest(every), dtype=torch.float64, device=device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         held = [x for x in vars(trainers[0]).values() if isinstance(x, dist.ProcessGroup)]
-        for group in dict.fromkeys(held):  # NCCL's buffers would add up; axes may share a group
+        # Destroy the layout's groups, otherwise NCCL's buffers accumulate. Axes may share a group.
+        for group in dict.fromkeys(held):
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
         trainers.clear()
@@ -232,20 +251,21 @@ def model_of(args: argparse.Namespace, device: torch.device) -> str:
 
 
 def torchrun(ranks: int, command: list[str], **variables: str) -> str | None:
-    """Runs it; what went wrong, in a line."""
+    """Runs `command` under torchrun. Returns None, or one line that says what went wrong."""
     line = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node".split(),
             str(ranks), *command]  # fmt: skip
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | variables
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode == 0:
         return None
-    said = (line.strip().partition("]: ") for line in done.stderr.splitlines())  # [rank0]: ...
-    lines = [rest or whole for whole, _, rest in said if re.search("[Ee]rror: ", rest or whole)]
+    # torchrun prefixes lines with "[rank0]: ".
+    split = (line.strip().partition("]: ") for line in done.stderr.splitlines())
+    lines = [rest or full for full, _, rest in split if re.search("[Ee]rror: ", rest or full)]
     return (lines or [f"exit code {done.returncode}"])[0][:200].replace("|", "/")
 
 
 def launch(row: str, args: argparse.Namespace) -> dict | str:
-    """What a row found, or what went wrong."""
+    """The result of one row, or a line that says what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/found"
         own = ["--row", row, "--out", out, "--nproc", str(args.nproc), "--device", args.device,
@@ -257,7 +277,7 @@ def launch(row: str, args: argparse.Namespace) -> dict | str:
 
 
 def machine(n: int, device: torch.device) -> list[str]:
-    """Rows of a table."""
+    """Lines of the Markdown table of hardware and software."""
     rows = {"ranks": str(n), "date": str(datetime.date.today()), "torch": torch.__version__,
             "CPU cores": str(os.cpu_count())}  # fmt: skip
     if device.type == "cuda":
@@ -273,7 +293,7 @@ def machine(n: int, device: torch.device) -> list[str]:
 
 
 def links_table(n: int, device: torch.device) -> list[str]:
-    mb = (25, 400) if device.type == "cuda" else (1, 25)  # NVLink is not full with 25
+    mb = (25, 400) if device.type == "cuda" else (1, 25)  # 25 MB do not saturate NVLink
     sizes = ["--sizes-kb", "4", *(str(1024 * size) for size in mb)]
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/links"
@@ -297,10 +317,12 @@ def parity_table(found: dict | str) -> tuple[list[str], bool]:
 
 
 def speed_table(rows: list[str], found: dict[str, list], peak: float | None) -> list[str]:
-    """Medians of the rounds. Rates are of free-running steps; `of the bare loop` is tokens per GPU
-    over the bare loop's."""
-    lines = ["| | step, ms | free-running, ms | tokens/s a GPU | TFLOP/s a GPU | MFU | "
-             "of the bare loop | peak GB |", "|---" * 8 + "|"]  # fmt: skip
+    """Lines of the table of speeds: medians over rounds; rates are those of free-running steps.
+
+    `vs bare loop` is tokens/s per GPU divided by that of the bare loop. peak: TFLOP/s of the GPU.
+    """
+    lines = ["| | step, ms | free-running, ms | tokens/s per GPU | TFLOP/s per GPU | MFU | "
+             "vs bare loop | peak GB |", "|---" * 8 + "|"]  # fmt: skip
     bare = [x["free"] for x in found.get(BARE, ()) if isinstance(x, dict)]
     for row in rows:
         good = [x for x in found[row] if isinstance(x, dict)]
@@ -312,8 +334,10 @@ def speed_table(rows: list[str], found: dict[str, list], peak: float | None) -> 
         share = f"{statistics.median(bare) / free:.3f}" if bare else "-"
         mfu = f"{100 * tflops / peak:.1f} %" if peak else "-"
         held = f"{max(x['peak'] for x in good) / 1e9:.2f}" if one["peak"] else "-"
-        lines.append(f"| {row} | {1e3 * seconds:.1f} | {1e3 * free:.1f} | "
-                     f"{one['tokens'] / free:,.0f} | {tflops:.3g} | {mfu} | {share} | {held} |")
+        lines.append(
+            f"| {row} | {1e3 * seconds:.1f} | {1e3 * free:.1f} | "
+            f"{one['tokens'] / free:,.0f} | {tflops:.3g} | {mfu} | {share} | {held} |"
+        )
     return lines
 
 
@@ -326,37 +350,38 @@ def report(args: argparse.Namespace, device: torch.device, say: Callable[[str], 
     say("\n## Links (`make links`)\n")
     for line in links_table(n, device):
         say(line)
-    say("\n## Parity: float64, beside one process\n")
+    say("\n## Parity with one process, in float64\n")
     lines, same = parity_table(launch(PARITY, args))
     for line in (*lines, f"\n{'All within' if same else 'MISMATCH: not all within'} "
                  f"{measure.TOLERANCE:.0e}."):  # fmt: skip
         say(line)
     say(f"\n## Strategies: bf16, `{model}`\n")
-    say(f"{ROWS} rows a GPU and step, microbatches of 4, or 8 under TP; medians of {args.rounds} "
-        f"launches of {args.steps} steps, in turns.\n")  # fmt: skip
+    say(f"{ROWS} sequences per GPU and step, microbatches of 4, or 8 with TP. Medians of "
+        f"{args.rounds} launches of {args.steps} steps; rows alternate.\n")  # fmt: skip
     args.model, found = model, {row: [] for row in rows}
-    able = ours(n) | theirs(n) | {BARE: ""}
+    able = trainer_rows(n) | torch_rows(n) | {BARE: ""}
     for _ in range(args.rounds):
         for row in rows:
-            found[row].append("not of this many ranks" if able[row] is None else launch(row, args))
+            found[row].append(f"not possible with {n} ranks" if able[row] is None
+                              else launch(row, args))  # fmt: skip
     dtype = argparse.Namespace(peak_tflops=None, dtype="bf16")
     for line in speed_table(rows, found, options.peak_tflops(dtype, device)):
         say(line)
-    say("\n`peak GB`: of torch's allocator, on the rank with most. MFU and TFLOP/s count what the "
-        "model needs; nothing is recomputed.")  # fmt: skip
+    say("\n`peak GB`: peak of torch's allocator, on the rank with the largest. TFLOP/s and MFU "
+        "count the FLOPs of the model; nothing is recomputed.")  # fmt: skip
     return same
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("tools.node", description=__doc__.splitlines()[0])
     add = p.add_argument
-    add("--nproc", type=options.at_least(2), default=8, help="ranks, a GPU each")
+    add("--nproc", type=options.at_least(2), default=8, help="ranks, one per GPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--model", default="", help=f"flags of train_3d.py, in one string (default: {MODEL})")
-    add("--rows", nargs="+", metavar="ROW", help="of the last table, these alone")
-    add("--steps", type=options.at_least(1), default=10, help="timed, of a row and round")
-    add("--rounds", type=options.at_least(1), default=2)
-    add("--out", metavar="FILE", help="the report, as well")
+    add("--rows", nargs="+", metavar="ROW", help="measure only these rows of the last table")
+    add("--steps", type=options.at_least(1), default=10, help="timed steps per launch")
+    add("--rounds", type=options.at_least(1), default=2, help="launches of each row")
+    add("--out", metavar="FILE", help="also write the report to FILE")
     add("--row", help=argparse.SUPPRESS)
     return p
 
@@ -369,7 +394,7 @@ def main() -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(args.nproc)
     known = names(args.nproc)
     if wrong := [row for row in args.rows or () if row not in known]:
-        arguments.error(f"--rows {wrong[0]!r} is none of {', '.join(map(repr, known))}")
+        arguments.error(f"--rows {wrong[0]!r} is not one of {', '.join(map(repr, known))}")
     try:
         device, _ = options.pick_device(args.device)
         measure.check_writable("--out", args.out)
