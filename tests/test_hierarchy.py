@@ -86,10 +86,10 @@ def test_every_place_is_one_that_the_trainer_takes(n):
 
 @pytest.mark.parametrize(
     "effective, lack, message",
-    [(NET, None, "need CAP_SYS_ADMIN: run it with sudo"),
-     (SYS, None, "need CAP_NET_ADMIN: run it with sudo"),
+    [(NET, None, "need CAP_SYS_ADMIN: use sudo"),
+     (SYS, None, "need CAP_NET_ADMIN: use sudo"),
      (BOTH, "ip", "no ip: install iproute2"), (BOTH, "tc", "no tc: install iproute2"),
-     (BOTH, "kernel", "does not let us: ip netns add")],
+     (BOTH, "kernel", "does not allow it: ip netns add")],
 )  # fmt: skip
 def test_what_is_missing_is_said_in_one_line(effective, lack, message, monkeypatch):
     have_capabilities(monkeypatch, effective)

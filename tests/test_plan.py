@@ -158,10 +158,10 @@ def test_a_difference_is_marked_and_is_the_exit_code(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--dry-run --world-size 16 --all-ranks", "--all-ranks with --world-size 16: at most 8"),
-    ("--dry-run --world-size 8 --rank 8", "--rank 8 of --world-size 8: give 0 to 7"),
+    ("--dry-run --world-size 16 --all-ranks", "--all-ranks with --world-size 16: it supports at most 8"),
+    ("--dry-run --world-size 8 --rank 8", "--rank 8 with --world-size 8: give 0 to 7"),
     ("--dry-run --world-size 8 --tp 3", "world size 8 is not divisible by --tp 3"),
-    ("--dry-run --recompute offload", "there is no host to move to"),
+    ("--dry-run --recompute offload", "meta tensors cannot be offloaded: use another policy"),
     ("--world-size 8", "--world-size is of --dry-run"), ("--rank 0", "--rank is of --dry-run"),
 ])  # fmt: skip
 def test_dry_runs_that_cannot_be(flags, message):

@@ -172,7 +172,7 @@ def test_a_slice_of_races(path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         races.main(["--n", "1"])
     out = capsys.readouterr().out
-    assert end.value.code == 0 and out.count("the same to the last bit") == 1, out
+    assert end.value.code == 0 and out.count("equal bit by bit") == 1, out
 
 
 @pytest.mark.slow

@@ -1,15 +1,21 @@
-"""The step of any rank of any run, on this machine, without the others: bytes, traffic and FLOPs.
+"""Runs one step of any rank of any run in one process, and counts its memory, traffic and FLOPs.
 
+    make dry-run
     python train_3d.py --dry-run --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 \\
         --global-batch-size 3072 --micro-batch-size 1
-    python train_3d.py --dry-run --world-size 8 --all-ranks --tp 2 --pp 2      do they fit together?
+    python train_3d.py --dry-run --world-size 8 --all-ranks --tp 2 --pp 2
 
-The rank is real: train_3d.Trainer with its schedule, hooks and groups. What surrounds it is not:
-tensors are on torch's meta device, so they have shapes and no numbers, and collectives are those of
-torch's fake backend, which return at once. What this counts is compared with what the strategy
-files' `predicted_*` and tools/cost.py say of the same rank; a line that differs is marked, and the
-exit code is 1. Activations are compared where attention is explicit: on meta, sdpa runs as other
-kernels than on a CPU or GPU, and keeps other tensors.
+The trainer is that of a real run, with its schedule, hooks and process groups. Its tensors are on
+torch's meta device, so they have shapes but no values and take no memory. Its collectives use
+torch's fake backend and return immediately.
+
+For each rank it prints counted | predicted: bytes of memory, calls and bytes of each collective,
+FLOPs of the matmuls. The predictions are the formulas `predicted_*` of the strategy files and of
+tools/cost.py. A line that differs is marked and makes the exit code 1. --all-ranks (up to 8 ranks)
+also checks that the collectives and transfers of all ranks match and cannot deadlock.
+
+Activations are compared only with explicit attention: on the meta device,
+scaled_dot_product_attention uses other kernels than on a CPU or GPU and saves other tensors.
 """
 
 import argparse
@@ -47,31 +53,31 @@ Traffic = dict[tuple[str, str], tuple[int, int]]  # (group, operation) -> (calls
 
 
 class Transfer(NamedTuple):
-    operation: str  # send | recv
-    peer: int  # in the world
+    operation: str  # "send" or "recv"
+    peer: int  # global rank
     payload: int
 
 
 class Event(NamedTuple):
-    """One collective or transfer in a rank's queue."""
+    """One collective or transfer in the queue of a rank."""
 
     group: str
-    members: tuple[int, ...]  # of the group, in the world; of a transfer: (from, to)
+    members: tuple[int, ...]  # global ranks of the group; of a transfer: (sender, receiver)
     operation: str
     payload: int
     dtype: torch.dtype
 
 
-Queue = list[list[Event]]  # in the order of launch; a batch of transfers is one entry
+Queue = list[list[Event]]  # in order of launch; a batch of transfers is one entry
 
 
 @dataclasses.dataclass
 class Seen:
-    """What one rank did in a step, and what was predicted of it."""
+    """What was counted and predicted for one step of one rank. Pairs are (counted, predicted)."""
 
     trainer: train_3d.Trainer
     rank: int
-    bytes: dict[str, tuple[int, int]]  # by kind: (counted, predicted)
+    bytes: dict[str, tuple[int, int]]  # by kind
     activations: tuple[int, int]
     traffic: tuple[Traffic, Traffic]
     flops: tuple[int, int]
@@ -79,10 +85,10 @@ class Seen:
     calls: dict[str, list[measure.Call]]  # by group
     members: dict[str, list[int]]  # of each group that this rank is in
     queue: Queue
-    stats: torch.Tensor  # what the step returned
+    stats: torch.Tensor  # the return value of Trainer.step
 
     def differences(self) -> dict:
-        """{what: (counted, predicted)}, where they are not equal."""
+        """{what: (counted, predicted)} of all pairs that are not equal."""
         counted, predicted = self.traffic
         both = self.bytes | {"activations": self.activations, "FLOPs": self.flops}
         both |= {key: (counted.get(key), predicted.get(key)) for key in {*counted, *predicted}}
@@ -90,12 +96,12 @@ class Seen:
 
 
 def core_flops(q: torch.Size, k: torch.Size) -> int:
-    """Scores, and what they weigh."""
+    """FLOPs of attention: q k^T, and the product of its softmax with v."""
     return 4 * math.prod(q) * k[-2]
 
 
-# What torch has no formula for: sdpa on a CPU. Backward as two of its forwards: what it computes
-# again inside is left out, as in activation_ckpt.predicted_flops.
+# torch has no formula for scaled_dot_product_attention on a CPU. Backward counts as two forwards:
+# its internal recomputation is left out, as in activation_ckpt.predicted_flops.
 _aten = torch.ops.aten
 FLOPS = flop_registry | {
     _aten._scaled_dot_product_flash_attention_for_cpu:
@@ -106,8 +112,11 @@ FLOPS = flop_registry | {
 
 
 class Flops(TorchDispatchMode):
-    """Of the matmuls. torch's own FlopCounterMode has hooks on modules too: they keep the inputs,
-    and so would show among the activations."""
+    """Counts the FLOPs of matmuls.
+
+    torch's FlopCounterMode is not used because its module hooks keep inputs alive, which would be
+    counted as activations.
+    """
 
     total = 0
 
@@ -119,8 +128,11 @@ class Flops(TorchDispatchMode):
 
 
 class Shapes(TorchDispatchMode):
-    """An operation on shapes that it has met before gives what it gave: torch's rules for meta
-    tensors are Python, and would take most of the time. Views and what is written to pass."""
+    """Caches the result of each operation by the shapes of its inputs.
+
+    torch computes meta tensors in Python, which would take most of the time. Views and in-place
+    operations are not cached.
+    """
 
     def __init__(self):
         super().__init__()
@@ -134,21 +146,23 @@ class Shapes(TorchDispatchMode):
             return function(*args, **kwargs)
         key = (function, self.about(args), *((name, self.about(x)) for name, x in kwargs.items()))
         if key in self.known:
-            return self.anew(self.known[key])
+            return self.new_tensors(self.known[key])
         result = function(*args, **kwargs)
         if all(isinstance(x, torch.Tensor) and x.is_meta for x in pytree.tree_leaves(result)):
             self.known[key] = self.about(result)
         return result
 
     def about(self, x: object) -> object:
+        """x with each tensor replaced by its Shape, and lists by tuples."""
         if isinstance(x, torch.Tensor):
             return Shape(x.shape, x.stride(), x.dtype, x.device)
         return tuple(map(self.about, x)) if isinstance(x, tuple | list) else x
 
-    def anew(self, x: object) -> object:
+    def new_tensors(self, x: object) -> object:
+        """x with each Shape replaced by a new tensor."""
         if isinstance(x, Shape):
-            return torch.empty_strided(*x[:2], dtype=x.dtype, device=x.device)
-        return tuple(map(self.anew, x)) if isinstance(x, tuple) else x
+            return torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=x.device)
+        return tuple(map(self.new_tensors, x)) if isinstance(x, tuple) else x
 
 
 class Shape(NamedTuple):
@@ -159,7 +173,11 @@ class Shape(NamedTuple):
 
 
 class Alone(ddp.DDP):
-    """On meta, an order of buckets cannot be read; the ranks of a group have the same one."""
+    """DDP that takes the bucket order of this rank, since a broadcast of meta tensors has no
+    values.
+
+    All ranks of a group have the same order anyway.
+    """
 
     def _learn(self) -> None:
         self._lay_out(dict.fromkeys([*self.ready, *range(len(self.parameters))]))
@@ -170,6 +188,8 @@ class Alone(ddp.DDP):
 
 
 def trainer_of(args: argparse.Namespace, config: gpt.GPTConfig, **seams) -> train_3d.Trainer:
+    """A trainer on the meta device. seams: arguments of train_3d.Trainer."""
+
     def read(step: int, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.zeros(len(rows), config.seq_len, dtype=torch.long, device="meta")
         return tokens, tokens.clone()
@@ -183,9 +203,10 @@ def trainer_of(args: argparse.Namespace, config: gpt.GPTConfig, **seams) -> trai
 
 @contextlib.contextmanager
 def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
+    """Makes this process `rank` of `world_size`, with collectives that do nothing."""
     dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank,
                             world_size=world_size)  # fmt: skip
-    dist.group.WORLD._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)  # or it warns
+    dist.group.WORLD._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)  # avoids a warning
     try:
         yield
     finally:
@@ -194,7 +215,7 @@ def fake_ranks(world_size: int, rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched_transfers(batches: list[list[Transfer]]) -> Iterator[None]:
-    """Fills `batches` with what goes through batch_isend_irecv."""
+    """Records every call of batch_isend_irecv in `batches`."""
     plain = dist.batch_isend_irecv
 
     def watched(operations: list[dist.P2POp]) -> list:
@@ -214,7 +235,7 @@ def watched_transfers(batches: list[list[Transfer]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched_activations(trainer: train_3d.Trainer, peak: list[int]) -> Iterator[None]:
-    """Leaves in peak[0] the most bytes that were kept between two actions."""
+    """Stores in peak[0] the largest number of saved bytes between two actions of the pipeline."""
     saved, pipe, plain = measure.SavedActivations(trainer.model), trainer.pipe, trainer.pipe.watch
 
     def now() -> int:
@@ -223,7 +244,7 @@ def watched_activations(trainer: train_3d.Trainer, peak: list[int]) -> Iterator[
 
     @contextlib.contextmanager
     def watch(action: pipeline.Action) -> Iterator[None]:
-        peak[0] = max(peak[0], now())  # after the action before
+        peak[0] = max(peak[0], now())  # after the previous action
         with saved if action.kind == "F" else contextlib.nullcontext():
             yield
         peak[0] = max(peak[0], now() if action.kind == "F" else 0)
@@ -238,7 +259,7 @@ def watched_activations(trainer: train_3d.Trainer, peak: list[int]) -> Iterator[
 def dry_run(
     args: argparse.Namespace, config: gpt.GPTConfig, rank: int, step: int = 0, **seams
 ) -> Seen:
-    """One step of `rank`, after those before it. seams: arguments of train_3d.Trainer."""
+    """Runs `rank` up to `step` and observes that step. seams: arguments of train_3d.Trainer."""
     with fake_ranks(args.world_size, rank), Shapes():
         trainer = trainer_of(args, config, **seams)
         for before in range(step):
@@ -247,15 +268,16 @@ def dry_run(
 
 
 def groups_of(trainer: train_3d.Trainer) -> dict[str, dist.ProcessGroup]:
+    """The process groups of the trainer, by the name of their axis."""
     groups = {name: getattr(trainer, f"{name}_group", None) for name in AXES}
     return {name: group for name, group in groups.items() if group} | {"world": dist.group.WORLD}
 
 
-def observe(
-    trainer: train_3d.Trainer, rank: int, activations: bool = True, step: int = 0
-) -> Seen:
-    """A step of a trainer, real or not, counted and predicted; activations only if they are to be
-    (it takes a third of the time)."""
+def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True, step: int = 0) -> Seen:
+    """Runs one step of a trainer, real or on meta; returns what was counted and predicted.
+
+    activations: count saved activations, which takes a third of the time.
+    """
     groups = groups_of(trainer)
     members = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
     batches, peak, counter = [], [0], Flops()
@@ -283,6 +305,7 @@ def queue_of(
     rank: int, calls: list[measure.Call], batches: list[list[Transfer]],
     members: dict[str, list[int]],
 ) -> Queue:  # fmt: skip
+    """Merges the collectives and the batches of transfers of a rank, in order of launch."""
     queue, transfers, coming = [], iter(calls), iter(batches)
     for call in transfers:
         if call.operation not in ("send", "recv"):
@@ -293,7 +316,7 @@ def queue_of(
         for operation, peer, payload in next(coming):
             way = (rank, peer) if operation == "send" else (peer, rank)
             queue[-1].append(Event(call.group, way, "transfer", payload, call.dtype))
-        for _ in queue[-1][1:]:  # the others of this batch
+        for _ in queue[-1][1:]:  # skip the other transfers of this batch
             next(transfers)
     return queue
 
@@ -302,6 +325,7 @@ def queue_of(
 
 
 def layout_of(trainer: train_3d.Trainer) -> cost.Layout:
+    """The trainer's layout, as tools/cost.py describes it."""
     args = trainer.args
     return cost.Layout(
         args.tp, args.pp, trainer.dp_group.size(), args.zero, args.micro_batch_size, trainer.m,
@@ -312,6 +336,7 @@ def layout_of(trainer: train_3d.Trainer) -> cost.Layout:
 
 
 def program_of(trainer: train_3d.Trainer) -> cost.Program:
+    """The trainer's dtypes, as tools/cost.py describes them."""
     args, own = trainer.args, trainer.dtype
     wide = torch.promote_types(own, torch.float32)
     stat = own if trainer.device.type == "cpu" else wide
@@ -321,30 +346,33 @@ def program_of(trainer: train_3d.Trainer) -> cost.Program:
 
 
 def predicted_bytes(trainer: train_3d.Trainer) -> dict[str, int]:
+    """Bytes of this rank by kind."""
     program = program_of(trainer)
     held = cost.predicted_rank_bytes(
         trainer.config, layout_of(trainer), trainer.pp_rank, program,
         tp_rank=trainer.tp_group.rank(), shard_rank=trainer.shard_group.rank(),
         schedule=trainer.schedule,
     )  # fmt: skip
-    if trainer.args.optimizer == "sgd":  # no moments
+    if trainer.args.optimizer == "sgd":  # SGD has no moments
         owned = sum(piece.tensor.numel() for piece in trainer.sync.pieces())
         held["optimizer"] -= 2 * owned * max(4, program.itemsize)
     return held
 
 
 def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
-    """Of the shard group, and under "all_reduce" of the replicas."""
+    """Payload by collective: "all_reduce" over the replica group, the others over the shards."""
     sync, args = trainer.sync, trainer.args
     tables = (nn.Embedding, tensor_parallel.VocabParallelEmbedding)
-    uses = [zero.Use(sync.units.index(unit), matmul=True, table=isinstance(layer, tables))
-            for (unit,), layer in zip(sync.needs, zero.layers(trainer.model), strict=True)]
+    uses = [
+        zero.Use(sync.units.index(unit), matmul=True, table=isinstance(layer, tables))
+        for (unit,), layer in zip(sync.needs, zero.layers(trainer.model), strict=True)
+    ]
     k = trainer.shard_group.size()
     sizes = [zero.padded([p.numel() for p in unit.place], k) for unit in sync.units]
     more = (args.zero, trainer.m, trainer.replica_group.size(),
             args.zero_reshard_after_forward == 1)  # fmt: skip
     predicted = zero.predicted_payload(sizes, k, uses, *more)
-    if args.zero == 3 and args.zero_reshard_after_forward:  # every chunk is a chain of its own
+    if args.zero == 3 and args.zero_reshard_after_forward:  # each chunk gathers separately
         of_layer = dict(zip(zero.layers(trainer.model), uses, strict=True))
         each = []
         for chunk in trainer.pipe.chunks.values():
@@ -358,8 +386,11 @@ def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
 
 
 def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
-    """Composed of the strategies' own: each knows its axis alone. What a rank sums of partial and
-    tied gradients is what it owns of them, counted from its pieces."""
+    """(group, operation) -> (calls, bytes) of a step, from the formulas of the strategy files.
+
+    Partial gradients (replicated over tp) and tied gradients are all-reduced as shards; their sizes
+    are read from the rank's pieces.
+    """
     args, config, stages = trainer.args, trainer.config, trainer.stages
     layout, program, groups = layout_of(trainer), program_of(trainer), groups_of(trainer)
     t, b, s, h, m = args.tp, args.micro_batch_size, config.seq_len, config.n_embd, trainer.m
@@ -367,7 +398,7 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
     names = measure.Collectives(groups).names  # axes with the same ranks share a group
 
     def add(group: str, operation: str, calls: int, elements: int, itemsize: int) -> None:
-        if calls and groups[group].size() > 1:  # one rank sends nothing
+        if calls and groups[group].size() > 1:  # a group of one rank sends nothing
             name = names[groups[group].group_name]
             traffic[name, operation] += torch.tensor([calls, elements * itemsize])
 
@@ -386,7 +417,8 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
     shards = t if args.sequence_parallel else 1
     of_all = pipeline.stages_of(trainer.schedule)
     calls, payload = pipeline.predicted_sends(of_all, trainer.pp_rank, m, b, s // shards, h)
-    for operation in ("send", "recv"):  # an output from each that a gradient goes to, and so on
+    # A rank receives as much as it sends: a gradient for each output, an output for each gradient.
+    for operation in ("send", "recv"):
         add("pp", operation, calls, payload, program.itemsize)
 
     if args.zero:
@@ -401,15 +433,15 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
         if args.dp_nodes > 1 and trainer.inside_group.size() > 1:
             n = trainer.inside_group.size()
             payloads = ddp.predicted_hierarchical_payload(buckets, n)
-        for key, payload in payloads.items():  # all of gradients, also the all-gather inside
+        for key, payload in payloads.items():  # gradients, also in the all-gather inside a host
             add(*key, calls, payload, cost.dp_itemsize(program, "all_reduce"))
-    add("dp", "all_reduce", 1, 1, 8)  # how many tokens count
-    add("world", "all_reduce", 1, 3, wide)  # loss, norm, who was asked to stop
+    add("dp", "all_reduce", 1, 1, 8)  # number of target tokens
+    add("world", "all_reduce", 1, 3, wide)  # loss, gradient norm, request to stop
     return {key: tuple(both.tolist()) for key, both in traffic.items()}
 
 
 def predicted_flops(trainer: train_3d.Trainer) -> int:
-    """Of the matmuls of a step, on this rank."""
+    """FLOPs of the matmuls in a step of this rank."""
     args, config = trainer.args, trainer.config
     b, s, h = args.micro_batch_size, config.seq_len, config.n_embd
     layers = [len(trainer.pipe.chunks[k].h) for k in trainer.stages]
@@ -425,11 +457,11 @@ def predicted_flops(trainer: train_3d.Trainer) -> int:
     return trainer.m * (total // args.tp + head)
 
 
-# --- what is said ---------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def lines_of(seen: Seen) -> Iterator[tuple[str, bool]]:
-    """(a line, whether it is as predicted)."""
+    """Pairs (line of the report, whether counted = predicted)."""
     trainer, explicit = seen.trainer, is_explicit(seen.trainer.config)
     places = ", ".join(f"{axis} {getattr(trainer, f'{axis}_group').rank()}"
                        for axis in ("pp", "dp", "tp"))  # fmt: skip
@@ -441,15 +473,15 @@ def lines_of(seen: Seen) -> Iterator[tuple[str, bool]]:
         mark = "" if same else "   <- differs"
         return f"  {what:32s}{counted:>26,d}{predicted:>26,d}{mark}", same
 
-    yield f"  {'bytes held':32s}{'counted':>26s}{'predicted':>26s}", True
+    yield f"  {'bytes of memory':32s}{'counted':>26s}{'predicted':>26s}", True
     for kind, (counted, predicted) in seen.bytes.items():
         yield row(kind, counted, predicted)
     counted, predicted = seen.activations
     if explicit:
         yield row("activations", counted, predicted)
     else:
-        yield f"  {'activations (sdpa: by formula)':32s}{'':26s}{predicted:>26,d}", True
-    yield "  collectives of a step: calls, then bytes", True
+        yield f"  {'activations (sdpa: not counted)':32s}{'':26s}{predicted:>26,d}", True
+    yield "  collectives per step: calls, then bytes", True
     for key in sorted({*seen.traffic[0], *seen.traffic[1]}):
         for i, what in enumerate((f"{key[0]} {key[1]}", "")):
             yield row(what, *(traffic.get(key, (0, 0))[i] for traffic in seen.traffic))
@@ -464,11 +496,13 @@ def is_explicit(config: gpt.GPTConfig) -> bool:
 
 
 def deadlock(queues: list[Queue]) -> str | None:
-    """Executes the queues of all ranks as the strictest network would. A rank has one queue for all
-    its groups, and starts an entry when the one before is complete. A collective is complete when
-    it is at the head of the queue of each member of its group, and a batch when each of its
-    transfers is at the head of both ends. Returns None if all queues run to completion, else a
-    message: which ranks wait in a cycle, or which calls disagree."""
+    """Executes the queues of all ranks under the strictest rules; None if all of them complete.
+
+    A rank has one queue for all its groups and starts an entry when the previous one is complete. A
+    collective completes when it is at the head of the queue of every member of its group. A batch
+    completes when each of its transfers has been at the head of the queues of both ranks. Otherwise
+    returns a message: which ranks wait in a cycle, or which calls disagree.
+    """
     rest, heads = [iter(queue) for queue in queues], [[] for _ in queues]
     moved = True
     while moved:
@@ -481,9 +515,9 @@ def deadlock(queues: list[Queue]) -> str | None:
             if None in ends.values():
                 continue
             if len({*ends.values()}) > 1:
-                said = (f"rank {rank} calls {e.operation} of {e.payload} {e.dtype}"
-                        for rank, e in ends.items())  # fmt: skip
-                return f"in {place[0]} {[*place[1]]} " + ", ".join(said)
+                calls = (f"rank {rank} calls {e.operation} of {e.payload} {e.dtype}"
+                         for rank, e in ends.items())  # fmt: skip
+                return f"in {place[0]} {[*place[1]]} " + ", ".join(calls)
             for rank, event in ends.items():
                 heads[rank].remove(event)
             moved = True
@@ -491,7 +525,7 @@ def deadlock(queues: list[Queue]) -> str | None:
         return None
 
     def other(rank: int) -> int:
-        """A rank that this one waits for; itself, if it has finished."""
+        """A rank that `rank` waits for; `rank` itself if it has finished."""
         for event in heads[rank]:
             for member in event.members:
                 if event[:2] not in (e[:2] for e in heads[member]):
@@ -521,7 +555,8 @@ def main() -> None:
         arguments.error(str(error))
     seen, good = [], True
     for rank in ranks:
-        # From the second step on, DDP and ZeRO launch in backward.
+        # Deadlocks are checked in the second step: in the first, DDP and ZeRO do not yet launch
+        # collectives during backward.
         seen.append(dry_run(args, config, rank, step=int(args.all_ranks)))
         for line, same in lines_of(seen[-1]):
             print(line, flush=True)
@@ -537,17 +572,22 @@ def main() -> None:
 
 
 def ranks_of(args: argparse.Namespace) -> list[int]:
-    """Raises ValueError."""
+    """The ranks to run. Raises ValueError if the flags are not valid."""
     n = args.world_size = args.world_size or 1
     if args.recompute == "offload":
-        raise ValueError("--dry-run with --recompute offload: there is no host to move to")
+        raise ValueError(
+            "--dry-run with --recompute offload: meta tensors cannot be offloaded: use another "
+            "policy"
+        )
     if args.all_ranks:
         if n > 8:
-            raise ValueError(f"--all-ranks with --world-size {n}: at most 8; give --rank R")
+            raise ValueError(
+                f"--all-ranks with --world-size {n}: it supports at most 8 ranks; use --rank R"
+            )
         return list(range(n))
     rank = args.rank or 0
     if rank >= n:
-        raise ValueError(f"--rank {rank} of --world-size {n}: give 0 to {n - 1}")
+        raise ValueError(f"--rank {rank} with --world-size {n}: give 0 to {n - 1}")
     return [rank]
 
 

@@ -1,11 +1,16 @@
-"""Random configurations compared with one process: losses, norms, every gradient and parameter.
+"""Trains random configurations and compares each with a single process.
 
-    python -m tools.fuzz --n 50 --seed 0
-    python -m tools.fuzz --case '{"t": 2, "d": 2, "zero": 1}'            replay one
+    make fuzz N=50 SEED=0    python -m tools.fuzz --n 50 --seed 0
+    python -m tools.fuzz --case '{"t": 2, "d": 2, "zero": 1}'            replays one configuration
 
-One in four is saved on the way and resumed in another layout. One in eight or so is invalid; it
-must be refused in one line. A case that fails is reduced step by step, as long as it still fails.
-At the end: how many of the layouts that ran had each pair of features.
+Compared are losses, gradient norms, every gradient and every parameter (tools/oracle.py). A quarter
+of the runs are saved and resumed in another layout. About one configuration in eight is invalid and
+must be refused with a one-line message.
+
+It prints one line per configuration with the largest relative errors. A configuration that fails is
+printed as a command that replays it, and is then reduced to a smaller one that also fails. The
+table at the end counts how many valid configurations had each pair of features. The exit code is 1
+if a configuration failed.
 """
 
 import argparse
@@ -22,13 +27,14 @@ import options
 import pipeline
 from tools.oracle import STEPS, Case, judge
 
-# What may be another after a save and a resume; and the rows of a microbatch, and how many.
+# Fields of a Case that may change when a run is resumed. b and m may change, too, as long as the
+# global batch stays the same.
 LAYOUT = ("t", "p", "d", "zero", "shard_size", "nodes", "reshard", "schedule", "chunks", "sequence",
           "recompute", "layers", "every", "bucket_bytes")  # fmt: skip
 
 
 def draw_resume(rng: random.Random, case: Case, largest_world: int = 8) -> dict:
-    """For Case.resume: a layout in which the same run can go on."""
+    """A random layout in which the run can be resumed, as a value for Case.resume."""
     while True:
         other = draw_case(rng, largest_world, resumes=0.0)
         fields = {name: getattr(other, name) for name in LAYOUT}
@@ -40,7 +46,10 @@ def draw_resume(rng: random.Random, case: Case, largest_world: int = 8) -> dict:
 
 
 def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25) -> Case:
-    """Uniform over shapes rather than over layouts: odd sizes are as likely as even ones."""
+    """A random configuration of at most `largest_world` ranks.
+
+    resumes: probability that it is resumed in another layout. Odd sizes are as likely as even ones.
+    """
     sizes = (1, 1, 2, 2, 3, 4)
     while True:
         t, p, d = (rng.choice(sizes) for _ in range(3))
@@ -70,17 +79,17 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
         every=rng.randint(1, 2 if n_layer > 1 else 1),
         tied=rng.random() < 0.5,
         optimizer=rng.choice(("adamw", "sgd")),
-        clip=rng.choice((0.0, 0.1, 1e9)),  # off, active, there but larger than the norm
+        clip=rng.choice((0.0, 0.1, 1e9)),  # off, active, larger than the norm
         masked=rng.random() < 0.7,
         attention=rng.choice(("sdpa", "explicit")),
         dropout=rng.choice((0.0, 0.0, 0.2)),
         n_layer=n_layer,
         n_head=n_head,
-        # Over 2 entries LayerNorm returns +-1 whatever they are: the gradient before it is 0, and
-        # rounding is all that is left to compare. In bf16 4 entries are too few, too.
+        # The LayerNorm of 2 entries is always +-1, so gradients are 0 apart from rounding, which
+        # cannot be compared. In bf16 even 4 entries are too few.
         n_embd=n_head * rng.randint(-(-(6 if dtype == "bf16" else 4) // n_head), 6),
         vocab_size=rng.randint(5, 60),
-        # What t does not divide is refused; some of those is tried.
+        # Sequence parallelism needs a multiple of t. One in ten is no multiple: it is refused.
         seq_len=rng.randint(1, 12) * (t if sequence and rng.random() < 0.9 else 1),
         bucket_bytes=rng.choice((1, 500, 3000, 10**9)),
         dtype=dtype,
@@ -103,7 +112,7 @@ def refusal(case: Case) -> str | None:
 
 
 def verdict(case: Case) -> tuple[bool, str]:
-    """(whether it is as it should be, one line)."""
+    """(whether the case passed, a line to print). A refusal in one line passes."""
     reason = refusal(case)
     if reason is not None:
         return "\n" not in reason, f"refused: {reason}"
@@ -115,7 +124,7 @@ def verdict(case: Case) -> tuple[bool, str]:
     return errors.within(case.dtype), f"{line}  largest: {errors.where}"
 
 
-# --- a failure, made small ------------------------------------------------------------------------
+# --- reduction of a failing case ------------------------------------------------------------------
 
 PLAIN = {"t": 1, "p": 1, "d": 1, "zero": 0, "shard_size": None, "nodes": 1, "reshard": 1,
          "sequence": False, "schedule": "1f1b", "chunks": None, "recompute": "none", "every": 1,
@@ -136,7 +145,8 @@ def simpler(case: Case) -> Iterator[Case]:
     for name, least in SMALLEST.items():
         value = getattr(case, name)
         least = 6 if name == "n_embd" and case.dtype == "bf16" else least  # see draw_case
-        # n_embd goes in steps of heads; the rest is halved, or is one less.
+        # n_embd must be a multiple of n_head, so all smaller values are tried. Other sizes are set
+        # to the smallest value, halved, or reduced by one.
         steps = range(least, value) if name == "n_embd" else (least, value // 2, value - 1)
         for less in sorted({n for n in steps if least <= n < value}):
             yield dataclasses.replace(case, **{name: less})
@@ -149,13 +159,15 @@ def simpler(case: Case) -> Iterator[Case]:
 
 
 def shrink(case: Case, seconds: float = 120, say=print) -> Case:
-    """A smaller case that also fails. Repeatedly takes the first simpler case that fails, until
-    none does or the time is over."""
+    """A smaller case that also fails.
+
+    Repeatedly takes the first simpler case that fails, until none does or time runs out.
+    """
     end, tried = time.monotonic() + seconds, 0
     while True:
         for other in simpler(case):
             if time.monotonic() > end:
-                say(f"     shrinking: {seconds:.0f} s are over, after {tried} tries")
+                say(f"     stopped reducing after {seconds:.0f} s and {tried} tries")
                 return case
             valid = len({*other.batches}) == 1 and all(
                 refusal(part) is None for part, _, _ in other.parts
@@ -168,7 +180,7 @@ def shrink(case: Case, seconds: float = 120, say=print) -> Case:
             return case
 
 
-# --- what was tested together ---------------------------------------------------------------------
+# --- coverage: pairs of features ------------------------------------------------------------------
 
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 ALL = ["tp", "sp", *(name[:6] for name in pipeline.SCHEDULES), *STAGES, "hybrid", "kept", "nodes",
@@ -183,8 +195,11 @@ ONE_OF = [STAGES, tuple(name[:6] for name in pipeline.SCHEDULES), ("select", "fu
 
 
 def features(case: Case) -> list[str]:
-    """Names, at most 6 letters each, of the features that have an effect in it: a schedule only
-    with p > 1, a ZeRO stage only with d > 1, sequence parallelism only with t > 1."""
+    """Names (at most 6 letters) of the features that have an effect in this case.
+
+    A schedule has an effect only with p > 1, a ZeRO stage with d > 1, sequence parallelism with
+    t > 1.
+    """
     live = {
         "tp": case.t > 1, "sp": case.sequence and case.t > 1,
         **{name[:6]: case.schedule == name and case.p > 1 for name in pipeline.SCHEDULES},
@@ -203,7 +218,7 @@ def features(case: Case) -> list[str]:
 
 
 def coverage(cases: list[Case]) -> str:
-    """How many layouts had each pair of features; - where a layout cannot have both."""
+    """Table: how many cases had each pair of features; "-" for a pair that no case can have."""
     met = {pair: 0 for pair in itertools.combinations(ALL, 2)}
     for case in cases:
         for pair in itertools.combinations(features(case), 2):
@@ -226,9 +241,9 @@ def coverage(cases: list[Case]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--n", type=int, default=50, help="configurations")
-    arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--case", metavar="JSON", help="replay this one")
+    arguments.add_argument("--n", type=int, default=50, help="number of configurations")
+    arguments.add_argument("--seed", type=int, default=0, help="of the random configurations")
+    arguments.add_argument("--case", metavar="JSON", help="replay this configuration")
     args = arguments.parse_args(argv)
     if args.case:
         drawn = [Case(**json.loads(args.case))]
@@ -254,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(drawn) > 1:
         print(coverage(ran))
     print(f"{len(ran)} equal to one process, {refused} refused, {failed} failed; {seconds:.0f} s, "
-          f"{60 * len(drawn) / seconds:.0f} a minute")  # fmt: skip
+          f"{60 * len(drawn) / seconds:.0f} per minute")  # fmt: skip
     sys.exit(1 if failed else 0)
 
 

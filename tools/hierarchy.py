@@ -1,19 +1,25 @@
-"""Fast links inside a host, slow ones between: what crosses, and what it takes, by placement.
+"""Measures how the placement of ranks on hosts affects traffic between hosts and step time.
 
-    python -m tools.hierarchy                    make hierarchy (as root; 3 min; an idle machine)
+    make hierarchy    python -m tools.hierarchy     as root, 3 minutes, on an idle machine
 
-Hosts are network namespaces of this machine (tools/hosts.py) with 2 ranks each; what leaves a host
-goes at --mbit megabits a second, what stays in it as fast as this machine copies. Then
+Hosts are network namespaces of this machine (tools/hosts.py) with 2 ranks each. Communication
+inside a host is as fast as the machine copies memory; a host sends --mbit Mbit/s to other hosts.
+tp, pp and dp are tensor, pipeline and data parallelism. "across" means that the ranks of a group
+are on different hosts, "inside" that they are on the same host. Three tables are printed:
 
-(a) an all-reduce, flat, and as ddp.py's fourth rung: summed inside first, then across;
-(b) one model on two ranks, of which tp keeps both on a host or has one on each, and on all of them,
-    with tp inside and pp or dp across, or the other way round (ranks are dealt out to hosts then);
-(c) its replicas, with gradients summed flat or by host; and ZeRO-3, sharded over all or inside.
+(a) an all-reduce over all ranks, flat or by host (ddp.Hierarchical: sum inside each host, then
+    across hosts);
+(b) one model on two ranks, on one host or on two; and on all ranks, with tp inside and pp or dp
+    across, or the reverse;
+(c) replicas on all ranks: gradients all-reduced flat or by host; ZeRO-3 with parameters sharded
+over
+    all ranks or inside each host.
 
-MB across: what a host sends to others a step, of the calls that were counted, if each goes around
-in a ring of ranks; what the formulas of the strategy files say it is (these two must be equal); and
-what went through the interface, with TCP's headers. Predicted times are tools/plan.py's, with this
-machine as tools/calibrate.py measures it, the link as it was set up and measured, and cores shared.
+"MB across" are bytes that a host sends to other hosts per step, determined in three ways: from the
+counted collectives, assuming rings; from the formulas of the strategy files; and from the counters
+of the network interface, which include headers. The exit code is 1 if the first two are not equal.
+"predicted" is the time given by tools/cost.py with this machine's speed (tools/calibrate.py), the
+configured bandwidth, and cores that are shared by the ranks.
 """
 
 import argparse
@@ -38,14 +44,14 @@ from tools.plan import Job
 from tools.plan_check import step_seconds, trainer_of
 
 CONFIG = gpt.GPTConfig(4, 8, 128, 256, 256)
-ROWS = 16  # a step, of all replicas
-B = 2  # of a microbatch
+ROWS = 16  # global batch size
+B = 2  # microbatch size
 PER_HOST = 2
 BUCKET = 4 << 20  # bytes
 
 
 class Place(NamedTuple):
-    """A layout, and the host of each rank."""
+    """A layout and the host of each rank."""
 
     what: str
     layout: Layout
@@ -53,13 +59,13 @@ class Place(NamedTuple):
     dp_nodes: int = 1
 
     def crossing(self, axis: str) -> int:
-        """Ranks of the first host whose neighbour in a ring along this axis is on another."""
+        """Number of ranks on the first host whose next rank along `axis` is on another host."""
         t, p, d = self.layout.tp, self.layout.pp, self.layout.dp
         ranks = torch.arange(t * p * d).view(p, d, t)  # as in train_3d.py
         dim = ("pp", "dp", "tp").index(axis)
-        following = ranks.roll(-1, dim).flatten().tolist()
-        home = self.hosts[0]
-        return sum(self.hosts[r] == home != self.hosts[following[r]] for r in range(len(following)))
+        next_rank = ranks.roll(-1, dim).flatten().tolist()
+        first = self.hosts[0]
+        return sum(self.hosts[r] == first != self.hosts[n] for r, n in enumerate(next_rank))
 
 
 def places(n_hosts: int) -> list[Place]:
@@ -70,7 +76,7 @@ def places(n_hosts: int) -> list[Place]:
         return layout._replace(dp=d, microbatches=ROWS // B // d)
 
     neighbours = [rank // PER_HOST for rank in range(world)]
-    dealt = [rank % n_hosts for rank in range(world)]  # neighbours are on different hosts
+    round_robin = [rank % n_hosts for rank in range(world)]  # neighbours are on different hosts
     t, wide = one._replace(tp=PER_HOST), one._replace(tp=n_hosts)
     return [
         Place("tp 2 on one host", one._replace(tp=2), [0, 0]),
@@ -79,8 +85,8 @@ def places(n_hosts: int) -> list[Place]:
         Place("tp 2 across", one._replace(tp=2), [0, 1]),
         Place("tp inside, pp across", t._replace(pp=n_hosts), neighbours),
         Place("tp inside, dp across", replicas(n_hosts, t), neighbours),
-        Place("tp across, pp inside", wide._replace(pp=PER_HOST), dealt),
-        Place("tp across, dp inside", replicas(PER_HOST, wide), dealt),
+        Place("tp across, pp inside", wide._replace(pp=PER_HOST), round_robin),
+        Place("tp across, dp inside", replicas(PER_HOST, wide), round_robin),
         Place("tp over all", one._replace(tp=world), neighbours),
         Place("DDP, flat", replicas(world), neighbours),
         Place("DDP, by host", replicas(world), neighbours, dp_nodes=n_hosts),
@@ -93,20 +99,24 @@ def places(n_hosts: int) -> list[Place]:
 
 
 def across(traffic: dict, members: dict[str, list[int]], host: list[int]) -> float:
-    """Bytes from this rank to one on another host: to the next in the ring of each group."""
+    """Bytes that this rank sends to another host, if each collective is a ring of its group.
+
+    traffic: (group, operation) -> (calls, bytes). members: group -> its ranks. host: host by rank.
+    """
     rank, total = dist.get_rank(), 0.0
     for (group, operation), (_, nbytes) in traffic.items():
         ring = members[group]
-        following = ring[(ring.index(rank) + 1) % len(ring)]
-        if operation != "recv" and host[following] != host[rank]:
+        next_rank = ring[(ring.index(rank) + 1) % len(ring)]
+        if operation != "recv" and host[next_rank] != host[rank]:
             wire = links.WIRE["p2p" if operation == "send" else operation]
             total += wire(len(ring)) * nbytes
     return total
 
 
 def run_place(place: Place, steps: int) -> tuple[float, float, float, float]:
-    """(seconds of a step; bytes in one, from this rank to other hosts: counted, predicted; from
-    this host, through its interface)."""
+    """Trains in this place. Returns, per step: seconds; bytes that this rank sends to other hosts,
+    counted and predicted; bytes that the interface of this host sent.
+    """
     job = Job(CONFIG, place.layout.gpus, PER_HOST, ROWS, cost.HARDWARE["a100-80"], PROGRAM)
     k, more = place.layout.shard_size, f"--dp-nodes {place.dp_nodes}"
     trainer = trainer_of(job, place.layout, more + f" --zero-shard-size {k}" * (k > 0))
@@ -123,7 +133,7 @@ def run_place(place: Place, steps: int) -> tuple[float, float, float, float]:
 
 
 def all_reduces(n_hosts: int, size: int, repeats: int) -> list[tuple[float, float]]:
-    """(seconds, bytes from this host) of `size` bytes in buckets: flat, and by host."""
+    """(seconds, bytes that this host sent) of an all-reduce of `size` bytes: flat, by host."""
     ranks = torch.arange(dist.get_world_size()).view(n_hosts, PER_HOST)
     inside, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
     between, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
@@ -136,29 +146,31 @@ def all_reduces(n_hosts: int, size: int, repeats: int) -> list[tuple[float, floa
                 handle.wait()
             dist.barrier()
             seconds.append(time.perf_counter() - start)
-            before = before or hosts.sent_bytes()  # the first connects
+            before = before or hosts.sent_bytes()  # the first call connects and is not counted
         both.append((statistics.median(seconds[1:]), (hosts.sent_bytes() - before) / repeats))
     return both
 
 
 def small_all_reduce() -> float:
-    """Microseconds, over the world."""
+    """Microseconds of an all-reduce of 64 elements over all ranks."""
     return 1e6 * links.measure("all_reduce", 64, dist.group.WORLD, torch.device("cpu"), 30)[0]
 
 
-# --- beside what is expected ----------------------------------------------------------------------
+# --- measured and predicted -----------------------------------------------------------------------
 
 
 def predicted(place: Place, fast: Hardware, mbit: float, slow_us: float) -> float | None:
-    """Seconds of a step, of ranks that share the cores and rings that share the link. None: of a
-    layout that the model does not know."""
+    """Seconds per step by the cost model, or None for a layout that it does not support.
+
+    Ranks share the cores, and rings that cross between hosts share the link.
+    """
     layout = place.layout
     if layout.shard_size or place.dp_nodes > 1:
         return None
     share = min(1.0, len(os.sched_getaffinity(0)) / layout.gpus)
     hardware = fast._replace(tflops=fast.tflops * share,
                              memory_gb_per_s=fast.memory_gb_per_s * share)
-    # tp goes over what the model takes for a machine's own links, the others over its network.
+    # The cost model has two kinds of links: tp uses `link`, pp and dp use `network`.
     for axes, name in ((["tp"], "link"), (["pp", "dp"], "network")):
         crossing = max(place.crossing(axis) for axis in axes)
         both = {"gb_per_s": fast.link_gb_per_s, "us": fast.link_us}
@@ -192,29 +204,29 @@ def compare_places(
 ) -> list[dict]:
     found = places(len(net.names))
     measured: dict[str, list] = {place.what: [] for place in found}
-    for _ in range(rounds):  # in turn: this machine's speed is not the same for long
+    for _ in range(rounds):  # places alternate, because the machine's speed drifts
         for place in found:
             ranks = launch(place.layout.gpus, run_place, place, steps,
                            before=lambda rank, place=place: net.enter(place.hosts[rank]))
             measured[place.what].append(ranks)
-    print(f"\n(b) {'':22s}{'a step':>9s}{'predicted':>12s}   MB across, per host and step: "
+    print(f"\n(b) {'':22s}{'step':>9s}{'predicted':>12s}   MB across, per host and step: "
           "counted, formula, through the interface")  # fmt: skip
     rows = []
     for place in found:
         runs = measured[place.what]
         seconds = statistics.median(max(rank[0] for rank in ranks) for ranks in runs)
-        # Of the host that sends most.
+        # Per host: bytes counted, predicted, sent by the interface. The largest is printed.
         totals = [[0.0, 0.0, 0.0] for _ in net.names]
         for rank, (_, counted, expected, sent) in enumerate(runs[-1]):
-            mine = totals[place.hosts[rank]]
-            mine[0], mine[1], mine[2] = mine[0] + counted, mine[1] + expected, sent
+            host = totals[place.hosts[rank]]
+            host[0], host[1], host[2] = host[0] + counted, host[1] + expected, sent
         most = max(totals)
         expected = predicted(place, fast, mbit, slow_us)
-        said = "" if expected is None else f"{1e3 * expected:.0f} ms"
+        expected_ms = "" if expected is None else f"{1e3 * expected:.0f} ms"
         same = "" if most[0] == most[1] else "   <- differs"
         if place.what.startswith("DDP, flat"):
             print("(c)")
-        print(f"    {place.what:22s}{1e3 * seconds:6.0f} ms{said:>12s}   "
+        print(f"    {place.what:22s}{1e3 * seconds:6.0f} ms{expected_ms:>12s}   "
               f"{', '.join(f'{x / 1e6:.2f}' for x in most)}{same}", flush=True)
         rows.append({"what": place.what, "layout": place.layout._asdict(), "step_s": seconds,
                      "predicted_s": expected, "bytes": most})  # fmt: skip
@@ -224,11 +236,11 @@ def compare_places(
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = arguments.add_argument
-    add("--hosts", type=int, choices=(2, 4), default=2)
-    add("--mbit", type=options.at_least(1), default=1000, help="a second, from a host to others")
-    add("--steps", type=options.at_least(1), default=5, help="timed, of each layout and round")
-    add("--rounds", type=options.at_least(1), default=2)
-    add("--out", metavar="FILE", help="the same as JSON")
+    add("--hosts", type=int, choices=(2, 4), default=2, help="number of hosts, of 2 ranks each")
+    add("--mbit", type=options.at_least(1), default=1000, help="Mbit/s from a host to the others")
+    add("--steps", type=options.at_least(1), default=5, help="timed steps per launch")
+    add("--rounds", type=options.at_least(1), default=2, help="launches of each layout")
+    add("--out", metavar="FILE", help="write the tables as JSON")
     args = arguments.parse_args()
     if lack := hosts.missing():
         return print(f"tools.hierarchy: skipped: {lack}")
@@ -237,7 +249,7 @@ def main() -> None:
     with hosts.Hosts(args.hosts, args.mbit) as net:
         slow_us = max(launch(args.hosts, small_all_reduce, before=net.enter))
         print(f"{args.hosts} hosts of {PER_HOST} ranks x 1 thread, {cores} cores, gloo, float32; "
-              f"inside {8 * fast.link_gb_per_s:.1f} Gbit/s and {fast.link_us:.0f} us a call, "
+              f"inside {8 * fast.link_gb_per_s:.1f} Gbit/s and {fast.link_us:.0f} us per call, "
               f"between {args.mbit / 1000:g} Gbit/s and {slow_us:.0f} us")  # fmt: skip
         rows = {"all_reduce": compare_all_reduces(net, args.mbit, 4 * args.steps)}
         rows["steps"] = compare_places(net, fast, args.mbit, slow_us, args.steps, args.rounds)

@@ -1,11 +1,13 @@
-"""Several hosts on one machine: network namespaces, each with an address, joined by a bridge.
+"""Simulates several hosts on one Linux machine: network namespaces joined by a bridge.
 
-    with Hosts(2, mbit=1000) as hosts:                   as root; what leaves a host: 1 Gbit/s
-        hosts.popen(0, ["torchrun", "--nnodes", "2", ...])
-        os.fork() or hosts.enter(1)                      a forked process moves to host 1
+    with Hosts(2, mbit=1000) as hosts:       two hosts; each sends at most 1 Gbit/s to others
+        hosts.popen(0, ["torchrun", "--nnodes", "2", ...])       starts a process on host 0
+        os.fork() or hosts.enter(1)                              moves a forked process to host 1
 
-A process keeps its files and processors and sees only its host's network: `lo`, which is as fast as
-this machine copies, and `eth0`, whose other end is plugged into the bridge. Linux, iproute2.
+A process on a host uses the files and cores of the machine, but only the network of its host. That
+network has two interfaces: `lo`, which is as fast as the machine copies memory, and `eth0`, which
+is connected to the bridge and may be limited. Needs root and iproute2 (the commands ip and tc).
+Used by tools/two_hosts.py, tools/hierarchy.py and tests; it is not a command.
 """
 
 import contextlib
@@ -22,7 +24,10 @@ CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}  # bits, see capabilit
 
 
 def run(line: str) -> str:
-    """`ip` or `tc` and its arguments. Raises OSError with what it said."""
+    """Runs a command of iproute2, for example "ip netns add name". Returns its output.
+
+    Raises OSError with the first line of its error message.
+    """
     name, *rest = line.split()
     done = subprocess.run([shutil.which(name, path=PATH), *rest], capture_output=True, text=True)
     if done.returncode:
@@ -41,11 +46,11 @@ def capable(name: str) -> bool:
 
 
 def missing() -> str | None:
-    """One line: why there can be no hosts here, and what to do. None where there can."""
+    """None if hosts can be simulated here; otherwise one line with the reason and the remedy."""
     for name in CAPABILITIES:
         if not capable(name):
-            return (f"network namespaces need {name}: run it with sudo, or in a container that was "
-                    f"started with --cap-add {name}")  # fmt: skip
+            return (f"network namespaces need {name}: use sudo, or a container that was started "
+                    f"with --cap-add {name}")  # fmt: skip
     for name in ("ip", "tc"):
         if not shutil.which(name, path=PATH):
             return f"there is no {name}: install iproute2"
@@ -53,11 +58,11 @@ def missing() -> str | None:
         with Hosts(2, mbit=1000):
             return None
     except OSError as error:
-        return f"this kernel, or this container, does not let us: {error}"
+        return f"this kernel or container does not allow it: {error}"
 
 
 def sent_bytes() -> int:
-    """By this process's host to others, since it is there, with all headers."""
+    """Bytes that the host of this process has sent to other hosts, headers included."""
     with open("/proc/self/net/dev") as file:
         return _sent(file.read())
 
@@ -68,7 +73,7 @@ def _sent(counters: str) -> int:
 
 
 class Hosts:
-    """n hosts at addresses[i]; mbit: megabits a second that leave each, if that is limited."""
+    """n hosts; host i has addresses[i]. mbit: Mbit/s that each host can send (None: no limit)."""
 
     def __init__(self, n: int, mbit: float | None = None):
         self.mbit = mbit
@@ -99,22 +104,22 @@ class Hosts:
 
     def __exit__(self, *_) -> None:
         for name in (*self.names, self.switch):
-            with contextlib.suppress(OSError):  # not made yet
+            with contextlib.suppress(OSError):  # it may not exist, if __enter__ failed
                 run(f"ip netns delete {name}")
 
     def enter(self, i: int) -> None:
-        """This process, which has one thread yet, moves to host i; gloo is told so."""
+        """Moves this process to host i. It must still have one thread. gloo will use eth0."""
         with open(f"/var/run/netns/{self.names[i]}") as file:
             if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "setns")
         os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
 
     def popen(self, i: int, command: list[str], **kwargs) -> subprocess.Popen:
-        """A process on host i."""
+        """Starts a process on host i."""
         ip = shutil.which("ip", path=PATH)
         return subprocess.Popen([ip, "netns", "exec", self.names[i], *command], **kwargs)
 
     def sent_bytes(self, i: int) -> int:
-        """sent_bytes() of host i."""
+        """Bytes that host i has sent to other hosts, headers included."""
         done = self.popen(i, ["cat", "/proc/net/dev"], stdout=subprocess.PIPE, text=True)
         return _sent(done.communicate()[0])

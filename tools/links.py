@@ -1,12 +1,18 @@
-"""What the links between ranks cost: each collective and point-to-point, by size and group.
+"""Measures the time of collectives and transfers between ranks, by size and number of ranks.
 
-First the identity that ZeRO rests on, all-reduce = reduce-scatter + all-gather, shown on numbers.
-Then a table. `wire` is what a ring sends per rank: all-reduce 2 (n-1)/n of the payload, all-gather
-and reduce-scatter (n-1)/n, point-to-point all of it; GB/s is wire over time. Each time is the
-median of several calls, of the slowest rank. The last lines fit time = latency + wire / bandwidth:
-latency from the smallest size, bandwidth from the difference of the largest and the smallest.
-
+    make links
     torchrun --standalone --nproc-per-node 2 -m tools.links --out links.json
+
+For each group size it first checks that an all-reduce equals a reduce-scatter followed by an
+all-gather, on which ZeRO relies. It then prints one row per operation and payload (bytes of the
+full tensor): the median time on the slowest rank, its spread, and GB/s.
+
+GB/s is the wire divided by the time. The wire is the number of bytes that a rank sends in a ring of
+n ranks: 2 (n-1)/n of the payload for an all-reduce, (n-1)/n for an all-gather or reduce-scatter,
+and the payload for a point-to-point transfer ("p2p").
+
+The last rows are a fit of time = latency + wire / bandwidth. The latency is the time of the
+smallest payload. The bandwidth comes from the difference between the largest and the smallest.
 """
 
 import argparse
@@ -23,7 +29,7 @@ import options
 import train_3d
 from zero import all_gather, reduce_scatter
 
-# elements of the full tensor that a ring sends per rank, as a factor of the payload
+# Elements that a rank sends in a ring of n ranks / elements of the full tensor.
 WIRE: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "reduce_scatter": lambda n: (n - 1) / n,
@@ -33,19 +39,19 @@ WIRE: dict[str, Callable[[int], float]] = {
 
 
 def identity(group: dist.ProcessGroup, device: torch.device) -> float:
-    """max |all_reduce(x) - all_gather(reduce_scatter(x))| / max |x|, in float64."""
+    """max |all_reduce(x) - all_gather(reduce_scatter(x))| / max |all_reduce(x)|, in float64."""
     n = group.size()
     generator = torch.Generator().manual_seed(group.rank())
     x = torch.randn(1000 * n, generator=generator, dtype=torch.float64).to(device)
-    whole, shard, both = x.clone(), x.new_empty(1000), torch.empty_like(x)
-    dist.all_reduce(whole, group=group)
+    summed, shard, gathered = x.clone(), x.new_empty(1000), torch.empty_like(x)
+    dist.all_reduce(summed, group=group)
     reduce_scatter(shard, x, group=group)
-    all_gather(both, shard, group=group)
-    return ((whole - both).abs().max() / whole.abs().max()).item()
+    all_gather(gathered, shard, group=group)
+    return ((summed - gathered).abs().max() / summed.abs().max()).item()
 
 
 def call(operation: str, flat: Tensor, group: dist.ProcessGroup) -> Callable[[], None]:
-    """A function that runs `operation` once on the payload `flat`; buffers are made here."""
+    """A function that runs `operation` once with the payload `flat`. Allocates the buffers."""
     n, rank = group.size(), group.rank()
     shard = flat.new_empty(flat.numel() // n)
     if operation == "all_reduce":
@@ -56,7 +62,7 @@ def call(operation: str, flat: Tensor, group: dist.ProcessGroup) -> Callable[[],
         return lambda: all_gather(flat, shard, group=group)
 
     def p2p() -> None:
-        """Rank 2i to rank 2i + 1; the odd one of an odd group looks on."""
+        """Rank 2i sends to rank 2i + 1. In an odd group the last rank does nothing."""
         peer = rank ^ 1
         if peer < n:
             post = dist.isend if rank < peer else dist.irecv
@@ -70,8 +76,10 @@ def call(operation: str, flat: Tensor, group: dist.ProcessGroup) -> Callable[[],
 def measure(
     operation: str, payload: int, group: dist.ProcessGroup, device: torch.device, repeats: int
 ) -> tuple[float, float]:
-    """(median, spread) seconds of one call on `payload` float32 elements, of the slowest rank. The
-    spread is the distance between the quartiles."""
+    """(median, interquartile range) of the seconds of a call, on the slowest rank.
+
+    payload: float32 elements of the full tensor.
+    """
     run = call(operation, torch.zeros(payload, device=device), group)
     seconds = []
     for i in range(repeats + 2):
@@ -82,7 +90,7 @@ def measure(
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if i >= 2:  # the first calls connect and allocate
+        if i >= 2:  # the first calls open connections and allocate
             seconds.append(time.perf_counter() - start)
     slowest = torch.tensor(seconds, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
@@ -91,13 +99,12 @@ def measure(
 
 
 def group_sizes(world_size: int) -> list[int]:
-    """2, 4, 8, ... and the world."""
+    """2, 4, 8, ... and the world size."""
     return sorted({2**k for k in range(1, 12) if 2**k < world_size} | {max(2, world_size)})
 
 
 def table(sizes_kb: list[int], repeats: int, device: torch.device, say: Callable) -> list[dict]:
-    """One row for each (group size, operation, bytes), on the first ranks of the world; the others
-    wait."""
+    """One row per (group size, operation, bytes). A group of n consists of the ranks 0..n-1."""
     rows = []
     for n in group_sizes(dist.get_world_size()):
         group = dist.new_group(list(range(n)))
@@ -107,7 +114,7 @@ def table(sizes_kb: list[int], repeats: int, device: torch.device, say: Callable
             assert worst <= 1e-12, "the identity does not hold"
             for operation, wire in WIRE.items():
                 for kb in sizes_kb:
-                    payload = max(1, kb * 1024 // 4 // n) * n  # float32, in whole shards
+                    payload = max(1, kb * 1024 // 4 // n) * n  # float32 elements, a multiple of n
                     seconds, spread = measure(operation, payload, group, device, repeats)
                     wire_bytes = wire(n) * payload * 4
                     rows.append({
@@ -115,18 +122,20 @@ def table(sizes_kb: list[int], repeats: int, device: torch.device, say: Callable
                         "wire_bytes": wire_bytes, "ms": 1e3 * seconds, "spread_ms": 1e3 * spread,
                         "wire_gb_per_s": wire_bytes / seconds / 1e9,
                     })  # fmt: skip
-                    say(f"{n:3d} ranks  {operation:15s}{payload * 4:>11,d} B {1e3 * seconds:9.3f} "
-                        f"ms +- {1e3 * spread:<7.3f} {wire_bytes / seconds / 1e9:7.2f} GB/s")
+                    say(
+                        f"{n:3d} ranks  {operation:15s}{payload * 4:>11,d} B {1e3 * seconds:9.3f} "
+                        f"ms +- {1e3 * spread:<7.3f} {wire_bytes / seconds / 1e9:7.2f} GB/s"
+                    )
         dist.barrier()
     return rows
 
 
 def fit(rows: list[dict]) -> list[dict]:
-    """latency (us) and bandwidth (GB/s of wire) for each (group size, operation)."""
+    """Latency (us) and bandwidth (GB/s of wire; None: too noisy) by group size and operation."""
     fits = []
     for n, operation in dict.fromkeys((r["ranks"], r["operation"]) for r in rows):
-        mine = [r for r in rows if (r["ranks"], r["operation"]) == (n, operation)]
-        small, large = min(mine, key=lambda r: r["bytes"]), max(mine, key=lambda r: r["bytes"])
+        chosen = [r for r in rows if (r["ranks"], r["operation"]) == (n, operation)]
+        small, large = (extreme(chosen, key=lambda r: r["bytes"]) for extreme in (min, max))
         seconds = (large["ms"] - small["ms"]) / 1e3
         wire_bytes = large["wire_bytes"] - small["wire_bytes"]
         fits.append({
@@ -140,10 +149,10 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = arguments.add_argument
     add("--sizes-kb", type=int, nargs="+", default=[4, 64, 1024, 25 * 1024], metavar="KB",
-        help="payloads")  # fmt: skip
-    add("--repeats", type=int, default=30, help="timed calls of each, at least 2")
+        help="payloads, in KiB of float32")  # fmt: skip
+    add("--repeats", type=int, default=30, help="timed calls per row, at least 2")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", metavar="FILE", help="the table as JSON")
+    add("--out", metavar="FILE", help="write the table as JSON")
     args = arguments.parse_args()
     device, line = options.pick_device(args.device)
     train_3d.join_ranks(device)
@@ -154,7 +163,7 @@ def main() -> None:
 
     say(line)
     if dist.get_world_size() < 2:
-        raise SystemExit("links.py: a link has two ends: start 2 ranks or more with torchrun")
+        raise SystemExit("links.py: 1 rank has no links: start 2 or more with torchrun")
     rows = table(args.sizes_kb, args.repeats, device, say)
     if dist.get_rank() == 0:
         fits = fit(rows)

@@ -1,15 +1,20 @@
-"""The overlapped paths under delays: whoever is late, every bit of the result is the same.
+"""Looks for race conditions: runs each overlapped path with delays and compares all results.
 
-    python -m tools.races --n 20 --seed 0
+    make races N=20 SEED=0    python -m tools.races --n 20 --seed 0
 
-First once with late delivery: the output of each asynchronous collective and transfer is NaN from
-its launch to wait(), its input must not be written to in between, and no tensor may be freed, moved
-or resized (tests/test_races.py uses the same by judge_late). Then n times at random: each rank
-sleeps for a while before each collective, before some of its other operations and before it writes
-its part of a checkpoint (saved after each step, while training goes on); one rank of each run
-sleeps five times as long. Losses, norms, gradients, parameters and what is on disk must then be,
-bit by bit, those of a run without delays: where somebody does not wait for what it uses, or changes
-what is under way, they are not.
+A path is one configuration that overlaps communication with computation. Its losses, gradient
+norms, gradients, parameters and checkpoints must be equal, bit by bit, to those of a run without
+delays. They differ if a rank uses a result before waiting for it, or changes a tensor that is still
+being sent. There are two kinds of delayed runs:
+
+- One run with late delivery. The output of each asynchronous collective or transfer is NaN from its
+  launch until wait(). Its inputs must not be written to before wait(), and no tensor of it may be
+  freed, moved or resized. tests/test_races.py does the same by judge_late().
+- N runs with random delays. Each rank sleeps before each collective, before some of its other
+  operations, and before writing its shard of a checkpoint, which is saved asynchronously after each
+  step. In each run one rank sleeps five times as long.
+
+It prints one line per path. The exit code is 1 if a result differs.
 """
 
 import argparse
@@ -52,7 +57,7 @@ PATHS = {
 
 
 class Delays(TorchDispatchMode):
-    """Sleeps before every collective, and before one in a hundred of the others."""
+    """Sleeps before every collective and before one in a hundred of the other operations."""
 
     def __init__(self, rng: random.Random, longest: float):
         super().__init__()
@@ -65,12 +70,16 @@ class Delays(TorchDispatchMode):
 
 
 class Late:
-    """The handle of a collective, or of a batch of transfers. wait() raises AssertionError if an
-    input or output was freed, moved or resized since the launch, and counts the inputs that were
-    written to. outputs: (tensor, what is copied to it at wait(), or None if it is there)."""
+    """The handle of a collective or of a batch of transfers.
 
-    changed = 0  # inputs that were written to before wait(); a tensor on a GPU: no synchronisation
-    waiting: set["Late"] = set()  # kept alive, since gloo's destructors would block
+    outputs: pairs of a tensor and the result that wait() copies to it; None if the result is
+    already there. wait() raises AssertionError if an input or output was freed, moved or resized
+    since the launch, and counts the inputs that were written to.
+    """
+
+    # Number of inputs written to before wait(). On a GPU a tensor, to avoid a synchronisation.
+    changed = 0
+    waiting: set["Late"] = set()  # handles without wait(); kept alive: gloo's destructors block
 
     def __init__(
         self, works: list[dist.Work], inputs: list[Tensor],
@@ -89,22 +98,22 @@ class Late:
             now = storage_of(tensor)
             assert now == storage, (
                 f"the storage of a tensor of shape {tuple(tensor.shape)} had (address, bytes) = "
-                f"{storage} at the launch and has {now} at wait(): wait() before resize_()"
+                f"{storage} at the launch and has {now} at wait(): call wait() before resize_()"
             )
-        if self not in Late.waiting:  # NCCL has one handle for a batch
+        if self not in Late.waiting:  # NCCL returns one handle for a batch
             return
         Late.waiting.remove(self)
         for x, before, version in self.inputs:
-            # x += 1 does not change the bits of NaN, and _version counts it.
+            # Compare _version, too: x += 1 does not change the bits of NaN.
             other_bits = (bits(x) != bits(before)).any()
             Late.changed = Late.changed + (other_bits | (x._version != version))
-        for to, arrived in self.outputs:
-            if arrived is not None:
-                to.copy_(arrived)
+        for to, result in self.outputs:
+            if result is not None:
+                to.copy_(result)
 
 
 def storage_of(tensor: Tensor) -> tuple[int, int]:
-    """(address, bytes) of its storage."""
+    """(address, bytes) of the tensor's storage."""
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
 
@@ -115,34 +124,36 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def fill_with_nan(to: Tensor, source: Tensor | None = None) -> None:
-    """source: an input that may be a part of `to`, as in an all-gather in place. It is kept."""
+    """Fills `to` with NaN, except for `source`, which may be a view of it (in-place all-gather)."""
     with torch.no_grad():
-        kept = None if source is None else source.clone()
+        copy = None if source is None else source.clone()
         if to.is_floating_point():
             to.fill_(float("nan"))
-        if kept is not None:
-            source.copy_(kept)
+        if copy is not None:
+            source.copy_(copy)
 
 
 def deliver_late(direct: bool = False, delay: Callable[[], None] = lambda: None) -> None:
-    """Changes the collectives and transfers of this process. Each output is NaN from the launch of
-    an asynchronous call to wait(), which delivers it.
+    """Patches the collectives and transfers of this process to deliver their results late.
 
-    direct: outputs that are not also inputs are filled with NaN ahead of the launch, and the call
-    writes to them when it runs. That is for a GPU, where the call runs on another stream.
-    delay: called before each launch."""
+    The output of an asynchronous call is NaN from its launch until wait(), which delivers it.
+
+    direct: fill outputs (that are not also inputs) with NaN before the launch, and let the call
+    write to them when it runs. For a GPU, where the call runs on another stream. delay: called
+    before each launch.
+    """
     reduce, batch = dist.all_reduce, dist.batch_isend_irecv
 
     def all_reduce(x, *args, async_op=False, **kwargs):
         delay()
         if not async_op:
             return reduce(x, *args, **kwargs)
-        arrived = x if direct else x.detach().clone()
-        work = reduce(arrived, *args, async_op=True, **kwargs)
+        result = x if direct else x.detach().clone()
+        work = reduce(result, *args, async_op=True, **kwargs)
         if direct:
             return Late([work], [], [(x, None)])
         fill_with_nan(x)
-        return Late([work], [x], [(x, arrived)])
+        return Late([work], [x], [(x, result)])
 
     def into(real: Callable, gathers: bool) -> Callable:
         def call(to, x, *args, async_op=False, **kwargs):
@@ -155,10 +166,10 @@ def deliver_late(direct: bool = False, delay: Callable[[], None] = lambda: None)
                     fill_with_nan(to)
                 work = real(to, x, *args, async_op=True, **kwargs)
                 return Late([work], [] if in_place else [x], [(to, None)])
-            arrived = torch.empty_like(to)
-            work = real(arrived, x.detach().clone(), *args, async_op=True, **kwargs)
+            result = torch.empty_like(to)
+            work = real(result, x.detach().clone(), *args, async_op=True, **kwargs)
             fill_with_nan(to, x if gathers else None)
-            return Late([work], [x], [(to, arrived)])
+            return Late([work], [x], [(to, result)])
 
         return call
 
@@ -173,7 +184,7 @@ def deliver_late(direct: bool = False, delay: Callable[[], None] = lambda: None)
             else:
                 ends.append(([o.tensor], []))
         works = batch(operations)
-        if len(works) < len(operations):  # NCCL has one handle for a batch
+        if len(works) < len(operations):  # NCCL returns one handle for a batch
             return [Late(works, *(sum(kind, []) for kind in zip(*ends, strict=True)))]
         return [Late([work], *end) for work, end in zip(works, ends, strict=True)]
 
@@ -187,8 +198,10 @@ def judge_late(
     case: Case, seams: dict | None = None, direct: bool = False,
     delay: Callable[[], None] = lambda: None, **how,
 ) -> Errors:  # fmt: skip
-    """oracle.judge(case, seams, **how) with deliver_late(direct, delay) on each rank. Raises
-    RuntimeError if a handle was not waited for, or an input was written to before wait()."""
+    """oracle.judge(case, seams, **how) with deliver_late(direct, delay) on each rank.
+
+    Raises RuntimeError if a handle was not waited for or an input was written to before wait().
+    """
 
     def on_rank(*args) -> Compared:
         deliver_late(direct, delay)
@@ -201,6 +214,7 @@ def judge_late(
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
+    """A hash of all names and values."""
     made = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         made.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
@@ -208,8 +222,11 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 
 def train(case: Case, seed: int | None, late: bool, longest: float, folder: str) -> dict[str, str]:
-    """On each rank: a few steps, each saved during the next one. What is left, as digests by kind.
-    seed None: without random delays."""
+    """Trains a few steps on each rank; each step is saved while the next one runs.
+
+    Returns digests of the results by kind. seed: None for no random delays. late: deliver results
+    late. longest: upper bound of a delay in seconds.
+    """
     rank, rng = dist.get_rank(), random.Random(f"{seed} {dist.get_rank()}")
     slow = seed is not None and seed % dist.get_world_size() == rank
     delays = Delays(rng, 0.0 if seed is None else longest * (5 if slow else 1))
@@ -231,7 +248,7 @@ def train(case: Case, seed: int | None, late: bool, longest: float, folder: str)
         states, numbers = trainer.state_to_save()
         disk.save(step + 1, states, {"optimizer": numbers})
     disk.wait()
-    dist.barrier()  # rank 0 has renamed it
+    dist.barrier()  # rank 0 has renamed the last checkpoint
     assert all(save.failed is None for save in disk.news()), disk.failed
     pieces = trainer.sync.pieces()
     gradients = {f"{piece.name} {piece.start}": piece.tensor.grad for piece in pieces}
@@ -240,8 +257,8 @@ def train(case: Case, seed: int | None, late: bool, longest: float, folder: str)
         "losses and norms": digest({"": torch.stack(stats)}),
         "gradients": digest(gradients),
         "parameters": digest(dict(gpt.named_parameters(trainer.model))),
-        "handles that nobody waited for": str(len(Late.waiting)),
-        "tensors changed under way": str(int(Late.changed)),
+        "handles without wait()": str(len(Late.waiting)),
+        "inputs changed before wait()": str(int(Late.changed)),
     }
     for step in range(1, STEPS + 1):
         checkpoint.read(Path(folder) / f"step-{step}", states, dist.group.WORLD)
@@ -252,14 +269,15 @@ def train(case: Case, seed: int | None, late: bool, longest: float, folder: str)
 def race(
     case: Case, seed: int | None, late: bool = False, longest: float = 1e-3
 ) -> list[dict[str, str]]:
+    """One run of train(). Returns the digests of each rank."""
     with tempfile.TemporaryDirectory() as folder:
         return launch(case.world_size, train, case, seed, late, longest, folder)
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--n", type=int, default=20, help="runs of each path")
-    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--n", type=int, default=20, help="runs with random delays per path")
+    arguments.add_argument("--seed", type=int, default=0, help="of the random delays")
     args = arguments.parse_args(argv)
     since, wrong = time.monotonic(), 0
     for name, case in PATHS.items():
@@ -268,10 +286,10 @@ def main(argv: list[str] | None = None) -> None:
             for rank, kinds in enumerate(race(case, seed, late=seed is None)):
                 differ |= {kind for kind in kinds if kinds[kind] != expected[rank][kind]}
         wrong += bool(differ)
-        said = f"{', '.join(sorted(differ))} DIFFER" if differ else "the same to the last bit"
+        result = f"{', '.join(sorted(differ))} DIFFER" if differ else "equal bit by bit"
         runs = f"{name:16s} {case.world_size} ranks, {args.n} + 1 runs with delays"
-        print(f"{runs}: {said}", flush=True)
-    print(f"{len(PATHS) - wrong} of {len(PATHS)} paths; {time.monotonic() - since:.0f} s")
+        print(f"{runs}: {result}", flush=True)
+    print(f"{len(PATHS) - wrong} of {len(PATHS)} paths are equal; {time.monotonic() - since:.0f} s")
     sys.exit(1 if wrong else 0)
 
 

@@ -1,11 +1,13 @@
-"""A pipeline across the link between two hosts, launched as on a cluster, beside one process.
+"""Trains with torchrun on two simulated hosts and compares the run with a single process.
 
-    python -m tools.two_hosts                               make two-hosts (as root; 1 min)
+    make two-hosts    python -m tools.two_hosts     as root, 1 minute
 
-The hosts are network namespaces of this machine (tools/hosts.py). On each, torchrun starts two
-ranks: tp inside a host, pp across. Losses and gradient norms, in float64, are those of one process;
-what the stages send to each other is what pipeline.py predicts, and the interface has sent that and
-little more.
+The hosts are network namespaces of this machine (tools/hosts.py). torchrun is started on each of
+them, as on a cluster, with two ranks per host. Tensor parallelism stays inside a host; the pipeline
+has one stage per host. The tool prints the losses and gradient norms of both runs in float64, and
+for each host the bytes that its network interface sent and the bytes predicted by pipeline.py.
+
+The exit code is 1 if the results differ or an interface sent less, or much more, than predicted.
 """
 
 import argparse
@@ -32,14 +34,17 @@ PORT = 29500
 
 
 def torchrun(net: hosts.Hosts, i: int, script: list[str]) -> list[str]:
-    """The line that a user would type on host i."""
+    """The command that a user would type on host i."""
     return [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(net.names)),
             "--node-rank", str(i), "--nproc-per-node", "2", "--master-addr",
             net.addresses[0], "--master-port", str(PORT), "--", *script]  # fmt: skip
 
 
 def across(net: hosts.Hosts, script: list[str]) -> list[int]:
-    """Runs it on all hosts; bytes that each has sent. Raises RuntimeError with what was said."""
+    """Runs `script` with torchrun on all hosts. Returns the bytes that each host sent.
+
+    Raises RuntimeError with the end of stderr if it fails on a host.
+    """
     environment = os.environ | {"GLOO_SOCKET_IFNAME": hosts.INTERFACE, "OMP_NUM_THREADS": "1",
                                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # fmt: skip
     jobs = []
@@ -48,16 +53,25 @@ def across(net: hosts.Hosts, script: list[str]) -> list[int]:
             line = torchrun(net, i, script)
             print(f"{net.addresses[i]}: GLOO_SOCKET_IFNAME={hosts.INTERFACE} torchrun "
                   f"{' '.join(line[3:])}", flush=True)  # fmt: skip
-            jobs.append(net.popen(i, line, cwd=ROOT, env=environment, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-        said = [job.communicate(timeout=300) for job in jobs]
+            jobs.append(
+                net.popen(
+                    i,
+                    line,
+                    cwd=ROOT,
+                    env=environment,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )
+        outputs = [job.communicate(timeout=300) for job in jobs]
     finally:
         for job in jobs:
             job.kill()
     for i, job in enumerate(jobs):
         if job.returncode:
-            raise RuntimeError(f"host {i}, exit code {job.returncode}: {said[i][1][-2000:]}")
-    print(said[0][0].strip())
+            raise RuntimeError(f"host {i}, exit code {job.returncode}: {outputs[i][1][-2000:]}")
+    print(outputs[0][0].strip())
     return [net.sent_bytes(i) for i in range(len(net.names))]
 
 
@@ -69,8 +83,12 @@ def rows(path: str) -> list[tuple[float, float]]:
 
 
 def predicted_sent_bytes(args: argparse.Namespace, steps: int) -> list[int]:
-    """By each host, in all steps: its t ranks' activations or their gradients, and what they have
-    of a tied wte's gradient, which two ranks sum in a ring."""
+    """Bytes that each host sends in all steps.
+
+    Its t ranks send activations or their gradients to the other stage. They also all-reduce their
+    shards of the gradient of the tied embedding over the two stages; a ring of two ranks sends it
+    once.
+    """
     config = options.check(args, args.tp * args.pp)
     m = args.global_batch_size // args.micro_batch_size
     stages = pipeline.stages_of(options.make_schedule(args, m))
@@ -82,9 +100,9 @@ def predicted_sent_bytes(args: argparse.Namespace, steps: int) -> list[int]:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--steps", type=options.at_least(1), default=5)
+    arguments.add_argument("--steps", type=options.at_least(1), default=5, help="training steps")
     arguments.add_argument("--mbit", type=options.at_least(1), default=1000,
-                           help="a second, from each host to the other")  # fmt: skip
+                           help="bandwidth between the hosts, Mbit/s per direction")  # fmt: skip
     steps, mbit = vars(arguments.parse_args()).values()
     if lack := hosts.missing():
         return print(f"tools.two_hosts: skipped: {lack}")
@@ -97,17 +115,19 @@ def main() -> None:
                        check=True, stdout=subprocess.DEVNULL)  # fmt: skip
         two, one = rows(log), rows(alone)
     errors = []
-    for step, (mine, expected) in enumerate(zip(two, one, strict=True)):
-        errors += [abs(a / b - 1) for a, b in zip(mine, expected, strict=True)]
-        print(f"step {step}: loss {mine[0]:.15f}, norm {mine[1]:.15f} | one process "
-              f"{expected[0]:.15f}, {expected[1]:.15f}")
+    for step, (found, expected) in enumerate(zip(two, one, strict=True)):
+        errors += [abs(a / b - 1) for a, b in zip(found, expected, strict=True)]
+        print(
+            f"step {step}: loss {found[0]:.15f}, norm {found[1]:.15f} | one process "
+            f"{expected[0]:.15f}, {expected[1]:.15f}"
+        )
     worst = measure.largest(errors)
     same = len(two) == steps and worst <= measure.TOLERANCE
     print(f"largest relative difference {worst:.1e}: {'ok' if same else 'MISMATCH'}")
     args = options.parser().parse_args([*flags, *LAYOUT])
     for i, expected in enumerate(predicted_sent_bytes(args, steps)):
-        print(f"host {i} sent {sent[i] / 1e6:.2f} MB; by formula {expected / 1e6:.2f} MB, and "
-              "headers, the ranks' meeting, a norm a step")  # fmt: skip
+        print(f"host {i} sent {sent[i] / 1e6:.2f} MB; predicted {expected / 1e6:.2f} MB without "
+              "headers, rendezvous and gradient norms")  # fmt: skip
         same &= expected < sent[i] < 1.1 * expected + 1e6
     sys.exit(not same)
 
