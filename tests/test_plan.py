@@ -158,7 +158,8 @@ def test_a_difference_is_marked_and_is_the_exit_code(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--dry-run --world-size 16 --all-ranks", "--all-ranks with --world-size 16: it supports at most 8"),
+    ("--dry-run --world-size 16 --all-ranks",
+     "--all-ranks with --world-size 16: it supports at most 8"),
     ("--dry-run --world-size 8 --rank 8", "--rank 8 with --world-size 8: give 0 to 7"),
     ("--dry-run --world-size 8 --tp 3", "world size 8 is not divisible by --tp 3"),
     ("--dry-run --recompute offload", "meta tensors cannot be offloaded: use another policy"),
@@ -396,9 +397,9 @@ def test_a_plan_for_this_machine(monkeypatch, capsys):
 def test_nothing_fits(monkeypatch, capsys):
     flags = "--model gpt-175b --gpus 8 --global-batch-size 8 --hardware a100-40"
     text = said(monkeypatch, capsys, flags)
-    assert "none fits" in text and "nearest: t=8" in text
+    assert "none fits" in text and "smallest: t=8" in text
     assert re.search(r"it would fit on GPUs of \d+ GB", text)
-    assert re.search(r"on \d+ of these GPUs, it would: t=", text)
+    assert re.search(r"the model would fit on \d+ of these GPUs: t=", text)
     found = json.loads(said(monkeypatch, capsys, flags + " --json"))
     assert found == {"recipe": None, "best": None, "layouts": []}
 
@@ -412,12 +413,12 @@ def test_hardware_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--hardware a100", "--hardware a100 is none of v100-32, a100-40, a100-80, h100-80"),
+    ("--hardware a100", "--hardware a100 is not one of v100-32, a100-40, a100-80, h100-80"),
     ("--gpus 0", "--gpus"), ("--global-batch-size 7 --gpus 1024", "--global-batch-size 7: no d"),
     ("--tp 5 --gpus 16", "16 is not divisible by --tp 5"), ("--tp 16", "more than the 8 GPUs"),
     ("--model gpt2 --n-head 10 --tp 4 --n-embd 640", "--n-head 10 is not divisible by --tp 4"),
-    ("--pp 7 --gpus 64", "not divisible"), ("--usable 1.5", "--usable 1.5: give a part"),
-    ("--gpus 12", "--gpus 12 are no whole machines of --gpus-per-node 8"),
+    ("--pp 7 --gpus 64", "not divisible"), ("--usable 1.5", "--usable 1.5: give a fraction"),
+    ("--gpus 12", "--gpus 12 is not a multiple of --gpus-per-node 8"),
     ("--memory-gb 0", "memory_gb is 0"), ("--tflops -3", "tflops is -3"), ("--modle x", "--modle"),
     ("--model gpt9", "gpt9"), ("--tokens 0", "--tokens"),
 ])  # fmt: skip

@@ -1,11 +1,15 @@
-"""The judge: any layout of train_3d.Trainer compared with one process that uses no strategy.
+"""Compares a layout of train_3d.Trainer with a single process that uses none of the strategies.
 
     case = Case(t=2, p=2, d=2)
     judge(case)              Errors(loss=1e-16, norm=..., gradient=..., parameter=..., where=...)
 
-The one process is gpt.GPT with torch's cross entropy, clip_grad_norm_ and optimizer, on the full
-batch at once. Ranks are forked (a few milliseconds each) and rendezvous through a FileStore. Each
-rank compares every tensor it holds with its shard of the one process's, after the last step.
+The single process ("reference") trains gpt.GPT with torch's cross entropy, clip_grad_norm_ and
+optimizer on the full batch, in float64. The layout runs on forked ranks, which take a few
+milliseconds to start and rendezvous through a FileStore. After the last step each rank compares
+every tensor it holds with its shard of the reference's tensor.
+
+Most tests, and tools/parity.py, fuzz.py and races.py, are built on this module. It is not a
+command.
 """
 
 import dataclasses
@@ -25,7 +29,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 import torch
-import torch._dynamo  # optimizers import it at their first step: once here, not in every rank
+import torch._dynamo  # optimizers import it at their first step; import it once, before the fork
 import torch.distributed as dist
 from torch import Tensor
 
@@ -38,20 +42,21 @@ import train_3d
 
 STEPS = 3
 CPU = torch.device("cpu")
-# AdamW divides a gradient by its own size + EPS. Where the true gradient is 0 (a key's bias) the
-# update is (rounding, about 1e-17) x lr / EPS: torch's default of 1e-8 would show it as 1e-12.
+# AdamW divides a gradient by about its own size + EPS. Where the true gradient is 0 (the bias of
+# the keys) the update is rounding, about 1e-17, times lr / EPS. With torch's default of 1e-8 that
+# would look like an error of 1e-12.
 EPS = 1e-5
-FLOORS = {"float64": 1e-6, "float32": 1e-2}  # of measure.relative_errors
+FLOORS = {"float64": 1e-6, "float32": 1e-2}  # argument `floor` of measure.relative_errors
 
 
 class Errors(NamedTuple):
-    """The largest relative error of each kind, over all ranks and tensors."""
+    """The largest relative error of each kind over all ranks and tensors."""
 
     loss: float
     norm: float
     gradient: float
     parameter: float
-    where: str  # the tensor with the largest of them
+    where: str  # kind and name of the tensor with the largest error
 
     @property
     def worst(self) -> float:
@@ -62,9 +67,10 @@ class Errors(NamedTuple):
         return all(e <= tolerance for e, tolerance in zip(self[:4], TOLERANCES[dtype], strict=True))
 
 
-# By dtype, in the order of Errors. Each exceeds rounding. For bf16, 295 layouts drawn by tools.fuzz
-# with n_embd >= 6 had errors of at most 0.005, 0.064, 0.20 and 0.12; one rank alone had up to 0.13
-# in the norm. A LayerNorm over 4 entries amplifies rounding further. Smaller bugs are for float64.
+# Tolerances of loss, norm, gradient and parameter. They exceed the effect of rounding. For bf16
+# they were chosen from 295 random layouts of tools.fuzz with n_embd >= 6: the errors were at most
+# 0.005, 0.064, 0.20 and 0.12, and up to 0.13 in the norm with a single rank. (A LayerNorm of 4
+# entries amplifies rounding further.) Bugs with smaller effects must be found in float64.
 TOLERANCES = {
     "float64": (measure.TOLERANCE,) * 4,
     "float32": (1e-4,) * 4,
@@ -74,29 +80,31 @@ TOLERANCES = {
 
 @dataclasses.dataclass
 class Case:
-    """A layout and a model. m microbatches of b rows on each of d replicas. resume: the run is
-    saved after step `at` and resumed with these fields replaced. The model and the rows of a batch,
-    d m b, must not change."""
+    """A layout, a model and a training run.
 
-    t: int = 1
-    p: int = 1
-    d: int = 1
-    m: int = 2
-    b: int = 2
-    sequence: bool = False
+    resume: if given, the run is saved after step `at` and resumed with these fields replaced. The
+    model and the global batch size d m b must not change.
+    """
+
+    t: int = 1  # tensor-parallel ranks
+    p: int = 1  # pipeline ranks
+    d: int = 1  # replicas
+    m: int = 2  # microbatches per replica and step
+    b: int = 2  # rows (sequences) per microbatch
+    sequence: bool = False  # --sequence-parallel
     zero: int = 0
-    shard_size: int | None = None
-    reshard: int = 1
-    nodes: int = 1
+    shard_size: int | None = None  # --zero-shard-size
+    reshard: int = 1  # --zero-reshard-after-forward
+    nodes: int = 1  # --dp-nodes
     schedule: str = "1f1b"
     chunks: int | None = None
     recompute: str = "none"
-    every: int = 1
-    layers: int | None = None
+    every: int = 1  # --recompute-every
+    layers: int | None = None  # --recompute-layers
     tied: bool = True
     optimizer: str = "adamw"
-    clip: float = 0.1  # far below the norm: active in every step
-    masked: bool = True
+    clip: float = 0.1  # far below the gradient norm, so clipping is active in every step
+    masked: bool = True  # ignore some targets, see reader()
     attention: str = "sdpa"
     dropout: float = 0.0
     n_layer: int = 5
@@ -104,7 +112,7 @@ class Case:
     n_embd: int = 24
     vocab_size: int = 41
     seq_len: int = 7
-    bucket_bytes: int = 3000  # a few buckets at these sizes; the default would always be one
+    bucket_bytes: int = 3000  # several buckets at these sizes; DDP's default would make one
     dtype: str = "float64"
     compile: bool = False
     grad_dtype: str | None = None
@@ -119,7 +127,7 @@ class Case:
 
     @property
     def parts(self) -> list[tuple["Case", int, int]]:
-        """(layout, first step, step at which it ends), one after the other."""
+        """(layout, first step, end step) of each part of the run, in order."""
         if self.resume is None:
             return [(self, 0, self.steps)]
         changed = {k: v for k, v in self.resume.items() if k != "at"}
@@ -129,11 +137,11 @@ class Case:
 
     @property
     def batches(self) -> list[int]:
-        """Rows per batch of each layout; they must be equal."""
+        """Global batch size of each part of the run; they must be equal."""
         return [part.d * part.m * part.b for part, _, _ in self.parts]
 
     def arguments(self) -> list[str]:
-        """The command line of train_3d.py."""
+        """The flags of train_3d.py."""
         pairs = {
             "tp": self.t, "pp": self.p, "micro-batch-size": self.b,
             "global-batch-size": self.d * self.m * self.b, "zero": self.zero,
@@ -157,7 +165,7 @@ class Case:
         return flags + ([] if self.tied else ["--untied"])
 
     def __str__(self) -> str:
-        """Only what is not the default, as JSON."""
+        """The fields that differ from their defaults, as JSON."""
         default = dataclasses.asdict(Case())
         mine = dataclasses.asdict(self)
         return json.dumps({k: v for k, v in mine.items() if v != default[k]})
@@ -170,23 +178,29 @@ def launch(
     world_size: int, function: Callable, *args, timeout: float = 120.0,
     before: Callable[[int], None] = lambda rank: None, device: torch.device = CPU,
 ) -> list:  # fmt: skip
-    """function(*args) on `world_size` forked ranks of a gloo group; its results, by rank. before:
-    called with the rank, in its process, before the ranks meet. device: a GPU that all ranks use,
-    over NCCL; the calling process must not have used CUDA, which does not survive a fork. Raises
-    RuntimeError with the traceback of the first rank that failed, and leaves no process behind."""
+    """Runs function(*args) on `world_size` forked ranks of a gloo group. Returns results by rank.
+
+    before: called in each process with its rank, before the process group is initialised.
+    device: a GPU that all ranks share, over NCCL. The calling process must not have initialised
+    CUDA, which does not survive a fork.
+
+    Raises RuntimeError with the traceback of the first rank that failed, or after `timeout`
+    seconds. No process is left running.
+    """
     context = multiprocessing.get_context("fork")
     results, ends, processes = [None] * world_size, {}, []
     with tempfile.TemporaryDirectory() as folder:
-        gc.freeze()  # our garbage is not the ranks' to collect: a group's threads are with us alone
+        # Ranks must not collect garbage of this process: the threads of its groups are not forked.
+        gc.freeze()
         for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
+            receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_child,
-                args=(theirs, rank, world_size, f"{folder}/store", before, device, function, args),
+                args=(sender, rank, world_size, f"{folder}/store", before, device, function, args),
             )
             process.start()
-            theirs.close()
-            ends[ours] = rank
+            sender.close()
+            ends[receiver] = rank
             processes.append(process)
         gc.unfreeze()
         deadline = time.monotonic() + timeout
@@ -196,7 +210,7 @@ def launch(
                 ready = multiprocessing.connection.wait(list(ends), max(0.0, left))
                 if not ready:
                     raise RuntimeError(f"ranks {sorted(ends.values())} hang: {timeout} s are over")
-                failed = []  # (when, what): the first is the cause of the others
+                failed = []  # (time, message); the first failure causes the others
                 for end in ready:
                     rank = ends.pop(end)
                     try:
@@ -214,7 +228,7 @@ def launch(
                     raise RuntimeError(min(failed)[1])
         finally:
             for process in processes:
-                if ends:  # a rank failed, and the others may block in a collective
+                if ends:  # after a failure, other ranks may block in a collective
                     process.kill()
                 process.join()
     return results
@@ -242,22 +256,25 @@ def _child(
     except BaseException:
         end.send_bytes(pickle.dumps((time.monotonic(), False, traceback.format_exc())))
         os._exit(1)
-    # Not through Python's own exit: what pytest would do there is the parent's business.
+    # Skip Python's exit handlers: those of pytest must run in the parent only.
     os._exit(0)
 
 
-# --- both sides -----------------------------------------------------------------------------------
+# --- the reference and the layout -----------------------------------------------------------------
 
 
 def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Weights with nothing special in them: a bias of 0 or a norm of 1 would hide mistakes."""
+    """Random initial values for all parameters: biases of 0 and norm weights of 1 hide mistakes."""
     noise = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.1
     return noise + 1.0 if len(shape) == 1 and name.endswith("weight") else noise
 
 
 def reader(case: Case) -> Callable:
-    """Random tokens; with `masked`, row r ignores its first targets, each row another number, so
-    that ranks hold different counts, and one row has none at all."""
+    """A function (step, rows) -> (inputs, targets) of random tokens.
+
+    With case.masked, the first targets of each row are ignored. Their number differs from row to
+    row, so ranks have different numbers of targets, and one row has none.
+    """
 
     def read(step: int, rows: range) -> tuple[Tensor, Tensor]:
         xs, ys = [], []
@@ -275,16 +292,20 @@ def reader(case: Case) -> Callable:
 
 
 def reference(case: Case, model: Callable | None = None) -> dict:
-    """One process, no strategies, float64: losses, norms, last gradients (clipped), parameters, and
-    the initial parameters. Initial weights are rounded to case.dtype, as the layout's are."""
+    """Trains in one process without any strategy, in float64.
+
+    Returns losses and gradient norms of all steps, the clipped gradients of the last step, the
+    final and the initial parameters. Initial parameters are rounded to case.dtype, as in the
+    layout.
+    """
     args = options.parser().parse_args(case.arguments())
     config = options.check(args, case.world_size)
     with torch.device("meta"):
-        whole = model() if model else gpt.GPT(config)
+        full_model = model() if model else gpt.GPT(config)
     dtype = options.DTYPES[case.dtype]
-    gpt.init_weights(whole, case.seed, dtype, "cpu", draw)
-    whole.double()
-    named = dict(gpt.named_parameters(whole))
+    gpt.init_weights(full_model, case.seed, dtype, "cpu", draw)
+    full_model.double()
+    named = dict(gpt.named_parameters(full_model))
     initial = {n: p.detach().clone() for n, p in named.items()}
     groups = [
         {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": args.weight_decay},
@@ -300,10 +321,10 @@ def reference(case: Case, model: Callable | None = None) -> dict:
     for step in range(case.steps):
         x, y = reader(case)(step, range(args.global_batch_size))
         if case.dropout:
-            whole.draws.seed = case.seed
-            whole.draws.at(step, range(args.global_batch_size))
+            full_model.draws.seed = case.seed
+            full_model.draws.at(step, range(args.global_batch_size))
         optimizer.zero_grad()
-        loss = gpt.cross_entropy(whole(x), y) / (y >= 0).sum().clamp(min=1)
+        loss = gpt.cross_entropy(full_model(x), y) / (y >= 0).sum().clamp(min=1)
         loss.backward()
         clip = args.clip or float("inf")
         norms.append(torch.nn.utils.clip_grad_norm_(named.values(), clip))
@@ -321,7 +342,10 @@ def reference(case: Case, model: Callable | None = None) -> dict:
 
 
 def trainer_of(case: Case, **seams) -> train_3d.Trainer:
-    """This rank's, which reads the oracle's rows. seams: arguments of train_3d.Trainer."""
+    """This rank's trainer, on the same data as the reference.
+
+    seams: arguments of train_3d.Trainer that replace the defaults used here.
+    """
     args = options.parser().parse_args(case.arguments())
     config = options.check(args, case.world_size)
     small = functools.partial(ddp.DDP, bucket_bytes=case.bucket_bytes)
@@ -334,8 +358,11 @@ def trainer_of(case: Case, **seams) -> train_3d.Trainer:
 
 
 class Compared(NamedTuple):
-    """What one rank compared. errors: by kind and tensor. elements: for each parameter, the flat
-    indices of the full gradient that this rank compared."""
+    """The result of one rank.
+
+    errors: relative errors by kind and tensor. elements: by parameter, the flat indices into the
+    full gradient of the elements that this rank compared.
+    """
 
     errors: dict[str, dict[str, float]]
     elements: dict[str, Tensor]
@@ -344,10 +371,12 @@ class Compared(NamedTuple):
 def layout(
     case: Case, expected: dict, seams: dict, first: int, end: int, folder: str
 ) -> Compared:  # fmt: skip
-    """On each rank: train from step `first` to `end`, and compare losses and norms with the one
-    process; after the last step, also every gradient and parameter that this rank holds. Starts
-    from the checkpoint in `folder` if `first` > 0, and saves one there if `end` is not the last
-    step."""
+    """Runs on each rank: trains from step `first` to `end` and compares with the reference.
+
+    Losses and norms are always compared; after the last step also every gradient and parameter that
+    this rank holds. Starts from the checkpoint in `folder` if first > 0. Saves one there if `end`
+    is not the last step.
+    """
     seams = dict(seams)
     step_of = seams.pop("step", train_3d.Trainer.step)
     trainer = trainer_of(case, **seams)
@@ -363,7 +392,7 @@ def layout(
         disk.save(end, mine, {"optimizer": numbers})
         disk.wait()
         assert disk.failed is None, disk.failed
-    wide = torch.promote_types(trainer.dtype, torch.float32)  # of losses, norms and gradients
+    wide = torch.promote_types(trainer.dtype, torch.float32)  # dtype of losses, norms and gradients
     errors = {
         kind: measure.relative_errors({"": mine}, {"": expected[kind][first:end]}, dtype=wide)
         for kind, mine in (("loss", stats[:, 0]), ("norm", stats[:, 1]))
@@ -377,7 +406,7 @@ def layout(
     _check_all_are_compared(trainer, named, pieces)
 
     def shard(kind: str) -> dict[str, Tensor]:
-        """The one process's tensors, split as this rank holds them."""
+        """This rank's shards of the reference's tensors."""
         known = {n: p for n, p in named.items() if n in expected[kind]}
         return {n: (p.sharding.shard if hasattr(p, "sharding") else lambda w: w)(expected[kind][n])
                 for n, p in known.items()}  # fmt: skip
@@ -412,14 +441,16 @@ def errors_of_bf16(
     pieces: list, gradients: dict[str, Tensor], initial: dict[str, Tensor],
     final: dict[str, Tensor], rms: Tensor,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Compares norms instead of entries: bf16 has 8 significant bits. `gradients`, `initial` and
-    `final` values are the one process's.
+    """Errors for bf16, which has 8 significant bits: norms are compared instead of elements.
 
-    gradient: |a - b| / |b| of each piece. |b| is at least the norm of entries of 0.01 `rms`, the
-    root mean square of all gradients. parameter: |a - b| / |b| of the update (fp32 master minus
-    initial value), pooled over all pieces and ranks: where the true gradient is 0, rounding decides
-    the sign of AdamW's update. Raises AssertionError if a bf16 parameter does not equal its fp32
-    master rounded to bf16."""
+    gradients, initial, final: values of the reference. rms: root mean square of all its gradients.
+
+    Gradients: |a - b| / |b| of each piece, where |b| is at least that of a piece whose elements are
+    all 0.01 rms. Parameters: |a - b| / |b| of the update (fp32 master minus initial value) over all
+    pieces and ranks together, because rounding decides the sign of AdamW's update where the true
+    gradient is 0. Raises AssertionError if a bf16 parameter does not equal its fp32 master rounded
+    to bf16.
+    """
 
     def finite(error: Tensor) -> float:
         return error.item() if error.isfinite() else math.inf
@@ -440,7 +471,7 @@ def errors_of_bf16(
 
 
 def _check_equal_on_all(named: dict[str, Tensor], group: dist.ProcessGroup) -> None:
-    """What ZeRO has gathered is the same on the ranks that share it."""
+    """Asserts that the gathered parameters are equal on all ranks of ZeRO's shard group."""
     for name, p in named.items():
         lowest, highest = p.detach().float(), p.detach().float()
         dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
@@ -449,8 +480,12 @@ def _check_equal_on_all(named: dict[str, Tensor], group: dist.ProcessGroup) -> N
 
 
 def _check_all_are_compared(trainer: train_3d.Trainer, named: dict, pieces: list) -> None:
-    """Compares ids, because two tensors can share a name. `named` must hold every parameter of this
-    rank. The pieces of the ranks that shard its state must add up to all its elements."""
+    """Asserts that no parameter escapes the comparison.
+
+    `named` must contain every parameter of this rank; ids are compared because two tensors can have
+    one name. The optimizer must update all pieces. The pieces of the shard group must add up to the
+    number of elements of all parameters.
+    """
     held = {*map(id, trainer.model.parameters())}
     assert held == {*map(id, named.values())}, "two parameters have one name"
     missing = {n for n, _, p, _ in pieces if id(p) not in held}
@@ -467,7 +502,7 @@ def _check_all_are_compared(trainer: train_3d.Trainer, named: dict, pieces: list
 def compared(
     case: Case, part: Case, seams: dict, first: int, end: int, folder: str
 ) -> Compared:
-    """layout(), compared with the one process, which rank 0 of the first launch runs."""
+    """layout() after the reference, which rank 0 trains in the first launch."""
     path = f"{folder}/expected"
     if first == 0 and dist.get_rank() == 0:
         torch.save(reference(case, seams.get("model")), path)
@@ -479,11 +514,15 @@ def compared(
 def judge(
     case: Case, seams: dict | None = None, on_rank: Callable = compared, **how
 ) -> Errors:  # fmt: skip
-    """Compares the layout, or the layouts in order, with one process. `seams`: arguments of
-    train_3d.Trainer, and "step", which is called with a trainer and a step's number in place of
-    Trainer.step. on_rank: called on each rank in place of compared(). how: of launch(). Raises
-    ValueError if the layouts of a resumed run have different batches, RuntimeError if a rank
-    failed, AssertionError if an element of a gradient was compared by no rank."""
+    """Compares a case (if it is resumed: both of its layouts) with one process.
+
+    seams: arguments of train_3d.Trainer; the additional key "step" is a function (trainer, step)
+    that is called instead of Trainer.step. on_rank: called on each rank instead of compared().
+    how: keyword arguments of launch().
+
+    Raises ValueError if the layouts of a resumed run have different global batch sizes,
+    RuntimeError if a rank failed, AssertionError if no rank compared some element of a gradient.
+    """
     batches = case.batches
     if len({*batches}) > 1:
         raise ValueError(f"the run begins with {batches[0]} rows per batch and is resumed with "

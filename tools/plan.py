@@ -1,13 +1,21 @@
-"""Will it fit, how fast will it be, which layout: the recipe with its numbers, and a launch line.
+"""Chooses a layout for a model and a number of GPUs, and predicts its memory and step time.
 
-    python -m tools.plan --model gpt-175b --gpus 1536 --hardware a100-80 --global-batch-size 1536
     make plan ARGS="--model gpt2-xl --gpus 16 --hardware h100-80 --global-batch-size 64 --zero"
+    python -m tools.plan --model gpt-175b --gpus 1536 --hardware a100-80 --global-batch-size 1536
 
-The *recipe* is the lecture's, and Narayanan et al.'s (arXiv 2104.04473, section 5.4): the smallest
-t, up to a machine's GPUs, and then the smallest p for which a rank's bytes fit into USABLE of its
-GPU; with --zero, ZeRO-3 before any p; then replicas; then gradient accumulation, with the
-microbatch that is fastest. The *best* is the fastest of all layouts that fit. What both cost, says
-tools/cost.py; `make published` shows how well, and docs/recipe.md what it does not know.
+A layout has t tensor-parallel ranks, p pipeline ranks and d replicas. Two layouts are proposed:
+
+- The recipe of Narayanan et al. (arXiv 2104.04473, section 5.4), step by step. It takes the
+  smallest t, up to the GPUs of one machine, with which the model fits; if there is none, the
+  smallest p with which it fits. "Fits" means that the rank with the most bytes needs at most USABLE
+  of its GPU's memory. With --zero the recipe tries ZeRO-3 before p > 1. The other GPUs become
+  replicas, and each replica accumulates gradients over its rows with the fastest microbatch size.
+- The best: the fastest of all layouts that fit.
+
+For both it prints bytes and times, why the best is faster, a bar chart of its memory and time, the
+days of training, and the torchrun command. --json prints the same as JSON. Memory and time are
+predicted by tools/cost.py. `make published` compares these predictions with measurements, and
+docs/recipe.md lists what the model leaves out.
 """
 
 import argparse
@@ -25,48 +33,50 @@ import options
 from tools import cost
 from tools.cost import HARDWARE, Hardware, Layout, Times
 
-# Of a GPU's memory, for what is counted here. The rest: fragmentation, NCCL's buffers, CUDA's
-# context, room for larger microbatches. At 0.7 the recipe gives (t, p) of all ten rows of table 1
-# of 2104.04473; this depends on it: at 1.0 it does not.
+# Fraction of a GPU's memory that the counted bytes may use. The rest is for fragmentation, NCCL's
+# buffers, CUDA's context and larger microbatches. With 0.7 the recipe gives the (t, p) of all ten
+# rows of table 1 of 2104.04473; with 1.0 it does not.
 USABLE = 0.7
 
 
 class Job(NamedTuple):
-    """What is asked: this model, on these GPUs, so many rows a step."""
+    """The planning problem: a model, GPUs and a global batch size."""
 
     config: gpt.GPTConfig
     gpus: int
-    per_node: int
-    batch: int
+    per_node: int  # GPUs per machine
+    batch: int  # rows (sequences) per step
     hardware: Hardware
     program: cost.Program = cost.OURS
     usable: float = USABLE
 
     @property
     def limit(self) -> float:
+        """Bytes that a rank may use."""
         return self.usable * self.hardware.memory_gb * 1e9
 
 
 class Plan(NamedTuple):
-    """A layout, and what it costs; `held` is of the rank with most."""
+    """A layout and its predicted cost. held: bytes by kind on the rank with the most."""
 
     layout: Layout
     held: dict[str, int]
     times: Times
 
     def tflops(self, job: Job) -> float:
-        """Of the model, per GPU and second: what is recomputed is not counted."""
+        """TFLOP/s per GPU, counting the FLOPs of the model without recomputation."""
         tokens = job.batch * job.config.seq_len
         return 3 * sum(model_flops(job.config)) * tokens / job.gpus / self.times.total / 1e12
 
 
 def model_flops(config: gpt.GPTConfig) -> tuple[float, float, float]:
-    """Of a token's forward: embedding, blocks, head."""
+    """FLOPs of the forward of one token: (embedding, all blocks, head)."""
     embedding, block, head = gpt.flops_per_token(config)
     return embedding, config.n_layer * block, head
 
 
 def price(job: Job, layout: Layout, round_to: int | None = None) -> Plan:
+    """The layout with its predicted cost. round_to: see cost.predicted_step."""
     held = cost.worst_rank(job.config, layout, job.program)
     times = cost.predicted_step(
         job.config, layout, job.hardware, job.per_node, job.program, round_to=round_to
@@ -87,15 +97,17 @@ class Tried(NamedTuple):
 
 
 def recipe(job: Job, zero: bool = False) -> tuple[list[Tried], list[str], Layout | None]:
-    """(what was tried, what was passed over and why, the first that fits or None), with full
-    recomputation and one row at a time. Pure arithmetic on bytes: the clock has no say."""
-    tried, passed = [], []
+    """(layouts tried, layouts skipped with the reason, the first layout that fits or None).
+
+    With full recomputation and microbatches of one row. Only bytes are considered, no times.
+    """
+    tried, skipped = [], []
 
     def fits(t: int, p: int, stage: int) -> Layout | None:
         if job.gpus % (t * p) or job.batch % (d := job.gpus // (t * p)):
-            why = f"{job.gpus} GPUs are no multiple of {t * p}" if job.gpus % (t * p) else (
-                f"d = {d} does not divide the batch of {job.batch}")  # fmt: skip
-            passed.append(f"t={t} p={p}: {why}")
+            reason = f"{t * p} does not divide {job.gpus} GPUs" if job.gpus % (t * p) else (
+                f"d = {d} does not divide the batch of {job.batch} rows")  # fmt: skip
+            skipped.append(f"t={t} p={p}: {reason}")
             return None
         layout = Layout(t, p, d, stage if d > 1 else 0, 1, job.batch // d, "full", "1f1b", 1)
         held = cost.worst_rank(job.config, layout, job.program)
@@ -105,17 +117,17 @@ def recipe(job: Job, zero: bool = False) -> tuple[list[Tried], list[str], Layout
     widths = [t for t in divisors(job.config.n_head) if job.per_node % t == 0]
     for t in widths:
         if layout := fits(t, 1, 0):
-            return tried, passed, layout
+            return tried, skipped, layout
     for stage in (3,) if zero else (0,):
         depths = divisors(job.config.n_layer)
         for p in depths if zero else depths[1:]:
             if layout := fits(widths[-1], p, stage):
-                return tried, passed, layout
-    return tried, passed, None
+                return tried, skipped, layout
+    return tried, skipped, None
 
 
 def best_microbatch(job: Job, layout: Layout) -> list[Plan]:
-    """The recipe's layout with each microbatch size that fits."""
+    """The recipe's layout with every microbatch size that fits."""
     found = []
     for b in divisors(layout.microbatches):
         m = layout.microbatches // b
@@ -130,45 +142,53 @@ def best_microbatch(job: Job, layout: Layout) -> list[Plan]:
 
 
 def layouts(job: Job, asked: dict) -> Iterator[Layout]:
-    """All that the trainer takes and that could win: without gpipe (as fast as 1f1b, and holds
-    more), with chunks that divide the blocks, t within a machine, microbatches of at most 64 rows.
-    asked: fields that are given."""
+    """All layouts that the trainer accepts and that could be the fastest.
+
+    Left out: gpipe, which is as fast as 1f1b and needs more memory; chunks that do not divide the
+    blocks; t larger than a machine; microbatches of more than 64 rows. asked: fields of the layout
+    that the user has fixed.
+    """
     config = job.config
     explicit = config.attention == "explicit" or config.dropout > 0
-    # Of sdpa, selective saves a log-sum-exp.
+    # With sdpa, selective recomputation frees only a log-sum-exp, so it is left out.
     policies = ("none", "selective", "full") if explicit else ("none", "full")
 
-    def of(field: str, values: list) -> list:
+    def choices(field: str, values: list) -> list:
         return [asked[field]] if field in asked else values
 
-    for t in of("tp", [t for t in divisors(config.n_head) if job.per_node % t == 0]):
+    for t in choices("tp", [t for t in divisors(config.n_head) if job.per_node % t == 0]):
         if job.gpus % t:
             continue
         sequences = (False, True) if t > 1 and config.seq_len % t == 0 else (False,)
-        for p in of("pp", [p for p in divisors(job.gpus // t) if p <= config.n_layer]):
+        for p in choices("pp", [p for p in divisors(job.gpus // t) if p <= config.n_layer]):
             d = job.gpus // (t * p)
-            ways = [("1f1b", 1)]
+            schedules = [("1f1b", 1)]
             if p > 1:
-                ways += [("zb-h1", 1)] + [("zb-v", 2)] * (2 * p <= config.n_layer)
-                ways += [("interleaved", k // p) for k in divisors(config.n_layer)
-                         if k % p == 0 and k > p]  # fmt: skip
-            for b in of("micro_batch_size", [b for b in divisors(job.batch // d) if b <= 64]):
+                schedules += [("zb-h1", 1)] + [("zb-v", 2)] * (2 * p <= config.n_layer)
+                schedules += [("interleaved", k // p) for k in divisors(config.n_layer)
+                              if k % p == 0 and k > p]  # fmt: skip
+            schedules = [(name, chunks) for name, chunks in schedules
+                         if name in choices("schedule", [name])
+                         and chunks in choices("chunks", [chunks])]  # fmt: skip
+            sizes = [b for b in divisors(job.batch // d) if b <= 64]
+            for b in choices("micro_batch_size", sizes):
                 if job.batch % (d * b):
                     continue
                 m = job.batch // (d * b)
-                for schedule, v in ways:
-                    if schedule not in of("schedule", [schedule]) or v not in of("chunks", [v]):
-                        continue
-                    for zero in of("zero", [0, 1, 2, 3] if d > 1 else [0]):
-                        for policy in of("recompute", policies):
-                            for sequence in of("sequence_parallel", sequences):
-                                yield Layout(t, p, d, zero, b, m, policy, schedule, v, sequence)
+                for name, chunks in schedules:
+                    for zero in choices("zero", [0, 1, 2, 3] if d > 1 else [0]):
+                        for policy in choices("recompute", policies):
+                            for sequence in choices("sequence_parallel", sequences):
+                                yield Layout(t, p, d, zero, b, m, policy, name, chunks, sequence)
 
 
 def search(job: Job, keep: int = 8, asked: dict | None = None) -> tuple[list[Plan], int]:
-    """(the `keep` fastest that fit, how many layouts there are). From the least that each could
-    take upwards, until that is more than what was found; bytes and schedules are only then looked
-    at closely. Times are within 1 % of cost.predicted_step's."""
+    """(the `keep` fastest layouts that fit, the number of candidates).
+
+    Candidates are examined in the order of a lower bound of their time. The search ends when the
+    next bound exceeds the times of the `keep` fastest layouts found. Bytes and schedules are
+    computed exactly only for examined candidates. Times are within 1 % of cost.predicted_step's.
+    """
     candidates = []
     for number, layout in enumerate(layouts(job, asked or {})):
         if cost.may_fit(job.config, layout, job.limit, job.program):
@@ -188,7 +208,7 @@ def search(job: Job, keep: int = 8, asked: dict | None = None) -> tuple[list[Pla
 
 
 def what_would_fit(job: Job) -> list[str]:
-    """When nothing does: the layout that needs least, and what would make room."""
+    """Lines for the case that nothing fits: the layout with the fewest bytes, and what it needs."""
     least = min(
         (layout for layout in layouts(job, {"recompute": "full", "micro_batch_size": 1})
          if layout.schedule == "1f1b"),
@@ -196,24 +216,24 @@ def what_would_fit(job: Job) -> list[str]:
         default=None,
     )  # fmt: skip
     if least is None:
-        return ["no layout of one row a microbatch divides the GPUs and the batch"]
+        return ["no layout with one row per microbatch divides the GPUs and the batch"]
     held = cost.worst_rank(job.config, least, job.program)
     need = sum(held.values())
-    lines = [f"nearest: {spell(least)}, {need / 1e9:.1f} GB: {spell_bytes(held)}",
+    lines = [f"smallest: {spell(least)}, {need / 1e9:.1f} GB: {spell_bytes(held)}",
              f"it would fit on GPUs of {need / job.usable / 1e9:.0f} GB"]  # fmt: skip
     for times in (2, 4, 8, 16, 32, 64, 128, 256):
         more = job._replace(gpus=job.gpus * times, batch=max(job.batch, job.gpus * times))
         for layout in layouts(more, {"recompute": "full", "micro_batch_size": 1}):
             if layout.schedule == "1f1b" and cost.fits(job.config, layout, job.limit, job.program):
-                lines.append(f"on {more.gpus} of these GPUs, it would: {spell(layout)}")
+                lines.append(f"the model would fit on {more.gpus} of these GPUs: {spell(layout)}")
                 return lines
     return lines
 
 
-# --- what is said ---------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 FIELDS = ("tp", "pp", "dp", "zero", "micro_batch_size", "microbatches", "recompute", "schedule")
-# What a part of the time depends on most, in words for `why`.
+# Part of the time -> the fields of a layout that change it most. Used by `why`.
 REASONS = {
     "matmul": ("recompute", "micro_batch_size"), "memory": ("recompute", "tp"),
     "tp": ("tp", "sequence_parallel"), "bubble": ("pp", "microbatches", "schedule"),
@@ -222,6 +242,7 @@ REASONS = {
 
 
 def spell(layout: Layout) -> str:
+    """The layout in words."""
     name = f"{layout.schedule} x{layout.chunks}" if layout.chunks > 1 else layout.schedule
     return (f"t={layout.tp} p={layout.pp} d={layout.dp} ZeRO-{layout.zero}, {layout.microbatches} "
             f"x {layout.micro_batch_size} rows, {name}, recompute {layout.recompute}"
@@ -232,24 +253,27 @@ def spell_bytes(held: dict[str, int]) -> str:
     return ", ".join(f"{kind} {n / 1e9:.1f}" for kind, n in held.items())
 
 
-def why(mine: Plan, other: Plan) -> str:
-    """One sentence on what makes `mine` faster than `other`."""
-    parts = {name: getattr(other.times, name) - getattr(mine.times, name) for name in Times._fields}
-    words = []
-    for name in sorted(parts, key=lambda name: -abs(parts[name])):
-        if abs(parts[name]) < 0.01 * other.times.total:
+def why(fast: Plan, slow: Plan) -> str:
+    """One sentence on what makes `fast` faster than `slow`."""
+    gains = {name: getattr(slow.times, name) - getattr(fast.times, name) for name in Times._fields}
+    reasons = []
+    for name in sorted(gains, key=lambda name: -abs(gains[name])):
+        if abs(gains[name]) < 0.01 * slow.times.total:
             break
-        changed = [f"{field.replace('_', ' ')} {was} -> {now}" for field in REASONS[name]
-                   if (was := getattr(other.layout, field)) != (now := getattr(mine.layout, field))]
-        more = "less" if parts[name] > 0 else "more"
+        changed = [
+            f"{field.replace('_', ' ')} {was} -> {now}"
+            for field in REASONS[name]
+            if (was := getattr(slow.layout, field)) != (now := getattr(fast.layout, field))
+        ]
+        more = "less" if gains[name] > 0 else "more"
         reason = f" ({', '.join(changed)})" if changed else ""
-        words.append(f"{abs(parts[name]):.3g} s {more} of {name}{reason}")
-    ratio = other.times.total / mine.times.total
-    return f"{ratio:.2f}x as fast: " + ("; ".join(words) or "by less than 1 % in each part")
+        reasons.append(f"{abs(gains[name]):.3g} s {more} of {name}{reason}")
+    ratio = slow.times.total / fast.times.total
+    return f"{ratio:.2f}x as fast: " + ("; ".join(reasons) or "each part differs by less than 1 %")
 
 
 def command(job: Job, layout: Layout, model: list[str]) -> str:
-    """What starts it."""
+    """The torchrun command that starts the layout."""
     nodes = -(-job.gpus // job.per_node)
     where = ("--standalone" if nodes == 1 else
              f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500")  # fmt: skip
@@ -258,19 +282,23 @@ def command(job: Job, layout: Layout, model: list[str]) -> str:
 
 
 def arguments(job: Job, layout: Layout, model: list[str]) -> list[str]:
-    """train_3d.py's."""
-    flags = [*model, f"--tp {layout.tp} --pp {layout.pp}",
-             f"--global-batch-size {job.batch} --micro-batch-size {layout.micro_batch_size}",
-             f"--zero {layout.zero} --recompute {layout.recompute} --schedule {layout.schedule}"]
+    """The flags of train_3d.py."""
+    flags = [
+        *model,
+        f"--tp {layout.tp} --pp {layout.pp}",
+        f"--global-batch-size {job.batch} --micro-batch-size {layout.micro_batch_size}",
+        f"--zero {layout.zero} --recompute {layout.recompute} --schedule {layout.schedule}",
+    ]
     flags += [f"--chunks {layout.chunks}"] * (layout.schedule == "interleaved")
     flags += ["--sequence-parallel"] * layout.sequence_parallel
     return flags + [f"--dtype {'bf16' if job.program.itemsize == 2 else 'float32'}"]
 
 
-def bars(values: dict[str, float], unit: str, whole: float, width: int = 48) -> Iterator[str]:
+def bars(values: dict[str, float], unit: str, total: float, width: int = 48) -> Iterator[str]:
+    """Lines of a bar chart, with the percentage of `total`."""
     for name, value in values.items():
-        bar = "#" * round(width * value / whole)
-        yield f"  {name:12s}{value:9.4g} {unit:3s} {100 * value / whole:5.1f} %  {bar}"
+        bar = "#" * round(width * value / total)
+        yield f"  {name:12s}{value:9.4g} {unit:3s} {100 * value / total:5.1f} %  {bar}"
 
 
 def row_of_bytes(layout: Layout, held: dict[str, int], limit: float) -> str:
@@ -299,30 +327,35 @@ def as_json(plan: Plan | None, job: Job) -> dict | None:
 
 
 def report(job: Job, zero: bool, tokens: float, asked: dict, model: list[str]) -> Iterator[str]:
+    """Lines of the report. tokens: length of the training run. model: flags of the model."""
     config, hardware = job.config, job.hardware
     with torch.device("meta"):
         size = sum(p.numel() for p in gpt.GPT(config).parameters())
-    a_step = job.batch * config.seq_len
-    yield (f"{size / 1e9:.4g} B parameters: {config.n_layer} blocks, {config.n_embd} wide, "
-           f"{config.n_head} heads; {job.batch} rows of {config.seq_len} a step")  # fmt: skip
-    yield (f"{job.gpus} x {hardware.name}, {job.per_node} to a machine; of {hardware.memory_gb:g} "
-           f"GB each, {job.usable:g} = {job.limit / 1e9:.1f} GB to be filled")  # fmt: skip
+    step_tokens = job.batch * config.seq_len
+    yield (
+        f"{size / 1e9:.4g} B parameters: {config.n_layer} blocks, hidden size {config.n_embd}, "
+        f"{config.n_head} heads; {job.batch} rows of {config.seq_len} tokens per step"
+    )
+    yield (f"{job.gpus} x {hardware.name}, {job.per_node} per machine; usable memory "
+           f"{job.usable:g} x {hardware.memory_gb:g} GB = {job.limit / 1e9:.1f} GB")  # fmt: skip
 
-    tried, passed, first = recipe(job, zero)
+    tried, skipped, first = recipe(job, zero)
     yield "\nThe recipe: the smallest t, then " + ("ZeRO-3, then " * zero) + "the smallest p that"
-    yield "fits. GB of the rank with most, with full recomputation and a microbatch of 1 row:"
+    yield "fits. GB on the largest rank, with full recomputation and a microbatch of 1 row:"
     kinds = ("parameters", "gradients", "optimizer", "buffers", "activations")
     yield "  " + " " * 16 + "".join(f"{kind:>12s}" for kind in kinds) + f"{'sum':>10s}"
     yield from (row_of_bytes(layout, held, job.limit) for layout, held in tried)
-    yield from (f"  passed over: {line}" for line in passed)
-    whole = recipe(job._replace(usable=1.0), zero)[2]
-    spelled = f"t={whole.tp} p={whole.pp}" if whole else "nothing fits"
-    yield f"  (with all of the GPU's memory to be filled: {spelled})"
+    yield from (f"  skipped: {line}" for line in skipped)
+    unlimited = recipe(job._replace(usable=1.0), zero)[2]
+    spelled = f"t={unlimited.tp} p={unlimited.pp}" if unlimited else "nothing fits"
+    yield f"  (if all of the GPU's memory were usable: {spelled})"
     chosen = None
     if first:
-        yield (f"Then replicas: d = {job.gpus} / ({first.tp} x {first.pp}) = {first.dp}; then "
-               f"accumulation: {job.batch} / {first.dp} = {first.microbatches} rows on each.")
-        yield "The microbatch that is fastest, of those that fit:"
+        yield (
+            f"Then replicas: d = {job.gpus} / ({first.tp} x {first.pp}) = {first.dp}; then "
+            f"accumulation: {job.batch} / {first.dp} = {first.microbatches} rows per replica."
+        )
+        yield "The microbatch sizes that fit; the recipe takes the fastest:"
         yield HEAD
         sizes = best_microbatch(job, first)
         yield from (row_of_times(plan, job) for plan in sizes)
@@ -345,16 +378,17 @@ def report(job: Job, zero: bool, tokens: float, asked: dict, model: list[str]) -
     if len(found) > 1:
         yield f"The best and the next: {why(best, found[1])}."
 
-    yield "\nMemory of the best, on the rank with most:"
+    yield "\nMemory of the best, on the largest rank:"
     total = hardware.memory_gb
     yield from bars({kind: n / 1e9 for kind, n in best.held.items()}, "GB", total)
     yield from bars({"free": total - sum(best.held.values()) / 1e9}, "GB", total)
-    yield "Time of its step:"
+    yield "Time per step:"
     yield from bars(best.times._asdict(), "s", best.times.total)
-    days = tokens / a_step * best.times.total / 86400
-    yield (f"{tokens / 1e9:g} B tokens are {tokens / a_step:,.0f} steps: {days:.3g} days, at "
-           f"{best.tflops(job):.3g} TFLOP/s a GPU ({100 * best.tflops(job) / hardware.tflops:.2g} "
-           "% of its peak; recomputation does not count).")  # fmt: skip
+    days = tokens / step_tokens * best.times.total / 86400
+    peak = 100 * best.tflops(job) / hardware.tflops
+    yield (f"{tokens / 1e9:g} B tokens are {tokens / step_tokens:,.0f} steps: {days:.3g} days, at "
+           f"{best.tflops(job):.3g} TFLOP/s per GPU ({peak:.2g} % of its peak; recomputation does "
+           "not count).")  # fmt: skip
     yield "\n" + command(job, best.layout, model)
 
 
@@ -367,7 +401,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_hardware(name: str, own: dict[str, float]) -> Hardware:
-    """A name of HARDWARE, or a JSON file with fields of Hardware; `own` fields override."""
+    """The hardware `name` of cost.HARDWARE, or of a JSON file with fields of cost.Hardware.
+
+    own: fields that override it. Raises ValueError for an unknown name or an invalid value.
+    """
     if name in HARDWARE:
         hardware = HARDWARE[name]
     else:
@@ -377,8 +414,8 @@ def read_hardware(name: str, own: dict[str, float]) -> Hardware:
             hardware = Hardware(**{"name": name} | fields)
         except (OSError, ValueError, TypeError) as error:
             known = ", ".join(HARDWARE)
-            raise ValueError(f"--hardware {name} is none of {known}, and no JSON file with fields "
-                             f"of cost.Hardware: {error}") from None  # fmt: skip
+            raise ValueError(f"--hardware {name} is not one of {known}, nor a JSON file with "
+                             f"fields of cost.Hardware: {error}") from None  # fmt: skip
     hardware = hardware._replace(**own)
     for field, value in hardware._asdict().items():
         if field == "name":
@@ -394,47 +431,52 @@ def read_hardware(name: str, own: dict[str, float]) -> Hardware:
 def parser() -> Parser:
     p = Parser("tools.plan", description=__doc__.splitlines()[0], allow_abbrev=False)
     add, natural = p.add_argument, options.at_least(1)
-    add("--model", choices=gpt.MODELS, default="gpt-175b", help="named sizes, overridden by:")
+    add("--model", choices=gpt.MODELS, default="gpt-175b",
+        help="named sizes; the next flags override them")  # fmt: skip
     for size in options.SIZES:
         add(f"--{size.replace('_', '-')}", type=natural, metavar="N")
     add("--attention", choices=("sdpa", "explicit"), default="sdpa")
-    add("--gpus", type=natural, default=1024)
-    add("--gpus-per-node", type=natural, default=8, metavar="N")
+    add("--gpus", type=natural, default=1024, help="number of GPUs")
+    add("--gpus-per-node", type=natural, default=8, metavar="N", help="GPUs per machine")
     add("--hardware", default="a100-80", metavar="NAME|FILE",
-        help=f"{', '.join(HARDWARE)}; or JSON with the fields of cost.Hardware; overridden by:")
+        help=f"{', '.join(HARDWARE)}; or a JSON file with fields of cost.Hardware; the next flags "
+        "override them")  # fmt: skip
     for field in Hardware._fields[1:6]:
         add(f"--{field.replace('_', '-')}", type=float, metavar="X")
-    add("--calibrate", action="store_true", help="this machine, measured, in float32 (1 min)")
-    add("--global-batch-size", type=natural, default=1536, help="rows a step")
-    add("--usable", type=float, default=USABLE, help="part of the memory that may be filled")
-    add("--tokens", type=options.at_least(1, float), default=300e9, help="to be trained on")
-    add("--zero", action="store_true", help="the recipe's other branch: ZeRO-3 before any p")
+    add("--calibrate", action="store_true", help="measure this machine, in float32 (1 min)")
+    add("--global-batch-size", type=natural, default=1536, help="rows (sequences) per step")
+    add("--usable", type=float, default=USABLE, help="fraction of the memory that may be used")
+    add("--tokens", type=options.at_least(1, float), default=300e9, help="tokens to train on")
+    add("--zero", action="store_true", help="the recipe tries ZeRO-3 before p > 1")
+    fixed = "search for the best among layouts with this value only"
     for field in ("tp", "pp", "micro_batch_size", "chunks"):
-        add(f"--{field.replace('_', '-')}", type=natural, metavar="N", help="of the best: given")
-    add("--schedule", choices=("1f1b", "interleaved", "zb-h1", "zb-v"), help="of the best: given")
-    add("--recompute", choices=("none", "selective", "full"), help="of the best: given")
-    add("--json", action="store_true", help="the same as one JSON object")
+        add(f"--{field.replace('_', '-')}", type=natural, metavar="N", help=fixed)
+    add("--schedule", choices=("1f1b", "interleaved", "zb-h1", "zb-v"), help=fixed)
+    add("--recompute", choices=("none", "selective", "full"), help=fixed)
+    add("--json", action="store_true", help="print one JSON object")
     return p
 
 
 def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
-    """(what is asked, fields of the layout that are given, the model's flags). Raises ValueError
-    for what is impossible: what the trainer would say, where it has something to say."""
+    """(the job, the layout fields that the user has fixed, the flags of the model).
+
+    Raises ValueError if no layout is possible; with the trainer's message if it would refuse it.
+    """
     sizes = {size: n for size in options.SIZES if (n := getattr(args, size)) is not None}
     own = {field: x for field in Hardware._fields[1:6] if (x := getattr(args, field)) is not None}
     program = cost.OURS
     if args.calibrate:
-        from tools import calibrate  # only here: it imports the trainer
+        from tools import calibrate  # imported here because it imports the trainer, which is slow
 
         hardware = calibrate.calibrate(min(2, args.gpus))._replace(**own)
         program = calibrate.PROGRAM
     else:
         hardware = read_hardware(args.hardware, own)
     if not 0 < args.usable <= 1:
-        raise ValueError(f"--usable {args.usable}: give a part of the memory, above 0, at most 1")
+        raise ValueError(f"--usable {args.usable}: give a fraction above 0 and at most 1")
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
-        raise ValueError(f"--gpus {args.gpus} are no whole machines of --gpus-per-node "
-                         f"{args.gpus_per_node}: give a multiple")  # fmt: skip
+        raise ValueError(f"--gpus {args.gpus} is not a multiple of --gpus-per-node "
+                         f"{args.gpus_per_node}: change one")  # fmt: skip
     asked = {field: value for field in ("tp", "pp", "micro_batch_size", "schedule", "chunks",
              "recompute") if (value := getattr(args, field)) is not None}  # fmt: skip
     model = [f"--model {args.model}"]
@@ -450,13 +492,12 @@ def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
                     asked.get("chunks", 2))  # fmt: skip
     if t > job.per_node:
         raise ValueError(f"--tp {t} is more than the {job.per_node} GPUs of a machine: lower it")
-    words = " ".join(arguments(job, layout, model)).split()
+    flags = " ".join(arguments(job, layout, model)).split()
     if "pp" in asked or "tp" in asked or "micro_batch_size" in asked:
-        options.check(options.parser().parse_args(words), job.gpus)
-    every = [layout.dp for layout in layouts(job, asked)]
-    if not every:
-        raise ValueError(f"--global-batch-size {job.batch}: no d = {job.gpus} / (t p) divides it, "
-                         "with the t, p and microbatch that there can be: give a multiple of "
+        options.check(options.parser().parse_args(flags), job.gpus)
+    if not any(True for _ in layouts(job, asked)):
+        raise ValueError(f"--global-batch-size {job.batch}: no d = {job.gpus} / (t p) divides it "
+                         "for any possible t, p and microbatch size: give a multiple of "
                          f"{job.gpus}, or fewer GPUs")  # fmt: skip
     return job, asked, model
 
