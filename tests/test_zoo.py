@@ -70,9 +70,9 @@ def test_a_slice_of_the_zoo(capsys):
 @pytest.mark.parametrize(
     "edit, run, message",
     [
-        (("gpt.py", "no such line", ""), None, "in gpt.py this is there 0 times, expected once"),
-        (HARMLESS[0], (1, "x.py::test - assert 0"), "x.py is red without a bug: x.py::test"),
-        (HARMLESS[0], (4, "no such file"), "x.py is red without a bug: no such file"),
+        (("gpt.py", "no such line", ""), None, "gpt.py contains the old text 0 times, expected"),
+        (HARMLESS[0], (1, "x.py::test - assert 0"), "x.py fails without a bug: x.py::test"),
+        (HARMLESS[0], (4, "no such file"), "x.py fails without a bug: no such file"),
     ],
 )
 def test_a_zoo_that_rots_is_refused(edit, run, message, monkeypatch, capsys):

@@ -1,13 +1,15 @@
-"""The bug zoo: mistakes that such projects have made, applied one by one to a copy of this one.
+"""Applies known bugs, one by one, to a copy of the repository and checks that a test fails.
 
-    python -m tools.zoo                  all of them: which test kills each
-    python -m tools.zoo --only 9 norm    these numbers, or with this word in the name
+    make zoo                     python -m tools.zoo                    all bugs
+    make zoo ARGS="--only 9"     python -m tools.zoo --only 9 norm      by number or word of a name
 
-Each bug is a patch (old text -> new text), the test that must fail, and what its error must say. A
-bug survives, and this command fails, if the test passes, fails in another way, or hangs although no
-hang is expected. The fast tests are tried first; "test-all" marks a kill that only a slow test
-makes. A patch whose old text is not there exactly once is an error. docs/bugs.md describes each
-bug, why it is hard to see, and where it occurred.
+The bugs are mistakes that similar projects have made; docs/bugs.md describes each. A bug consists
+of a patch (old text -> new text), the test that must fail, and a regular expression for its error.
+
+It prints one line per bug with a verdict. "killed": the test fails as expected. "test-all": only a
+slow test does, so that `make test` would miss the bug. "SURVIVED": the test passes, fails in
+another way, or hangs although that is not expected; then the exit code is 1. All tests are first
+run without a bug, and must pass. A patch whose old text does not occur exactly once is an error.
 """
 
 import argparse
@@ -24,25 +26,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT_OUT = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "checkpoints")
-LIMIT = 150  # seconds for a test
+NOT_COPIED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "checkpoints")
+LIMIT = 150  # seconds per test
 
 
 class Bug(NamedTuple):
-    """number: its section in docs/bugs.md; a section may have several forms. edits: (file, old,
-    new). test: arguments of pytest. failure: a regular expression that matches the error of a test
-    that fails, or HANG."""
+    """A bug and the test that finds it."""
 
-    number: int
+    number: int  # section in docs/bugs.md; several bugs may belong to one section
     name: str
-    edits: list[tuple[str, str, str]]
-    test: str
-    failure: str
+    edits: list[tuple[str, str, str]]  # (file, old text, new text)
+    test: str  # arguments of pytest
+    failure: str  # regular expression that the error of the test must match, or HANG
 
 
 HANG = "the test hangs"
-NUMBERS = r"Errors\(.*where='(gradient|parameter) "  # the largest error is one of these
-NORM = r"Errors\(.*norm=\d+\.\d+,"  # printed without an exponent: at least 1e-4
+NUMBERS = r"Errors\(.*where='(gradient|parameter) "  # largest error: a gradient or parameter
+NORM = r"Errors\(.*norm=\d+\.\d+,"  # an error printed without exponent is at least 1e-4
 LAYOUTS = "tests/test_layouts.py::test_layout_equals_one_process"
 PARTIAL = "y = LaterLinear.apply(x, weight, later) if later else F.linear(x, weight)"
 ARRIVED = "arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group, need_weight)"
@@ -290,18 +290,21 @@ ZOO = [
 
 
 def put_in(bug: Bug, root: Path) -> None:
-    """Raises ValueError if the patch no longer applies."""
+    """Applies the patch to the copy in `root`. Raises ValueError if it does not apply."""
     for file, old, new in bug.edits:
         text = (root / file).read_text()
         if (n := text.count(old)) != 1:
-            raise ValueError(f"bug {bug.number}, {bug.name}: in {file} this is there {n} times, "
-                             f"expected once: {old!r}")  # fmt: skip
+            raise ValueError(f"bug {bug.number}, {bug.name}: {file} contains the old text {n} "
+                             f"times, expected once: {old!r}")  # fmt: skip
         (root / file).write_text(text.replace(old, new))
 
 
 def run_pytest(root: Path, arguments: list[str], timeout: float) -> tuple[int | None, str]:
-    """(exit code, or None if it hung; text). First line of the text: the first test that failed.
-    Next lines: its error, with the traceback of the rank that failed."""
+    """Runs pytest. Returns its exit code (None if it hung) and a text.
+
+    The first line of the text is the first test that failed. The next lines are its error, with the
+    traceback of the rank that failed.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "COLUMNS": "999"}
     with tempfile.TemporaryFile("w+") as output:
@@ -311,7 +314,7 @@ def run_pytest(root: Path, arguments: list[str], timeout: float) -> tuple[int | 
             code = job.wait(timeout)
         except subprocess.TimeoutExpired:
             code = None
-            os.killpg(job.pid, 9)  # with the ranks that it has forked
+            os.killpg(job.pid, 9)  # also kills the ranks that it has forked
             job.wait()
         output.seek(0)
         text = output.read()
@@ -324,17 +327,17 @@ def run_pytest(root: Path, arguments: list[str], timeout: float) -> tuple[int | 
 
 
 def hunt(bug: Bug) -> tuple[str, str, float]:
-    """("killed", "test-all" if only slow tests kill it, or "SURVIVED"; how; seconds)."""
+    """Tests one bug. Returns ("killed", "test-all" or "SURVIVED"; the failed test; seconds)."""
     since, test = time.monotonic(), shlex.split(bug.test)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "copy"
-        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(*KEPT_OUT))
+        shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(*NOT_COPIED))
         put_in(bug, root)
         for verdict, which in (("killed", ["-m", "not slow"]), ("test-all", ["-m", "slow"])):
             code, line = run_pytest(root, [*test, *which], LIMIT)
             if code is not None and (code < 0 or code in (2, 3, 4)):
                 raise ValueError(f"bug {bug.number}, {bug.name}: pytest could not run: {line}")
-            if code not in (0, 5):  # 5: no test selected
+            if code not in (0, 5):  # 0: passed, 5: no test selected
                 as_expected = re.search(bug.failure, line)
                 return verdict if as_expected else "SURVIVED", line, time.monotonic() - since
     return "SURVIVED", f"{bug.test} passed", time.monotonic() - since
@@ -342,8 +345,8 @@ def hunt(bug: Bug) -> tuple[str, str, float]:
 
 def main(argv: list[str] | None = None, zoo: list[Bug] = ZOO) -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--only", nargs="+", metavar="WORD", help="a number, or part of a name")
-    arguments.add_argument("--jobs", type=int, default=os.cpu_count(), help="at a time")
+    arguments.add_argument("--only", nargs="+", metavar="WORD", help="numbers, or words in names")
+    arguments.add_argument("--jobs", type=int, default=os.cpu_count(), help="bugs tested at a time")
     args = arguments.parse_args(argv)
     chosen = [bug for bug in zoo if args.only is None or any(
         word == str(bug.number) or (not word.isdigit() and word in bug.name) for word in args.only
@@ -351,7 +354,7 @@ def main(argv: list[str] | None = None, zoo: list[Bug] = ZOO) -> None:
     try:
         if not chosen:
             raise ValueError(f"--only {' '.join(args.only)}: no bug has that number or name")
-        with tempfile.TemporaryDirectory() as folder:  # before an hour is spent
+        with tempfile.TemporaryDirectory() as folder:  # check all patches first
             for i, bug in enumerate(chosen):
                 root = Path(folder) / str(i)
                 root.mkdir()
@@ -359,12 +362,12 @@ def main(argv: list[str] | None = None, zoo: list[Bug] = ZOO) -> None:
                     shutil.copy(ROOT / file, root / file)
                 put_in(bug, root)
         tests = dict.fromkeys(tuple(shlex.split(bug.test)) for bug in chosen)
-        print(f"{len(chosen)} bugs; first their {len(tests)} tests without any", flush=True)
+        print(f"{len(chosen)} bugs; first {len(tests)} tests without a bug", flush=True)
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
             sound = pool.map(lambda test: run_pytest(ROOT, list(test), 4 * LIMIT), tests)
             for test, (code, line) in zip(tests, sound, strict=True):
                 if code != 0:
-                    raise ValueError(f"{' '.join(test)} is red without a bug: {line}")
+                    raise ValueError(f"{' '.join(test)} fails without a bug: {line}")
             since, killed = time.monotonic(), 0
             for bug, (verdict, how, took) in zip(chosen, pool.map(hunt, chosen), strict=True):
                 killed += verdict != "SURVIVED"
