@@ -1,13 +1,20 @@
-"""What a layout costs: bytes of each rank by kind, and seconds of a step by part.
+"""Predicts the memory of each rank and the time of a step, for a model, a layout and a GPU.
 
-Composed of the strategy files' `predicted_*`, of a schedule's simulation, and of the constants of
-`Hardware`: of nothing else. `make plan` searches with it, `make published` holds it against
-published tables, `make plan-check` against this machine.
-
-    held = predicted_rank_bytes(config, Layout(tp=8, pp=16, dp=8, microbatches=192), 0)
+    layout = Layout(tp=8, pp=16, dp=8, microbatches=192)
+    held = predicted_rank_bytes(config, layout, 0)                 {"parameters": bytes, ...}
     times = predicted_step(config, layout, HARDWARE["a100-80"])    times.total, times.bubble, ...
 
-docs/recipe.md tells what it does not know.
+Bytes, FLOPs and payloads are closed forms. The bubble comes from a simulation of the schedule.
+Seconds follow from these and from the constants of `Hardware`, six of which are fitted to published
+tables. This is a library without a command. `make plan` searches for layouts with it, `make
+dry-run` compares its counts with those of real ranks, `make published` and `make plan-check`
+compare its times with published tables and with this machine. docs/recipe.md lists what it leaves
+out.
+
+b, s, h: microbatch size, sequence length, hidden size. t, p, d: sizes of tensor, pipeline and data
+parallelism. m: microbatches per step. A stage is a contiguous slice of the layers; a rank has one
+or more stages, its chunks. F, B, W: forward, backward for the input, backward for the weights (part
+of B unless the schedule separates it).
 """
 
 import functools
@@ -25,27 +32,28 @@ import zero
 
 
 class Hardware(NamedTuple):
-    """A GPU, its links, and what is reached of both. Bandwidths are of one direction."""
+    """A GPU and its links. Bandwidths are those of one direction."""
 
     name: str
-    tflops: float  # of dense bf16 matmuls, as the maker says
-    memory_gb: float  # 1e9 bytes
+    tflops: float  # peak of dense bf16 matmuls
+    memory_gb: float  # in 1e9 bytes
     memory_gb_per_s: float
-    link_gb_per_s: float  # of a GPU, inside its machine
-    network_gb_per_s: float  # of a GPU's share of its machine's network
-    # Fitted to the published rows, see tools/published.py:
-    matmul: float = 0.75  # of tflops, by a large matmul
-    ramp_gflop: float = 17.0  # a matmul of this size reaches half of that
-    passes: float = 2.4  # what backward needs crosses memory so often in the forward that makes it
-    link: float = 0.90  # of link_gb_per_s, by a ring
-    network: float = 0.78  # of network_gb_per_s
-    overlap: float = 0.48  # of a collective behind compute is paid nevertheless: they share a GPU
-    # Of one call; inputs of Calculon (Isaev et al. 2023), not measured:
+    link_gb_per_s: float  # per GPU, inside a machine
+    network_gb_per_s: float  # per GPU, between machines
+    # Fitted to published tables by tools/published.py:
+    matmul: float = 0.75  # fraction of tflops that a large matmul reaches
+    ramp_gflop: float = 17.0  # a matmul of this size reaches half of it
+    passes: float = 2.4  # memory traffic of forward / bytes saved for backward; backward likewise
+    link: float = 0.90  # fraction of link_gb_per_s that a ring reaches
+    network: float = 0.78  # fraction of network_gb_per_s that a ring reaches
+    overlap: float = 0.48  # fraction of overlapped time that still adds to a step: they share a GPU
+    # Latency per call. Taken from Calculon (Isaev et al. 2023), not measured:
     link_us: float = 10.0
     network_us: float = 20.0
 
 
-# NVIDIA's data sheets; the network is a GPU's share of DGX machines: 8 x 100, 200, 200, 400 Gbit/s.
+# From NVIDIA's data sheets. The network is that of DGX machines, 8 x 100, 200, 200 and 400 Gbit/s,
+# divided by 8 GPUs.
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
@@ -58,24 +66,25 @@ HARDWARE = {
 
 
 class Program(NamedTuple):
-    """What a training program does that its layout does not say. The default is ours, in bf16."""
+    """Properties of the training program. The defaults are those of train_3d.py in bf16."""
 
-    itemsize: int = 2
-    grad_itemsize: int = 4  # of gradients that are added up over microbatches
-    reduce_itemsize: int = 2  # of gradients that are summed over ranks
-    hides_tp: bool = True  # backward's collectives of tp run beside the weights' gradients
-    hides_dp: bool = True  # gradients meet while backward goes on
-    scatters: bool = False  # of a boundary each tp rank sends its part, and then they gather it
-    waits: bool = False  # for its transfers, instead of computing meanwhile
-    stat: int = 4  # bytes of a norm's mean and 1/std: a CPU has itemsize
+    itemsize: int = 2  # bytes per element of parameters and activations
+    grad_itemsize: int = 4  # of gradients, when accumulated over microbatches
+    reduce_itemsize: int = 2  # of gradients, when reduced over ranks
+    hides_tp: bool = True  # tp collectives of backward overlap with weight gradients
+    hides_dp: bool = True  # gradients are reduced during backward
+    scatters: bool = False  # a tp rank sends 1/t of a boundary tensor, and the receivers gather it
+    waits: bool = False  # a rank computes nothing during its transfers
+    stat: int = 4  # bytes of a layer norm's mean and of its 1/std; itemsize on a CPU
 
 
-OURS = Program()
+DEFAULT_PROGRAM = Program()
 
 
 class Layout(NamedTuple):
-    """As the command line of train_3d.py names it; chunks: stages of a rank. The last four are not
-    searched through."""
+    """The layout of a run, in the terms of train_3d.py's flags. `make plan` keeps the last four
+    fields at their defaults.
+    """
 
     tp: int
     pp: int
@@ -87,10 +96,10 @@ class Layout(NamedTuple):
     schedule: str = "1f1b"
     chunks: int = 1
     sequence_parallel: bool = False
-    shard_size: int = 0  # 0: d
-    reshard: bool = True
-    every: int = 1
-    layers: int | None = None
+    shard_size: int = 0  # --zero-shard-size; 0: dp
+    reshard: bool = True  # --zero-reshard-after-forward
+    every: int = 1  # --recompute-every
+    layers: int | None = None  # --recompute-layers
 
     @property
     def gpus(self) -> int:
@@ -98,32 +107,33 @@ class Layout(NamedTuple):
 
     @property
     def shards(self) -> int:
-        """Ranks among which ZeRO shares."""
+        """Number of ZeRO shards."""
         return (self.shard_size or self.dp) if self.zero else 1
 
 
 # --- bytes ----------------------------------------------------------------------------------------
 
 
-def cut(config: gpt.GPTConfig, layout: Layout) -> list[range]:
-    """Blocks by stage, as the trainer cuts."""
-    return _cut(config, layout.pp * layout.chunks)
+def split_layers(config: gpt.GPTConfig, layout: Layout) -> list[range]:
+    """The blocks of each stage, as in train_3d.py."""
+    return _split_layers(config, layout.pp * layout.chunks)
 
 
 @functools.lru_cache(1024)
-def _cut(config: gpt.GPTConfig, n: int) -> list[range]:
+def _split_layers(config: gpt.GPTConfig, n: int) -> list[range]:
+    """The blocks of each of n stages, balanced by FLOPs."""
     embedding, block, head = gpt.flops_per_token(config)
     return pipeline.split_layers(config.n_layer, n, embedding / block, head / block)
 
 
 def stages(layout: Layout, pp_rank: int) -> list[int]:
-    """The stages of a rank: in turn, or down and up again."""
+    """The stages of a rank: round-robin, or (zb-v) in a V, ranks 0..p-1..0."""
     p, n = layout.pp, layout.pp * layout.chunks
     return [pp_rank, n - 1 - pp_rank] if layout.schedule == "zb-v" else [*range(pp_rank, n, p)]
 
 
-def words(config: gpt.GPTConfig, t: int, tp_rank: int = 0) -> int:
-    """Rows of the vocabulary on this tp rank: all but the last ranks have the most."""
+def vocab_rows(config: gpt.GPTConfig, t: int, tp_rank: int = 0) -> int:
+    """Rows of the vocabulary on this tp rank. Only the last ranks can have fewer than rank 0."""
     width = -(-config.vocab_size // t)
     return min(config.vocab_size, (tp_rank + 1) * width) - tp_rank * width
 
@@ -131,10 +141,14 @@ def words(config: gpt.GPTConfig, t: int, tp_rank: int = 0) -> int:
 def units(
     config: gpt.GPTConfig, t: int, n_layer: int, first: bool, last: bool, tp_rank: int = 0
 ) -> list[list[int]]:
-    """Per ZeRO unit of a pp rank's layers, the size of each parameter on a tp rank.
-    Sharded over tp are 12 h^2 + 7 h of a block and the two tables; 6 h of a block are not."""
+    """Elements of each parameter, grouped by ZeRO unit, on a rank with n_layer blocks.
+
+    A block has 12 h^2 + 7 h elements that are sharded over tp and 6 h that are replicated. The
+    token embedding and the head are sharded, too. first, last: whether the rank has the first stage
+    (embeddings) and the last stage (final norm and head).
+    """
     h = config.n_embd
-    table = [words(config, t, tp_rank) * h]
+    table = [vocab_rows(config, t, tp_rank) * h]
     attention = [3 * h * h // t, 3 * h // t, h * h // t, h]
     mlp = [4 * h * h // t, 4 * h // t, 4 * h * h // t, h]
     units = [[h, h, *attention, h, h, *mlp] for _ in range(n_layer)]
@@ -145,41 +159,43 @@ def units(
     return units
 
 
-def sent(of_units: list[list[int]], layout: Layout) -> list[int]:
-    """Elements communicated per unit, including ZeRO's padding."""
+def payload_sizes(unit_sizes: list[list[int]], layout: Layout) -> list[int]:
+    """Elements communicated for each unit, including ZeRO's padding."""
     if layout.zero:
-        return [zero.padded(numels, layout.shards) for numels in of_units]
-    return [*map(sum, of_units)]
+        return [zero.padded(numels, layout.shards) for numels in unit_sizes]
+    return [*map(sum, unit_sizes)]
 
 
 @functools.lru_cache(4096)
-def rows(name: str, p: int, m: int, v: int) -> pipeline.Schedule:
-    return pipeline.SCHEDULES[name](p, m, v)
+def schedule_of(name: str, p: int, m: int, chunks: int) -> pipeline.Schedule:
+    return pipeline.SCHEDULES[name](p, m, chunks)
 
 
-def enough(layout: Layout) -> int:
-    """Microbatches after which a schedule only repeats itself (those of gpipe never do)."""
+def repeating_microbatches(layout: Layout) -> int:
+    """Number of microbatches after which the schedule repeats a pattern. GPipe never does."""
     p, m = layout.pp, layout.microbatches
     return m if layout.schedule == "gpipe" else min(m, 3 * p + m % p)
 
 
 @functools.lru_cache(1 << 16)
-def states(
+def state_bytes(
     config: gpt.GPTConfig, layout: Layout, program: Program, n_layer: int, first: bool, last: bool,
     tp_rank: int = 0, shard_rank: int = 0,
 ) -> dict[str, int]:  # fmt: skip
-    """Parameters, gradients, optimizer, and the buffers that come with them: of ZeRO-3 two whole
-    units and the gradients of one, as computed and as sent. (Of the layout what they depend on, see
-    `lean`.)"""
-    of_units = units(config, layout.tp, n_layer, first, last, tp_rank)
+    """Bytes of parameters, gradients and optimizer state of a pp rank, and of ZeRO-3's buffers.
+
+    ZeRO-3 has buffers for two gathered units and for the gradients of one, as computed and as sent.
+    layout: the first result of cache_keys.
+    """
+    unit_sizes = units(config, layout.tp, n_layer, first, last, tp_rank)
     names = {2: "bf16", 4: "float32", 8: "float64"}
     dtypes = [options.DTYPES[names[n]] for n in (program.itemsize, program.grad_itemsize)]
     if layout.zero:
-        held = zero.predicted_bytes(of_units, layout.shards, shard_rank, layout.zero, *dtypes)
+        held = zero.predicted_bytes(unit_sizes, layout.shards, shard_rank, layout.zero, *dtypes)
     else:
-        held = ddp.predicted_bytes(sum(map(sum, of_units)), *dtypes)
-    whole = max(map(sum, of_units)) * (3 * program.itemsize + program.reduce_itemsize)
-    return held | {"buffers": whole if layout.zero == 3 and layout.shards > 1 else 0}
+        held = ddp.predicted_bytes(sum(map(sum, unit_sizes)), *dtypes)
+    buffers = max(map(sum, unit_sizes)) * (3 * program.itemsize + program.reduce_itemsize)
+    return held | {"buffers": buffers if layout.zero == 3 and layout.shards > 1 else 0}
 
 
 @functools.lru_cache(1 << 16)
@@ -187,14 +203,18 @@ def chunk_bytes(
     config: gpt.GPTConfig, layout: Layout, program: Program, n_layer: int, first: bool, last: bool,
     layers: int | None = None, tp_rank: int = 0,
 ) -> tuple[int, int, int]:  # fmt: skip
-    """Of one microbatch of a stage: what is kept for its backward, with `layers` of its blocks
-    under the policy (default: all); what waits for its W; what is alive while a block is computed
-    (once more, if it is recomputed), and two transfers each way."""
+    """Bytes of one microbatch of a stage, as a tuple of
+    - the activations saved from F to B, with the recompute policy on `layers` blocks (None: all);
+    - the tensors saved from B to W, if W is separate;
+    - temporaries: the activations of one block and the buffers of two transfers each way.
+
+    layout: the second result of cache_keys.
+    """
     t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
     sizes = dict(b=b, s=s, h=h, itemsize=program.itemsize, t=t, sequence=layout.sequence_parallel)
     more = dict(a=config.n_head, attention=config.attention, dropout=config.dropout > 0,
                 stat=program.stat)  # fmt: skip
-    head = words(config, t, tp_rank)
+    head = vocab_rows(config, t, tp_rank)
     flying = activation_ckpt.predicted_activation_bytes(
         n_layer, v=head, policy=layout.recompute, layers=layers, first=first, last=last, **sizes,
         **more
@@ -205,17 +225,23 @@ def chunk_bytes(
     return flying, waiting, block + 4 * boundary * (layout.pp > 1)
 
 
-def lean(layout: Layout) -> tuple[Layout, Layout]:
-    """What `states` and `chunk_bytes` depend on, so that layouts share them."""
-    of_states = Layout(layout.tp, 1, layout.dp, layout.zero, shard_size=layout.shard_size)
-    of_chunk = Layout(layout.tp, min(2, layout.pp), 1, 0, layout.micro_batch_size, 1,
-                      layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
-    return of_states, of_chunk
+def cache_keys(layout: Layout) -> tuple[Layout, Layout]:
+    """Layouts for state_bytes and for chunk_bytes, which are cached.
+
+    They keep only the fields on which the result depends, so that many layouts share a cache entry.
+    """
+    state_layout = Layout(layout.tp, 1, layout.dp, layout.zero, shard_size=layout.shard_size)
+    chunk_layout = Layout(layout.tp, min(2, layout.pp), 1, 0, layout.micro_batch_size, 1,
+                          layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
+    return state_layout, chunk_layout
 
 
 def under_policy(layout: Layout, n_layers: list[int]) -> list[int]:
-    """Of a rank's stages with so many blocks: how many are recomputed, every so many of the rank's
-    first so many."""
+    """How many blocks of each stage of a rank are recomputed.
+
+    n_layers: blocks of each stage. The policy applies to every `layout.every`-th of the rank's
+    first `layout.layers` blocks.
+    """
     chosen, counts, start = range(sum(n_layers))[: layout.layers : layout.every], [], 0
     for n in n_layers:
         counts.append(sum(start <= i < start + n for i in chosen))
@@ -224,8 +250,7 @@ def under_policy(layout: Layout, n_layers: list[int]) -> list[int]:
 
 
 def dp_itemsize(program: Program, operation: str) -> int:
-    """Bytes of an element that data parallelism sends. ZeRO gathers parameters; all other
-    collectives sum gradients."""
+    """Bytes per element of a dp collective: all-gathers send parameters, all others gradients."""
     return program.itemsize if operation == "all_gather" else program.reduce_itemsize
 
 
@@ -233,8 +258,10 @@ def tp_traffic(
     config: gpt.GPTConfig, layout: Layout, program: Program, n_layer: int, recomputed: int,
     first: bool, last: bool, m: int = 1,
 ) -> dict[tuple[str, str], tuple[int, int]]:  # fmt: skip
-    """(phase, operation) -> (calls, bytes) over tp, of m microbatches of a stage. Phase "recompute"
-    is the second forward of `recomputed` of its blocks. The loss's sums are sent in fp32 at least.
+    """(phase, operation) -> (calls, bytes) of the tp collectives of a stage, for m microbatches.
+
+    Phases: "forward", "backward", and "recompute" for the second forward of `recomputed` blocks.
+    The collectives of the loss have elements of at least 4 bytes.
     """
     b, s, h = layout.micro_batch_size, config.seq_len, config.n_embd
     sequence, itemsize = layout.sequence_parallel, program.itemsize
@@ -243,16 +270,19 @@ def tp_traffic(
     calls, nbytes = traffic["forward", "all_reduce"]
     nbytes += last * 3 * m * b * s * (max(4, itemsize) - itemsize)
     traffic["forward", "all_reduce"] = calls, nbytes
-    again = recomputed_calls(layout.recompute, sequence, config.dropout > 0)
-    for operation, calls in again.items():
+    second = recomputed_calls(layout.recompute, sequence, config.dropout > 0)
+    for operation, calls in second.items():
         calls *= m * recomputed
         traffic["recompute", operation] = calls, calls * b * s * h * itemsize
     return traffic
 
 
 def recomputed_calls(policy: str, sequence: bool, dropout: bool) -> dict[str, int]:
-    """Collectives over tp of a block's second forward: it ends before its last matmul, and what
-    comes behind that, unless a mask is to be drawn again there."""
+    """Calls of tp collectives in the second forward of a block.
+
+    It stops before the last matmul and the collective after it, unless dropout follows them: its
+    mask must be drawn again.
+    """
     if policy != "full":
         return {}
     if sequence:
@@ -261,28 +291,33 @@ def recomputed_calls(policy: str, sequence: bool, dropout: bool) -> dict[str, in
 
 
 def predicted_rank_bytes(
-    config: gpt.GPTConfig, layout: Layout, pp_rank: int, program: Program = OURS,
+    config: gpt.GPTConfig, layout: Layout, pp_rank: int, program: Program = DEFAULT_PROGRAM,
     simulated: bool = True, tp_rank: int = 0, shard_rank: int = 0,
     schedule: pipeline.Schedule | None = None,
 ) -> dict[str, int]:  # fmt: skip
-    """Bytes on a GPU of this stage, by kind. Parameters, gradients, optimizer and activations are
-    what measure.py counts, to the byte; buffers are an estimate. simulated: walk through the
-    schedule (the layout's, unless given) for the activations; else the least that they can be."""
-    of_states, of_chunk = lean(layout)
+    """Bytes of a rank by kind: parameters, gradients, optimizer, activations, buffers.
+
+    All but the buffers, which are estimated, are equal to what measure.py counts. simulated: find
+    the peak of the activations by walking through the schedule; otherwise return a lower bound.
+    schedule: default: the one named by the layout.
+    """
+    state_layout, chunk_layout = cache_keys(layout)
     placed = pipeline.stages_of(schedule) if schedule else None
-    mine = placed[pp_rank] if placed else stages(layout, pp_rank)
-    split = _cut(config, sum(map(len, placed)) if placed else layout.pp * layout.chunks)
-    end, n_layers = len(split) - 1, [len(split[k]) for k in mine]
-    ends = (0 in mine, end in mine)
-    held = dict(states(config, of_states, program, sum(n_layers), *ends, tp_rank, shard_rank))
+    own = placed[pp_rank] if placed else stages(layout, pp_rank)
+    split = _split_layers(config, sum(map(len, placed)) if placed else layout.pp * layout.chunks)
+    end, n_layers = len(split) - 1, [len(split[k]) for k in own]
+    ends = (0 in own, end in own)
+    held = dict(state_bytes(
+        config, state_layout, program, sum(n_layers), *ends, tp_rank, shard_rank
+    ))  # fmt: skip
     chunks = {
-        k: chunk_bytes(config, of_chunk, program, n, k == 0, k == end, layers, tp_rank)
-        for k, n, layers in zip(mine, n_layers, under_policy(layout, n_layers), strict=True)
+        k: chunk_bytes(config, chunk_layout, program, n, k == 0, k == end, layers, tp_rank)
+        for k, n, layers in zip(own, n_layers, under_policy(layout, n_layers), strict=True)
     }
-    flying, waiting, alive = ({k: three[i] for k, three in chunks.items()} for i in range(3))
+    flying, waiting, temporary = ({k: three[i] for k, three in chunks.items()} for i in range(3))
     name, p, v = layout.schedule, layout.pp, layout.chunks
     if simulated:
-        schedule = schedule or rows(name, p, enough(layout), v)
+        schedule = schedule or schedule_of(name, p, repeating_microbatches(layout), v)
         held["activations"] = pipeline.peak_held(schedule[pp_rank], flying, waiting)
     else:
         n = 1 if name == "zb-v" else pipeline.predicted_held(name, p, layout.microbatches, v, 0)
@@ -290,25 +325,31 @@ def predicted_rank_bytes(
         held["activations"] = n * min(min(bytes_of.values()) for bytes_of in each)
         held["activations"] *= pp_rank == 0
     held["activations"] += 8 * ends[1]
-    held["buffers"] += max(alive.values())
+    held["buffers"] += max(temporary.values())
     return held
 
 
-def worst_rank(config: gpt.GPTConfig, layout: Layout, program: Program = OURS) -> dict[str, int]:
-    """Of all stages the one with most bytes."""
+def worst_rank(
+    config: gpt.GPTConfig, layout: Layout, program: Program = DEFAULT_PROGRAM
+) -> dict[str, int]:
+    """Bytes by kind of the pp rank with the largest sum."""
     ranks = (predicted_rank_bytes(config, layout, r, program) for r in range(layout.pp))
     return max(ranks, key=lambda held: sum(held.values()))
 
 
-def may_fit(config: gpt.GPTConfig, layout: Layout, limit: float, program: Program = OURS) -> bool:
-    """Not so: worst_rank exceeds `limit`. Cheap; that it does not, only `fits` can say."""
+def may_fit(
+    config: gpt.GPTConfig, layout: Layout, limit: float, program: Program = DEFAULT_PROGRAM
+) -> bool:
+    """A cheap test before fits(): False if a rank certainly needs more than `limit` bytes."""
     ends = (0, layout.pp - 1)
     return all(sum(predicted_rank_bytes(config, layout, r, program, False).values()) <= limit
                for r in ends)  # fmt: skip
 
 
-def fits(config: gpt.GPTConfig, layout: Layout, limit: float, program: Program = OURS) -> bool:
-    """worst_rank is within `limit`; stops at the first that is not."""
+def fits(
+    config: gpt.GPTConfig, layout: Layout, limit: float, program: Program = DEFAULT_PROGRAM
+) -> bool:
+    """Whether every rank needs at most `limit` bytes."""
     return all(sum(predicted_rank_bytes(config, layout, r, program).values()) <= limit
                for r in range(layout.pp))  # fmt: skip
 
@@ -317,7 +358,7 @@ def fits(config: gpt.GPTConfig, layout: Layout, limit: float, program: Program =
 
 
 class Collective(NamedTuple):
-    """Seconds of calls over n ranks, whose neighbours in the ring are `stride` GPUs apart."""
+    """Predicts the time of collectives over n ranks whose global ranks are `stride` apart."""
 
     hardware: Hardware
     per_node: int
@@ -332,23 +373,23 @@ class Collective(NamedTuple):
         share, speed = (hardware.link, hardware.link_gb_per_s) if inside else (
             hardware.network, hardware.network_gb_per_s)  # fmt: skip
         latency = hardware.link_us if inside else hardware.network_us
-        of_payload = {"all_reduce": 2 * (n - 1) / n, "send": 1.0}.get(operation, (n - 1) / n)
-        return calls * latency * 1e-6 + of_payload * payload_bytes / (share * speed * 1e9)
+        wire = {"all_reduce": 2 * (n - 1) / n, "send": 1.0}.get(operation, (n - 1) / n)
+        return calls * latency * 1e-6 + wire * payload_bytes / (share * speed * 1e9)
 
 
-def beside(compute: float, collective: float, overlap: float) -> float:
-    """Seconds of the two at once."""
+def overlapped_seconds(compute: float, collective: float, overlap: float) -> float:
+    """Seconds of computation and a collective that run at the same time. See Hardware.overlap."""
     return max(compute, collective) + overlap * min(compute, collective)
 
 
 class Times(NamedTuple):
-    """Of a step, in seconds; the parts add up to `total`, but for rounding."""
+    """Seconds of a step by part."""
 
     matmul: float
-    memory: float  # what is bound by it: norms, gelu, softmax, residuals
-    tp: float
-    bubble: float  # idle, and waiting for transfers
-    dp: float  # what is exposed of it
+    memory: float  # operations bound by memory bandwidth: norms, GELU, softmax, residuals
+    tp: float  # exposed tp collectives; with ZeRO-3 also its exposed collectives
+    bubble: float  # idle, including waiting for transfers
+    dp: float  # exposed reductions of gradients and, for ZeRO-1 and 2, all-gathers of parameters
     optimizer: float
 
     @property
@@ -364,14 +405,16 @@ def chunk_seconds(
     config: gpt.GPTConfig, layout: Layout, hardware: Hardware, per_node: int, program: Program,
     n: int, first: bool, last: bool,
 ) -> Parts:  # fmt: skip
-    """Of one microbatch of a stage with n blocks: {"F" | "B" | "W": seconds of (matmul, memory,
-    tp)}; B without W's matmuls. Under ZeRO-3, tp has what its gathers and sums take beyond the
-    compute beside them."""
+    """Seconds of one microbatch of a stage with n blocks: {"F" | "B" | "W": (matmul, memory, tp)}.
+
+    B does not include the matmuls of W. With ZeRO-3, tp includes the exposed time of its
+    collectives.
+    """
     t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
     _, block, head = (b * s * flops / t for flops in gpt.flops_per_token(config))
-    core = b * s * 4 * s * h / t  # of block's, what has no weights
+    core = b * s * 4 * s * h / t  # FLOPs of a block without weights: the core of attention
     dropout, policy = config.dropout > 0, layout.recompute
-    put_off = layout.schedule.startswith("zb")
+    put_off = layout.schedule.startswith("zb")  # W is separate from B
     again = activation_ckpt.predicted_flops(
         1, b, s, h, policy, dropout=dropout, deferred=put_off
     ) / t - 3 * block  # fmt: skip
@@ -380,7 +423,7 @@ def chunk_seconds(
     kept, left = (activation_ckpt.predicted_block_bytes(*sizes, name, *more)
                   for name in ("none", "selective"))  # fmt: skip
     anew = {"full": kept, "selective": kept - left}.get(policy, 0)
-    of_head = b * s * -(-config.vocab_size // t) * (program.itemsize + 4)
+    head_bytes = b * s * -(-config.vocab_size // t) * (program.itemsize + 4)
     over_tp = Collective(hardware, per_node, t, 1)
     over_dp = Collective(hardware, per_node, layout.dp, t)
 
@@ -401,19 +444,20 @@ def chunk_seconds(
         hidden = phase == "backward" and program.hides_tp
         comm["hidden" if hidden else phase] += over_tp.seconds(operation, calls, nbytes)
     w = n * matmul(block - core, 4) + last * matmul(head, 1)
-    tp_b = comm["backward"] + comm["recompute"] + beside(w, comm["hidden"], hardware.overlap) - w
-    calls_again = {"full": 6, "selective": 1}.get(policy, 0)
-    ends = last * matmul(head, 1), last * memory(of_head)
+    overlapped = overlapped_seconds(w, comm["hidden"], hardware.overlap)
+    tp_b = comm["backward"] + comm["recompute"] + overlapped - w
+    second_calls = {"full": 6, "selective": 1}.get(policy, 0)  # matmuls of the second forward
+    ends = last * matmul(head, 1), last * memory(head_bytes)
     f = [n * matmul(block, 6) + ends[0], n * memory(kept) + ends[1], comm["forward"]]
-    bw = [n * matmul(block + core + again, 8 + calls_again) + ends[0],
+    bw = [n * matmul(block + core + again, 8 + second_calls) + ends[0],
           n * memory(kept + anew) + ends[1], tp_b]  # fmt: skip
     if layout.zero == 3 and layout.dp > 1:
-        psi = sum(sent(units(config, t, n, first, last), layout))
+        psi = sum(payload_sizes(units(config, t, n, first, last), layout))
         gather = dp_seconds("all_gather", psi)
         both = gather + dp_seconds("reduce_scatter", psi)
-        for part, collective, beyond in ((f, gather, 0.0), (bw, both, w)):
-            compute = sum(part) + beyond
-            part[2] += beside(compute, collective, hardware.overlap) - compute
+        for part, collective, more_compute in ((f, gather, 0.0), (bw, both, w)):
+            compute = sum(part) + more_compute
+            part[2] += overlapped_seconds(compute, collective, hardware.overlap) - compute
     return {"F": tuple(f), "B": tuple(bw), "W": (w, 0.0, 0.0)}
 
 
@@ -421,28 +465,29 @@ def stage_seconds(
     config: gpt.GPTConfig, layout: Layout, hardware: Hardware, per_node: int, program: Program,
     split: list[range],
 ) -> list[Parts]:  # fmt: skip
-    """chunk_seconds by stage."""
+    """chunk_seconds of each stage. split: the blocks of each stage."""
     shards = layout.dp if layout.zero == 3 else 1
-    put_off = "zb-h1" if layout.schedule.startswith("zb") else "1f1b"
-    lean = Layout(layout.tp, 1, shards, 3 if shards > 1 else 0, layout.micro_batch_size, 1,
-                  layout.recompute, put_off, 1, layout.sequence_parallel)  # fmt: skip
-    of, end = (config, lean, hardware, per_node, program), len(split) - 1
-    return [chunk_seconds(*of, len(mine), k == 0, k == end) for k, mine in enumerate(split)]
+    schedule = "zb-h1" if layout.schedule.startswith("zb") else "1f1b"
+    # Only the fields on which chunk_seconds depends, so that layouts share its cache.
+    key = Layout(layout.tp, 1, shards, 3 if shards > 1 else 0, layout.micro_batch_size, 1,
+                 layout.recompute, schedule, 1, layout.sequence_parallel)  # fmt: skip
+    common, end = (config, key, hardware, per_node, program), len(split) - 1
+    return [chunk_seconds(*common, len(own), k == 0, k == end) for k, own in enumerate(split)]
 
 
 @functools.lru_cache(1 << 14)
 def makespan(
-    name: str, p: int, m: int, v: int, seconds: tuple[tuple[float, float, float], ...],
+    name: str, p: int, m: int, chunks: int, seconds: tuple[tuple[float, float, float], ...],
     transfer: float,
 ) -> float:  # fmt: skip
-    """Simulated, of m microbatches; (F, B, W) by stage."""
-    schedule = rows(name, p, m, v)
+    """Simulated seconds of m microbatches. seconds: (F, B, W) of each stage."""
+    schedule = schedule_of(name, p, m, chunks)
     split_backward = any(map(pipeline.splits_backward, schedule))
-    of = {"F": 0, "B": 1, "W": 2}
+    index = {"F": 0, "B": 1, "W": 2}
 
     def time(action: pipeline.Action) -> float:
-        whole = 0.0 if split_backward or action.kind != "B" else seconds[action.stage][2]
-        return seconds[action.stage][of[action.kind]] + whole
+        weights = 0.0 if split_backward or action.kind != "B" else seconds[action.stage][2]
+        return seconds[action.stage][index[action.kind]] + weights
 
     return max(span.end for span in pipeline.simulate(schedule, time, transfer))
 
@@ -450,47 +495,57 @@ def makespan(
 def pipeline_seconds(
     layout: Layout, seconds: tuple[tuple[float, float, float], ...], transfer: float
 ) -> float:
-    """Of all microbatches: simulated until the schedule repeats itself, and p more of them for what
-    each costs from there on."""
-    name, p, m, v = layout.schedule, layout.pp, layout.microbatches, layout.chunks
-    if p == 1 and v == 1:
+    """Seconds of all microbatches of a step.
+
+    A long schedule is simulated only until it repeats a pattern of p microbatches, whose duration
+    is then multiplied.
+    """
+    name, p, m, chunks = layout.schedule, layout.pp, layout.microbatches, layout.chunks
+    if p == 1 and chunks == 1:
         return m * sum(seconds[0])
-    some = enough(layout)
-    end = makespan(name, p, some, v, seconds, transfer)
-    if some == m:
+    simulated = repeating_microbatches(layout)
+    end = makespan(name, p, simulated, chunks, seconds, transfer)
+    if simulated == m:
         return end
-    before = makespan(name, p, some - p, v, seconds, transfer)
-    return end + (m - some) / p * (end - before)
+    p_earlier = makespan(name, p, simulated - p, chunks, seconds, transfer)
+    return end + (m - simulated) / p * (end - p_earlier)
 
 
 def least_seconds(layout: Layout, seconds: list[tuple[float, float, float]]) -> float:
-    """Of all microbatches at least: each rank's work, and what comes before its first forward and,
-    if weight gradients are not put off, after its last backward."""
-    m, put_off = layout.microbatches, layout.schedule.startswith("zb")
-    least, before = 0.0, 0.0
+    """A lower bound for the seconds of all microbatches of a step, without a simulation.
+
+    A rank computes all its microbatches. Before its first forward it waits for the forwards of the
+    earlier ranks. After its last backward, the earlier ranks still run their last backwards; this
+    is not counted if W is separate from B, because W can fill the gap.
+    """
+    m, deferred = layout.microbatches, layout.schedule.startswith("zb")
+    least, earlier_ranks = 0.0, 0.0
     for r in range(layout.pp):
         busy = m * sum(sum(seconds[k]) for k in stages(layout, r))
-        least = max(least, before + busy)
-        before += seconds[r][0] + (0.0 if put_off else seconds[r][1] + seconds[r][2])
+        least = max(least, earlier_ranks + busy)
+        earlier_ranks += seconds[r][0] + (0.0 if deferred else seconds[r][1] + seconds[r][2])
     return least
 
 
 def predicted_step(
     config: gpt.GPTConfig, layout: Layout, hardware: Hardware, per_node: int = 8,
-    program: Program = OURS, split: list[range] | None = None, round_to: int | None = None,
-    least: bool = False,
+    program: Program = DEFAULT_PROGRAM, split: list[range] | None = None,
+    round_to: int | None = None, least: bool = False,
 ) -> Times:  # fmt: skip
-    """Seconds of a step. split: blocks by stage, if not the trainer's. round_to: digits of a
-    stage's times, so that layouts which are nearly alike share a simulation. least: a bound from
-    below, without a simulation."""
+    """Seconds of a step by part.
+
+    per_node: GPUs per machine. split: the blocks of each stage (default: split_layers). round_to:
+    round the relative times of stages to so many digits, so that similar layouts share a cached
+    simulation. least: return a lower bound without a simulation.
+    """
     t, p, d, m = layout.tp, layout.pp, layout.dp, layout.microbatches
-    split = split or cut(config, layout)
+    split = split or split_layers(config, layout)
     parts = stage_seconds(config, layout, hardware, per_node, program, split)
     seconds = [tuple(sum(part[kind]) for kind in "FBW") for part in parts]
     boundary = layout.micro_batch_size * config.seq_len * config.n_embd * program.itemsize
     boundary /= t if layout.sequence_parallel or program.scatters else 1
-    far = Collective(hardware, per_node, p, t * d)
-    transfer = far.seconds("send", 1, boundary) if p > 1 else 0.0
+    over_pp = Collective(hardware, per_node, p, t * d)
+    transfer = over_pp.seconds("send", 1, boundary) if p > 1 else 0.0
     if program.scatters:
         over_tp = Collective(hardware, per_node, t, 1)
         transfer += over_tp.seconds("all_gather", 1, boundary * t)
@@ -502,41 +557,41 @@ def predicted_step(
         whole = least_seconds(layout, seconds)
     else:
         relative = [tuple(x / unit for x in three) for three in seconds]
-        late = transfer / unit
+        relative_transfer = transfer / unit
         if round_to is not None:
             relative = [tuple(round(x, round_to) for x in three) for three in relative]
-            late = round(late, round_to)
-        whole = unit * pipeline_seconds(layout, tuple(relative), late)
+            relative_transfer = round(relative_transfer, round_to)
+        whole = unit * pipeline_seconds(layout, tuple(relative), relative_transfer)
 
     of_rank = [stages(layout, r) for r in range(p)]
-    # The rank with most to do; the rest of the time it waits.
-    mine = max(of_rank, key=lambda ks: sum(sum(seconds[k]) for k in ks))
-    busy = [m * sum(parts[k][kind][i] for k in mine for kind in "FBW") for i in range(3)]
+    # The parts are those of the busiest rank. The rest of the step is its bubble.
+    busiest = max(of_rank, key=lambda ks: sum(sum(seconds[k]) for k in ks))
+    busy = [m * sum(parts[k][kind][i] for k in busiest for kind in "FBW") for i in range(3)]
 
     ends = [units(config, t, sum(len(split[k]) for k in ks), 0 in ks, len(split) - 1 in ks)
             for ks in (of_rank[0], of_rank[-1])]  # fmt: skip
-    numels = max((sent(of_units, layout) for of_units in ends), key=sum)
+    numels = max((payload_sizes(unit_sizes, layout) for unit_sizes in ends), key=sum)
     psi, over_dp = sum(numels), Collective(hardware, per_node, d, t)
     backward = sum(sum(seconds[k][1:]) for k in of_rank[0])
     forward = sum(seconds[k][0] for k in of_rank[0])
 
-    def met(collective: float, compute: float) -> float:
-        hidden = beside(compute, collective, hardware.overlap) - compute
-        return hidden if program.hides_dp else collective
+    def exposed(collective: float, compute: float) -> float:
+        rest = overlapped_seconds(compute, collective, hardware.overlap) - compute
+        return rest if program.hides_dp else collective
 
     def dp_seconds(operation: str) -> float:
         nbytes = psi * dp_itemsize(program, operation)
         return over_dp.seconds(operation, len(numels), nbytes)
 
     if layout.zero == 0:
-        dp = met(dp_seconds("all_reduce"), backward)
+        dp = exposed(dp_seconds("all_reduce"), backward)
     else:
-        times = {1: 1, 2: m, 3: 0}[layout.zero]  # ZeRO-3's are in stage_seconds
-        dp = times * met(dp_seconds("reduce_scatter"), backward)
+        times = {1: 1, 2: m, 3: 0}[layout.zero]  # stage_seconds contains those of ZeRO-3
+        dp = times * exposed(dp_seconds("reduce_scatter"), backward)
         if layout.zero < 3:
-            dp += met(dp_seconds("all_gather"), forward)
-    # AdamW reads and writes its states and writes the parameter; the gradient is read for the norm,
-    # read and written by clipping, read by AdamW, and zeroed.
+            dp += exposed(dp_seconds("all_gather"), forward)
+    # AdamW reads and writes its state and writes the parameter. The gradient is read for the norm,
+    # read and written by clipping, read by AdamW, and set to zero.
     owned, states = psi / (d if layout.zero else 1), 12 if program.itemsize < 4 else 8
     nbytes = owned * (2 * states + program.itemsize + 5 * program.grad_itemsize)
     optimizer = nbytes / hardware.memory_gb_per_s / 1e9

@@ -452,8 +452,8 @@ def predicted_flops(trainer: train_3d.Trainer) -> int:
         activation_ckpt.predicted_flops(n, b, s, h, args.recompute, layers=again, **more)
         for n, again in zip(layers, cost.under_policy(layout_of(trainer), layers), strict=True)
     )  # fmt: skip
-    words = cost.words(config, args.tp, trainer.tp_group.rank())
-    head = 6 * b * s * h * words if trainer.pipe.last in trainer.stages else 0
+    vocab_rows = cost.vocab_rows(config, args.tp, trainer.tp_group.rank())
+    head = 6 * b * s * h * vocab_rows if trainer.pipe.last in trainer.stages else 0
     return trainer.m * (total // args.tp + head)
 
 

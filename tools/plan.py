@@ -47,7 +47,7 @@ class Job(NamedTuple):
     per_node: int  # GPUs per machine
     batch: int  # rows (sequences) per step
     hardware: Hardware
-    program: cost.Program = cost.OURS
+    program: cost.Program = cost.DEFAULT_PROGRAM
     usable: float = USABLE
 
     @property
@@ -464,7 +464,7 @@ def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
     """
     sizes = {size: n for size in options.SIZES if (n := getattr(args, size)) is not None}
     own = {field: x for field in Hardware._fields[1:6] if (x := getattr(args, field)) is not None}
-    program = cost.OURS
+    program = cost.DEFAULT_PROGRAM
     if args.calibrate:
         from tools import calibrate  # imported here because it imports the trainer, which is slow
 
