@@ -2,16 +2,18 @@
 
     make bench-checkpoint    python -m tools.bench_checkpoint [--folder DIR] [--out FILE]
 
-For each layout (t, d: sizes of tensor and data parallelism; h: hidden size) it measures ROUNDS
-times, and reports medians of: - torch.save of all tensors of the layout by rank 0, with fsync,
-while the other ranks wait; - a save by checkpoint.py, from its call until it is complete on the
-disk; - the pause of an asynchronous save: the time until training continues, while the tensors are
-copied; - a training step, without a save and during one.
+A layout has t tensor-parallel ranks or d replicas; h is the hidden size. For each layout it
+measures the following ROUNDS times and reports medians:
+
+- torch.save of all tensors of the layout by rank 0, with fsync, while the other ranks wait;
+- a save by checkpoint.py, from the call until it is complete on the disk;
+- the pause of an asynchronous save, that is, the time until training continues;
+- a training step without a save, and a step during a save.
 
 The columns of the table, one row per layout and size:
 
     state        bytes of parameters and optimizer state
-    torch.save   its time
+    torch.save   time of torch.save
     save         time of checkpoint.py until the save is complete
     ratio        save / torch.save; below 1, writing in parallel pays
     pause        time for which an asynchronous save stops training

@@ -40,7 +40,7 @@ def seconds_of(call: Callable[[], object], seconds: float = 0.15) -> float:
 
 
 def blocks() -> list[tuple[float, float, float, float]]:
-    """(FLOPs, matmuls, saved bytes, seconds) of forward and of forward + backward.
+    """(FLOPs, matmuls, saved bytes, seconds) of forwards and of backwards.
 
     Measured for each size in SIZES and ROWS. A chain of blocks is used because the tensors of a
     single block would stay in the cache.

@@ -6,10 +6,11 @@
 
 Bytes, FLOPs and payloads are closed forms. The bubble comes from a simulation of the schedule.
 Seconds follow from these and from the constants of `Hardware`, six of which are fitted to published
-tables. This is a library without a command. `make plan` searches for layouts with it, `make
-dry-run` compares its counts with those of real ranks, `make published` and `make plan-check`
-compare its times with published tables and with this machine. docs/recipe.md lists what it leaves
-out.
+tables. docs/recipe.md lists what the model leaves out.
+
+This is a library without a command. `make plan` searches for layouts with it. `make dry-run`
+compares its counts with those of a real rank, `make published` and `make plan-check` compare its
+times with published tables and with this machine.
 
 b, s, h: microbatch size, sequence length, hidden size. t, p, d: sizes of tensor, pipeline and data
 parallelism. m: microbatches per step. A stage is a contiguous slice of the layers; a rank has one

@@ -388,8 +388,8 @@ def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
 def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
     """(group, operation) -> (calls, bytes) of a step, from the formulas of the strategy files.
 
-    Partial gradients (replicated over tp) and tied gradients are all-reduced as shards; their sizes
-    are read from the rank's pieces.
+    A rank all-reduces its shards of partial gradients over tp, and its shards of tied gradients
+    over the stages that tie them. The sizes of these shards are counted from its pieces.
     """
     args, config, stages = trainer.args, trainer.config, trainer.stages
     layout, program, groups = layout_of(trainer), program_of(trainer), groups_of(trainer)

@@ -372,8 +372,7 @@ def peaks(zero: int, device: torch.device) -> tuple[int, int]:
 
 
 def fragmentation(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """Reserved / allocated memory. ZeRO-3 could fragment: it frees and allocates parameters
-    often."""
+    """Reserved / allocated memory. ZeRO-3 may fragment it: it allocates parameters many times."""
     yield "| gpt2, bf16, 2 ranks | reserved GB | allocated GB | reserved / allocated |"
     yield "|---|---|---|---|"
     names = {0: "DDP", 3: "ZeRO-3"}

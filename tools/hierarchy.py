@@ -12,8 +12,7 @@ are on different hosts, "inside" that they are on the same host. Three tables ar
 (b) one model on two ranks, on one host or on two; and on all ranks, with tp inside and pp or dp
     across, or the reverse;
 (c) replicas on all ranks: gradients all-reduced flat or by host; ZeRO-3 with parameters sharded
-over
-    all ranks or inside each host.
+    over all ranks or inside each host.
 
 "MB across" are bytes that a host sends to other hosts per step, determined in three ways: from the
 counted collectives, assuming rings; from the formulas of the strategy files; and from the counters
