@@ -91,11 +91,10 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
 
 
 def is_unused(gradient: Tensor) -> bool:
-    """True if no rank used the parameter: every rank sent -0.0, and -0.0 + x is -0.0 only if x is.
-    (If a rank used the parameter and every element of the sum is -0.0, that rank updates it and
-    the others skip it: replicas then differ. No layer of GPT-2 has such a gradient.)
-    `.grad` is then None, as in one process, so the optimizer skips the parameter. With a gradient
-    of 0 it would still apply weight decay. Ranks that used the parameter need not check."""
+    """Whether no rank used the parameter, given its reduced gradient.
+
+    A rank that did not use the parameter contributes -0.0. A floating-point sum is -0.0 only if
+    every term is -0.0."""
     return bool((gradient == 0).all() and gradient.signbit().all())
 
 
@@ -129,42 +128,43 @@ class Piece(NamedTuple):
 
 
 class DDP:
-    """Attaches to the parameters; the model stays as it is.
+    """All-reduces gradients in buckets, overlapped with backward. The model is not wrapped: DDP
+    attaches hooks to its parameters.
 
         sync = DDP(model, accumulations=m)
         optimizer = AdamW([piece.tensor for piece in sync.pieces()])
         sync.start()                      # instead of optimizer.zero_grad()
         for x, y in microbatches:         # m of them
-            (loss_sum(model(x), y) / tokens).backward()  # tokens: of the global batch
-        sync.finish()                     # gradients are summed over the ranks, not averaged
-        sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_ and optimizer.step()
+            (F.cross_entropy(model(x), y, reduction="sum") / tokens).backward()
+        sync.finish()                     # gradients are sums over the ranks
+        sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_() and optimizer.step()
 
-    model: the same on every rank of `group`, values included. Frozen parameters are left alone.
-    group: default: all ranks.
-    accumulations: how many times per step a gradient is added to each parameter: the number of
-        microbatches (several uses in one backward count once), or a dict by parameter. Counting
-        them, instead of asking which microbatch is the last, is right under every schedule.
-    bucket_bytes: a bucket is closed when it holds at least this many; the first one at a 25th of
-        it, so that the link is not idle until 25 MB of gradients are there.
-    reduce: (flat bucket, group) -> a handle with wait(); the seam for compression. It must keep
-        -0.0, see is_unused.
-    grad_dtype: the dtype in which bf16 gradients are summed over microbatches (default: fp32).
-    reduce_dtype: the dtype in which bf16 gradients are all-reduced (default: the parameters'; fp32
-        sends twice the bytes). It has no effect with one rank. Both do nothing for fp32 parameters.
-    overlap: False: finish() sends all buckets, and nothing overlaps. Needed in a pipeline whose
-        replicas use different parameters in one step: one replica then sends a bucket during
-        backward, and another after its last transfer, and ranks can wait for each other in a cycle.
+    tokens: the number of targets in the global batch, see global_count().
 
-    step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
-    do something in between, or with several optimizers. Values that you write to a bf16 parameter
-    by hand are lost: use load_state_dict(). If no rank uses a parameter in a step, its `.grad` is
-    None. If this rank does not use one, its bucket and all later ones are sent by finish() only,
-    with no overlap; the parameters that were not used in the first step are put into the last
-    bucket.
+    model: equal on all ranks of `group`, including the values. Frozen parameters are skipped.
+    group: the ranks to sum over. Default: all ranks.
+    accumulations: the number of backward passes per step that reach a parameter, which is the
+        number of microbatches m. Pass a dict {parameter: count} if it differs between parameters.
+    bucket_bytes: size of a bucket. The first bucket is 25 times smaller, so that communication
+        starts early.
+    reduce: a function (flat, group) that starts an in-place sum of the 1-D tensor `flat` and
+        returns a handle with wait(). Replace it to compress gradients. It must preserve -0.0.
+    grad_dtype: the dtype in which gradients of bf16 parameters are accumulated over microbatches.
+        Default: fp32. No effect on fp32 parameters.
+    reduce_dtype: the dtype in which gradients of bf16 parameters are sent. Default: bf16; fp32
+        sends twice the bytes. No effect on fp32 parameters, or with one rank.
+    overlap: False reduces all gradients in finish(), without overlap. This is needed in a pipeline
+        if the replicas of a stage use different parameters in one step: they would start the
+        all-reduce at different points between their transfers, and could deadlock.
 
-    Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
-    if a call is missing or out of order; or if the optimizer holds bf16 parameters instead of their
-    fp32 copies."""
+    A parameter that no rank uses in a step has `.grad` None after finish(). If this rank does not
+    use a parameter, its bucket and all later buckets are reduced in finish(), without overlap.
+    Manual writes to a bf16 parameter are lost at the next step, since the optimizer updates an fp32
+    copy. load_state_dict() updates both.
+
+    Raises ValueError if ranks have different parameters or values, if requires_grad changes later,
+    if a call is missing or out of order, or if the optimizer holds a bf16 parameter instead of its
+    fp32 copy."""
 
     def __init__(
         self, model: nn.Module, group: dist.ProcessGroup | None = None,
@@ -175,7 +175,7 @@ class DDP:
     ):  # fmt: skip
         group = dist.group.WORLD if group is None else group
         if group is None:
-            raise ValueError("DDP needs a process group: call dist.init_process_group() first")
+            raise ValueError("there is no process group: call dist.init_process_group() first")
         self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
         self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
         self.group, self.reduce = group, reduce
@@ -271,12 +271,12 @@ class DDP:
         completes its collectives."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
-                             "optimizer.step(), to write the update to the model")  # fmt: skip
+                             "optimizer.step(), to update the model")  # fmt: skip
         for name, p in self.named:
             if p.requires_grad != (p in self.masters):
                 change = "unfrozen" if p.requires_grad else "frozen"
-                raise ValueError(f"{name} was {change} after this DDP was made, and its buckets "
-                                 "are fixed: delete it and make a new one")  # fmt: skip
+                raise ValueError(f"{name} was {change} after DDP was constructed: construct a new "
+                                 "DDP after each change of requires_grad")  # fmt: skip
         for _, handle in self.launched:  # they still write to the buckets
             handle.wait()
         self.launched = []
@@ -296,8 +296,8 @@ class DDP:
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
-            raise ValueError("backward outside of start() and finish(): call start() first, or "
-                             "freeze this model while the loss of another one uses it")  # fmt: skip
+            raise ValueError("backward outside of start() and finish(): call start() first. If "
+                             "this is the loss of another model, freeze this one")  # fmt: skip
         first = self.missing[i] == self.accumulations[i]
         add(p.grad, self.gradients[i], first)
         p.grad = None
@@ -344,10 +344,12 @@ class DDP:
         self.phase = "finished"
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
-        """After finish(): updates the model. clip: the maximum norm, as in clip_grad_norm_. Returns
-        the norm before clipping, or None without clip. Raises ValueError if clip is given and
-        tensor-parallel ranks hold a part of the norm. There, and with pipeline stages, call the
-        four parts and compute the norm as train_3d.py does."""
+        """Call after finish(). Runs before_step(), clips the gradients to the global norm `clip`,
+        runs optimizer.step() and after_step(). Returns the norm before clipping; None without clip.
+
+        Raises ValueError if clip is given and a gradient is distributed over tensor-parallel ranks.
+        In that case, and with pipeline stages, make the four calls yourself, as train_3d.py does:
+        the norm needs a sum over those ranks."""
         if clip is not None:
             check_norm_is_local(self.parameters)
         self.before_step()
@@ -367,8 +369,8 @@ class DDP:
             return
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad and p not in self.masters:
-                raise ValueError(f"load_state_dict(assign=True) replaced {name}, and this DDP "
-                                 "trains the old tensor: load without assign")  # fmt: skip
+                raise ValueError(f"load_state_dict(assign=True) replaced {name}: DDP would train "
+                                 "the old tensor. Load with assign=False")  # fmt: skip
             if p.requires_grad:
                 self.masters[p].detach().copy_(p.detach())
 
@@ -385,8 +387,8 @@ class DDP:
     def before_step(self) -> None:
         """Pieces get their `.grad`, in their own dtype: with bf16 gradients, a copy in fp32."""
         if self.phase != "finished":
-            raise ValueError("before_step() or step() without finish(): gradients are not yet "
-                             "summed over the ranks")  # fmt: skip
+            raise ValueError("before_step() or step() without finish(): call finish() first, to "
+                             "reduce the gradients")  # fmt: skip
         for p, master in self.masters.items():
             if master is not p:
                 master.grad = None if p.grad is None else p.grad.to(master.dtype)
@@ -407,10 +409,14 @@ class DDP:
 
 
 def add(gradient: Tensor, total: Tensor, first: bool) -> None:
-    """total = gradient if first, else total += gradient. The dtypes may differ."""
-    if gradient.requires_grad or gradient.is_sparse:  # create_graph=True, nn.Embedding(sparse=True)
+    """Set `total` to the gradient if `first`, else add the gradient to it. Dtypes may differ."""
+    # backward(create_graph=True) returns gradients with a graph, nn.Embedding(sparse=True) sparse.
+    if gradient.requires_grad or gradient.is_sparse:
         gradient = gradient.detach().to_dense()
-    total.copy_(gradient) if first else total.add_(gradient)
+    if first:
+        total.copy_(gradient)
+    else:
+        total.add_(gradient)
 
 
 # Rung 4 (`--dp-nodes k`): links between hosts are slow. In a flat ring over d ranks, neighbours on
@@ -479,24 +485,25 @@ class Hierarchical:
 def check_same_parameters(
     parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
 ) -> None:
-    """Raises ValueError, on every rank and naming the first difference, if the ranks do not have
-    the same parameters, with the same values, in the same order."""
+    """Raise ValueError on every rank unless all ranks of `group` have the same parameters, in the
+    same order and with equal values. The message names the first difference."""
     if group.size() == 1:
         return
     mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
             for name, p in parameters]  # fmt: skip
-    everyone: list = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
-    for rank, theirs in enumerate(everyone):
-        for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
+    by_rank: list = [None] * group.size()
+    dist.all_gather_object(by_rank, mine, group=group)
+    for rank, theirs in enumerate(by_rank):
+        for i, (a, b) in enumerate(itertools.zip_longest(by_rank[0], theirs)):
             if a != b:
                 raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on rank "
-                                 f"{rank}: every rank must build the same model with the same "
-                                 "values (set the same seed, or load one file)")  # fmt: skip
+                                 f"{rank}: build the same model on every rank, with the same seed "
+                                 "or from the same checkpoint")  # fmt: skip
 
 
 def checksum(p: Tensor) -> int:
-    """Sum of the elements' bit patterns as integers: the order of addition does not matter."""
+    """The sum of the elements' bit patterns as integers. It does not depend on the order of
+    summation, so equal tensors always have equal checksums."""
     if p.is_meta:
         return 0
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
@@ -504,37 +511,41 @@ def checksum(p: Tensor) -> int:
 
 
 def check_accumulations(model: nn.Module, accumulations: dict[nn.Parameter, int]) -> None:
+    """Raise ValueError unless every trainable parameter has a count of at least 1."""
     for name, p in model.named_parameters():
         if p.requires_grad and not accumulations.get(p, 0) >= 1:
-            raise ValueError("accumulations must be an int >= 1, or a dict with one for each "
-                             f"parameter; for {name} it is {accumulations.get(p)}")  # fmt: skip
+            raise ValueError("accumulations must be an int >= 1, or a dict with an int >= 1 for "
+                             f"every trainable parameter: for {name} it is "
+                             f"{accumulations.get(p)}")  # fmt: skip
 
 
 def check_optimizer(
     optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Piece], ready: bool
 ) -> None:
-    """Runs before the step of every optimizer in the process. pieces: by tensor and by parameter.
-    ready: gradients are summed. Raises ValueError if the optimizer holds a parameter instead of its
-    piece, or steps too early."""
+    """Raise ValueError if the optimizer holds a parameter whose Piece has a different tensor, or if
+    the gradients are not `ready`. Runs before the step of every optimizer in the process.
+
+    pieces: by parameter and by tensor."""
     for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
         piece = pieces.get(p)
         if piece is not None and p is not piece.tensor:
-            raise ValueError(f"the optimizer holds {piece.name}, whose fp32 copy must be "
-                             "updated instead: build the optimizer over "
+            raise ValueError(f"the optimizer holds {piece.name} instead of its fp32 copy or shard: "
+                             "construct the optimizer over "
                              "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
         if piece is not None and not ready:
-            raise ValueError("optimizer.step() before the gradients are summed over the ranks: "
-                             "call finish() and step(optimizer)")  # fmt: skip
+            raise ValueError("optimizer.step() was called before the gradients were reduced: "
+                             "call finish() and then step(optimizer)")  # fmt: skip
 
 
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
-    """Raises ValueError if tensor-parallel ranks hold a part of a gradient's norm."""
+    """Raise ValueError if the gradient norm depends on other tensor-parallel ranks."""
     for name, p in parameters:
         sharded = hasattr(p, "sharding") and p.sharding.size > 1
         if sharded or getattr(p, "partial", False):
-            raise ValueError(f"clip: the gradient of {name} is spread over tensor-parallel ranks, "
-                             "and so is the norm: call before_step(), clip by the norm over all of "
-                             "them, optimizer.step() and after_step()")  # fmt: skip
+            raise ValueError(f"clip: the gradient of {name} is distributed over tensor-parallel "
+                             "ranks, so one rank cannot compute the norm: call before_step(), "
+                             "clip by the norm over all ranks, then call optimizer.step() and "
+                             "after_step()")  # fmt: skip
 
 
 # --- cost -----------------------------------------------------------------------------------------
