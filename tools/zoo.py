@@ -284,6 +284,10 @@ ZOO = [
     Bug(38, "1F1B forwards one microbatch too many", [
         ("pipeline.py", '[(p - 1 - r, "F"), (m, "FB")]', '[(p - r, "F"), (m, "FB")]')],
         "tests/test_pipeline.py::test_bubble_and_memory_are_as_predicted", r"assert \(2 == 1"),
+    Bug(55, "a parameter that no rank used is updated", [
+        ("ddp.py", "p.grad = torch.full_like(p, -0.0)", "p.grad = torch.zeros_like(p)")],
+        "tests/test_ddp.py::test_each_version_equals_one_process",
+        r"AssertionError: unused\.weight"),
 ]  # fmt: skip
 
 
