@@ -1,13 +1,14 @@
-"""Data parallelism: every rank holds the full model, and gradients are summed over the ranks.
+"""Data parallelism: replicas of one model train on different rows, and gradients are summed.
 
     rank 0   rows 0-3 -> forward, backward -> [a0|b0] -+                +-> [a0+a1|b0+b1] -> update
                                                        +-- all-reduce --+
     rank 1   rows 4-7 -> forward, backward -> [a1|b1] -+                +-> [a0+a1|b0+b1] -> update
 
-Each of d ranks computes gradients for its own rows of the global batch. An all-reduce sums them, so
-all ranks apply the same update. Each rank divides its loss by the number of targets in the global
-batch, so gradients are summed and not averaged. With gradient accumulation, they are all-reduced
-once per step, after the last microbatch.
+Each of d ranks holds a replica of the model and computes gradients for its rows of the global
+batch. An all-reduce sums the gradients, so all ranks apply the same update and replicas stay equal.
+Each rank divides its loss by the number of targets in the global batch, so gradients are summed and
+not averaged. With gradient accumulation, they are all-reduced once per step, after the last
+microbatch.
 
 An all-reduce is a reduce-scatter followed by an all-gather. In each half, a rank sends (d-1)/d of
 the gradient. After the first half, a rank holds the complete sum of 1/d of the gradient. ZeRO-1
@@ -56,8 +57,8 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
         optimizer.step()
 
     All ranks must pass the same parameters in the same order. Frozen parameters are skipped. If no
-    rank used a parameter, its `.grad` stays None, so the optimizer skips it. With a gradient of 0,
-    AdamW would apply weight decay."""
+    rank used a parameter, its `.grad` stays None, as in one process, and the optimizer skips it.
+    With a gradient of 0, AdamW would apply weight decay."""
     for p in parameters:
         if not p.requires_grad:
             continue
@@ -69,8 +70,8 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
             p.grad = None
 
 
-# One case is not handled: a used parameter whose gradient sums to -0.0 in every element. Ranks that
-# did not use it would skip its update, and the replicas would differ.
+# Limitation: if some ranks used the parameter and every element of the sum is -0.0, the other ranks
+# skip its update, and the replicas diverge.
 def is_unused(gradient: Tensor) -> bool:
     """Whether no rank used the parameter, given its reduced gradient.
 
@@ -88,13 +89,14 @@ def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
     return count.clamp(min=1)
 
 
-# --- one call: the latency of a collective is paid once per step ----------------------------------
-# This is 10 to 20 % faster than version 1 if most parameters are small (h = 256), and equally fast
-# at h = 768. It copies the gradients and needs a temporary buffer of Psi elements.
+# --- version 2: one collective --------------------------------------------------------------------
+# Version 1 pays the latency of a collective once per parameter, version 2 once per step. Version 2
+# is 10 to 20 % faster for small models, and equally fast from hidden size 768 on. It copies the
+# gradients into a buffer of Psi elements.
 
 
 def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Like all_reduce_gradients, with one collective."""
+    """Same arguments, use and result as all_reduce_gradients."""
     parameters = [p for p in parameters if p.requires_grad]
     gradients = [torch.full_like(p, -0.0) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -104,11 +106,12 @@ def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup
         p.grad = None if unused else total.view_as(p)
 
 
-# --- buckets: communication overlaps with backward ------------------------------------------------
-# The functions above communicate after backward, while the processor is idle. DDP accumulates
-# gradients in flat buckets and starts the all-reduce of a bucket once its gradients are complete.
-# Buckets follow the order in which backward completes gradients. DDP records that order in the
-# first step and reduces everything in finish() there.
+# --- the full version: buckets --------------------------------------------------------------------
+# Versions 1 and 2 communicate after backward, while no rank computes. DDP accumulates gradients in
+# flat buckets. It starts the all-reduce of a bucket when all of its gradients are
+# complete, so that communication overlaps with the rest of backward. Gradients are placed in
+# buckets in the order in which backward completes them. DDP records this order in the first step,
+# which therefore has no overlap.
 
 
 class Piece(NamedTuple):
@@ -144,8 +147,8 @@ class DDP:
     group: the ranks to sum over. Default: all ranks.
     accumulations: the number of backward passes per step that reach a parameter, which is the
         number of microbatches m. Pass a dict {parameter: count} if it differs between parameters.
-    bucket_bytes: size of a bucket. The first bucket is 25 times smaller, so that communication
-        starts early.
+    bucket_bytes: a bucket is closed when it holds at least this many bytes of parameters. The
+        first is closed at a 25th of that, so that communication starts early.
     reduce: a function (flat, group) that starts an in-place sum of the 1-D tensor `flat` and
         returns a handle with wait(). Replace it to compress gradients. It must preserve -0.0.
     grad_dtype: the dtype in which gradients of bf16 parameters are accumulated over microbatches.
@@ -158,8 +161,9 @@ class DDP:
 
     A parameter that no rank uses in a step has `.grad` None after finish(). If this rank does not
     use a parameter, its bucket and all later buckets are reduced in finish(), without overlap.
-    Manual writes to a bf16 parameter are lost at the next step, since the optimizer updates an fp32
-    copy. load_state_dict() updates both.
+    Between backward and finish(), issue no other collective on `group`. Manual writes to a bf16
+    parameter are lost at the next step, since the optimizer updates an fp32 copy. load_state_dict()
+    updates both.
 
     Raises ValueError if ranks have different parameters or values, if requires_grad changes later,
     if a call is missing or out of order, or if the optimizer holds a bf16 parameter instead of its
@@ -179,6 +183,7 @@ class DDP:
         self.grad_dtype = grad_dtype or torch.float32
         self.reduce_dtype = reduce_dtype
         self.overlap = overlap and group.size() > 1
+        # The copies of a tied matrix on the first and the last pipeline stage have one tied_name.
         self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
         self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
         self.modules = {*model.modules()}
@@ -187,16 +192,14 @@ class DDP:
         check_accumulations(model, accumulations)
         self.accumulations = [accumulations[p] for _, p in self.parameters]
         check_same_parameters(self.named, group)
-
         # fp32 master weights: bf16 rounding would lose small updates.
         narrow = [p for _, p in self.parameters if p.dtype.itemsize < 4]
         self.masters = {p: p.detach().float().requires_grad_() for p in narrow}
         self.piece_of = {
             t: piece for piece in self.pieces() for t in (piece.parameter, piece.tensor)
         }
-
-        # Hooks. With a strong reference to self, they would keep this object and its process group
-        # alive as long as the model.
+        # A weak reference: otherwise the hooks would keep this object and its process group alive
+        # as long as the model.
         me = weakref.ref(self)
         for i, (_, p) in enumerate(self.parameters):
             p.register_post_accumulate_grad_hook(lambda p, i=i: me() and me()._accumulated(i, p))
@@ -204,12 +207,11 @@ class DDP:
             module.register_load_state_dict_post_hook(lambda m, _: me() and me()._loaded(m))
         check = register_optimizer_step_pre_hook(lambda o, *_: me() and me()._check(o))
         weakref.finalize(self, check.remove)
-
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)  # views of buckets
         self.bucket_of = [0] * len(self.parameters)
-        # Until the order is known: backward usually reaches the last parameters first.
+        # Backward usually starts with the last parameters. The first step shows the actual order.
         self._lay_out(reversed(range(len(self.parameters))))
-        self.learned = False  # the order in which backward completes gradients
+        self.learned = False
         self.launched: list[tuple[Tensor, dist.Work]] = []  # by bucket
         self.phase = "idle"  # then "backward", "finished", "update", "idle"
         self.start()
@@ -227,22 +229,22 @@ class DDP:
                 change = "unfrozen" if p.requires_grad else "frozen"
                 raise ValueError(f"{name} was {change} after DDP was constructed: construct a new "
                                  "DDP after each change of requires_grad")  # fmt: skip
-        for _, handle in self.launched:
+        for _, handle in self.launched:  # of an interrupted step
             handle.wait()
-        for t in self.piece_of:
+        for t in self.piece_of:  # the parameters and their fp32 copies
             t.grad = None
         self.launched = []
         self.missing = self.accumulations.copy()  # by parameter: accumulations still to come
-        self.waiting = [len(members) for members in self.members]  # by bucket: parameters to come
-        self.ready: list[int] = []  # complete parameters, in order
+        self.waiting = [len(members) for members in self.members]  # by bucket: incomplete gradients
+        self.ready: list[int] = []  # parameters with a complete gradient, in order of completion
         self.phase = "backward"
 
     def _accumulated(self, i: int, p: nn.Parameter) -> None:
-        """Autograd calls this after it has stored a gradient of parameter i in p.grad. Adds the
-        gradient to the bucket and clears p.grad.
+        """Hook: a backward pass has stored its gradient of parameter i in p.grad. Add it to the
+        bucket and clear p.grad.
 
-        During backward, p.grad is not a view of the bucket: torch.compile does not compile a layer
-        that has a `.grad` of another dtype."""
+        During backward, p.grad is not a view of the bucket, which may have another dtype:
+        torch.compile does not compile a layer with such a `.grad`."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
@@ -259,8 +261,8 @@ class DDP:
                              "accumulations=m for m microbatches")  # fmt: skip
         self.ready.append(i)
         self.waiting[self.bucket_of[i]] -= 1
-        # Collectives are matched by call order, so all ranks launch in bucket order. A later bucket
-        # that is complete waits for the earlier ones.
+        # Ranks may complete buckets in different orders, but collectives are matched by call order.
+        # So buckets are launched in order, and a complete bucket waits for all earlier ones.
         while (self.overlap and self.learned and len(self.launched) < len(self.buckets)
                and self.waiting[len(self.launched)] == 0):  # fmt: skip
             self._launch()
@@ -273,7 +275,7 @@ class DDP:
 
     def finish(self) -> None:
         """Call after the last backward of a step. On return, every `.grad` is the sum over the
-        group. Buckets that are still incomplete, because of unused parameters, are reduced here."""
+        group. Buckets that are incomplete, because of unused parameters, are reduced here."""
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
@@ -311,7 +313,7 @@ class DDP:
         return norm
 
     def before_step(self) -> None:
-        """Give each fp32 copy its gradient, in fp32."""
+        """Set the `.grad` of the fp32 copies, in fp32."""
         if self.phase != "finished":
             raise ValueError("before_step() or step() without finish(): call finish() first, to "
                              "reduce the gradients")  # fmt: skip
@@ -320,7 +322,7 @@ class DDP:
         self.phase = "update"
 
     def after_step(self) -> None:
-        """Copy the updated fp32 copies to the bf16 parameters."""
+        """Write the updated fp32 copies to the bf16 parameters."""
         if self.masters:
             with torch.no_grad():
                 torch._foreach_copy_([*self.masters], [*self.masters.values()])
@@ -342,12 +344,12 @@ class DDP:
         return {"parameters": parameters, "gradients": self.buckets, "optimizer": copies}
 
     def _learn(self) -> None:
-        """Order the buckets as backward completed gradients in the first step. All ranks use the
-        order of the group's first rank; parameters without a gradient come last.
+        """Lay out the buckets in the order in which the first step completed gradients on the
+        group's first rank. Unused parameters come last.
 
-        This runs before the first all-reduce, so that all steps have the same layout. The order of
-        additions in a ring depends on the position in the bucket, and a resumed run must reproduce
-        a run without interruption bit for bit."""
+        This precedes the first all-reduce, so that the layout is the same in all steps. A ring adds
+        in an order that depends on the position in the bucket, and a resumed run must be bitwise
+        equal to an uninterrupted one."""
         if self.parameters:
             order = [*dict.fromkeys([*self.ready, *range(len(self.parameters))])]
             numbers = torch.tensor(order, device=self.buckets[0].device)
@@ -357,8 +359,8 @@ class DDP:
         self.learned = True
 
     def _lay_out(self, order: Iterable[int]) -> None:
-        """Assign parameters to buckets in this order, by index. A bucket has one dtype and is
-        closed when it has reached bucket_bytes."""
+        """Fill buckets with parameters in this order of their indices. A bucket has one dtype and
+        is closed when it holds at least bucket_bytes."""
         self.buckets: list[Tensor] = []
         self.members: list[list[int]] = []
         self.sent_dtypes: list[torch.dtype] = []
@@ -381,10 +383,10 @@ class DDP:
         sizes = [p.numel() for p in parameters]
         flat = parameters[0].new_zeros(sum(sizes), dtype=dtype)
         for i, p, view in zip(members, parameters, flat.split(sizes), strict=True):
-            if self.gradients[i] is not None:  # gradients of the first step, in the old layout
+            if self.gradients[i] is not None:  # the gradient of the first step, in the old layout
                 view.copy_(self.gradients[i].flatten())
-            # None allows a `.grad` of any dtype. The two uses of a tied matrix are summed by
-            # autograd, before _accumulated, and this sum must be in the dtype of the bucket.
+            # None allows a `.grad` of any dtype. For a tied matrix, autograd sums the gradients of
+            # its two uses before it calls the hook; it must do that in the dtype of the bucket.
             p.grad_dtype = dtype if hasattr(p, "tied_name") else None
             self.gradients[i] = view.view_as(p)
             self.bucket_of[i] = len(self.buckets)
@@ -418,29 +420,30 @@ def add(gradient: Tensor, total: Tensor, first: bool) -> None:
         total.add_(gradient)
 
 
-# --- hosts: fewer bytes between hosts -------------------------------------------------------------
-# Links between hosts are slower than links inside a host. With d ranks on k hosts, a ring over all
-# ranks sends 2 (d-1)/d Psi elements from each host to the next. Hierarchical sums inside each host
-# first and sends 2 (k-1)/k Psi: two thirds for 2 hosts of 2 ranks, half for 2 hosts of many ranks.
-# With many hosts the bytes are about equal, but a ring of k hosts has fewer latencies than a ring
-# of d ranks. An all-reduce of 25 MB takes about 30 % less time between 2 hosts at 1 Gbit/s. One of
-# 0.3 MB takes longer, since it needs three calls. `make hierarchy` measures this.
+# --- the full version: several hosts --------------------------------------------------------------
+# Links between hosts are slower than links inside a host. In a ring all-reduce over d ranks, each
+# host sends 2 (d-1)/d Psi elements to the next host. If gradients are first summed inside each of k
+# hosts, it sends 2 (k-1)/k Psi. This is a third less with 2 hosts of 2 ranks, and almost half with
+# 2 hosts of many ranks. With many hosts the numbers are close, but the ring between hosts has k
+# ranks instead of d, which reduces latency. At 1 Gbit/s between hosts, an all-reduce of 25 MB takes
+# about 30 % less time. Small payloads take longer, because there are three collectives instead of
+# one. `make hierarchy` measures both.
 
-# torch 2.13 renamed these two functions.
+# torch 2.13 renamed these functions; 2.11 has only the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Hierarchical:
-    """All-reduce in three phases: reduce-scatter inside the host, all-reduce of each shard across
-    hosts, all-gather inside the host. Usage: DDP(model, reduce=Hierarchical(inside, across)).
+    """Sums in three phases: reduce-scatter inside the host, all-reduce of each shard across hosts,
+    all-gather inside the host. Usage: DDP(model, reduce=Hierarchical(inside, across)).
 
-    inside: the ranks of the DDP group on this host. All hosts have equally many.
-    across: the ranks with the same index as this one on each host.
+    inside: the ranks of the DDP group on this host. All hosts must have equally many.
+    across: one rank of each host, with the same index inside its host as this rank.
 
-    The phases of successive buckets overlap: each call starts a bucket and advances the earlier
-    ones by one phase. On a GPU, a side stream waits between phases, and the compute stream waits
-    once, in wait()."""
+    Each call starts the first phase of a bucket and the next phase of all earlier buckets, so links
+    inside and between hosts work at the same time. On a GPU, a side stream waits between phases,
+    and the compute stream waits once, in wait()."""
 
     def __init__(self, inside: dist.ProcessGroup, across: dist.ProcessGroup):
         self.inside, self.across = inside, across
@@ -450,23 +453,24 @@ class Hierarchical:
     def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
         self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
         self.stream = self.stream or self.device.Stream()
-        self.stream.wait_stream(self.device.current_stream())  # backward has filled `flat`
+        self.stream.wait_stream(self.device.current_stream())  # until `flat` is filled
         self.in_flight.append(self._phases(flat))
         self._advance()
         return self
 
     def wait(self) -> None:
-        """Complete all buckets in flight. One object is the handle of all buckets."""
+        """Complete all buckets: this object is the handle of every bucket."""
         while self.in_flight:
             self._advance()
         self.device.current_stream().wait_stream(self.stream)
 
     def _advance(self) -> None:
-        """Start the next phase of each bucket, oldest first: all ranks use the same order."""
+        """Start the next phase of each bucket, oldest first, in the same order on all ranks."""
         with self.device.stream(self.stream):
             self.in_flight = [phases for phases in self.in_flight if next(phases, None)]
 
     def _phases(self, flat: Tensor) -> Iterator[dist.Work]:
+        """Each next() waits for the phase in progress and starts the following one."""
         n = self.inside.size()
         padding = -flat.numel() % n
         padded = nn.functional.pad(flat, (0, padding)) if padding else flat
@@ -563,15 +567,15 @@ def predicted_payload(numel: int) -> int:
 
 
 def predicted_wire_bytes(numel: int, d: int, itemsize: int) -> float:
-    """Bytes that each of d ranks sends in a ring all-reduce. Each host sends the same number to the
-    next host, since one rank per host has its neighbor there. With Hierarchical on k hosts, each
-    host sends predicted_wire_bytes(numel, k, itemsize)."""
+    """Bytes that a rank sends per step in a ring of d ranks. A host sends as many to the next host,
+    because one of its ranks has its neighbor there. With Hierarchical on k hosts, a host sends
+    predicted_wire_bytes(numel, k, itemsize)."""
     return 2 * (d - 1) / d * numel * itemsize
 
 
 def predicted_hierarchical_payload(numels: Iterable[int], n: int) -> dict[tuple[str, str], int]:
-    """Elements per rank and step, by (group, operation), for buckets of `numels` elements and n
-    ranks per host. Each bucket is padded to a multiple of n."""
+    """Elements per rank and step, by (group, operation), with n ranks per host. A bucket of `numel`
+    elements is padded to a multiple of n."""
     padded = sum(-(-numel // n) * n for numel in numels)
     return {("inside", "reduce_scatter"): padded, ("across", "all_reduce"): padded // n,
             ("inside", "all_gather"): padded}  # fmt: skip
@@ -580,8 +584,8 @@ def predicted_hierarchical_payload(numels: Iterable[int], n: int) -> dict[tuple[
 def predicted_bytes(
     numel: int, dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None
 ) -> dict[str, int]:
-    """Bytes per rank after the last backward, with AdamW: 16 Psi, or 18 Psi in bf16. "optimizer" is
-    two moments, and in bf16 the fp32 copies."""
+    """Bytes per rank with AdamW, for Psi = numel: 16 Psi in fp32, 18 Psi in bf16. "optimizer": two
+    moments and, in bf16, the fp32 copies of the parameters."""
     grad_dtype = grad_dtype or torch.promote_types(dtype, torch.float32)
     update = 12 if dtype.itemsize < 4 else 2 * dtype.itemsize
     each = {"parameters": dtype.itemsize, "gradients": grad_dtype.itemsize, "optimizer": update}
@@ -626,7 +630,7 @@ def main() -> None:
 
     with measure.Report("ddp.py") as report:
         group, d = report.group, report.group.size()
-        hosts = torch.arange(d).view(2 - d % 2, -1)  # as if on two hosts, if d is even
+        hosts = torch.arange(d).view(2 - d % 2, -1)  # an even d is divided into two "hosts"
         inside, _ = dist.new_subgroups_by_enumeration(hosts.tolist())
         across, _ = dist.new_subgroups_by_enumeration(hosts.T.tolist())
         expected_losses, expected, _ = train(range(4 * d), group, lambda *_: None, None)

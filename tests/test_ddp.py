@@ -80,7 +80,10 @@ def version_and_one_process(version):
             sync.finish()
             sync.step(optimizer)
         else:
-            version(net.parameters(), group)
+            with measure.Collectives() as seen:
+                version(net.parameters(), group)
+            trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+            assert seen.total().payload == ddp.predicted_payload(trained)
             optimizer.step()
         dist.all_reduce(loss)
         for (name, p), q in zip(net.named_parameters(), reference.parameters(), strict=True):
