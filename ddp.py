@@ -70,8 +70,8 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
             p.grad = None
 
 
-# Limitation: if some ranks used the parameter and every element of the sum is -0.0, the other ranks
-# skip its update, and the replicas diverge.
+# Limitation: if some ranks used the parameter, but every element of the sum is -0.0, the ranks that
+# did not use it skip the update, the others apply it, and the replicas diverge.
 def is_unused(gradient: Tensor) -> bool:
     """Whether no rank used the parameter, given its reduced gradient.
 
@@ -143,7 +143,8 @@ class DDP:
 
     tokens: the number of targets in the global batch, see global_count().
 
-    model: equal on all ranks of `group`, including the values. Frozen parameters are skipped.
+    model: must have the same parameters, with the same values, on all ranks of `group`. Buffers are
+        neither checked nor synchronized. Frozen parameters are skipped.
     group: the ranks to sum over. Default: all ranks.
     accumulations: the number of backward passes per step that reach a parameter, which is the
         number of microbatches m. Pass a dict {parameter: count} if it differs between parameters.
@@ -219,8 +220,8 @@ class DDP:
     def start(self) -> None:
         """Call before the first backward of a step. Until finish(), every `.grad` is None.
 
-        If the last step was interrupted by an exception, at the same place on all ranks, start()
-        waits for its all-reduces and discards its gradients."""
+        If an exception interrupted the previous step before the optimizer update, at the same point
+        on all ranks, start() waits for the pending all-reduces and discards the gradients."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip
@@ -248,17 +249,19 @@ class DDP:
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
-            raise ValueError("backward outside of start() and finish(): call start() first. If "
-                             "this is the loss of another model, freeze this one")  # fmt: skip
-        first = self.missing[i] == self.accumulations[i]
-        add(p.grad, self.gradients[i], first)
+            raise ValueError("backward() ran outside of start() and finish(): call start() before "
+                             "the first backward. If the loss trains another model, call "
+                             "backward(inputs=[*other.parameters()])")  # fmt: skip
+        count = self.accumulations[i]
+        if self.missing[i] == 0:
+            raise ValueError(f"{self.parameters[i][0]} received {count + 1} gradients in one step, "
+                             f"but accumulations is {count}: pass accumulations=m for m "
+                             "microbatches")  # fmt: skip
+        accumulate(p.grad, self.gradients[i], first=self.missing[i] == count)
         p.grad = None
         self.missing[i] -= 1
         if self.missing[i] > 0:
             return
-        if self.missing[i] < 0:
-            raise ValueError(f"more than {self.accumulations[i]} accumulations in a step: pass "
-                             "accumulations=m for m microbatches")  # fmt: skip
         self.ready.append(i)
         self.waiting[self.bucket_of[i]] -= 1
         # Ranks may complete buckets in different orders, but collectives are matched by call order.
@@ -300,8 +303,9 @@ class DDP:
         runs optimizer.step() and after_step(). Returns the norm before clipping; None without clip.
 
         Raises ValueError if clip is given and a gradient is distributed over tensor-parallel ranks.
-        In that case, and with pipeline stages, make the four calls yourself, as train_3d.py does:
-        the norm needs a sum over those ranks."""
+        In that case call before_step(), clip by the norm over all ranks, then call optimizer.step()
+        and after_step(), as train_3d.py does. Do the same with pipeline stages, where no error is
+        raised, but the norm covers only the stages of this rank."""
         if clip is not None:
             check_norm_is_local(self.parameters)
         self.before_step()
@@ -385,8 +389,8 @@ class DDP:
         for i, p, view in zip(members, parameters, flat.split(sizes), strict=True):
             if self.gradients[i] is not None:  # the gradient of the first step, in the old layout
                 view.copy_(self.gradients[i].flatten())
-            # None allows a `.grad` of any dtype. For a tied matrix, autograd sums the gradients of
-            # its two uses before it calls the hook; it must do that in the dtype of the bucket.
+            # None lets autograd store a `.grad` of any dtype. A tied matrix is used twice. Autograd
+            # sums its two gradients before it calls the hook, in grad_dtype if that is set.
             p.grad_dtype = dtype if hasattr(p, "tied_name") else None
             self.gradients[i] = view.view_as(p)
             self.bucket_of[i] = len(self.buckets)
@@ -409,9 +413,10 @@ class DDP:
                 self.masters[p].detach().copy_(p.detach())
 
 
-def add(gradient: Tensor, total: Tensor, first: bool) -> None:
+def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
     """Set `total` to the gradient if `first`, else add the gradient to it. Dtypes may differ."""
-    # backward(create_graph=True) returns gradients with a graph, nn.Embedding(sparse=True) sparse.
+    # Gradients from backward(create_graph=True) require grad.
+    # Those from nn.Embedding(sparse=True) are sparse.
     if gradient.requires_grad or gradient.is_sparse:
         gradient = gradient.detach().to_dense()
     if first:
@@ -489,14 +494,16 @@ class Hierarchical:
 
 
 # --- checks ---------------------------------------------------------------------------------------
-# Each of these mistakes would train a wrong model without an error.
+# Without these checks, most of these mistakes would train a wrong model without an error.
 
 
 def check_same_parameters(
     parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
 ) -> None:
     """Raise ValueError on every rank unless all ranks of `group` have the same parameters, in the
-    same order and with equal values. The message names the first difference."""
+    same order and with equal values. The message names the first difference.
+
+    Values are compared by checksum. A permutation of the elements is not detected."""
     if group.size() == 1:
         return
     mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
@@ -532,10 +539,11 @@ def check_accumulations(model: nn.Module, accumulations: dict[nn.Parameter, int]
 def check_optimizer(
     optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Piece], ready: bool
 ) -> None:
-    """Raise ValueError if the optimizer holds a parameter whose Piece has a different tensor, or if
-    the gradients are not `ready`. Runs before the step of every optimizer in the process.
+    """Raise ValueError if the optimizer holds a model parameter instead of its fp32 copy or shard,
+    or if the gradients are not `ready`. Runs before the step of every optimizer in the process.
 
-    pieces: by parameter and by tensor."""
+    pieces: maps each parameter, and the tensor that the optimizer must hold for it, to its Piece.
+    ready: whether before_step() has been called."""
     for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
         piece = pieces.get(p)
         if piece is not None and p is not piece.tensor:
@@ -543,8 +551,8 @@ def check_optimizer(
                              "construct the optimizer over "
                              "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
         if piece is not None and not ready:
-            raise ValueError("optimizer.step() was called before the gradients were reduced: "
-                             "call finish() and then step(optimizer)")  # fmt: skip
+            raise ValueError("optimizer.step() was called without before_step(): call finish() "
+                             "and then sync.step(optimizer)")  # fmt: skip
 
 
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:

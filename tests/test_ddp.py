@@ -273,7 +273,7 @@ def too_many(kind):
 
 @pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero3])
 def test_an_accumulation_too_many_is_an_error(kind):
-    with pytest.raises(RuntimeError, match="more than 1 accumulations in a step"):
+    with pytest.raises(RuntimeError, match="received 2 gradients in one step"):
         launch(1, too_many, kind)
 
 
