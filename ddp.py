@@ -6,25 +6,29 @@
 
 Each of d ranks holds a replica of the model and computes gradients for its rows of the global
 batch. An all-reduce sums the gradients, so all ranks apply the same update and replicas stay equal.
-Each rank divides its loss by the number of targets in the global batch, so gradients are summed and
-not averaged. With gradient accumulation, they are all-reduced once per step, after the last
-microbatch.
+Replicas must be equal at the start. DDP checks this, the two functions do not. Each rank divides
+its loss by the number of targets in the global batch, so gradients are summed and not averaged.
+With gradient accumulation, they are all-reduced once per step, after the last microbatch.
 
-An all-reduce is a reduce-scatter followed by an all-gather. In each half, a rank sends (d-1)/d of
-the gradient. After the first half, a rank holds the complete sum of 1/d of the gradient. ZeRO-1
+A ring all-reduce is a reduce-scatter followed by an all-gather. In each half, every rank sends
+(d-1)/d of the gradient. After the first half, each rank holds 1/d of the summed gradient. ZeRO-1
 (zero.py) runs the optimizer at that point and then gathers parameters instead of gradients.
 
-    per rank and step       payload (elements)      calls            overlaps with backward
+    per rank and step       payload                 calls            overlaps with backward
     all_reduce_gradients    Psi                     per parameter    no
     all_reduce_flat         Psi                     1                no
-    DDP                     Psi                     per bucket       all but the last buckets
-    DDP with Hierarchical   2 Psi inside a host,    3 per bucket     all but the last buckets
+    DDP                     Psi                     per bucket       all but the last bucket,
+                                                                     from step 2 on
+    DDP with Hierarchical   2 Psi inside a host,    3 per bucket     the same
                             k Psi / d between hosts
 
-Psi is the number of trainable parameters, and k the number of hosts. Data parallelism saves no
-memory. In fp32 with AdamW each rank holds 16 Psi bytes: parameters (4), gradients (4), moments (8).
-In bf16 it holds 18 Psi: parameters (2), gradients (4), fp32 copies of the parameters (4), moments
-(8). zero.py shards this state; compare the two files, which use the same names.
+The payload is the number of elements that a collective reduces or gathers. Psi is the number of
+trainable parameters, and k the number of hosts.
+
+Data parallelism does not reduce the memory for parameters, gradients and optimizer state. In fp32
+with AdamW, each rank stores 16 Psi bytes: parameters (4), gradients (4), moments (8). In bf16 it
+stores 18 Psi: parameters (2), gradients (4), fp32 copies of the parameters (4), moments (8). DDP
+needs up to 2 Psi more while it sends gradients in bf16. zero.py shards this state.
 
     torchrun --standalone --nproc-per-node 4 ddp.py
 
@@ -54,11 +58,13 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
             loss = cross_entropy(model(xs), ys, ignore_index=-1, reduction="sum") / tokens
             loss.backward()  # adds to p.grad
         all_reduce_gradients(model.parameters(), group)
+        clip_grad_norm_(model.parameters(), 1.0)  # optional
         optimizer.step()
 
-    All ranks must pass the same parameters in the same order. Frozen parameters are skipped. If no
-    rank used a parameter, its `.grad` stays None, as in one process, and the optimizer skips it.
-    With a gradient of 0, AdamW would apply weight decay."""
+    All ranks must pass the same parameters in the same order. Frozen parameters are skipped.
+    Gradients are accumulated and sent in the dtype of the parameters. If no rank used a parameter,
+    its `.grad` stays None, as in single-process training, so the optimizer skips it. A gradient of
+    0 would make AdamW apply weight decay."""
     for p in parameters:
         if not p.requires_grad:
             continue
@@ -81,8 +87,8 @@ def is_unused(gradient: Tensor) -> bool:
 
 
 def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The number of valid targets (not -1) in the global batch, given those of this rank. At least
-    1, so that a batch without valid targets has a loss of 0 instead of 0/0."""
+    """Return the number of valid targets (not -1) in the global batch, given those of this rank. It
+    is at least 1, so that a batch without valid targets has a loss of 0 instead of 0/0."""
     count = (targets >= 0).sum()
     if group.size() > 1:
         dist.all_reduce(count, group=group)  # payload: 1
@@ -90,13 +96,14 @@ def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 # --- version 2: one collective --------------------------------------------------------------------
-# Version 1 pays the latency of a collective once per parameter, version 2 once per step. Version 2
-# is 10 to 20 % faster for small models, and equally fast from hidden size 768 on. It copies the
-# gradients into a buffer of Psi elements.
+# Version 1 pays the latency of a collective once per parameter, version 2 once per step. On a CPU,
+# the step of a small model takes 10 to 20 % less time. From hidden size 768 on, it takes the same
+# time. Version 2 copies the gradients into a buffer of Psi elements.
 
 
 def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Same arguments, use and result as all_reduce_gradients."""
+    """Takes the same arguments as all_reduce_gradients, is called at the same point, and gives the
+    same result up to rounding. All parameters must have one dtype."""
     parameters = [p for p in parameters if p.requires_grad]
     gradients = [torch.full_like(p, -0.0) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -108,10 +115,10 @@ def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup
 
 # --- the full version: buckets --------------------------------------------------------------------
 # Versions 1 and 2 communicate after backward, while no rank computes. DDP accumulates gradients in
-# flat buckets. It starts the all-reduce of a bucket when all of its gradients are
-# complete, so that communication overlaps with the rest of backward. Gradients are placed in
-# buckets in the order in which backward completes them. DDP records this order in the first step,
-# which therefore has no overlap.
+# flat buckets and starts the all-reduce of a bucket when all of its gradients are complete, so that
+# communication overlaps with the rest of backward. Gradients are assigned to buckets in the order
+# in which backward completes them. DDP records this order in the first step, which therefore has no
+# overlap.
 
 
 class Piece(NamedTuple):
@@ -146,29 +153,33 @@ class DDP:
     model: must have the same parameters, with the same values, on all ranks of `group`. Buffers are
         neither checked nor synchronized. Frozen parameters are skipped.
     group: the ranks to sum over. Default: all ranks.
-    accumulations: the number of backward passes per step that reach a parameter, which is the
-        number of microbatches m. Pass a dict {parameter: count} if it differs between parameters.
+    accumulations: the number of gradients that a parameter receives per step, which is the number
+        of microbatches m. Pass a dict {parameter: count} if it differs between parameters. A
+        parameter that receives fewer is reduced in finish(), without an error.
     bucket_bytes: a bucket is closed when it holds at least this many bytes of parameters. The
-        first is closed at a 25th of that, so that communication starts early.
+        first is closed at 1/25 of that (1 MiB by default), so that communication starts early.
     reduce: a function (flat, group) that starts an in-place sum of the 1-D tensor `flat` and
-        returns a handle with wait(). Replace it to compress gradients. It must preserve -0.0.
+        returns a handle with wait(). Replace it to compress gradients. A sum of -0.0 must
+        stay -0.0, see is_unused().
     grad_dtype: the dtype in which gradients of bf16 parameters are accumulated over microbatches.
         Default: fp32. No effect on fp32 parameters.
     reduce_dtype: the dtype in which gradients of bf16 parameters are sent. Default: bf16; fp32
         sends twice the bytes. No effect on fp32 parameters, or with one rank.
-    overlap: False reduces all gradients in finish(), without overlap. This is needed in a pipeline
-        if the replicas of a stage use different parameters in one step: they would start the
-        all-reduce at different points between their transfers, and could deadlock.
+    overlap: False reduces all gradients in finish(). Set it to False in a pipeline if the replicas
+        of a stage may use different parameters in one step. With overlap they would start
+        all-reduces at different points relative to their sends and receives, which can deadlock.
 
     A parameter that no rank uses in a step has `.grad` None after finish(). If this rank does not
     use a parameter, its bucket and all later buckets are reduced in finish(), without overlap.
-    Between backward and finish(), issue no other collective on `group`. Manual writes to a bf16
-    parameter are lost at the next step, since the optimizer updates an fp32 copy. load_state_dict()
-    updates both.
 
-    Raises ValueError if ranks have different parameters or values, if requires_grad changes later,
-    if a call is missing or out of order, or if the optimizer holds a bf16 parameter instead of its
-    fp32 copy."""
+    From the first backward of a step until finish() returns, issue no other collective on `group`.
+    Manual writes to a bf16 parameter are lost at the next step, since the optimizer updates an fp32
+    copy. load_state_dict() updates both.
+
+    Construction raises ValueError if ranks have different parameters or values, or if a count in
+    `accumulations` is missing or below 1. Later, ValueError is raised if requires_grad has changed,
+    if calls are out of order, if a parameter receives too many gradients, or if the optimizer holds
+    a bf16 parameter instead of its fp32 copy."""
 
     def __init__(
         self, model: nn.Module, group: dist.ProcessGroup | None = None,
@@ -184,7 +195,8 @@ class DDP:
         self.grad_dtype = grad_dtype or torch.float32
         self.reduce_dtype = reduce_dtype
         self.overlap = overlap and group.size() > 1
-        # The copies of a tied matrix on the first and the last pipeline stage have one tied_name.
+        # The first and the last pipeline stage have copies of a tied matrix, to which gpt.py gives
+        # the same tied_name. Inside one rank, named_parameters() lists a tied matrix once.
         self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
         self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
         self.modules = {*model.modules()}
@@ -196,11 +208,9 @@ class DDP:
         # fp32 master weights: bf16 rounding would lose small updates.
         narrow = [p for _, p in self.parameters if p.dtype.itemsize < 4]
         self.masters = {p: p.detach().float().requires_grad_() for p in narrow}
-        self.piece_of = {
-            t: piece for piece in self.pieces() for t in (piece.parameter, piece.tensor)
-        }
-        # A weak reference: otherwise the hooks would keep this object and its process group alive
-        # as long as the model.
+        self.piece_of = {piece.parameter: piece for piece in self.pieces()}
+        self.piece_of |= {piece.tensor: piece for piece in self.pieces()}  # in bf16: fp32 copies
+        # A weak reference, so that the hooks do not keep this object and its group alive.
         me = weakref.ref(self)
         for i, (_, p) in enumerate(self.parameters):
             p.register_post_accumulate_grad_hook(lambda p, i=i: me() and me()._accumulated(i, p))
@@ -215,7 +225,7 @@ class DDP:
         self.learned = False
         self.launched: list[tuple[Tensor, dist.Work]] = []  # by bucket
         self.phase = "idle"  # then "backward", "finished", "update", "idle"
-        self.start()
+        self.start()  # so that the call may be omitted before the first step
 
     def start(self) -> None:
         """Call before the first backward of a step. Until finish(), every `.grad` is None.
@@ -235,17 +245,17 @@ class DDP:
         for t in self.piece_of:  # the parameters and their fp32 copies
             t.grad = None
         self.launched = []
-        self.missing = self.accumulations.copy()  # by parameter: accumulations still to come
-        self.waiting = [len(members) for members in self.members]  # by bucket: incomplete gradients
-        self.ready: list[int] = []  # parameters with a complete gradient, in order of completion
+        self.missing = self.accumulations.copy()  # gradients to come, per parameter
+        self.waiting = [len(members) for members in self.members]  # incomplete gradients per bucket
+        self.ready: list[int] = []  # parameters with a complete gradient, in that order
         self.phase = "backward"
 
     def _accumulated(self, i: int, p: nn.Parameter) -> None:
-        """Hook: a backward pass has stored its gradient of parameter i in p.grad. Add it to the
-        bucket and clear p.grad.
+        """Autograd calls this after it has stored a gradient of parameter i in p.grad. Add the
+        gradient to the bucket, and launch the bucket if it is complete.
 
-        During backward, p.grad is not a view of the bucket, which may have another dtype:
-        torch.compile does not compile a layer with such a `.grad`."""
+        p.grad is then set to None. It is not a view of the bucket, because the bucket may have
+        another dtype. torch.compile cannot compile a layer with such a `.grad`."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
@@ -271,30 +281,32 @@ class DDP:
             self._launch()
 
     def _launch(self) -> None:
+        """Start the all-reduce of the next bucket."""
         i = len(self.launched)
         flat, dtype = self.buckets[i], self.sent_dtypes[i]
-        sent = flat.to(dtype)  # no copy if the dtype is the same
+        sent = flat.to(dtype)  # the bucket itself if the dtype is the same
         self.launched.append((sent, self.reduce(sent, self.group)))
 
     def finish(self) -> None:
         """Call after the last backward of a step. On return, every `.grad` is the sum over the
-        group. Buckets that are incomplete, because of unused parameters, are reduced here."""
+        group, or None if no rank used the parameter. Buckets that were not reduced during backward
+        are reduced here."""
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
-        unused = {i for i, n in enumerate(self.missing) if n == self.accumulations[i]}
-        for i in unused:
+        unused_here = {i for i, n in enumerate(self.missing) if n == self.accumulations[i]}
+        for i in unused_here:
             self.gradients[i].fill_(-0.0)  # see is_unused
-        if not self.learned:
+        if self.overlap and not self.learned:
             self._learn()
         while self.group.size() > 1 and len(self.launched) < len(self.buckets):
             self._launch()
         for i, (sent, handle) in enumerate(self.launched):
             handle.wait()
-            self.buckets[i].copy_(sent)
+            self.buckets[i].copy_(sent)  # no-op if `sent` is the bucket
         self.launched = []
         for i, (_, p) in enumerate(self.parameters):
-            unused_by_all = i in unused and is_unused(self.gradients[i])
+            unused_by_all = i in unused_here and is_unused(self.gradients[i])
             p.grad = None if unused_by_all else self.gradients[i]
         self.phase = "finished"
 
@@ -317,7 +329,8 @@ class DDP:
         return norm
 
     def before_step(self) -> None:
-        """Set the `.grad` of the fp32 copies, in fp32."""
+        """Set the `.grad` of the fp32 copies to the reduced gradients. Call it even if there are no
+        such copies: it permits optimizer.step()."""
         if self.phase != "finished":
             raise ValueError("before_step() or step() without finish(): call finish() first, to "
                              "reduce the gradients")  # fmt: skip
@@ -326,7 +339,7 @@ class DDP:
         self.phase = "update"
 
     def after_step(self) -> None:
-        """Write the updated fp32 copies to the bf16 parameters."""
+        """Write the updated values of the fp32 copies to the bf16 parameters."""
         if self.masters:
             with torch.no_grad():
                 torch._foreach_copy_([*self.masters], [*self.masters.values()])
@@ -335,36 +348,35 @@ class DDP:
         self.phase = "idle"
 
     def gather(self) -> None:
-        """No-op: parameters are never sharded here."""
+        """No-op, so that callers can treat DDP and ZeRO alike."""
 
     def pieces(self) -> list[Piece]:
-        """What the optimizer updates: the parameters, or their fp32 copies."""
+        """The tensors that the optimizer must update: the parameters, or their fp32 copies."""
         return [Piece(name, self.masters.get(p, p), p, 0) for name, p in self.parameters]
 
     def held(self) -> dict[str, list[Tensor]]:
-        """The tensors that are stored between steps, by kind. Moments are in the optimizer."""
+        """The tensors stored between steps, by kind, without the moments in the optimizer."""
         parameters = [p for _, p in self.named]
         copies = [*self.masters.values()]
         return {"parameters": parameters, "gradients": self.buckets, "optimizer": copies}
 
     def _learn(self) -> None:
-        """Lay out the buckets in the order in which the first step completed gradients on the
-        group's first rank. Unused parameters come last.
+        """Assign parameters to buckets in the order in which the first step completed their
+        gradients on the group's first rank. Unused parameters come last.
 
-        This precedes the first all-reduce, so that the layout is the same in all steps. A ring adds
-        in an order that depends on the position in the bucket, and a resumed run must be bitwise
-        equal to an uninterrupted one."""
+        The layout is fixed before the first all-reduce. A ring sums elements in an order that
+        depends on their position in the bucket. With another layout in step 1, a resumed run would
+        not be bitwise equal to an uninterrupted one."""
         if self.parameters:
             order = [*dict.fromkeys([*self.ready, *range(len(self.parameters))])]
             numbers = torch.tensor(order, device=self.buckets[0].device)
-            if self.group.size() > 1:
-                dist.broadcast(numbers, group=self.group, group_src=0)  # payload: one per parameter
+            dist.broadcast(numbers, group=self.group, group_src=0)  # payload: one per parameter
             self._lay_out(numbers.tolist())
         self.learned = True
 
     def _lay_out(self, order: Iterable[int]) -> None:
-        """Fill buckets with parameters in this order of their indices. A bucket has one dtype and
-        is closed when it holds at least bucket_bytes."""
+        """Assign parameters to buckets. `order` holds their indices. A bucket has one dtype and is
+        closed when it holds at least bucket_bytes."""
         self.buckets: list[Tensor] = []
         self.members: list[list[int]] = []
         self.sent_dtypes: list[torch.dtype] = []
@@ -402,8 +414,8 @@ class DDP:
         check_optimizer(optimizer, self.piece_of, ready=self.phase == "update")
 
     def _loaded(self, module: nn.Module) -> None:
-        """load_state_dict() has written to the parameters of `module`: update the fp32 copies."""
-        if module not in self.modules:  # the hooks of a deep copy of the model
+        """Update the fp32 copies after load_state_dict() has written to `module`."""
+        if module not in self.modules:  # a deep copy of the model, which keeps these hooks
             return
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad and p not in self.piece_of:
@@ -428,13 +440,13 @@ def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
 # --- the full version: several hosts --------------------------------------------------------------
 # Links between hosts are slower than links inside a host. In a ring all-reduce over d ranks, each
 # host sends 2 (d-1)/d Psi elements to the next host. If gradients are first summed inside each of k
-# hosts, it sends 2 (k-1)/k Psi. This is a third less with 2 hosts of 2 ranks, and almost half with
-# 2 hosts of many ranks. With many hosts the numbers are close, but the ring between hosts has k
-# ranks instead of d, which reduces latency. At 1 Gbit/s between hosts, an all-reduce of 25 MB takes
-# about 30 % less time. Small payloads take longer, because there are three collectives instead of
-# one. `make hierarchy` measures both.
+# hosts, it sends 2 (k-1)/k Psi. This saves a third with 2 hosts of 2 ranks, and little with many
+# hosts. The ring between hosts has k ranks instead of d, which reduces latency. At 1 Gbit/s, an
+# all-reduce of 25 MB between 2 hosts of 2 ranks takes about 30 % less time. Small payloads take
+# longer, because there are three collectives instead of one. `make hierarchy` measures the time and
+# the bytes between hosts.
 
-# torch 2.13 renamed these functions; 2.11 has only the old names.
+# PyTorch 2.13 renamed these functions and warns about the old names. 2.11 has only the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -443,12 +455,12 @@ class Hierarchical:
     """Sums in three phases: reduce-scatter inside the host, all-reduce of each shard across hosts,
     all-gather inside the host. Usage: DDP(model, reduce=Hierarchical(inside, across)).
 
-    inside: the ranks of the DDP group on this host. All hosts must have equally many.
-    across: one rank of each host, with the same index inside its host as this rank.
+    inside: the ranks of the DDP group on this host. Every host must have the same number of ranks.
+    across: the ranks with this rank's index inside their host, one per host.
 
     Each call starts the first phase of a bucket and the next phase of all earlier buckets, so links
-    inside and between hosts work at the same time. On a GPU, a side stream waits between phases,
-    and the compute stream waits once, in wait()."""
+    inside and between hosts work at the same time. On a CPU, each call waits for the phases in
+    progress. On a GPU, only a side stream does, and the compute stream waits once, in wait()."""
 
     def __init__(self, inside: dist.ProcessGroup, across: dist.ProcessGroup):
         self.inside, self.across = inside, across
@@ -458,7 +470,8 @@ class Hierarchical:
     def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
         self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
         self.stream = self.stream or self.device.Stream()
-        self.stream.wait_stream(self.device.current_stream())  # until `flat` is filled
+        # The phases must not start before `flat` is filled.
+        self.stream.wait_stream(self.device.current_stream())
         self.in_flight.append(self._phases(flat))
         self._advance()
         return self
@@ -472,14 +485,15 @@ class Hierarchical:
     def _advance(self) -> None:
         """Start the next phase of each bucket, oldest first, in the same order on all ranks."""
         with self.device.stream(self.stream):
-            self.in_flight = [phases for phases in self.in_flight if next(phases, None)]
+            # next() returns None after the last phase.
+            self.in_flight = [p for p in self.in_flight if next(p, None) is not None]
 
     def _phases(self, flat: Tensor) -> Iterator[dist.Work]:
         """Each next() waits for the phase in progress and starts the following one."""
         n = self.inside.size()
         padding = -flat.numel() % n
         padded = nn.functional.pad(flat, (0, padding)) if padding else flat
-        shard = padded.chunk(n)[self.inside.rank()]
+        shard = padded.chunk(n)[self.inside.rank()]  # a view: the collectives work in place
         work = reduce_scatter(shard, padded, group=self.inside, async_op=True)  # payload: bucket
         yield work
         work.wait()
@@ -567,6 +581,7 @@ def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
 
 
 # --- cost -----------------------------------------------------------------------------------------
+# The demo, the tests and the tools compare these with counts.
 
 
 def predicted_payload(numel: int) -> int:
@@ -575,9 +590,9 @@ def predicted_payload(numel: int) -> int:
 
 
 def predicted_wire_bytes(numel: int, d: int, itemsize: int) -> float:
-    """Bytes that a rank sends per step in a ring of d ranks. A host sends as many to the next host,
-    because one of its ranks has its neighbor there. With Hierarchical on k hosts, a host sends
-    predicted_wire_bytes(numel, k, itemsize)."""
+    """Bytes that a rank sends per step in a ring all-reduce over d ranks. If the ring visits the
+    hosts one after the other, each host sends as many to the next host, because exactly one of its
+    ranks has its successor there. With Hierarchical, d is the number of hosts in this formula."""
     return 2 * (d - 1) / d * numel * itemsize
 
 
@@ -595,7 +610,7 @@ def predicted_bytes(
     """Bytes per rank with AdamW, for Psi = numel: 16 Psi in fp32, 18 Psi in bf16. "optimizer": two
     moments and, in bf16, the fp32 copies of the parameters."""
     grad_dtype = grad_dtype or torch.promote_types(dtype, torch.float32)
-    update = 12 if dtype.itemsize < 4 else 2 * dtype.itemsize
+    update = 4 + 8 if dtype.itemsize < 4 else 2 * dtype.itemsize
     each = {"parameters": dtype.itemsize, "gradients": grad_dtype.itemsize, "optimizer": update}
     return {kind: numel * size for kind, size in each.items()}
 
@@ -604,20 +619,20 @@ def predicted_bytes(
 
 
 def train(rows: range, group: dist.ProcessGroup, all_reduce: Callable, reduce: Callable | None):
-    """Train on `rows` of each batch, in float64, with DDP if `reduce` is given. A batch has 4 rows
-    per rank of the group."""
+    """Train on `rows` of each batch, in float64: with DDP if `reduce` is given, else with
+    `all_reduce`. A batch has 4 rows per rank of the group."""
     import data
     import gpt
 
-    config, m, steps, tokens = gpt.GPTConfig(2, 2, 32, 256, 32), 2, 3, data.example()
+    config, m, steps = gpt.GPTConfig(2, 2, 32, 256, 32), 2, 3
+    tokens = data.example()
     model = gpt.build(config, seed=0, dtype=torch.float64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     sync = DDP(model, group, m, bucket_bytes=2**16, reduce=reduce) if reduce else None
+    start = sync.start if sync else optimizer.zero_grad
     losses = torch.zeros(steps, dtype=torch.float64)
     for step in range(steps):
-        optimizer.zero_grad()
-        if sync:
-            sync.start()
+        start()
         x, y = data.batch(tokens, step, rows, config.seq_len, seed=0)
         for xs, ys in zip(x.chunk(m), y.chunk(m), strict=True):
             loss = gpt.cross_entropy(model(xs), ys) / (4 * group.size() * config.seq_len)
@@ -638,20 +653,20 @@ def main() -> None:
 
     with measure.Report("ddp.py") as report:
         group, d = report.group, report.group.size()
-        hosts = torch.arange(d).view(2 - d % 2, -1)  # an even d is divided into two "hosts"
-        inside, _ = dist.new_subgroups_by_enumeration(hosts.tolist())
-        across, _ = dist.new_subgroups_by_enumeration(hosts.T.tolist())
+        k = 2 if d % 2 == 0 else 1  # simulated hosts
+        ranks = torch.arange(d).view(k, -1)
+        inside, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+        across, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
         expected_losses, expected, _ = train(range(4 * d), group, lambda *_: None, None)
         expected_gradients = {name: p.grad for name, p in expected.items()}
         psi = sum(p.numel() for p in expected.values())
-        versions = {
-            "version 1": (all_reduce_gradients, None),
-            "flat": (all_reduce_flat, None),
-            "DDP": (None, all_reduce_bucket),
-            "Hierarchical": (None, Hierarchical(inside, across)),
-        }
         rows = range(4 * group.rank(), 4 * group.rank() + 4)
-        for name, (all_reduce, reduce) in versions.items():
+        for name, all_reduce, reduce in (
+            ("version 1", all_reduce_gradients, None),
+            ("flat", all_reduce_flat, None),
+            ("DDP", None, all_reduce_bucket),
+            ("Hierarchical", None, Hierarchical(inside, across)),
+        ):
             with measure.Collectives({"dp": group, "inside": inside, "across": across}) as seen:
                 losses, parameters, sync = train(rows, group, all_reduce, reduce)
             dist.all_reduce(losses)
@@ -663,9 +678,10 @@ def main() -> None:
             if name == "Hierarchical":
                 sizes = [bucket.numel() for bucket in sync.buckets]
                 payloads = predicted_hierarchical_payload(sizes, inside.size())
-            for (axis, operation), payload in payloads.items() if d > 1 else ():
-                measured = seen.total(axis, operation).payload // len(losses)
-                report.equal(f"{name} {operation} payload", payload, measured)
+            for (axis, operation), payload in payloads.items():
+                measured = seen.total(axis, operation).payload // len(losses)  # per step
+                if d > 1:
+                    report.equal(f"{name} {operation} payload", payload, measured)
 
 
 if __name__ == "__main__":
