@@ -6,7 +6,7 @@
 
 Each of d ranks holds a replica of the model and computes gradients for its rows of the global
 batch. An all-reduce sums the gradients, so all ranks apply the same update and replicas stay equal.
-Replicas must be equal at the start. DDP checks this, the two functions do not. Each rank divides
+Replicas must be equal at the start. Of the versions below, only DDP checks this. Each rank divides
 its loss by the number of targets in the global batch, so gradients are summed and not averaged.
 With gradient accumulation, they are all-reduced once per step, after the last microbatch.
 
@@ -159,8 +159,8 @@ class DDP:
     bucket_bytes: a bucket is closed when it holds at least this many bytes of parameters. The
         first is closed at 1/25 of that (1 MiB by default), so that communication starts early.
     reduce: a function (flat, group) that starts an in-place sum of the 1-D tensor `flat` and
-        returns a handle with wait(). Replace it to compress gradients. A sum of -0.0 must
-        stay -0.0, see is_unused().
+        returns a handle with wait(). Replace it to compress gradients. Where all ranks pass -0.0,
+        the result must be -0.0, see is_unused().
     grad_dtype: the dtype in which gradients of bf16 parameters are accumulated over microbatches.
         Default: fp32. No effect on fp32 parameters.
     reduce_dtype: the dtype in which gradients of bf16 parameters are sent. Default: bf16; fp32
@@ -591,8 +591,9 @@ def predicted_payload(numel: int) -> int:
 
 def predicted_wire_bytes(numel: int, d: int, itemsize: int) -> float:
     """Bytes that a rank sends per step in a ring all-reduce over d ranks. If the ring visits the
-    hosts one after the other, each host sends as many to the next host, because exactly one of its
-    ranks has its successor there. With Hierarchical, d is the number of hosts in this formula."""
+    hosts one after the other, each host sends this number of bytes to the next host, because
+    exactly one of its ranks has its successor there. With Hierarchical on k hosts, each host sends
+    predicted_wire_bytes(numel, k, itemsize)."""
     return 2 * (d - 1) / d * numel * itemsize
 
 
