@@ -6,7 +6,7 @@
 
 Each of d ranks holds a replica of the model and computes gradients for its rows of the global
 batch. An all-reduce sums the gradients, so all ranks apply the same update and replicas stay equal.
-Replicas must be equal at the start. Of the versions below, only DDP checks this. Each rank divides
+Replicas must be equal at the start, which only DDP checks, not versions 1 and 2. Each rank divides
 its loss by the number of targets in the global batch, so gradients are summed and not averaged.
 With gradient accumulation, they are all-reduced once per step, after the last microbatch.
 
@@ -15,8 +15,8 @@ A ring all-reduce is a reduce-scatter followed by an all-gather. In each half, e
 (zero.py) runs the optimizer at that point and then gathers parameters instead of gradients.
 
     per rank and step       payload                 calls            overlaps with backward
-    all_reduce_gradients    Psi                     per parameter    no
-    all_reduce_flat         Psi                     1                no
+    version 1               Psi                     per parameter    no
+    version 2               Psi                     1                no
     DDP                     Psi                     per bucket       all but the last bucket,
                                                                      from step 2 on
     DDP with Hierarchical   2 Psi inside a host,    3 per bucket     the same
