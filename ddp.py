@@ -6,9 +6,10 @@
 
 Each of d ranks holds a replica of the model and computes gradients for its rows of the global
 batch. An all-reduce sums the gradients, so all ranks apply the same update and replicas stay equal.
-Replicas must be equal at the start, which only DDP checks, not versions 1 and 2. Each rank divides
-its loss by the number of targets in the global batch, so gradients are summed and not averaged.
-With gradient accumulation, they are all-reduced once per step, after the last microbatch.
+Replicas must be equal at the start. DDP checks this, and versions 1 and 2 do not.
+Each rank divides its loss by the number of targets in the global batch, so gradients are summed
+and not averaged. With gradient accumulation, they are all-reduced once per step, after the last
+microbatch.
 
 A ring all-reduce is a reduce-scatter followed by an all-gather. In each half, every rank sends
 (d-1)/d of the gradient. After the first half, each rank holds 1/d of the summed gradient. ZeRO-1
