@@ -405,7 +405,7 @@ def state(kind, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_state_dicts_are_complete_and_loading_lasts(kind, dtype):
     for error in launch(2, state, kind, dtype):
-        assert "load without assign" in error
+        assert "oad with" in error and "assign" in error
 
 
 def reads(kind):
@@ -971,7 +971,7 @@ def other_values(kind, hybrid: bool):
 
 @pytest.mark.parametrize("kind, hybrid", [*((k, False) for k in KINDS), (zero.Zero1, True)])
 def test_ranks_must_start_from_the_same_values(kind, hybrid):
-    message = "parameter 0 is weight .*the same model with the same values"
+    message = "parameter 0 is weight .*the same model"
     with pytest.raises(RuntimeError, match=message):
         launch(4 if hybrid else 2, other_values, kind, hybrid)
 
@@ -1016,7 +1016,7 @@ def mistake(how: str, kind, dtype):
     "how, message",
     [
         ("optimizer", r"the optimizer holds .*over \[piece.tensor for piece in sync.pieces\(\)\]"),
-        ("accumulations", "more than 1 accumulations in a step: .*accumulations=m"),
+        ("accumulations", "received 2 gradients in one step, but .* is 1: .*accumulations=m"),
         ("start", r"call (sync\.)?start\(\)"),
         ("finish", "without finish()"),
         ("finish, parts", "call finish()"),
@@ -1076,7 +1076,7 @@ def clipping_what_others_hold(plan: dict, sequence: bool, kind):
     tensor_parallel.parallelize(model, plan, dist.group.WORLD, sequence)
     sync = kind(model, dist.new_subgroups(1)[0])
     sync.finish()
-    with pytest.raises(ValueError, match="is spread over tensor-parallel ranks"):
+    with pytest.raises(ValueError, match="over tensor-parallel ranks"):
         sync.step(torch.optim.SGD([piece.tensor for piece in sync.pieces()]), clip=1.0)
 
 

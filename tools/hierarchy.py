@@ -187,8 +187,7 @@ def compare_all_reduces(net: hosts.Hosts, mbit: float, repeats: int) -> list[dic
         flat, by_host = launch(n * PER_HOST, all_reduces, n, size, repeats,
                                before=lambda rank: net.enter(rank // PER_HOST))[0]  # fmt: skip
         numel = size // 4
-        crosses = (ddp.predicted_wire_bytes(numel, n * PER_HOST, 4),
-                   ddp.predicted_hierarchical_wire_bytes(numel, n, 4))  # fmt: skip
+        crosses = [ddp.predicted_wire_bytes(numel, k, 4) for k in (n * PER_HOST, n)]
         rows.append({"bytes": size, "flat_s": flat[0], "by_host_s": by_host[0],
                      "flat_bytes": (crosses[0], flat[1]),
                      "by_host_bytes": (crosses[1], by_host[1])})  # fmt: skip
