@@ -76,7 +76,7 @@ import pipeline
 import tensor_parallel
 import train_3d
 import zero
-from tools import links
+from tools import cost, links
 from tools.oracle import launch
 
 RANKS, ROWS, WARMUP, ROUNDS = 2, 8, 2, 2  # ranks along each axis that there is; rounds at least
@@ -739,7 +739,7 @@ def rows_of(
         } | describe(key))  # fmt: skip
         if key[0] == "recompute":
             c = suite.config(h)
-            flops = [activation_ckpt.predicted_flops(c.n_layer, ROWS, c.seq_len, h, policy)
+            flops = [cost.predicted_flops(c.n_layer, ROWS, c.seq_len, h, policy)
                      + 6 * ROWS * c.seq_len * h * c.vocab_size for policy in ("none", key[1])]
             rows[-1]["efficiency_by_flops"] = flops[0] / flops[1]  # fmt: skip
     for name in suite.theirs:

@@ -24,6 +24,7 @@ import activation_ckpt
 import ddp
 import gpt
 import zero
+from tools import cost
 from tools.oracle import launch
 
 TOLERANCE = 0.01  # of what ZeRO-0 needs
@@ -94,7 +95,7 @@ def activations_table(config: gpt.GPTConfig, rows: int, say: Callable) -> bool:
                  attention="explicit")  # fmt: skip
     for policy in ("none", "selective", "full"):
         held, peak = launch(1, activations_on_rank, config, rows, policy)[0]
-        predicted = activation_ckpt.predicted_blocks_bytes(config.n_layer, policy, **sizes)
+        predicted = cost.predicted_blocks_bytes(config.n_layer, policy, **sizes)
         say(f"recompute {policy:9s}  blocks' activations predicted {predicted / 1e6:7.1f} MB   "
             f"resident of a forward {held / 1e6:7.1f} MB, peak with backward {peak / 1e6:7.1f} MB"
             + fall.verdict(held, predicted))  # fmt: skip
