@@ -573,8 +573,8 @@ def predicted_block_bytes(
 
     Korthikanti et al., section 4.1, count 34 s b h + 5 a s^2 b bytes for 16-bit elements with
     dropout. This block saves the same 34 s b h: 16 elements of 2 bytes, and 2 bytes of masks. It
-    saves 7 a s^2 b: the softmax in fp32 (4 bytes; in the paper 2), its copy after dropout (2) and the
-    mask (1). They omit the layer norms and the causal mask, which are small."""
+    saves 7 a s^2 b: the softmax in fp32 (4 bytes, where the paper has 2), its copy after dropout
+    (2) and the mask (1). They omit the layer norms and the causal mask, which are small."""
     if policy == "offload":
         return 0
     hidden = (b * s * h) // t if sequence else b * s * h  # elements of a [b, s, h] on this rank
