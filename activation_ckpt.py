@@ -16,16 +16,16 @@ fewer of them in each transformer block. Losses and gradients stay bitwise the s
 b microbatch size, s sequence length, h hidden size, a attention heads. F = 24 b s h^2 + 4 b s^2 h
 and B = 2 F are the FLOPs of a block's forward and backward.
 
-    policy       elements saved per block    FLOPs per block
-    none         16 b s h + b a s^2          F + B
-    full         b s h                       F + B + F - 8 b s h^2    without the last matmul
-    selective    16 b s h                    F + B + 2 b s^2 h        first matmul of attention
-    offload      0                           F + B                    and copies in both directions
+    policy       elements saved per block    FLOPs per block           recomputed
+    none         16 b s h + b a s^2          F + B                     nothing
+    full         b s h                       F + B + F - 8 b s h^2     all but the last matmul
+    selective    16 b s h                    F + B + 2 b s^2 h         q k^T and softmax
+    offload      0                           F + B                     nothing, but copied twice
 
-This is for a GPT-2 block with explicit attention, without dropout. Fused attention does not store
-the attention weights, so "selective" gains little there. While a block's backward runs, its
-recomputed tensors are in memory too; with "offload", the reloaded tensors of two blocks.
-Recomputation repeats a block's collectives, and it must draw the same dropout masks.
+The table is for a GPT-2 block with explicit attention, without dropout. Fused attention does not
+store the attention weights, so "selective" saves little memory there. While a block's backward
+runs, its recomputed tensors are in memory too (offload: the reloaded tensors of two blocks).
+Recomputation repeats the collectives of a block, and it must draw the same dropout masks.
 
     torchrun --standalone --nproc-per-node 2 activation_ckpt.py
 
@@ -107,7 +107,7 @@ def checkpoint(function: Callable, *inputs: Tensor) -> Tensor:
 
 
 # --- the full version: recompute ------------------------------------------------------------------
-# recompute() adds five things to checkpoint(), and keyword arguments.
+# Five additions to checkpoint(), then recompute(), which uses them all.
 
 
 def save_torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
@@ -142,9 +142,9 @@ class SaveInputs(torch.autograd.Function):
     """3. Inputs are saved by autograd. It raises an error if an input was modified in place, and
     outer saved-tensor hooks (an enclosing recompute, measure.py) apply to the inputs.
 
-    The node is not connected to the function's graph. Backward would free the inputs when it
-    reaches the node, which may be before the last unpack. `leaf` requires a gradient, so that
-    autograd creates the node even if no input requires one."""
+    The node is not connected to the function's graph. If it were, backward would free the inputs
+    when it reaches the node, which may be before the last unpack. `leaf` requires a gradient, so
+    that autograd creates the node even if no input requires one."""
 
     @staticmethod
     def forward(ctx, leaf: Tensor, *inputs: Tensor) -> Tensor:
@@ -184,8 +184,9 @@ class Recompute:
         if holder.tensor is None:
             saved = self.inputs.grad_fn.saved_tensors
             inputs = [x.detach().requires_grad_(x.requires_grad) for x in saved]
-            hooks, grad = saved_tensors_hooks(self.store, lambda t: t), torch.enable_grad()
-            rng, (cpu, cuda) = self.restore_rng(), self.autocasts
+            hooks = saved_tensors_hooks(self.store, lambda t: t)
+            rng, grad = self.restore_rng(), torch.enable_grad()
+            cpu, cuda = self.autocasts
             self.stored = 0
             with contextlib.suppress(EarlyStop), cpu, cuda, grad, rng, hooks:
                 self.function(*inputs)
@@ -218,7 +219,8 @@ def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **
     unchanged. With retain_graph=True, recomputed tensors stay in memory until the graph is freed.
 
     save_rng() is called before the first forward. It returns a function that opens a context in
-    which the second forward draws the same random numbers.
+    which the second forward draws the same random numbers. train_3d.py passes Draws.save of gpt.py,
+    whose dropout masks depend on the training position and not on a generator's state.
 
     Raises ValueError in backward if the second forward saves fewer tensors, or a tensor of another
     shape, dtype or device. Other differences are not detected: if the function reads state that has
@@ -246,8 +248,8 @@ def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **
 
 class HostMemory:
     """What the offloaded blocks of a model share: one stream for all copies, and the host buffers
-    that are not in use. The stream runs the copies in order, so a buffer that was just freed can be
-    written again: the copy is queued after the last one that reads it."""
+    that are not in use. The stream runs the copies in order. So a buffer can be reused as soon as
+    it is freed: a new copy into it runs after the last copy that reads it."""
 
     def __init__(self):
         self.stream = None  # created by the first copy
@@ -270,7 +272,7 @@ class HostMemory:
 class Offload:
     """The saved tensors of one forward of a block. They are copied to the host while the next
     block's forward runs, and back while the next block's backward runs. So the device holds the
-    saved tensors of at most two blocks (more if a pipeline stage alternates between chunks).
+    saved tensors of at most two blocks (more on a rank that alternates between pipeline stages).
 
     Parameters are not copied. The block must not modify a saved tensor in place."""
 
@@ -403,8 +405,16 @@ def flops(policy: str, b: int, s: int, h: int) -> int:
 VERSION_1 = {"textbook": CheckpointFunction.apply, "version 1": checkpoint}
 
 
+def apply_policy(policy: str, blocks: nn.ModuleDict) -> None:
+    if policy in POLICIES:
+        checkpoint_blocks(blocks, policy)
+    elif policy in VERSION_1:
+        for block in blocks.values():
+            block.forward = functools.partial(VERSION_1[policy], block.forward)
+
+
 def measured_cost(model: nn.Module, x: Tensor) -> tuple[int, int]:
-    """Bytes saved by the blocks and FLOPs of their forward and backward. x [b, s, h]."""
+    """Bytes saved by all blocks, and FLOPs of their forward and backward. x [b, s, h]."""
     from torch.utils.flop_counter import FlopCounterMode
 
     import measure
@@ -427,10 +437,7 @@ def main() -> None:
     def train(policy: str, rows: range) -> tuple[list[Tensor], dict[str, Tensor], nn.Module]:
         """Three steps of SGD. Returns losses, gradients of the last step, and the model."""
         model = gpt.build(config, dtype=torch.float64)
-        if policy in POLICIES:
-            checkpoint_blocks(model.h, policy)
-        for block in model.h.values() if policy in VERSION_1 else ():
-            block.forward = functools.partial(VERSION_1[policy], block.forward)
+        apply_policy(policy, model.h)
         optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
         for step in range(3):
             optimizer.zero_grad()
@@ -443,19 +450,19 @@ def main() -> None:
 
     with measure.Report("activation_ckpt.py") as report:
         rows = range(b * report.group.rank(), b * (report.group.rank() + 1))
-        losses, gradients, _ = train("without checkpointing", rows)
+        expected_losses, expected, _ = train("no checkpointing", rows)
         for policy in (*VERSION_1, *POLICIES):
-            actual_losses, actual_gradients, model = train(policy, rows)
-            report.losses(policy, actual_losses, losses)
-            report.close(f"{policy} max |d gradient|", actual_gradients, gradients)
+            losses, gradients, model = train(policy, rows)
+            report.losses(policy, losses, expected_losses)
+            report.close(f"{policy} max |d gradient|", gradients, expected)
             x = torch.randn(b, s, h, dtype=torch.float64, requires_grad=True)
             nbytes, count = measured_cost(model, x)
             same = policy if policy in POLICIES else "full"
             if policy != "version 1":  # its inputs are in a closure, which measure.py cannot see
                 predicted = n_layer * saved_bytes(same, b, s, h, a, itemsize=8)
                 report.equal(f"{policy} bytes saved", predicted, nbytes)
-            last_matmul = 8 * b * s * h * h if policy == "textbook" else 0
-            report.equal(f"{policy} FLOPs", n_layer * (flops(same, b, s, h) + last_matmul), count)
+            not_skipped = 8 * b * s * h * h if policy == "textbook" else 0  # no early stop
+            report.equal(f"{policy} FLOPs", n_layer * (flops(same, b, s, h) + not_skipped), count)
 
 
 if __name__ == "__main__":
