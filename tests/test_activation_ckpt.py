@@ -160,7 +160,7 @@ def test_bytes_kept_and_flops_are_as_predicted(attention, dropout, policy, every
 
 
 def bytes_kept_of_a_block(b: int, s: int, h: int, a: int, policy: str, sequence: bool) -> int:
-    """In bf16 with dropout, on this rank of the world."""
+    """In bf16 with dropout, on this rank."""
     group = dist.group.WORLD
     net = gpt.build(gpt.GPTConfig(1, a, h, 17, s, "explicit", dropout=0.1), dtype=torch.bfloat16)
     tensor_parallel.parallelize(net, tensor_parallel.GPT_PLAN, group, sequence)
@@ -175,8 +175,8 @@ def bytes_kept_of_a_block(b: int, s: int, h: int, a: int, policy: str, sequence:
 
 
 def test_korthikantis_34_and_what_is_more():
-    """2205.05198, section 4.1: (34 s b h + 5 a s s b) bytes of a block; here, the softmax in fp32,
-    norms' means and deviations, and a causal mask."""
+    """2205.05198, section 4.1: a block saves 34 s b h + 5 a s^2 b bytes. This one also saves the
+    softmax in fp32, mean and 1/std of layer norms, and a causal mask."""
     b, s, h, a = 2, 16, 32, 4
     counted = launch(1, bytes_kept_of_a_block, b, s, h, a, "none", False)
     assert counted == [34 * s * b * h + 7 * a * s * s * b + 8 * b * s + s * s]
@@ -201,7 +201,7 @@ def test_names_parameters_and_hooks_stay(policy):
 
 
 def test_frozen_layers_below_and_no_gradient_at_all():
-    """Neither an input without a gradient nor torch.no_grad stands in the way."""
+    """Inputs that require no gradient, and forwards under torch.no_grad."""
     for policy in ("full", "selective"):
         grads = []
         for p in ("none", policy):
@@ -287,7 +287,7 @@ def test_an_unknown_policy():
 
 
 def test_a_second_forward_that_saves_another_shape_is_refused():
-    """As many tensors as in the first forward, and the shapes broadcast."""
+    """The number of tensors is the same, and the shapes broadcast."""
     x, runs = torch.ones(4, requires_grad=True), []
 
     def function(x):
@@ -333,8 +333,8 @@ def test_saved_tensors_that_are_read_twice_are_recomputed_once():
 
 
 def test_each_node_of_a_block_frees_its_recomputed_tensors(monkeypatch):
-    """A chain of 4 exp, each of which saves its output. When the gradient of output i is there, the
-    outputs after i are freed."""
+    """A chain of 4 exp, each of which saves its output. When the gradient of output i is computed,
+    the outputs after i have been freed."""
     kept, alive, store = [], [], ckpt.Recompute.store
 
     def watched(self, t):
@@ -375,8 +375,8 @@ class RotaryCore(torch.nn.Module):
 @pytest.mark.parametrize("trained_input", [True, False])
 @pytest.mark.parametrize("policy", ckpt.POLICIES)
 def test_other_arguments_than_one_tensor(policy, trained_input):
-    """Floats that need no gradient, keywords, None, a flag, a tuple of tensors; a tuple comes back.
-    Blocks in an nn.ModuleList."""
+    """Floats that need no gradient, keywords, None, a flag, a tuple of tensors. The output is a
+    tuple, and the blocks are in an nn.ModuleList."""
     torch.manual_seed(0)
     blocks = torch.nn.ModuleList(Rotary() for _ in range(3))
     start = torch.randn(2, 4, requires_grad=trained_input)
@@ -417,8 +417,23 @@ def test_a_recomputed_block_in_a_recomputed_block():
     assert len(runs) == 3  # first forward, in the outer's second forward, and the inner's own
 
 
+def test_inputs_of_an_inner_recompute_are_recomputed_too():
+    inputs = []
+
+    def outer(x):
+        y = 2 * x
+        inputs.append(weakref.ref(y))
+        return ckpt.recompute(lambda a, b: (a * b).sin(), y, b=3 * y)
+
+    x = torch.ones(4, requires_grad=True)
+    z = ckpt.recompute(outer, x)
+    assert inputs[0]() is None, "the graph keeps the inner input"
+    z.sum().backward()
+    assert torch.allclose(x.grad, 24 * x * (12 * x * x).cos())
+
+
 def test_an_input_that_the_block_overwrites_is_refused():
-    """The second forward would begin with what the first has left in x."""
+    """The second forward would start from the overwritten x."""
     w = torch.ones(4, requires_grad=True)
     y = ckpt.recompute(lambda x: (x.add_(1) * w).exp(), torch.ones(4))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -438,7 +453,7 @@ def test_a_block_that_catches_exceptions():
 
 
 def test_an_output_that_does_not_depend_on_the_input():
-    """Its backward may run last, when the backward of all that depends on x is done."""
+    """Its backward may run last, after the backward of all other outputs."""
     w, x = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
     late, early = ckpt.recompute(lambda x: (w.exp(), x * 2), x)
     early.sum().backward()
