@@ -111,9 +111,7 @@ def test_initialisation_has_gpt2s_scales():
 def test_the_loss_is_a_sum_over_valid_tokens():
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     targets = torch.tensor([[1, -1, 4], [-1, -1, 0]])
-    expected = -sum(
-        logits[i, j].log_softmax(0)[targets[i, j]] for i, j in ((0, 0), (0, 2), (1, 2))
-    )
+    expected = -sum(logits[i, j].log_softmax(0)[targets[i, j]] for i, j in ((0, 0), (0, 2), (1, 2)))
     torch.testing.assert_close(gpt.cross_entropy(logits, targets), expected, rtol=0, atol=1e-14)
     assert gpt.cross_entropy(logits, torch.full((2, 3), -1)) == 0.0
 
