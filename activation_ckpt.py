@@ -113,9 +113,9 @@ def checkpoint(function: Callable, *inputs: Tensor) -> Tensor:
 def save_torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
     """1. RNG state: random numbers, such as dropout masks, must be the same in both forwards.
 
-    Saves the RNG state of torch's CPU generator and, if CUDA is in use, of the current GPU. Returns
-    a function that opens a context in which random numbers repeat from the saved state. On exit the
-    generators return to the state that they had on entry."""
+    Saves the states of torch's CPU generator and, if CUDA is in use, the current GPU's. Returns a
+    function that opens a context in which random numbers repeat from the saved states. On exit the
+    generators return to the states that they had on entry."""
     cuda = torch.cuda.is_initialized()
     cpu_state = torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state() if cuda else None
@@ -374,7 +374,7 @@ def checkpoint_blocks(
 
 
 # --- cost -----------------------------------------------------------------------------------------
-# Of one GPT-2 block with explicit attention, without dropout, in fp32 or fp64, on one process.
+# For one GPT-2 block with explicit attention, without dropout, in fp32 or fp64, on one process.
 # tools/cost.py has the other cases.
 
 
