@@ -1,35 +1,36 @@
-"""Text as tokens, and which tokens row r of step s is.
+"""Text as tokens, and the batch of each training step.
 
-Row r of step s is a function of (seed, s, r): there is no sampler with a state. So any number of
-readers, each asking for rows of its own, reads the batch that one reader would; and a run that
-resumes at step s goes on with exactly the tokens it would have seen.
+Row r of step s is a function of (seed, s, r). There is no sampler with state. Any number of
+processes, each asking for different rows, read the same batch as one process. A run that resumes at
+step s reads the tokens that it would have read without the interruption.
 
     corpus:  [------------------------- train ------------------------|--- validation ---]
-    row:            [x0 x1 x2 ... x(s-1)]            seq_len + 1 tokens from a random start:
-                       [y0 y1 ...     y(s-1)]        inputs, and the same shifted by one
+    row:            [x0 x1 x2 ... x(s-1)]            s + 1 tokens from a random start:
+                       [y0 y1 ...     y(s-1)]        inputs x, and targets y, shifted by one
 
-Sources: any text file or folder of text files (tokens are bytes, 0..255), `.npy` or `.bin` (uint16)
-token ids, or by default the source code of Python's own standard library (about 30 MB that every
-machine has).
+A corpus is one of: a text file or a folder of text files, read as bytes (tokens 0..255); token ids
+in a `.npy` file or in a `.bin` file of uint16; by default, the source code of Python's standard
+library (about 30 MB, on every machine).
 
-    python data.py         prints what the default corpus holds
+    python data.py         prints the size and the first lines of the default corpus
 """
 
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-VALIDATION_SHARE = 0.02  # the held-out tail of the corpus, at most 1 M tokens
+VALIDATION_FRACTION = 0.02  # of the corpus, taken from its end; at most 1 M tokens
 
 
 def read(path: str | None) -> np.ndarray:
-    """All tokens of a corpus, 1-D. Raises ValueError where there is nothing to read."""
+    """All tokens of a corpus, 1-D; path None is the default corpus. Raises ValueError if the path
+    does not exist, is empty, cannot be read, or does not hold integers in one dimension."""
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [f for f in root.rglob("*.py") if "site-packages" not in f.parts]
@@ -38,7 +39,7 @@ def read(path: str | None) -> np.ndarray:
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(
                 f"--data {path} holds {tokens.dtype} of shape {tokens.shape}: "
-                "token ids are integers in one dimension"
+                "give token ids, integers in one dimension"
             )
         return tokens
     elif path.endswith(".bin"):
@@ -46,18 +47,19 @@ def read(path: str | None) -> np.ndarray:
     else:
         root = Path(path)
         files = [f for f in root.rglob("*") if f.is_file()] if root.is_dir() else [root]
-    # Sorted by name: every process reads the same corpus in the same order.
+    # Sorted: every process must read the files in the same order.
     text = _open(path, lambda: b"\n".join(f.read_bytes() for f in sorted(files)))
     return np.frombuffer(text, dtype=np.uint8)
 
 
-def _open(path: str | None, how):
+def _open(path: str | None, read: Callable[[], np.ndarray | bytes]) -> np.ndarray | bytes:
+    """read(), with its errors turned into a ValueError that names the path."""
     if path is not None and not os.path.exists(path):
         raise ValueError(f"--data {path} does not exist: give a file or a folder of text")
     if path is not None and os.path.isfile(path) and os.path.getsize(path) == 0:
         raise ValueError(f"--data {path} is empty (0 bytes): give a file or a folder of text")
     try:
-        return how()
+        return read()
     except (OSError, ValueError) as error:
         raise ValueError(f"--data {path} cannot be read: {error}") from None
 
@@ -65,11 +67,11 @@ def _open(path: str | None, how):
 def load(
     path: str | None, seq_len: int = 128, vocab_size: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(train, validation) tokens. Raises ValueError, with both numbers, for a corpus that is too
-    short for one row each, or that holds a token id outside the vocabulary."""
+    """(train, validation) tokens. The validation set has at least seq_len + 1 tokens. Raises
+    ValueError if the corpus is too short for one row each, or if a token id is not in the
+    vocabulary."""
     tokens = read(path)
-    # The held-out tail is a whole row at least, however short the corpus.
-    held_out = max(seq_len + 1, min(int(len(tokens) * VALIDATION_SHARE), 1_000_000))
+    held_out = max(seq_len + 1, min(int(len(tokens) * VALIDATION_FRACTION), 1_000_000))
     if len(tokens) < held_out + seq_len + 1:
         raise ValueError(
             f"--data holds {len(tokens)} tokens and needs {2 * (seq_len + 1)} (a row of "
@@ -86,8 +88,8 @@ def load(
 
 
 def example(n: int = 20_000) -> np.ndarray:
-    """n tokens for demos and tests, the same on every machine: a text of 64 words in random order,
-    as bytes."""
+    """n tokens (bytes) for demos and tests: a text of 64 different words in random order. It is the
+    same on every machine."""
     rng = np.random.default_rng(0)
     words = [bytes(rng.integers(97, 123, 2 + i % 8).tolist()) + b" " for i in range(64)]
     text = b"".join(words[i] for i in rng.integers(64, size=n))
@@ -95,8 +97,7 @@ def example(n: int = 20_000) -> np.ndarray:
 
 
 def fingerprint(tokens: np.ndarray) -> dict[str, int]:
-    """To tell a corpus from another: its length, and the crc32 of half a million tokens at either
-    end."""
+    """Identifies a corpus: its length, and the crc32 of its first and last 500,000 tokens."""
     ends = tokens[:500_000].tobytes() + tokens[-500_000:].tobytes()
     return {"tokens": len(tokens), "crc32": zlib.crc32(ends)}
 
@@ -104,7 +105,8 @@ def fingerprint(tokens: np.ndarray) -> dict[str, int]:
 def batch(
     tokens: np.ndarray, step: int, rows: Iterable[int], seq_len: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Rows `rows` of step `step`: inputs and targets, int64, each [len(rows), seq_len]."""
+    """Inputs and targets of these rows of a step, both int64 [len(rows), seq_len]. `rows` are
+    numbers in the global batch."""
     starts = [
         int(np.random.default_rng((seed, step, row)).integers(len(tokens) - seq_len))
         for row in rows
@@ -115,19 +117,22 @@ def batch(
 def validation_batch(
     tokens: np.ndarray, rows: Iterable[int], seq_len: int
 ) -> tuple[Tensor, Tensor]:
-    """Row r of the validation set: windows side by side from its beginning, wrapped at its end."""
+    """Like batch(), but row r is the r-th window of seq_len tokens, without overlap. Row numbers
+    wrap around at the end of the validation set."""
     count = (len(tokens) - 1) // seq_len
     return _windows(tokens, [(row % count) * seq_len for row in rows], seq_len)
 
 
 def decode(tokens: list[int], path: str | None) -> str:
-    """Bytes as text; ids of a `.npy` or `.bin` corpus, whose tokenizer is not here, as ids."""
+    """Tokens as text. For a `.npy` or `.bin` corpus the tokenizer is unknown, so this returns the
+    ids as decimal numbers."""
     if (path or "").endswith((".npy", ".bin")):
         return " ".join(map(str, tokens))
     return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")
 
 
 def _windows(tokens: np.ndarray, starts: list[int], seq_len: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of the windows that begin at `starts`."""
     rows = np.stack([tokens[i : i + seq_len + 1] for i in starts]).astype(np.int64)
     return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 

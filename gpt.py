@@ -1,12 +1,15 @@
-"""GPT-2 (Radford et al. 2019) as published, on one process; no word about parallelism.
+"""GPT-2 (Radford et al. 2019) for one process. This file does not mention parallelism.
 
-    wte -> wpe -> h.0 -> h.1 -> ... -> ln_f -> lm_head        tokens [b, s] -> logits [b, s, v]
+    tokens [b, s] -> wte -> wpe -> drop -> h.0 -> h.1 -> ... -> ln_f -> lm_head -> logits [b, s, v]
 
-The model is a chain of layers, each of which maps [b, s, h] to [b, s, h]. `forward` runs down the
-chain, so a layer may be replaced (by a shard of itself, or by nn.Identity where another process
-holds it) and the model does not notice. Parameter names are GPT-2's.
+b batch size, s sequence length, h hidden size, a attention heads, v vocabulary size, l layers.
 
-    python gpt.py          trains a small one for 30 steps, alone
+Between wte and lm_head, every layer maps [b, s, h] to [b, s, h], so other files can replace single
+layers. Tensor parallelism replaces a layer by a shard of it. Pipeline parallelism replaces a layer
+by nn.Identity if another process holds it. `GPT.forward` does not change. Parameters have the names
+of the published GPT-2 checkpoints.
+
+    python gpt.py          trains a small model for 30 steps
 """
 
 import contextlib
@@ -22,9 +25,11 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a GPT. `vocab_size` 256 means bytes; `attention` is "sdpa" (torch's fused kernel) or
-    "explicit" (matmul, mask, softmax, dropout, matmul: the one that theory papers count); with
-    dropout it is explicit in any case, since the fused kernel takes no mask of ours."""
+    """Sizes of a GPT. vocab_size: 256 if tokens are bytes. tied: lm_head and wte share one matrix.
+
+    attention: "sdpa" is torch's fused kernel. "explicit" is matmul, causal mask, softmax, dropout,
+    matmul; papers count the costs of this form. With dropout > 0, attention is always explicit,
+    because the fused kernel does not accept a given dropout mask."""
 
     n_layer: int = 4
     n_head: int = 4
@@ -36,8 +41,8 @@ class GPTConfig:
     dropout: float = 0.0
 
 
-# nano trains on bytes in minutes on a laptop; then GPT-2's four (its table 2); from gpt-1.7b on
-# Narayanan et al. 2021 (arXiv 2104.04473), table 1, and GPT-3 of their table 2.
+# nano trains on bytes in minutes on a laptop. gpt2 to gpt2-xl: table 2 of the GPT-2 paper. gpt-1.7b
+# and larger: Narayanan et al. 2021 (arXiv 2104.04473), table 1; gpt-175b (GPT-3) is in its table 2.
 MODELS = {
     "nano": GPTConfig(),
     "gpt2": GPTConfig(12, 12, 768, 50257, 1024),
@@ -59,65 +64,75 @@ MODELS = {
 
 
 class Draws:
-    """Where the run is: what a dropout mask depends on, besides its place in the model. Whoever
-    runs the model sets step and rows (numbers in the global batch) before each forward."""
+    """The training position from which dropout masks are drawn: seed, step, and the number of each
+    row in the global batch. The training loop calls at() before each forward."""
 
     def __init__(self) -> None:
         self.seed, self.step, self.rows = 0, 0, ()
 
     def at(self, step: int, rows: Sequence[int]) -> None:
+        """Set the position. rows: one number per row of the next input."""
         self.step, self.rows = step, rows
 
     def save(self) -> Callable[[], contextlib.AbstractContextManager]:
-        """What opens a context in which masks are drawn as they would be now."""
-        then = self.step, self.rows
+        """Save the current position, for recomputation (activation_ckpt.py). Returns a function
+        that opens a context in which masks are drawn at the saved position."""
+        saved = self.step, self.rows
 
         @contextlib.contextmanager
-        def again():
-            now = self.step, self.rows
-            self.at(*then)
+        def restore():
+            current = self.step, self.rows
+            self.at(*saved)
             try:
                 yield
             finally:
-                self.at(*now)
+                self.at(*current)
 
-        return again
+        return restore
 
 
 class Dropout(nn.Module):
-    """A mask is a function of (seed, step, row, site) and of the device type: all CPUs draw equal
-    masks, and so do all GPUs of one model. Each row's mask is drawn in full on the device and then
-    sliced, so a process that holds a shard of the row drops the same entries as one that holds all
-    of it. On a CPU this costs about 6 ns per element on one core."""
+    """Dropout whose mask is a function of (seed, step, row, site) and of the device type.
+
+    `draws` is the training position and `site` the name of this module in the model; GPT sets both.
+    A process may hold one shard of each row, split evenly along the row's first dimension: tokens
+    of [s, h], or heads of [a, s, s]. It then sets `shard` (index) and `shards` (count). The mask of
+    the full row is drawn on the device and sliced, so all processes together drop the same entries
+    as one process. Different device types draw different masks."""
 
     def __init__(self, p: float):
         super().__init__()
-        self.p, self.site, self.draws = p, "", None
-        self.shard, self.shards = 0, 1  # of a row's first dim: tokens of [s, h], heads of [a, s, s]
+        self.p = p
+        self.site, self.draws = "", None
+        self.shard, self.shards = 0, 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [b, n, ...] -> the same shape
         if not self.training or self.p == 0.0:
             return x
         draws, (n, *rest) = self.draws, x.shape[1:]
-        assert len(draws.rows) == len(x), f"{len(x)} rows, and draws.at() named {len(draws.rows)}"
+        if len(draws.rows) != len(x):
+            raise ValueError(
+                f"dropout: the input has {len(x)} rows, but draws.at() was called with "
+                f"{len(draws.rows)}: call it before each forward, with one number per row"
+            )
         masks, generator = [], torch.Generator("cpu" if x.is_meta else x.device)
         for row in draws.rows:
-            name = f"{draws.seed} {draws.step} {row} {self.site}"
-            generator.manual_seed(zlib.crc32(name.encode()))
+            key = f"{draws.seed} {draws.step} {row} {self.site}"
+            generator.manual_seed(zlib.crc32(key.encode()))
             full = torch.rand(n * self.shards, *rest, generator=generator, device=x.device)
             masks.append(full[self.shard * n :][:n] >= self.p)
         return x * torch.stack(masks) / (1.0 - self.p)
 
 
 class Core(nn.Module):
-    """What of attention has no weights: q, k, v [b, a, s, h/a] -> the same shape."""
+    """The core of attention, which has no parameters: softmax(q k^T / sqrt(h/a)) v, causal."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.explicit = config.attention == "explicit" or config.dropout > 0
         self.drop = Dropout(config.dropout)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # 3 x [b, a, s, h/a] -> the same
         if not self.explicit:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # [b, a, s, s]
@@ -129,8 +144,8 @@ class Core(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. The number of heads and of tokens is read off what c_attn returns,
-    never off the configuration or x: a process that holds some of them runs the same lines."""
+    """Causal self-attention. The numbers of heads and tokens come from the shape of c_attn's
+    output, not from the configuration. So the same code runs on a shard of the heads."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -139,19 +154,19 @@ class Attention(nn.Module):
         self.core = Core(config)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
         qkv = self.c_attn(x)  # [b, s, 3 h]
         b, s, columns = qkv.shape
         full = 3 * self.n_head * self.head_size
         if columns % (3 * self.head_size) or full % columns:
             raise ValueError(
                 f"n_head {self.n_head} cannot be split evenly: c_attn has {columns} of {full} "
-                f"columns here, for heads of {self.head_size}. Choose an n_head that is divisible "
-                "by the number of processes that share c_attn"
+                f"columns here, and each head needs 3 x {self.head_size}. Choose an n_head that is "
+                "divisible by the number of processes that share c_attn"
             )
         q, k, v = (
-            part.view(b, s, -1, self.head_size).transpose(1, 2)  # [b, a, s, h/a]
-            for part in qkv.chunk(3, dim=-1)
+            matrix.view(b, s, -1, self.head_size).transpose(1, 2)  # [b, a, s, h/a]
+            for matrix in qkv.chunk(3, dim=-1)
         )
         return self.c_proj(self.core(q, k, v).transpose(1, 2).reshape(b, s, -1))
 
@@ -162,7 +177,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
@@ -179,7 +194,7 @@ class Block(nn.Module):
 
 
 class PositionEmbedding(nn.Embedding):
-    """Adds row i to position i: a layer of the chain like any other."""
+    """Adds row i of its weight [seq_len, h] to token i."""
 
     def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
         return x + self.weight[: x.size(1)]
@@ -197,13 +212,14 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = PositionEmbedding(config.seq_len, config.n_embd)
         self.drop = Dropout(config.dropout)
-        # A dict and not a list: a part of the model keeps its blocks under their own numbers.
+        # A dict, not a list: blocks keep their numbers in a pipeline stage that has only some.
         self.h = nn.ModuleDict({str(i): Block(config) for i in range(config.n_layer)})
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.wte.weight
-            self.wte.weight.tied_name = "wte.weight"  # its name, also where only lm_head is held
+            # A pipeline stage may hold lm_head without wte. See named_parameters().
+            self.wte.weight.tied_name = "wte.weight"
         self.draws = Draws()
         for name, module in self.named_modules():
             if isinstance(module, Dropout):
@@ -217,50 +233,56 @@ class GPT(nn.Module):
 
 
 def flops_per_token(config: GPTConfig) -> tuple[int, int, int]:
-    """Of a forward: (embedding, a block, head). 2 for each multiply-add of a matmul; of the
-    embedding the sum of token and position alone, since looking up is no arithmetic."""
+    """FLOPs per token in forward: (embedding, one block, head). A multiply-add counts as 2. Only
+    matmuls are counted in a block and in the head, and the addition of token and position in the
+    embedding."""
     h, s, v = config.n_embd, config.seq_len, config.vocab_size
     return h, 24 * h * h + 4 * s * h, 2 * h * v
 
 
 def forward_flops_per_token(config: GPTConfig) -> int:
-    """Of the whole model; forward and backward take three times as many."""
+    """FLOPs per token in forward, all layers. Forward and backward together need three times as
+    many."""
     embedding, block, head = flops_per_token(config)
     return embedding + config.n_layer * block + head
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum (not mean) of -log p(target) over valid tokens: targets < 0 (-1, -100) are ignored.
-    logits [b, s, v], targets [b, s] -> scalar, in fp32 if the logits are in bf16. Divide by the
-    count of valid tokens of the whole batch, and the parts of a batch add up to its mean, however
-    unevenly the valid ones lie."""
+    """Sum (not mean) of -log p(target) over valid tokens. Targets < 0 (-1, -100) are ignored.
+    logits [b, s, v], targets [b, s] -> scalar, in fp32 if the logits are bf16.
+
+    The caller divides by the number of valid tokens in the global batch. The losses of microbatches
+    and ranks then add up to the mean over the batch, even if their numbers of valid tokens
+    differ."""
     logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     targets = targets.flatten().clamp(min=-1)
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
 
 def learning_rate(step: int, steps: int, warmup: int | None, peak: float) -> float:
-    """Linear warmup (default: a tenth of the steps), never 0. Then cosine decay to a tenth. Later
-    steps keep that value."""
+    """Linear warmup to `peak` over `warmup` steps (default: steps / 10), starting at peak / warmup.
+    Then cosine decay to peak / 10 at step `steps`. Constant after that."""
     warmup = max(1, steps // 10) if warmup is None else warmup
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return peak * (0.55 + 0.45 * math.cos(math.pi * done))
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Like model.named_parameters(), but a tied matrix has one name wherever it is held."""
+    """Like model.named_parameters(), but a tied matrix is always called "wte.weight", also in a
+    pipeline stage that holds only lm_head."""
     for name, parameter in model.named_parameters():
         yield getattr(parameter, "tied_name", name), parameter
 
 
 def gpt2_draw(name: str, shape: torch.Size, generator: torch.Generator, n_layer: int) -> Tensor:
-    """GPT-2's initialisation of the whole tensor `name`, in float64 on the CPU: N(0, 0.02), with
-    1/sqrt(2 l) on the two matrices that write to the residual stream; biases 0, norm weights 1."""
+    """Initial value of the full tensor `name` as in GPT-2, in float64 on the CPU. Matrices are
+    N(0, 0.02). The two matrices per block that write to the residual stream (c_proj) are scaled by
+    1/sqrt(2 n_layer). Biases are 0, weights of layer norms are 1."""
     if len(shape) == 1:
-        from_phases = 1.0 if name.endswith("weight") else 0.0
-        return torch.full(shape, from_phases, dtype=torch.float64)
+        value = 1.0 if name.endswith("weight") else 0.0
+        return torch.full(shape, value, dtype=torch.float64)
     std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
     return torch.randn(shape, generator=generator, dtype=torch.float64) * std
 
@@ -268,27 +290,28 @@ def gpt2_draw(name: str, shape: torch.Size, generator: torch.Generator, n_layer:
 def init_weights(
     model: nn.Module, seed: int, dtype: torch.dtype, device: torch.device | str, draw: Callable
 ) -> None:
-    """Fill a model that was built on the meta device. `draw(name, whole_shape, generator)` gives a
-    whole tensor; the generator depends on (seed, name) and on nothing else, so a part of a model
-    starts from the same numbers as the same part of the whole. A parameter that holds a part of
-    its tensor has an attribute `sharding`, with `.shape` (of the full tensor) and `.shard(full)`.
-    One whole tensor is alive at a time."""
-    new: dict[int, nn.Parameter] = {}  # a tied matrix is drawn once and stays tied
+    """Allocate and initialise the parameters of a model that was built on the meta device.
+
+    draw(name, shape, generator) returns the full tensor of that name and shape. The generator is
+    seeded from (seed, name) only, so initial values do not depend on how the model is split. A
+    parameter that is a shard has an attribute `sharding` with `shape`, that of the full tensor, and
+    `shard(full)`, which returns this process's shard. One full tensor is in memory at a time."""
+    new: dict[int, nn.Parameter] = {}  # by id of the old: a tied matrix is drawn once, stays tied
     for module_name, module in model.named_modules():
         for key, old in module.named_parameters(recurse=False):
             if id(old) not in new:
                 name = getattr(old, "tied_name", f"{module_name}.{key}".lstrip("."))
                 sharding = getattr(old, "sharding", None)
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-                whole = draw(name, sharding.shape if sharding else old.shape, generator)
-                part = (sharding.shard(whole) if sharding else whole).to(device, dtype, copy=True)
-                new[id(old)] = nn.Parameter(part.contiguous(), requires_grad=old.requires_grad)
-                new[id(old)].__dict__.update(old.__dict__)
+                full = draw(name, sharding.shape if sharding else old.shape, generator)
+                local = (sharding.shard(full) if sharding else full).to(device, dtype, copy=True)
+                new[id(old)] = nn.Parameter(local.contiguous(), requires_grad=old.requires_grad)
+                new[id(old)].__dict__.update(old.__dict__)  # tied_name, sharding
             setattr(module, key, new[id(old)])
 
 
 def build(config: GPTConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
-    """The whole model on the CPU, initialised."""
+    """An initialised model on the CPU."""
     with torch.device("meta"):
         model = GPT(config)
     init_weights(model, seed, dtype, "cpu", lambda *a: gpt2_draw(*a, n_layer=config.n_layer))

@@ -5,12 +5,14 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import activation_ckpt as ckpt
 import gpt
 import measure
 import tensor_parallel
+from tools import cost
 from tools.oracle import launch
 
 B, S, H, A, L = 3, 10, 12, 2, 5
@@ -27,7 +29,7 @@ def gradients(net: gpt.GPT) -> dict:
     y = gpt.cross_entropy(net(x), x)
     net.draws.at(1, range(B))  # another microbatch may have come before this backward
     y.backward()
-    assert net.draws.step == 1, "the second forward left its place behind"
+    assert net.draws.step == 1, "the second forward must restore the position"
     return {n: p.grad for n, p in net.named_parameters()}
 
 
@@ -36,6 +38,70 @@ POLICIES = [
     ("full", 2, None), ("full", 3, None), ("full", 1, 2), ("full", 5, None), ("offload", 1, None),
     ("offload", 2, None),
 ]  # fmt: skip
+
+
+VERSIONS = {
+    "textbook": ckpt.CheckpointFunction.apply,
+    "version 1": ckpt.checkpoint,
+    "recompute": ckpt.recompute,
+    "torch": functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False),
+}
+
+
+def gradients_of_microbatches(version: str | None, frozen: tuple[str, ...]) -> dict:
+    """Three microbatches of different sizes. All forwards run before the first backward."""
+    net = model("explicit")
+    for block in net.h.values() if version else ():
+        block.forward = functools.partial(VERSIONS[version], block.forward)
+    for name in frozen:
+        net.get_parameter(name).requires_grad_(False)
+    generator, losses = torch.Generator().manual_seed(0), []
+    for shape in ((3, 10), (1, 7), (2, 5)):
+        x = torch.randint(17, shape, generator=generator)
+        losses.append(gpt.cross_entropy(net(x), x))
+    for loss in losses:
+        loss.backward()
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("frozen", [("h.1.mlp.c_fc.weight",), ("wte.weight", "wpe.weight")])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_all_versions_compute_the_same_gradients(version, frozen):
+    plain, actual = (gradients_of_microbatches(v, frozen) for v in (None, version))
+    for name, gradient in plain.items():
+        if version == "textbook" and "wte.weight" in frozen and name.startswith("h."):
+            # The input of block 0 requires no gradient, so no Function has a backward.
+            assert gradient is not None and actual[name] is None
+        elif name in frozen:
+            assert gradient is None and actual[name] is None
+        else:
+            assert actual[name] is not None and torch.equal(actual[name], gradient), name
+
+
+@pytest.mark.parametrize("version, ends", [("textbook", 2), ("version 1", 1), ("recompute", 1)])
+def test_the_second_forward_stops_after_the_last_saved_tensor(version, ends):
+    reached = []
+
+    def function(x):
+        y = x.exp().sin()
+        reached.append(y)
+        return y + 1
+
+    VERSIONS[version](function, torch.ones(4, requires_grad=True)).sum().backward()
+    assert len(reached) == ends
+
+
+@pytest.mark.parametrize("trained_input", [True, False])
+@pytest.mark.parametrize("version", ["version 1", "recompute", "torch"])
+def test_the_second_forward_saves_what_the_first_has_saved(version, trained_input):
+    """A linear layer saves its weight only if its input requires a gradient."""
+    torch.manual_seed(0)
+    mlp = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    x = torch.randn(4, 4, requires_grad=trained_input)
+    inputs = [*mlp.parameters(), *[x] * trained_input]
+    plain, actual = (torch.autograd.grad(y.square().sum(), inputs)
+                     for y in (mlp(x), VERSIONS[version](mlp, x)))  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(plain, actual, strict=True))
 
 
 @pytest.mark.parametrize("policy, every, layers", POLICIES)
@@ -61,6 +127,14 @@ def test_torchs_own_dropout_draws_the_same_mask_again():
     assert torch.equal(torch.get_rng_state(), between), "the second forward moved the generator"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("policy", ckpt.POLICIES)
+def test_the_closed_forms_are_the_detailed_ones(policy, dtype):
+    detailed = cost.predicted_block_bytes(B, S, H, A, "explicit", dtype.itemsize, policy)
+    assert ckpt.saved_bytes(policy, B, S, H, A, dtype.itemsize) == detailed
+    assert ckpt.flops(policy, B, S, H) == cost.predicted_flops(1, B, S, H, policy)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention, dropout", [("sdpa", 0), ("explicit", 0), ("explicit", 0.3)])
 @pytest.mark.parametrize("policy, every, layers", POLICIES)
@@ -76,17 +150,17 @@ def test_bytes_kept_and_flops_are_as_predicted(attention, dropout, policy, every
                 y = block(y)
         y.sum().backward()
     sizes = dict(b=B, s=S, h=H, a=A, attention=attention, dropout=dropout > 0)
-    predicted = ckpt.predicted_blocks_bytes(
+    predicted = cost.predicted_blocks_bytes(
         L, policy, every, layers, itemsize=dtype.itemsize, **sizes
     )
     assert saved.peak == predicted
     if attention == "explicit":  # torch's counter counts 0 for sdpa on the CPU
-        expected = ckpt.predicted_flops(L, B, S, H, policy, every, layers, dropout > 0)
+        expected = cost.predicted_flops(L, B, S, H, policy, every, layers, dropout > 0)
         assert flops.get_total_flops() == expected
 
 
 def bytes_kept_of_a_block(b: int, s: int, h: int, a: int, policy: str, sequence: bool) -> int:
-    """In bf16 with dropout, on this rank of the world."""
+    """In bf16 with dropout, on this rank."""
     group = dist.group.WORLD
     net = gpt.build(gpt.GPTConfig(1, a, h, 17, s, "explicit", dropout=0.1), dtype=torch.bfloat16)
     tensor_parallel.parallelize(net, tensor_parallel.GPT_PLAN, group, sequence)
@@ -101,8 +175,8 @@ def bytes_kept_of_a_block(b: int, s: int, h: int, a: int, policy: str, sequence:
 
 
 def test_korthikantis_34_and_what_is_more():
-    """2205.05198, section 4.1: (34 s b h + 5 a s s b) bytes of a block; here, the softmax in fp32,
-    norms' means and deviations, and a causal mask."""
+    """2205.05198, section 4.1: a block saves 34 s b h + 5 a s^2 b bytes. This one also saves the
+    softmax in fp32, mean and 1/std of layer norms, and a causal mask."""
     b, s, h, a = 2, 16, 32, 4
     counted = launch(1, bytes_kept_of_a_block, b, s, h, a, "none", False)
     assert counted == [34 * s * b * h + 7 * a * s * s * b + 8 * b * s + s * s]
@@ -127,7 +201,7 @@ def test_names_parameters_and_hooks_stay(policy):
 
 
 def test_frozen_layers_below_and_no_gradient_at_all():
-    """Neither an input without a gradient nor torch.no_grad stands in the way."""
+    """Inputs that require no gradient, and forwards under torch.no_grad."""
     for policy in ("full", "selective"):
         grads = []
         for p in ("none", policy):
@@ -143,13 +217,13 @@ def test_frozen_layers_below_and_no_gradient_at_all():
 
 
 def test_nothing_of_the_second_forward_outlives_backward(monkeypatch):
-    kept, keep = [], ckpt.Recompute._keep
+    kept, store = [], ckpt.Recompute.store
 
     def watched(self, t):
         kept.append(weakref.ref(t))
-        return keep(self, t)
+        return store(self, t)
 
-    monkeypatch.setattr(ckpt.Recompute, "_keep", watched)
+    monkeypatch.setattr(ckpt.Recompute, "store", watched)
     for policy in ("selective", "full"):
         net = model("explicit", dropout=0.2)
         ckpt.checkpoint_blocks(net.h, policy, save_rng=net.draws.save)
@@ -176,21 +250,25 @@ def test_a_graph_that_is_kept_is_run_backward_twice(policy):
 
 def test_offload_copies_activations_and_no_parameters():
     net, x = torch.nn.Linear(3, 4), torch.randn(4, 3).T
-    copies = ckpt.HostCopies()
-    run = ckpt.Offload(net, copies)
+    memory = ckpt.HostMemory()
+    run = ckpt.Offload(net, memory)
     kept = [run.pack(t) for t in (net.weight.T, net.bias, x)]
-    run.send()
-    ckpt.Offload(net, copies).send()  # the next block: now the first one is on the host only
+    run.copy_to_host()
+    ckpt.Offload(net, memory).copy_to_host()  # the next block: the first is now on the host only
     assert [*map(type, kept)] == [torch.Tensor, torch.nn.Parameter, int]
-    back = [*map(run.unpack, kept)]
-    assert torch.equal(back[2], x) and run.saved[0][1].is_contiguous() and not x.is_contiguous()
-    assert len({t.untyped_storage().data_ptr() for t in (x, back[2], run.saved[0][1])}) == 3
+    back, host = [*map(run.unpack, kept)], run.on_host[0]
+    assert torch.equal(back[2], x) and host.is_contiguous() and not x.is_contiguous()
+    assert len({t.untyped_storage().data_ptr() for t in (x, back[2], host)}) == 3
 
 
 def test_a_forward_without_gradients_copies_nothing(monkeypatch):
-    started, plain = [], ckpt.HostCopies.start
-    monkeypatch.setattr(ckpt.HostCopies, "start",
-                        lambda *args: (started.append(1), plain(*args))[1])  # fmt: skip
+    started, copy = [], ckpt.HostMemory.copy
+
+    def counted(*args):
+        started.append(args)
+        return copy(*args)
+
+    monkeypatch.setattr(ckpt.HostMemory, "copy", counted)
     net, x = model(), torch.zeros(B, S, dtype=torch.int64)
     ckpt.checkpoint_blocks(net.h, "offload")
     with torch.no_grad():
@@ -201,7 +279,7 @@ def test_a_forward_without_gradients_copies_nothing(monkeypatch):
 
 
 def test_an_unknown_policy():
-    with pytest.raises(ValueError, match="'half' is none of none, selective, full, offload"):
+    with pytest.raises(ValueError, match="'half' is unknown: use none, selective, full, offload"):
         ckpt.checkpoint_blocks(model().h, "half")
 
 
@@ -209,15 +287,15 @@ def test_an_unknown_policy():
 
 
 def test_a_second_forward_that_saves_another_shape_is_refused():
-    """As many tensors as in the first forward, and the shapes broadcast."""
+    """The number of tensors is the same, and the shapes broadcast."""
     x, runs = torch.ones(4, requires_grad=True), []
 
     def function(x):
         runs.append(x)
         return (x[:1] if len(runs) > 1 else x).exp().sum()
 
-    with pytest.raises(ValueError, match=r"tensor 0 is \(torch.Size\(\[4\]\), .* in the first, and "
-                                         r"\(torch.Size\(\[1\]\), .* in the second"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"tensor 0 was \(torch.Size\(\[4\]\), .* and is now "
+                                         r"\(torch.Size\(\[1\]\), "):  # fmt: skip
         ckpt.recompute(function, x).backward()
 
 
@@ -228,7 +306,7 @@ def test_a_second_forward_that_saves_fewer_tensors_is_refused():
         runs.append(x)
         return x.exp() if len(runs) > 1 else x.exp().exp()
 
-    with pytest.raises(ValueError, match="the first saved 2, and the second 1"):
+    with pytest.raises(ValueError, match="the first saved 2 and the second 1"):
         ckpt.recompute(function, x).sum().backward()
 
 
@@ -255,12 +333,12 @@ def test_saved_tensors_that_are_read_twice_are_recomputed_once():
 
 
 def test_each_node_of_a_block_frees_its_recomputed_tensors(monkeypatch):
-    """A chain of 4 exp, each of which saves its output. When the gradient of output i is there, the
-    outputs after i are freed."""
-    kept, alive, keep = [], [], ckpt.Recompute._keep
+    """A chain of 4 exp, each of which saves its output. When the gradient of output i is computed,
+    the outputs after i have been freed."""
+    kept, alive, store = [], [], ckpt.Recompute.store
 
     def watched(self, t):
-        kept.append(weakref.ref(keep(self, t)))
+        kept.append(weakref.ref(store(self, t)))
         return kept[-1]()
 
     def function(x):
@@ -269,7 +347,7 @@ def test_each_node_of_a_block_frees_its_recomputed_tensors(monkeypatch):
             x.register_hook(lambda _: alive.append(sum(ref() is not None for ref in kept)))
         return x
 
-    monkeypatch.setattr(ckpt.Recompute, "_keep", watched)
+    monkeypatch.setattr(ckpt.Recompute, "store", watched)
     x = torch.zeros(3, requires_grad=True)
     ckpt.recompute(function, x).sum().backward()
     assert alive == [0, 3, 2, 1]  # nothing was recomputed before the first
@@ -297,8 +375,8 @@ class RotaryCore(torch.nn.Module):
 @pytest.mark.parametrize("trained_input", [True, False])
 @pytest.mark.parametrize("policy", ckpt.POLICIES)
 def test_other_arguments_than_one_tensor(policy, trained_input):
-    """Floats that need no gradient, keywords, None, a flag, a tuple of tensors; a tuple comes back.
-    Blocks in an nn.ModuleList."""
+    """Floats that need no gradient, keywords, None, a flag, a tuple of tensors. The output is a
+    tuple, and the blocks are in an nn.ModuleList."""
     torch.manual_seed(0)
     blocks = torch.nn.ModuleList(Rotary() for _ in range(3))
     start = torch.randn(2, 4, requires_grad=trained_input)
@@ -339,8 +417,23 @@ def test_a_recomputed_block_in_a_recomputed_block():
     assert len(runs) == 3  # first forward, in the outer's second forward, and the inner's own
 
 
+def test_inputs_of_an_inner_recompute_are_recomputed_too():
+    inputs = []
+
+    def outer(x):
+        y = 2 * x
+        inputs.append(weakref.ref(y))
+        return ckpt.recompute(lambda a, b: (a * b).sin(), y, b=3 * y)
+
+    x = torch.ones(4, requires_grad=True)
+    z = ckpt.recompute(outer, x)
+    assert inputs[0]() is None, "the graph keeps the inner input"
+    z.sum().backward()
+    assert torch.allclose(x.grad, 24 * x * (12 * x * x).cos())
+
+
 def test_an_input_that_the_block_overwrites_is_refused():
-    """The second forward would begin with what the first has left in x."""
+    """The second forward would start from the overwritten x."""
     w = torch.ones(4, requires_grad=True)
     y = ckpt.recompute(lambda x: (x.add_(1) * w).exp(), torch.ones(4))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -360,7 +453,7 @@ def test_a_block_that_catches_exceptions():
 
 
 def test_an_output_that_does_not_depend_on_the_input():
-    """Its backward may run last, when the backward of all that depends on x is done."""
+    """Its backward may run last, after the backward of all other outputs."""
     w, x = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
     late, early = ckpt.recompute(lambda x: (w.exp(), x * 2), x)
     early.sum().backward()

@@ -59,13 +59,20 @@ def test_a_mask_is_a_function_of_seed_step_row_and_site():
     others = mask(a, 4, [7, 9]), mask(a, 3, [8, 6]), mask(b, 3, [7, 9]), mask(a, 3, [7, 9], 1)
     for other in others:
         assert not torch.equal(other[0], first[0])
-    a.shard, a.shards = 1, 4  # a part of a row that is four times as long
+    a.shard, a.shards = 1, 4  # one shard of a row that is four times as long
     quarter = mask(a, 3, [7, 9])
     a.shard, a.shards = 0, 1
     ones = torch.ones(2, 160, 50)
     assert torch.equal(quarter, mask(a, 3, [7, 9])[:, 40:80])
     model.eval()
     assert torch.equal(a(ones), ones)
+
+
+def test_dropout_needs_a_number_for_each_row():
+    model = gpt.build(small(dropout=0.25))
+    model.draws.at(0, range(3))
+    with pytest.raises(ValueError, match="the input has 2 rows, but draws.at.. was called with 3"):
+        model(torch.zeros(2, 8, dtype=torch.int64))
 
 
 def test_no_token_sees_the_future():
@@ -104,9 +111,7 @@ def test_initialisation_has_gpt2s_scales():
 def test_the_loss_is_a_sum_over_valid_tokens():
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     targets = torch.tensor([[1, -1, 4], [-1, -1, 0]])
-    expected = -sum(
-        logits[i, j].log_softmax(0)[targets[i, j]] for i, j in ((0, 0), (0, 2), (1, 2))
-    )
+    expected = -sum(logits[i, j].log_softmax(0)[targets[i, j]] for i, j in ((0, 0), (0, 2), (1, 2)))
     torch.testing.assert_close(gpt.cross_entropy(logits, targets), expected, rtol=0, atol=1e-14)
     assert gpt.cross_entropy(logits, torch.full((2, 3), -1)) == 0.0
 

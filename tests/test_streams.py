@@ -203,10 +203,11 @@ def test_tensors_that_are_fetched_and_not_used_are_kept_until_their_copy_is_over
 
 def test_host_buffers_are_reused():
     net = small("offload")
-    copies, seen = net.h["0"].forward.args[2], []
+    memory, seen = net.h["0"].forward.args[2], []
     for _ in range(2):
         offloaded_gradients(net, "FFBFBB")
-        seen.append({host.data_ptr() for free in copies.free.values() for host in free})
+        buffers = [*memory.free_buffers.values()]
+        seen.append({host.data_ptr() for free in buffers for host in free})
     assert seen[0] == seen[1] and len(seen[0]) > 0
 
 

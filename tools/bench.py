@@ -84,7 +84,7 @@ import pipeline
 import tensor_parallel
 import train_3d
 import zero
-from tools import links
+from tools import cost, links
 from tools.oracle import launch
 
 # RANKS: ranks along each parallel axis of a suite. ROUNDS: the least number of rounds.
@@ -771,7 +771,7 @@ def rows_of(suite: Suite, h: int, runs: dict[object, list[dict]], costs: list[di
         if key[0] == "recompute":
             c = suite.config(h)
             flops = [
-                activation_ckpt.predicted_flops(c.n_layer, ROWS, c.seq_len, h, policy)
+                cost.predicted_flops(c.n_layer, ROWS, c.seq_len, h, policy)
                 + 6 * ROWS * c.seq_len * h * c.vocab_size
                 for policy in ("none", key[1])
             ]

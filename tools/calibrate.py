@@ -16,8 +16,8 @@ import numpy
 import torch
 import torch.distributed as dist
 
-import activation_ckpt
 import gpt
+from tools import cost
 from tools.cost import Hardware, Program
 from tools.oracle import launch
 from zero import all_gather, reduce_scatter
@@ -51,8 +51,8 @@ def blocks() -> list[tuple[float, float, float, float]]:
         n, s, h = config.n_layer, config.seq_len, config.n_embd
         for b in ROWS:
             dist.barrier()
-            forward = activation_ckpt.predicted_flops(n, b, s, h, "none") / 3
-            kept = n * activation_ckpt.predicted_block_bytes(b, s, h, config.n_head, "sdpa", 4)
+            forward = cost.predicted_flops(n, b, s, h, "none") / 3
+            kept = n * cost.predicted_block_bytes(b, s, h, config.n_head, "sdpa", 4)
             x = torch.randn(b, s, h, requires_grad=True)
             times = []
             for _ in range(7):

@@ -21,7 +21,6 @@ of B unless the schedule separates it).
 import functools
 from typing import NamedTuple
 
-import activation_ckpt
 import ddp
 import gpt
 import options
@@ -216,12 +215,12 @@ def chunk_bytes(
     more = dict(a=config.n_head, attention=config.attention, dropout=config.dropout > 0,
                 stat=program.stat)  # fmt: skip
     head = vocab_rows(config, t, tp_rank)
-    flying = activation_ckpt.predicted_activation_bytes(
+    flying = predicted_activation_bytes(
         n_layer, v=head, policy=layout.recompute, layers=layers, first=first, last=last, **sizes,
         **more
     ) - 8 * last  # fmt: skip
     waiting = pipeline.predicted_queue_bytes(n_layer, head=head * last, **sizes)
-    block = activation_ckpt.predicted_block_bytes(policy="none", **sizes, **more)
+    block = predicted_block_bytes(policy="none", **sizes, **more)
     boundary = b * s * h // (t if layout.sequence_parallel else 1) * program.itemsize
     return flying, waiting, block + 4 * boundary * (layout.pp > 1)
 
@@ -416,12 +415,12 @@ def chunk_seconds(
     core = b * s * 4 * s * h / t  # FLOPs of a block without weights: the core of attention
     dropout, policy = config.dropout > 0, layout.recompute
     put_off = layout.schedule.startswith("zb")  # W is separate from B
-    again = activation_ckpt.predicted_flops(
+    again = predicted_flops(
         1, b, s, h, policy, dropout=dropout, deferred=put_off
     ) / t - 3 * block  # fmt: skip
     sizes = (b, s, h, config.n_head, config.attention, program.itemsize)
     more = (dropout, t, layout.sequence_parallel)
-    kept, left = (activation_ckpt.predicted_block_bytes(*sizes, name, *more)
+    kept, left = (predicted_block_bytes(*sizes, name, *more)
                   for name in ("none", "selective"))  # fmt: skip
     anew = {"full": kept, "selective": kept - left}.get(policy, 0)
     head_bytes = b * s * -(-config.vocab_size // t) * (program.itemsize + 4)
@@ -598,3 +597,112 @@ def predicted_step(
     optimizer = nbytes / hardware.memory_gb_per_s / 1e9
     idle = whole - sum(busy)
     return Times(*busy, idle if idle > 1e-9 * whole else 0.0, dp, optimizer)
+
+
+# --- bytes and FLOPs of blocks, by recompute policy -----------------------------------------------
+# activation_ckpt.py has the short forms: explicit attention, no dropout, one process.
+
+
+def predicted_block_bytes(
+    b: int, s: int, h: int, a: int, attention: str, itemsize: int, policy: str = "none",
+    dropout: bool = False, t: int = 1, sequence: bool = False, stat: int | None = None,
+) -> int:  # fmt: skip
+    """Bytes that autograd saves for the backward of one GPT-2 block of gpt.py, per microbatch, on
+    one of t tensor-parallel ranks. itemsize: bytes per element of the activations. sequence:
+    sequence parallelism. stat: bytes per mean and 1/std of a layer norm (default: itemsize, which
+    holds on a CPU; a GPU uses 4 also in bf16).
+
+    Saved on each rank, in elements unless stated otherwise:
+
+        4 b s h      inputs of ln_1, c_attn, ln_2, c_fc; 1/t of it under sequence parallelism
+        12 b s h/t   q, k, v (3), input of attn.c_proj (1), input (4) and output (4) of GELU
+        4 b s        mean and 1/std of two layer norms; 1/t of it under sequence parallelism
+        2 b s h      bytes, with dropout: masks of the two residual branches; 1/t likewise
+
+    and in the core of attention:
+
+        b a s/t      fused attention: log-sum-exp, in fp32 or wider
+        b a s^2/t    explicit attention: softmax, in fp32 or wider
+        b a s^2/t    its copy in bf16, or after dropout
+        b a s^2/t    bytes, with dropout: the mask
+        s^2          bytes: the causal mask, which every rank has in full
+
+    Korthikanti et al., section 4.1, count 34 s b h + 5 a s^2 b bytes for 16-bit elements with
+    dropout. This block saves the same 34 s b h: 16 elements of 2 bytes, and 2 bytes of masks. It
+    saves 7 a s^2 b: the softmax in fp32 (4 bytes, where the paper has 2), its copy after dropout
+    (2) and the mask (1). They omit the layer norms and the causal mask, which are small."""
+    if policy == "offload":
+        return 0
+    hidden = (b * s * h) // t if sequence else b * s * h  # elements of a [b, s, h] on this rank
+    if policy == "full":
+        return hidden * itemsize
+    softmax_itemsize = max(4, itemsize)
+    norms = 4 * b * s // (t if sequence else 1) * (stat or itemsize)
+    core = b * a * s // t * softmax_itemsize
+    if attention == "explicit" or dropout:
+        copy = itemsize if dropout or itemsize < softmax_itemsize else 0
+        core = b * a * s * s // t * (softmax_itemsize + copy + dropout) + s * s
+    elements = 4 * hidden + 12 * b * s * h // t
+    outside_core = elements * itemsize + norms + 2 * hidden * dropout
+    return outside_core + (core if policy == "none" else 0)
+
+
+def predicted_blocks_bytes(
+    n_layer: int, policy: str, every: int = 1, layers: int | None = None, **sizes
+) -> int:
+    """Bytes saved by n_layer blocks, with the policy on those that checkpoint_blocks would choose.
+    sizes: keyword arguments of predicted_block_bytes."""
+    chosen = len(range(n_layer)[:layers:every])
+    checkpointed = predicted_block_bytes(policy=policy, **sizes)
+    plain = predicted_block_bytes(policy="none", **sizes)
+    return chosen * checkpointed + (n_layer - chosen) * plain
+
+
+def predicted_activation_bytes(
+    n_layer: int, b: int, s: int, h: int, v: int, itemsize: int, first: bool, last: bool,
+    in_flight: int = 1, t: int = 1, sequence: bool = False, dropout: bool = False,
+    stat: int | None = None, **rest,
+) -> int:  # fmt: skip
+    """Bytes saved by a pipeline stage of the trainer, for in_flight microbatches on one of t
+    tensor-parallel ranks. v: rows of the vocabulary on this rank. rest: policy, every, layers, a,
+    attention.
+
+    The `first` stage also saves, per token, a row number (8 bytes) and whether this rank has the
+    row (1), and the dropout mask of the embedding. The `last` stage also saves, per microbatch,
+    input, mean and 1/std of the last layer norm; the input of the head; the probabilities [b, s, v]
+    in fp32 or wider; and per token the target (8 bytes) and, with t > 1, whether this rank has the
+    target and whether it counts (2). With t = 1 the loss is torch's, which saves one more scalar.
+    The token count of the batch (8) is saved once."""
+    sizes = dict(b=b, s=s, h=h, itemsize=itemsize, t=t, sequence=sequence, dropout=dropout,
+                 stat=stat)  # fmt: skip
+    loss_itemsize, sequence_shards = max(4, itemsize), t if sequence else 1
+    hidden = b * s * h // sequence_shards
+    microbatch = predicted_blocks_bytes(n_layer, **sizes, **rest)
+    if first:
+        microbatch += 9 * b * s + hidden * dropout
+    if last:
+        microbatch += 2 * hidden * itemsize + 2 * b * s // sequence_shards * (stat or itemsize)
+        microbatch += b * s * v * loss_itemsize
+        microbatch += 8 * b * s + loss_itemsize if t == 1 else 10 * b * s
+    return in_flight * microbatch + 8 * last
+
+
+def predicted_flops(
+    n_layer: int, b: int, s: int, h: int, policy: str, every: int = 1, layers: int | None = None,
+    dropout: bool = False, deferred: bool = False, fused: bool = False,
+) -> int:  # fmt: skip
+    """FLOPs of the matmuls of n_layer blocks in forward, backward and second forward, 2 per
+    multiply-add. A forward has 24 b s h^2 + 4 b s^2 h (the causal mask saves none), a backward
+    twice as many. policy, every, layers: as in checkpoint_blocks.
+
+    The second forward stops at the last saved tensor, before the last matmul: that is mlp.c_proj
+    of a block (8 b s h^2), or the second matmul of the core of attention. It does not skip
+    mlp.c_proj with dropout, whose mask is saved after it, or if weight gradients are `deferred`,
+    since such a linear layer saves its input after its matmul. A `fused` core is one operation,
+    which runs again completely."""
+    core = 4 * b * s * s * h
+    forward = 24 * b * s * h * h + core
+    full = forward if dropout or deferred else forward - 8 * b * s * h * h
+    selective = core if fused else core // 2
+    second = {"none": 0, "offload": 0, "selective": selective, "full": full}[policy]
+    return 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * second

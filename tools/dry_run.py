@@ -37,7 +37,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-import activation_ckpt
 import ddp
 import gpt
 import measure
@@ -101,7 +100,7 @@ def core_flops(q: torch.Size, k: torch.Size) -> int:
 
 
 # torch has no formula for scaled_dot_product_attention on a CPU. Backward counts as two forwards:
-# its internal recomputation is left out, as in activation_ckpt.predicted_flops.
+# its internal recomputation is left out, as in cost.predicted_flops.
 _aten = torch.ops.aten
 FLOPS = flop_registry | {
     _aten._scaled_dot_product_flash_attention_for_cpu:
@@ -449,7 +448,7 @@ def predicted_flops(trainer: train_3d.Trainer) -> int:
     deferred = any(map(pipeline.splits_backward, trainer.schedule))
     more = dict(dropout=config.dropout > 0, deferred=deferred, fused=fused)
     total = sum(
-        activation_ckpt.predicted_flops(n, b, s, h, args.recompute, layers=again, **more)
+        cost.predicted_flops(n, b, s, h, args.recompute, layers=again, **more)
         for n, again in zip(layers, cost.under_policy(layout_of(trainer), layers), strict=True)
     )  # fmt: skip
     vocab_rows = cost.vocab_rows(config, args.tp, trainer.tp_group.rank())

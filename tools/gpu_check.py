@@ -30,12 +30,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import activation_ckpt
 import gpt
 import measure
 import options
 import train_3d
-from tools import dry_run
+from tools import cost, dry_run
 from tools.oracle import EPS, draw
 
 STEPS = 3  # of the comparison in float64
@@ -247,7 +246,7 @@ def memory(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
             measured = f"{peak / 1e9:.3f} | {peak / expected:.3f}"
         yield f"| {policy} | {1e3 * times[policy]:.1f} | {expected / 1e9:.3f} | {measured} |"
         del trainer
-    saved = config.n_layer * activation_ckpt.predicted_block_bytes(
+    saved = config.n_layer * cost.predicted_block_bytes(
         args.micro_batch_size, config.seq_len, config.n_embd, config.n_head, config.attention, 2,
         stat=4)  # fmt: skip
     m = args.global_batch_size // args.micro_batch_size

@@ -29,6 +29,7 @@ import activation_ckpt
 import ddp
 import gpt
 import zero
+from tools import cost
 from tools.oracle import launch
 
 TOLERANCE = 0.01  # relative to the first row of a table
@@ -103,7 +104,7 @@ def activations_table(config: gpt.GPTConfig, rows: int, say: Callable) -> bool:
                  attention="explicit")  # fmt: skip
     for policy in ("none", "selective", "full"):
         held, peak = launch(1, activations_on_rank, config, rows, policy)[0]
-        predicted = activation_ckpt.predicted_blocks_bytes(config.n_layer, policy, **sizes)
+        predicted = cost.predicted_blocks_bytes(config.n_layer, policy, **sizes)
         say(f"recompute {policy:9s}  block activations: predicted {predicted / 1e6:7.1f} MB   "
             f"resident {held / 1e6:7.1f} MB, peak with backward {peak / 1e6:7.1f} MB"
             + savings.verdict(held, predicted))  # fmt: skip
