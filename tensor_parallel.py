@@ -1,41 +1,41 @@
 """Tensor parallelism: each weight matrix is sharded over t ranks.
 
-                 W1: columns           W2: rows
-    rank 0   x --f--> [W1a] --gelu--> [W2a] --+
-                                              +-- g --> y = x W1 W2 (with gelu in between)
-    rank 1   x --f--> [W1b] --gelu--> [W2b] --+
-          [b,s,h]          [b,s,4h/t]       [b,s,h]
+                     columns               rows
+    rank 0   x --f--> [W1a] ----gelu----> [W2a] --+
+                                                  +--g--> y
+    rank 1   x --f--> [W1b] ----gelu----> [W2b] --+
+          [b,s,h]          [b,s,4h/t]           [b,s,h]
 
-Every rank holds the same x. W1 is split by columns, so a rank computes 1/t of the hidden units and
+Every rank holds the full x. W1 is split by columns, so a rank computes 1/t of the hidden units, and
 the nonlinearity needs no communication. W2 is split by rows, so a rank computes a partial sum of y.
-g completes the sum: an all-reduce in forward, the identity in backward. f is the opposite: the
-identity in forward, and in backward an all-reduce of the gradient of x. Attention is split like the
-MLP, with heads in place of hidden units. The embedding and the head are split by the vocabulary.
+g completes y: it is an all-reduce in forward and the identity in backward. f is the identity in
+forward, and in backward it all-reduces the gradient of x. Attention is split in the same way, by
+heads. The embedding and the head are split by the vocabulary.
 
-Sequence parallelism also shards the tensors between the matrices along the sequence. g becomes a
-reduce-scatter, and f becomes an all-gather:
+Sequence parallelism also shards the activations between the matrices, along the sequence:
 
     [b,s/t,h] --norm--> f: all-gather --> W1, gelu, W2 --> g: reduce-scatter --> [b,s/t,h]
 
-Symbols: microbatch size b, sequence length s, hidden size h, vocabulary size v, and t ranks.
+In backward, f is a reduce-scatter and g is an all-gather. Backward also gathers x a second time,
+because only the shard of x is saved.
 
-    per block and microbatch     forward             backward            elements sent per rank
-    tensor parallel              2 all-reduce        2 all-reduce         8 (t-1)/t b s h
-    with sequence parallel       2 all-gather        4 all-gather        10 (t-1)/t b s h
-                                 2 reduce-scatter    2 reduce-scatter
+Symbols: microbatch size b, sequence length s, hidden size h, vocabulary size v. The payload of a
+collective is the number of elements of its full tensor. In a ring, each rank sends 2 (t-1)/t of the
+payload of an all-reduce, and (t-1)/t of that of an all-gather or a reduce-scatter.
 
-    memory per rank     1/t of the matrices, of their gradients and of the optimizer state; 1/t of
-                        the activations inside attention and MLP; with sequence parallel of all
+    per block and microbatch   forward            backward           elements sent per rank
+    tensor parallel            2 all-reduce       2 all-reduce        8 (t-1)/t b s h
+    with sequence parallel     2 all-gather       4 all-gather       10 (t-1)/t b s h
+                               2 reduce-scatter   2 reduce-scatter
 
-The embedding adds one g and the head adds one f per microbatch. The loss adds all-reduces of [b, s]
-and of [2, b, s]. With sequence parallelism, the gradients of the replicated parameters (norms,
-row-parallel biases, position embedding) are all-reduced once per step. Only some collectives in
-backward overlap a matmul. The others are exposed, so the t ranks should be within one node.
+Each rank stores 1/t of the matrices, of their gradients and of their optimizer state. It stores 1/t
+of the activations inside attention and MLP, and with sequence parallelism 1/t of all activations.
+Most collectives do not overlap with computation, so the t ranks should be within one node.
 
     torchrun --standalone --nproc-per-node 2 tensor_parallel.py
 
-Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3. Korthikanti et al. 2022
-(arXiv 2205.05198), section 4.2, for sequence parallelism.
+Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3. Sequence parallelism: Korthikanti et
+al. 2022 (arXiv 2205.05198), section 4.2.
 """
 
 import dataclasses
@@ -50,14 +50,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # --- version 1: the whole idea --------------------------------------------------------------------
-# An MLP without biases: mlp(x, w1, w2, group) returns the same y on every rank. nn.Linear stores a
-# matrix as [out, in], so the columns of W1 are rows of the tensor w1. The shards may be uneven:
+# An MLP without biases. mlp(x, w1, w2, group) returns the full y on every rank. The weights are
+# [out, in], as in nn.Linear, so w1 is split along dim 0. The shards may have different sizes:
 #
 #     w1 = full_w1.tensor_split(t, dim=0)[rank]    w2 = full_w2.tensor_split(t, dim=1)[rank]
 
 
 class CopyToGroup(torch.autograd.Function):
-    """f: identity in forward. Every rank uses x, so in backward the gradients of x are summed."""
+    """f. Every rank computes with x, so the gradient of x is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -66,13 +66,13 @@ class CopyToGroup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad = grad.clone()  # all_reduce overwrites it, and autograd may use the argument elsewhere
+        grad = grad.clone()  # all_reduce overwrites its argument, which belongs to autograd
         dist.all_reduce(grad, group=ctx.group)  # payload: b s h
         return grad, None
 
 
 class ReduceFromGroup(torch.autograd.Function):
-    """g: sums the ranks' partial sums, in place. The gradient of each term is that of the sum."""
+    """g. Sums the ranks' x in place. The gradient of each summand is the gradient of the sum."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -98,29 +98,29 @@ def mlp(x: Tensor, w1: Tensor, w2: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 # --- the full version -----------------------------------------------------------------------------
-# It adds four things to version 1.
+# Version 1 is complete and correct. The full version adds four things.
 #   1. f is fused with its matmul. In backward, the all-reduce of the gradient of x then overlaps
-#      the matmul that computes the weight gradient.
+#      with the matmul for the weight gradient.
 #   2. Sequence parallelism. Without it, every rank computes the norms, dropouts and residual
 #      additions of all tokens and stores their activations. With it, each rank does so for 1/t of
-#      the tokens. An all-gather and a reduce-scatter together send as many bytes as an all-reduce.
-#   3. parallelize() replaces the layers of a model by parallel ones, as a plan describes.
+#      the tokens. An all-gather and a reduce-scatter together send as much as an all-reduce.
+#   3. parallelize() replaces the layers of a model by parallel layers, according to a plan.
 #   4. The cross-entropy is computed without gathering the logits.
 
 # torch 2.13 renamed these two and warns about the old names. torch 2.11 has only the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Each start_* function returns a function that waits for the result and returns it. async_op is set
-# only where a matmul overlaps the collective. A synchronous NCCL call runs on the current stream.
-# It needs no events between streams, and torch.compile can trace it.
+# Each start_* function launches a collective and returns a function that waits for the result and
+# returns it. async_op is set only where the collective overlaps with a matmul. A synchronous NCCL
+# call runs on the current stream, so it needs no events, and torch.compile can trace it.
 #
-# A gather concatenates along dim 0, and a scatter splits dim 0. The sequence is dim 1 of [b, s, h].
-# Therefore the output of the gather and the input of the scatter are permuted.
+# all_gather concatenates along dim 0, and reduce_scatter splits dim 0, but the sequence is dim 1 of
+# [b, s, h]. Therefore the output of the one and the input of the other are permuted.
 
 
 def start_all_reduce(x: Tensor, group, async_op: bool = False) -> Callable[[], Tensor]:
-    """x: a partial sum, overwritten by the sum."""
+    """x: a partial sum [b, s, h], which is overwritten. The result is the sum."""
     handle = dist.all_reduce(x, group=group, async_op=async_op)  # payload: b s h
     return lambda: finish(handle, x)
 
@@ -138,7 +138,7 @@ def start_reduce_scatter(x: Tensor, group, async_op: bool = False) -> Callable[[
     t, (b, s, h) = group.size(), x.shape
     if s % t:
         raise ValueError(
-            f"sequence parallelism shards the sequence, and {s} tokens are not divisible by "
+            f"sequence parallelism splits the sequence, but {s} tokens are not divisible by "
             f"t = {t}: pad the sequence, or change t"
         )
     stacked = x.unflatten(1, (t, -1)).movedim(1, 0).flatten(0, 1).contiguous()  # [t b, s/t, h]
@@ -154,14 +154,12 @@ def finish(handle: dist.Work | None, output: Tensor) -> Tensor:
 
 
 class ColumnLinear(torch.autograd.Function):
-    """f and its matmul: x [b, s, in], or with `sequence` [b, s/t, in] -> [b, s, out/t].
-
-    With `sequence`, only the shard of x is saved. Backward gathers it a second time."""
+    """f and its matmul. x [b, s, in], or with `sequence` [b, s/t, in] -> [b, s, out/t]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group, sequence: bool):
         ctx.group, ctx.sequence = group, sequence
-        # Only the weight gradient needs x, so x is not saved if the weight is frozen.
+        # Only the weight gradient needs x. If the weight is frozen, x is not saved.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return F.linear(start_all_gather(x, group)() if sequence else x, weight, bias)
 
@@ -173,21 +171,21 @@ class ColumnLinear(torch.autograd.Function):
         wait_x, wait_d_x = lambda: x, lambda: None
         if ctx.sequence and need_weight:
             wait_x = start_all_gather(x, ctx.group, async_op=need_x)
-        d_x = grad @ weight if need_x else None  # overlaps the gather; a partial sum [b, s, in]
+        # [b, s, in], a partial sum over this rank's columns. Overlaps with the gather of x.
+        d_x = grad @ weight if need_x else None
         full_x = wait_x()
         if need_x:
             start = start_reduce_scatter if ctx.sequence else start_all_reduce
             wait_d_x = start(d_x, ctx.group, async_op=need_weight)
         d_weight = None
-        if need_weight:  # overlaps the reduction of d_x
-            d_weight = grad.flatten(0, -2).T @ full_x.flatten(0, -2)  # [out/t, in]
+        if need_weight:  # [out/t, in]. Overlaps with the reduction of d_x.
+            d_weight = grad.flatten(0, -2).T @ full_x.flatten(0, -2)
         d_bias = grad.flatten(0, -2).sum(0) if need_bias else None
         return wait_d_x(), d_weight, d_bias, None, None
 
 
 class ReduceScatterFromGroup(torch.autograd.Function):
-    """g with sequence parallelism: a partial sum [b, s, h] -> this rank's shard [b, s/t, h] of the
-    sum."""
+    """g with sequence parallelism. x [b, s, h] -> this rank's shard of the sum, [b, s/t, h]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -200,8 +198,8 @@ class ReduceScatterFromGroup(torch.autograd.Function):
 
 
 def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:
-    """g, as a Function that saves no tensor: so activation checkpointing, which recomputes saved
-    tensors, need not repeat the last g of a block."""
+    """g. It saves no tensors and is separate from its matmul, so that activation checkpointing,
+    which recomputes a block up to its last saved tensor, does not repeat the last g."""
     if group.size() == 1:
         return x
     return (ReduceScatterFromGroup if sequence else ReduceFromGroup).apply(x, group)
@@ -212,8 +210,8 @@ class Sharding:
     """How a parameter is sharded, stored as parameter.sharding. Initialisation, the gradient norm
     and checkpoints use it to relate the shard to the full parameter.
 
-    A parameter may consist of several fused matrices, such as query, key and value. Each matrix is
-    split separately, so that a rank has the query, key and value of the same heads."""
+    A parameter may hold several fused matrices, such as query, key and value. Each matrix is split
+    separately, so that a rank gets the query, key and value of the same heads."""
 
     shape: torch.Size  # of the full parameter
     dim: int  # the dimension that is split
@@ -256,18 +254,18 @@ def shard_parameter(p: nn.Parameter, dim: int, fused: int | tuple[int, ...], gro
     return shard
 
 
-# Styles: each class or function (module, fused, group, sequence) returns a module that takes the
-# place of `module`. `sequence`: whether sequence parallelism is on.
+# Styles. A style is a class or a function (module, fused, group, sequence) -> the module that takes
+# the place of `module`. `sequence` says whether sequence parallelism is on.
 #
-# pipeline.defer_weight_gradients can defer the weight gradients of the first two classes. For this
-# it replaces multiply(x, bias) on the instance. In place of f it calls gather_input in forward and
-# reduce_input_gradient in backward.
+# pipeline.defer_weight_gradients computes the weight gradients of the first two styles later than
+# the rest of backward. It replaces multiply(x, bias) on the instance, and calls gather_input and
+# reduce_input_gradient where f communicates.
 
 
 class ColumnParallelLinear(nn.Module):
     """x [b, s, in], or with `sequence` [b, s/t, in] -> this rank's columns, [b, s, out/t].
 
-    Matrices with the same input are best fused, because they then have one f. The columns are split
+    Fuse matrices that have the same input, because they then share one f. The columns are split
     without regard to heads. The model must check that each rank has complete heads."""
 
     def __init__(self, linear: nn.Linear, fused: int | tuple[int, ...], group, sequence: bool):
@@ -301,7 +299,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.group, self.sequence = group, sequence
         self.weight = shard_parameter(linear.weight, 1, fused, group)  # [out, in/t]
-        self.bias = linear.bias  # [out], replicated, and added once: after g
+        self.bias = linear.bias  # [out], replicated. It is added after g, so that it is added once.
 
     def forward(self, x: Tensor) -> Tensor:
         if self.group.size() == 1:
@@ -314,8 +312,8 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """tokens [b, s] -> [b, s, h], or with `sequence` [b, s/t, h]. Each rank looks up the tokens
-    whose rows it holds and returns 0 for the others. g adds the results."""
+    """tokens [b, s] -> [b, s, h], or with `sequence` [b, s/t, h]. A rank looks up the tokens of its
+    vocabulary shard. The others have 0 there, and g computes the sum."""
 
     def __init__(self, embedding: nn.Embedding, fused: int, group, sequence: bool):
         super().__init__()
@@ -334,7 +332,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class PositionShard(nn.Module):
-    """x + position embedding: [b, s, h], or with `sequence` [b, s/t, h]. The table [s, h] is
+    """Adds the position embedding to x [b, s, h], or with `sequence` [b, s/t, h]. The table is
     replicated."""
 
     def __init__(self, embedding: nn.Embedding, fused: int, group, sequence: bool):
@@ -348,27 +346,27 @@ class PositionShard(nn.Module):
 
 
 def shard_heads(dropout: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
-    """gpt.Dropout on [b, heads/t, s, s]: it draws the masks of all heads and uses this rank's."""
+    """For gpt.Dropout on [b, heads/t, s, s]. It draws masks for all heads and applies a shard."""
     dropout.shard, dropout.shards = group.rank(), group.size()
     return dropout
 
 
 def shard_tokens(dropout: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
-    """gpt.Dropout on [b, s, h], or with `sequence` on [b, s/t, h]."""
+    """For gpt.Dropout on [b, s, h], or with `sequence` on [b, s/t, h]."""
     return shard_heads(dropout, fused, group, sequence) if sequence else dropout
 
 
 def mark_partial(module: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
-    """A module between a column- and a row-parallel layer, such as a norm per head (Qwen3). It
-    processes this rank's heads only, so its gradient is partial: see all_reduce_partial. A norm
-    over all heads (OLMo 2) also needs an all-reduce in forward, and therefore another style."""
+    """For a module between a column- and a row-parallel layer, such as the norm of each query and
+    key head in Qwen3. It sees this rank's heads only, so its gradient is partial. A norm over all
+    heads (OLMo 2) needs a different style, because its forward must communicate too."""
     for p in module.parameters():
         p.partial = True
     return module
 
 
 def keep_replicated(module: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
-    """A module that computes the same on every rank, such as a norm of the residual stream."""
+    """For a module that computes the same on every rank, such as a norm of the residual stream."""
     return module
 
 
@@ -383,7 +381,7 @@ STYLES = {
     "replicated": keep_replicated,
 }
 
-# {pattern of module names: style, or (style, fused)}. Other models need other plans.
+# A plan: {pattern of module names: style, or (style, fused)}. Each model needs its own plan.
 GPT_PLAN = {
     "wte": "vocab",
     "wpe": "position",
@@ -394,24 +392,24 @@ GPT_PLAN = {
     "h.*.attn.c_proj": "row",
     "h.*.mlp.c_fc": "column",
     "h.*.mlp.c_proj": "row",
-    "lm_head": "column",  # its output, the logits, stays sharded: vocab_parallel_cross_entropy
+    "lm_head": "column",  # sharded logits, for vocab_parallel_cross_entropy
 }
 
 
 def parallelize(
     model: nn.Module, plan: dict, group: dist.ProcessGroup, sequence: bool = False
 ) -> nn.Module:
-    """Replaces the modules of `model` that `plan` names, in place, and returns the model. The first
-    pattern that matches a name applies. Works on the meta device. Tied weights stay tied.
+    """Replaces modules of `model` in place, according to `plan`, and returns the model. The first
+    pattern that matches a module's name applies. Works on the meta device. Tied weights stay tied.
 
-    Attention must take its number of heads and its sequence length from the shape of the output of
-    its column-parallel layer. With `sequence`, modules that the plan does not name get [b, s/t, h].
+    The attention of the model must take the number of heads and the sequence length from the shape
+    of its queries. With `sequence`, the modules outside the plan process [b, s/t, h].
 
-    Each parameter gets an attribute `partial`, see all_reduce_partial. Do not use clip_grad_norm_,
-    which would scale the gradients differently on each rank. Sum the squares of the shards over the
-    group, as train_3d.py does.
+    Every parameter gets the attribute `partial`: whether its gradient must be all-reduced by
+    all_reduce_partial. Do not use clip_grad_norm_, because it would scale the gradients differently
+    on each rank. Compute the norm from all shards, as train_3d.py does.
 
-    Raises ValueError for each error that the checks at the end of this file find."""
+    Raises ValueError if one of the checks below fails."""
     modules = list(model.named_modules())
     plan = {p: style if isinstance(style, tuple) else (style, 1) for p, style in plan.items()}
     check_plan(plan, [name for name, _ in modules])
@@ -449,10 +447,10 @@ def parallelize(
 
 
 def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup) -> None:
-    """All-reduces the gradients of the parameters with .partial, in place. Each rank has computed
-    such a gradient from its tokens only (sequence parallelism) or from its heads only (the style
-    "partial"). Call it once per step, after the last backward, so that one all-reduce serves all
-    layers and microbatches. A gradient that is None must be None on all ranks."""
+    """All-reduces, in place, the gradients of the parameters for which .partial is True. Each rank
+    has computed such a gradient from its tokens (sequence parallelism) or its heads (the style
+    "partial"). Called once per step, after the last backward: one collective then serves all layers
+    and microbatches. A gradient that is None must be None on all ranks."""
     gradients = [g for g in gradients if g is not None]
     if gradients and group.size() > 1:
         flat = torch.cat([g.flatten() for g in gradients])
@@ -462,8 +460,8 @@ def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup)
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target] over the valid targets. The ranks exchange tensors of
-    [b, s] only: the maximum of the logits, then the sum of exponentials and the target's logit."""
+    """The sum of -log softmax(logits)[target] over the valid targets. For each token the ranks
+    exchange three numbers: the maximum, the sum of exponentials and the logit of the target."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, start: int, v: int, group) -> Tensor:
@@ -492,11 +490,11 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
 def vocab_parallel_cross_entropy(
     logits: Tensor, targets: Tensor, head: nn.Module, group: dist.ProcessGroup
 ) -> Tensor:
-    """The sum of the cross-entropy over the targets, a scalar that is the same on every rank.
-    logits: [b, s, v/t], from the column-parallel layer `head`. targets: [b, s], in 0..v-1, or < 0
-    to be ignored. Computed in fp32 or higher, like gpt.cross_entropy."""
+    """The cross-entropy summed over the targets: a scalar, equal on all ranks. logits [b, s, v/t]:
+    the output of the column-parallel layer `head`. targets [b, s]: 0..v-1, or < 0 to be ignored.
+    Computed in fp32 at least, like gpt.cross_entropy."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if group.size() == 1:  # PyTorch's reads and writes the logits less often
+    if group.size() == 1:  # F.cross_entropy reads and writes the logits fewer times
         flat = targets.flatten().clamp(min=-1)  # a copy, because autograd saves it
         return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
     v = head.weight.sharding.shape[0]
@@ -504,7 +502,8 @@ def vocab_parallel_cross_entropy(
     return VocabParallelCrossEntropy.apply(logits, targets, start, v, group)
 
 
-# Checks. Each raises ValueError for an error that would otherwise train a different model.
+# Checks. Each raises ValueError for a mistake that would otherwise train a wrong model, or train a
+# correct one with more memory or communication than necessary.
 
 
 def check_plan(plan: dict[str, tuple], names: list[str]) -> None:
@@ -610,9 +609,10 @@ def predicted_collectives(
     first: bool = True, last: bool = True,
 ) -> dict[tuple[str, str], tuple[int, int]]:  # fmt: skip
     """(phase, operation) -> (calls, payload in elements) per rank and step of m microbatches, for a
-    pipeline stage with n_layer blocks. first: it has the embedding. last: it has the head and the
-    loss. Without all_reduce_partial. Megatron-LM, section 3; Korthikanti et al., section 4.2.2."""
-    f, g = 2 * n_layer + last, 2 * n_layer + first  # per forward
+    pipeline stage with n_layer blocks. first: with the embedding. last: with the head and the loss.
+    all_reduce_partial is not included."""
+    f = 2 * n_layer + last  # attention, MLP; the head
+    g = 2 * n_layer + first  # attention, MLP; the embedding
     if sequence:
         calls = {("forward", "all_gather"): f, ("forward", "reduce_scatter"): g,
                  ("backward", "all_gather"): f + g, ("backward", "reduce_scatter"): f}  # fmt: skip
@@ -620,8 +620,8 @@ def predicted_collectives(
         calls = {("forward", "all_reduce"): g, ("backward", "all_reduce"): f}
     costs = {key: (m * n, m * n * b * s * h) for key, n in calls.items()}
     n, payload = costs.get(("forward", "all_reduce"), (0, 0))
-    loss = (n + 2 * m * last, payload + 3 * m * b * s * last)
-    return costs | {("forward", "all_reduce"): loss}
+    loss = (2 * m * last, 3 * m * b * s * last)  # [b, s] and [2, b, s]
+    return costs | {("forward", "all_reduce"): (n + loss[0], payload + loss[1])}
 
 
 # --- demo -----------------------------------------------------------------------------------------
