@@ -174,5 +174,7 @@ def test_wire_of_a_block(sequence, factor, t):
     more are for the two inputs that a column-parallel layer keeps as shards."""
     one, two = (launch(t, step_of_blocks, n, sequence) for n in (1, 2))
     for n, ranks in ((1, one), (2, two)):
-        assert ranks == [tp.predicted_wire_bytes(n, 1, 12, 24, t, 8, 1, sequence)] * t
+        costs = tp.predicted_collectives(n, 1, 12, 24, sequence=sequence)
+        elements = sum(WIRE[op](t) * payload for (_, op), (_, payload) in costs.items())
+        assert ranks == [pytest.approx(8 * elements, abs=1e-6)] * t
     assert two[0] - one[0] == factor * (t - 1) / t * 12 * 24 * 8

@@ -44,8 +44,14 @@ HANG = "the test hangs"
 NUMBERS = r"Errors\(.*where='(gradient|parameter) "  # largest error: a gradient or parameter
 NORM = r"Errors\(.*norm=\d+\.\d+,"  # an error printed without exponent is at least 1e-4
 LAYOUTS = "tests/test_layouts.py::test_layout_equals_one_process"
-PARTIAL = "y = LaterLinear.apply(x, weight, later) if later else F.linear(x, weight)"
-ARRIVED = "arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group, need_weight)"
+PARTIAL = """y = reduce_output(self.multiply(x, None), self.group, self.sequence)
+        return y if self.bias is None else y.add_(self.bias)"""
+WAIT_D_X = "wait_d_x = start(d_x, ctx.group, async_op=need_weight)"
+G_BACKWARD = """return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None"""
 MOMENTS = 'found += rectangles(f"{key}/{name}", value, parameter, offset)'
 SENT = "events.append((end, 0, n, (rank, dst), Transfer(*action, rank, dst)))"
 
@@ -73,20 +79,19 @@ ZOO = [
         ("tensor_parallel.py", '"h.*.attn.c_attn": ("column", 3)', '"h.*.attn.c_attn": "column"')],
         LAYOUTS, r"where='gradient h\.\d\.attn\.c_attn"),
     Bug(6, "three sums in backward where one would do", [
-        ("tensor_parallel.py", ARRIVED,
-         "start = start_scatter if ctx.sequence else start_sum\n"
-         "            parts = zip(grad.chunk(3, -1), weight.chunk(3, 0), strict=True)\n"
-         "            sums = [start(g @ w, ctx.group, need_weight) for g, w in parts]\n"
-         "            arrived = lambda: sum(part() for part in sums)")],
+        ("tensor_parallel.py", WAIT_D_X,
+         "thirds = zip(grad.chunk(3, -1), weight.chunk(3, 0), strict=True)\n"
+         "            waits = [start(g @ w, ctx.group, need_weight) for g, w in thirds]\n"
+         "            wait_d_x = lambda: sum(wait() for wait in waits)")],
         "tests/test_tensor_parallel.py::test_collectives_of_a_block_and_what_hides_them",
         r"\('backward', 'all_reduce'\): \(9, \d+\)"),
     Bug(7, "norms' gradients not summed over tp", [
         ("tensor_parallel.py",
-         'p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "sharding"))',
+         "p.partial = group.size() > 1 and (partial or (sequence and not sharding))",
          "p.partial = False")],
         LAYOUTS, r"where='gradient (h\.\d\.)?ln_"),
     Bug(8, "an argument summed in place, and autograd not told", [
-        ("tensor_parallel.py", "ctx.mark_dirty(x)", "pass")],
+        ("tensor_parallel.py", "ctx.mark_dirty(x)  #", "#")],
         "tests/test_tensor_parallel.py::test_conjugates", "DID NOT RAISE"),
     Bug(8, "logits overwritten", [
         ("tensor_parallel.py", "shifted = logits - highest.unsqueeze(-1)",
@@ -127,9 +132,9 @@ ZOO = [
         "tests/test_ddp.py::test_the_count_is_of_tokens_and_not_a_mean_of_ranks",
         r"\[12, 2\] == \[7, 7\]"),
     Bug(13, "a row-parallel bias added t times", [
-        ("tensor_parallel.py", PARTIAL, PARTIAL.replace("weight)", "weight, self.bias)")),
-        ("tensor_parallel.py", "return y if self.bias is None else y.add_(self.bias)",
-         "return y.add_(self.bias) if later else y")],
+        ("tensor_parallel.py", PARTIAL,
+         "y = self.multiply(x, self.bias)\n"
+         "        return reduce_output(y, self.group, self.sequence)")],
         LAYOUTS, r"where='gradient h\.\d\."),
     Bug(14, "recompute draws new masks", [
         ("activation_ckpt.py", "cpu, cuda, grad, rng, hooks:",
@@ -180,18 +185,11 @@ ZOO = [
         "tests/test_zero.py::test_pieces_own_every_element_once_and_padding_never",
         "padding in a piece"),
     Bug(21, "a weight gradient written to .grad by hand", [
-        ("pipeline.py", "weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))",
-         "dw = grad.flatten(0, -2).T @ x.flatten(0, -2)\n"
+        ("pipeline.py", "layer.weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))",
+         "dw, weight = grad.flatten(0, -2).T @ x.flatten(0, -2), layer.weight\n"
          "    weight.grad = dw if weight.grad is None else weight.grad.add_(dw)")],
         "tests/test_pipeline.py::test_200_random_schedules_run",
         r"assert counted == pipe\.accumulations"),
-    Bug(21, "the same in a tensor-parallel linear", [
-        ("tensor_parallel.py",
-         "weight.backward(weight_gradient(start_gather(x, group)() if group else x, grad))",
-         "dw = weight_gradient(start_gather(x, group)() if group else x, grad)\n"
-         "    weight.grad = dw if weight.grad is None else weight.grad.add_(dw)")],
-        "tests/test_train_3d.py::test_every_accumulation_is_seen_by_a_hook",
-        r"assert \(?\d+ == 0"),
     Bug(22, "the last rows of an uneven cut are lost", [
         ("tensor_parallel.py", "chunk = -(-n // self.size)", "chunk = n // self.size")],
         "tests/test_tensor_parallel.py::test_cuts_are_torch_chunks_and_cover_the_whole",
@@ -211,10 +209,10 @@ ZOO = [
         "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward",
         r"assert torch\.equal\(a\.grad, b\.grad\)"),
     Bug(25, "a conjugate that sums what is whole", [
-        ("tensor_parallel.py",
-         "return start_gather(grad, ctx.group)() if ctx.sequence else grad, None, None",
-         "whole = start_gather(grad, ctx.group) if ctx.sequence else "
-         "start_sum(grad.clone(), ctx.group)\n        return whole(), None, None")],
+        ("tensor_parallel.py", G_BACKWARD,
+         "ctx.group = group\n        return x\n\n    @staticmethod\n"
+         "    def backward(ctx, grad: Tensor):\n"
+         "        return start_all_reduce(grad.clone(), ctx.group)(), None")],
         "tests/test_tensor_parallel.py::test_conjugates", r"assert torch\.equal\(part\.grad"),
     Bug(26, "a buffer keeps the last step's gradients", [
         ("ddp.py", "        total.copy_(gradient)", "        total.add_(gradient)")],
@@ -298,6 +296,11 @@ ZOO = [
          "requires_grad_() for x in inputs]")],
         "tests/test_activation_ckpt.py::test_the_second_forward_saves_what_the_first_has_saved",
         "assert False"),
+    Bug(57, "the gradient of a shared input is not summed", [
+        ("tensor_parallel.py",
+         "        dist.all_reduce(grad, group=ctx.group)  # payload: b s h\n", "")],
+        "tests/test_tensor_parallel.py::test_version_1_and_the_parallel_layers_equal_one_process",
+        r"AssertionError: \(\d\.\d+, \d\.\d+e-1\d\)"),
 ]  # fmt: skip
 
 
