@@ -764,31 +764,6 @@ def predicted_held(name: str, p: int, m: int, v: int, rank: int) -> int:
     return {"gpipe": m, "1f1b": min(m, p - rank), "zb-h1": min(m, p), "zb-v": 2 * p}[name]
 
 
-def peak_held(actions: list[Action], in_flight: dict[int, int], waiting: dict[int, int]) -> int:
-    """The most that a rank with these actions holds after one of them: in_flight[stage] for each
-    microbatch forwarded and not backwarded, waiting[stage] for each whose W is to come."""
-    split_backward, held, peak = splits_backward(actions), 0, 0
-    for kind, _, k in actions:
-        deferred = waiting[k] * split_backward
-        held += {"F": in_flight[k], "B": deferred - in_flight[k], "W": -waiting[k]}[kind]
-        peak = max(peak, held)
-    return peak
-
-
-def predicted_queue_bytes(
-    n_layer: int, b: int, s: int, h: int, itemsize: int, head: int = 0, t: int = 1,
-    sequence: bool = False,
-) -> int:  # fmt: skip
-    """Bytes that wait for a W: the inputs and output gradients of the linear layers of n_layer
-    GPT-2 blocks on one of t tensor-parallel ranks, and of a head with that many rows on this rank.
-    In units of b s h, inputs: of c_attn 1, c_fc 1 (with sequence parallelism 1/t: W gathers them),
-    c_proj 1/t, mlp.c_proj 4/t; gradients: 3/t, 4/t, 1, 1."""
-    tokens = b * s * h
-    column = tokens // t if sequence else tokens
-    block = 2 * column + 2 * tokens + 12 * tokens // t
-    return itemsize * (n_layer * block + (column + b * s * head if head else 0))
-
-
 def predicted_sends(
     stages: list[list[int]], rank: int, m: int, b: int, s: int, h: int
 ) -> tuple[int, int]:
@@ -870,8 +845,9 @@ def main() -> None:
             calls, elements = predicted_sends(stages, rank, m, b, config.seq_len, config.n_embd)
             sent = tuple(seen.total("pp", "send"))
             report.equal(f"{name} sends, elements", (steps * calls, steps * elements), sent)
-            one = dict.fromkeys(stages[rank], 1)
-            most = peak_held(schedule[rank], one, one)
+            last = "W" if splits_backward(schedule[rank]) else "B"
+            change = [(kind == "F") - (kind == last) for kind, *_ in schedule[rank]]
+            most = max(itertools.accumulate(change))
             report.equal(f"{name} chunks held", predicted_held(name, p, m, v, rank), most)
             simulated = round(bubble(simulate(schedule)), 9)
             predicted = round(predicted_bubble(name, p, m, v), 9)

@@ -17,6 +17,7 @@ import measure
 import pipeline
 import tensor_parallel
 from pipeline import Action, check, check_no_deadlock, derive_programs, simulate
+from tools import cost
 from tools.oracle import draw, launch
 
 MICROBATCHES = (*range(1, 21), 31, 32, 33, 48, 63, 64)
@@ -42,7 +43,7 @@ def test_bubble_and_memory_are_as_predicted(name, v, every):
             assert pipeline.bubble(simulate(schedule)) == pytest.approx(predicted), (p, m)
         one = dict.fromkeys(range(v * p), 1)
         for rank in range(p):
-            held = pipeline.peak_held(schedule[rank], one, one)
+            held = cost.peak_held(schedule[rank], one, one)
             bound = pipeline.predicted_held(name, p, m, v, rank)
             assert held == bound or (name == "zb-v" and m < 2 * p - 1 and held < bound), (p, m)
 

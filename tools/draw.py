@@ -17,6 +17,7 @@ import sys
 
 import options
 import pipeline
+from tools import cost
 
 COLORS = {"F": 44, "B": 42, "W": 43, "f": 46, "b": 102, "w": 103}  # backgrounds
 
@@ -33,7 +34,7 @@ def in_color(timeline: str) -> str:
 def numbers(name: str, schedule: pipeline.Schedule) -> str:
     stages = pipeline.stages_of(schedule)
     one = {k: 1.0 / len(row) for row in stages for k in row}
-    held = [pipeline.peak_held(row, one, one) for row in schedule]
+    held = [cost.peak_held(row, one, one) for row in schedule]
     sends = [pipeline.predicted_sends(stages, r, 1, 1, 1, 1)[0] for r in range(len(schedule))]
     bubble = pipeline.bubble(pipeline.simulate(schedule))
     return (f"{name:12s} bubble {bubble:.3f}   sends {max(sends)} a microbatch   holds at most, in "
