@@ -492,50 +492,81 @@ def chunks_of(model: nn.Module, mine: Sequence[int], split: list[range], **names
     return chunks
 
 
-# 5. A backward in two: B leaves the gradients of linear layers' weights to W. Embeddings, norms and
-# biases it finishes itself: they cost little.
+# 5. Split backward: B computes the input gradients of the linear layers and puts the rest of their
+# work, the weight gradients, into a queue that W empties. Embeddings, norms and biases finish in B,
+# because their gradients are cheap.
 
 
 class DeferredLinear(torch.autograd.Function):
-    """F.linear, but for its weight's gradient: that is left in a queue, as a function to be called.
-    The weight itself stays out of the graph: its hooks would be called, with nothing to add."""
+    """F.linear whose backward does not compute the gradient of layer.weight: it appends that work
+    to layer.weight_grad_queue, as a function without arguments.
+
+    The weight is not an input of this Function. Otherwise autograd would call the weight's hooks in
+    B, before its gradient exists. `layer` is an nn.Linear or a layer as in defer_weight_gradients.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, linear: nn.Linear, bias: Tensor | None):
-        ctx.save_for_backward(x)
-        ctx.linear = linear
-        return F.linear(x, linear.weight, bias)
+    def forward(ctx, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)  # before gather_input, so that a shard of the sequence is saved
+        return F.linear(gather_input(layer, x), layer.weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x,), linear = ctx.saved_tensors, ctx.linear
-        # Detached, not to keep x's graph. Under autocast grad has another dtype than x and weight.
-        work = functools.partial(finish, linear.weight, x.detach().to(grad.dtype), grad)
-        linear.weight_grad_queue.append(work)
-        d_bias = None if linear.bias is None else grad.flatten(0, -2).sum(0)
-        return grad @ linear.weight.to(grad.dtype), None, d_bias
+        (x,), layer = ctx.saved_tensors, ctx.layer
+        # Detached: the queue must not keep the graph that computed x. Under autocast the gradient
+        # has a lower dtype than x and the weight.
+        work = functools.partial(add_weight_gradient, layer, x.detach().to(grad.dtype), grad)
+        layer.weight_grad_queue.append(work)
+        d_x = grad @ layer.weight.to(grad.dtype)
+        if hasattr(layer, "reduce_input_gradient"):
+            d_x = layer.reduce_input_gradient(d_x)
+        d_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return d_x, d_bias, None
 
 
-def finish(weight: nn.Parameter, x: Tensor, grad: Tensor) -> None:
-    """By a backward of its own, and not by writing to .grad: so the hooks of DDP and ZeRO are
-    called, and see no difference."""
-    weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))
+def gather_input(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer.gather_input(x) if hasattr(layer, "gather_input") else x
 
 
-def deferred(linear: nn.Linear, x: Tensor) -> Tensor:
-    if x.requires_grad and linear.weight.requires_grad:
-        return DeferredLinear.apply(x, linear, linear.bias)
-    return F.linear(x, linear.weight, linear.bias)
+def add_weight_gradient(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
+    """The work of W. x: the saved input. grad: the gradient of the output. backward() is called on
+    the weight, because assigning to .grad would not call the hooks of DDP and ZeRO."""
+    x = gather_input(layer, x)
+    layer.weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))
+
+
+def deferred_multiply(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ layer.weight.T + bias. Not deferred if x or the weight needs no gradient."""
+    if x.requires_grad and layer.weight.requires_grad:
+        return DeferredLinear.apply(x, bias, layer)
+    if type(layer) is nn.Linear:
+        return F.linear(x, layer.weight, bias)
+    return type(layer).multiply(layer, x, bias)
+
+
+def deferred_forward(linear: nn.Linear, x: Tensor) -> Tensor:
+    return deferred_multiply(linear, x, linear.bias)
 
 
 def defer_weight_gradients(model: nn.Module, queue: list) -> None:
-    """From now on backward leaves the gradients of nn.Linears' weights in `queue`. Layers of other
-    kinds (tensor_parallel.py has two) do so if they find a `weight_grad_queue` on themselves."""
+    """From now on, backward appends the weight gradients of the model's linear layers to `queue`,
+    as functions to be called.
+
+    This replaces the forward of each nn.Linear. A layer of another class takes part if it has a
+    method multiply(x, bias) -> x @ weight.T + bias, which is replaced. Such a layer may communicate
+    its input: gather_input(x) returns the input of the matmul, and reduce_input_gradient(d_x)
+    returns the gradient of x from that of the gathered input. tensor_parallel.py has two such
+    layers. A forward or multiply that was replaced on the instance before is left alone. Calling
+    this a second time replaces the queue."""
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module):  # not replaced
-            module.forward = functools.partial(deferred, module)
+        if "weight_grad_queue" in vars(module):
             module.weight_grad_queue = queue
-        elif hasattr(module, "weight_grad_queue"):
+        elif type(module) is nn.Linear and "forward" not in vars(module):
+            module.forward = functools.partial(deferred_forward, module)
+            module.weight_grad_queue = queue
+        elif hasattr(module, "multiply") and "multiply" not in vars(module):
+            module.multiply = functools.partial(deferred_multiply, module)
             module.weight_grad_queue = queue
 
 

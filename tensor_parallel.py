@@ -37,7 +37,6 @@ Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3; Korthikanti et a
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -131,29 +130,21 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     return grad.flatten(0, -2).T @ x.flatten(0, -2)  # [out, in]
 
 
-def finish(weight: nn.Parameter, x: Tensor, grad: Tensor, group=None) -> None:
-    """What was left for later, see `Linear`. group: over which x is gathered first."""
-    weight.backward(weight_gradient(start_gather(x, group)() if group else x, grad))
-
-
 class ColumnLinear(torch.autograd.Function):
     """x [b, s, in] (or [b, s/t, in], if `sequence`) -> [b, s, out/t]. What is kept is x as it came:
-    a shard is gathered again in backward, while the gradient of the gathered x is computed.
-    later: None, or what takes the work on the weight's gradient, to be done another time."""
+    a shard is gathered again in backward, while the gradient of the gathered x is computed."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, group, sequence: bool, later: Callable | None):
-        ctx.group, ctx.sequence, ctx.later = group, sequence, later
+    def forward(ctx, x, weight, bias, group, sequence: bool):
+        ctx.group, ctx.sequence = group, sequence
         # Only the weight's gradient needs x, so a frozen weight does not save it.
-        ctx.save_for_backward(x if later or ctx.needs_input_grad[1] else None, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return F.linear(start_gather(x, group)() if sequence else x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = to_dtype(grad.dtype, ctx.saved_tensors)
-        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad  # need_weight: not with `later`
-        if ctx.later:
-            ctx.later(x, grad, ctx.group if ctx.sequence else None)
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         whole_x = start_gather(x, ctx.group, need_x) if ctx.sequence and need_weight else lambda: x
         d_x = grad @ weight if need_x else None  # a partial sum: of my columns
         x, arrived = whole_x(), lambda: None
@@ -161,23 +152,7 @@ class ColumnLinear(torch.autograd.Function):
             arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group, need_weight)
         d_weight = weight_gradient(x, grad) if need_weight else None  # while d_x travels
         d_bias = grad.flatten(0, -2).sum(0) if need_bias else None
-        return arrived(), d_weight, d_bias, None, None, None
-
-
-class LaterLinear(torch.autograd.Function):
-    """x [b, s, in/t] -> a partial sum [b, s, out]; later: see ColumnLinear."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, later: Callable) -> Tensor:
-        ctx.later = later
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight = to_dtype(grad.dtype, ctx.saved_tensors)
-        ctx.later(x, grad)
-        return grad @ weight, None, None
+        return arrived(), d_weight, d_bias, None, None
 
 
 class SumOverGroup(torch.autograd.Function):
@@ -264,27 +239,13 @@ def shard_parameter(p: nn.Parameter, dim: int, parts: int | tuple[int, ...], gro
     return new
 
 
-class Linear(nn.Module):
-    """What the two kinds share. A pipeline that takes backwards apart gives the module a
-    `weight_grad_queue`: there the weight's gradient is left, as a function to be called, which adds
-    to weight.grad by a backward of its own, so that hooks on the weight see no difference."""
-
-    weight_grad_queue: list | None = None
-
-    def for_graph(self, x: Tensor) -> tuple[Tensor, Callable | None]:
-        """The weight, and None; or it is detached, since its hooks would be called with nothing in
-        it, and what leaves (input, gradient of the output, group to gather over) for later."""
-        queue = self.weight_grad_queue
-        if queue is None or not (x.requires_grad and self.weight.requires_grad):
-            return self.weight, None
-
-        def later(x: Tensor, *args) -> None:  # detached: without the graph that x hangs on
-            queue.append(functools.partial(finish, self.weight, x.detach(), *args))
-
-        return self.weight.detach(), later
+# pipeline.defer_weight_gradients splits the backward of these layers: a weight gradient is then
+# computed later than the input gradient. It replaces multiply(x, bias) on the instance. A layer
+# whose input is communicated also has gather_input(x), applied before the matmul, and
+# reduce_input_gradient(d_x), applied to the input gradient of the matmul.
 
 
-class ColumnParallelLinear(Linear):
+class ColumnParallelLinear(nn.Module):
     """x [b, s, in] -> this rank's columns [b, s, out/t]. Matrices that read the same x are best
     fused into one, with `parts`: one f, so one all-reduce in backward and not one for each. It
     splits columns and does not know which of them form a head: a model must check that itself."""
@@ -297,13 +258,24 @@ class ColumnParallelLinear(Linear):
         self.bias = None if bias is None else shard_parameter(bias, 0, parts, group)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight_grad_queue is None and self.group.size() == 1:
-            return F.linear(x, self.weight, self.bias)  # torch's, which is quicker to dispatch
-        weight, later = self.for_graph(x)
-        return ColumnLinear.apply(x, weight, self.bias, self.group, self.sequence, later)
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.group.size() == 1:
+            return F.linear(x, self.weight, bias)  # torch's, which is quicker to dispatch
+        return ColumnLinear.apply(x, self.weight, bias, self.group, self.sequence)
+
+    def gather_input(self, x: Tensor) -> Tensor:
+        """f in forward: x [b, s, in], or [b, s/t, in] if `sequence` -> [b, s, in]."""
+        return start_gather(x, self.group)() if self.sequence else x
+
+    def reduce_input_gradient(self, d_x: Tensor) -> Tensor:
+        """f in backward: d_x [b, s, in], a partial sum that may be overwritten -> the sum, or if
+        `sequence` this rank's shard of it, [b, s/t, in]."""
+        return (start_scatter if self.sequence else start_sum)(d_x, self.group)()
 
 
-class RowParallelLinear(Linear):
+class RowParallelLinear(nn.Module):
     """This rank's columns [b, s, in/t] -> y [b, s, out], the same on every rank, or a shard."""
 
     def __init__(self, linear: nn.Linear, parts: int | tuple[int, ...], group, sequence: bool):
@@ -313,12 +285,13 @@ class RowParallelLinear(Linear):
         self.bias = linear.bias  # whole, and added once: after the sum
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight_grad_queue is None and self.group.size() == 1:
-            return F.linear(x, self.weight, self.bias)
-        weight, later = self.for_graph(x)
-        y = LaterLinear.apply(x, weight, later) if later else F.linear(x, weight)
-        y = SumOverGroup.apply(y, self.group, self.sequence)
+        if self.group.size() == 1:
+            return self.multiply(x, self.bias)
+        y = SumOverGroup.apply(self.multiply(x, None), self.group, self.sequence)
         return y if self.bias is None else y.add_(self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight, bias)
 
 
 class VocabParallelEmbedding(nn.Module):

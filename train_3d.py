@@ -355,7 +355,8 @@ def start_to_host(t: Tensor) -> Callable[[], Tensor]:
 # With these options torch.compile (2.13) splits a block's forward into several graphs: (how many,
 # what it cannot trace). Dropout and selective recomputation add more.
 GRAPHS_WITH_TP = (7, "the asynchronous collectives in the backward of 2 linear layers")
-GRAPHS_WITH_ZERO_BUBBLE = (15, "the backward of 4 linear layers, which queues weight gradients")
+GRAPHS_WITH_ZERO_BUBBLE = (9, "the backward of 4 linear layers, which queues weight gradients")
+GRAPHS_WITH_BOTH = (11, GRAPHS_WITH_ZERO_BUBBLE[1])
 
 
 def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
@@ -438,7 +439,9 @@ def describe(trainer: Trainer, logger: measure.Logger) -> None:
         * args.compile
     )
     if args.compile and (args.tp > 1 or trainer.pipe.split_backward):
-        n, what = GRAPHS_WITH_ZERO_BUBBLE if trainer.pipe.split_backward else GRAPHS_WITH_TP
+        n, what = GRAPHS_WITH_TP
+        if trainer.pipe.split_backward:
+            n, what = GRAPHS_WITH_BOTH if args.tp > 1 else GRAPHS_WITH_ZERO_BUBBLE
         least = "at least " * (args.dropout > 0 or args.recompute == "selective")
         logger.say(f"--compile: {least}{n} graphs per block, not 1: it cannot trace {what}")
     if args.zero and d == 1:

@@ -234,7 +234,7 @@ class SharedKV(nn.Module):
 
     def forward(self, x):
         kv = self.weight.view(2, KV_HEADS, SIZE, H)[:, self.mine].flatten(0, 2)
-        return tensor_parallel.ColumnLinear.apply(x, kv, None, self.group, self.sequence, None)
+        return tensor_parallel.ColumnLinear.apply(x, kv, None, self.group, self.sequence)
 
 
 SHARED_PLAN = {name: style for name, style in PLAN.items() if name != "h.*.qkv"}

@@ -26,7 +26,7 @@ def conjugates(sequence: bool):
     x = torch.arange(shard, dtype=D).view(1, -1, 1).requires_grad_()
     kept, seed = x.detach().clone(), torch.full((1, 3 * t, 1), rank + 1.0, dtype=D)
     given = seed.clone()
-    y = tp.ColumnLinear.apply(x, one, None, group, sequence, None)
+    y = tp.ColumnLinear.apply(x, one, None, group, sequence)
     y.backward(given)
     whole = torch.cat([kept] * t, 1) if sequence else kept
     assert torch.equal(y, whole) and torch.equal(x, kept)
@@ -488,7 +488,8 @@ def cost_of_a_backward(x_needs: bool, frozen: bool, sequence: bool, defer: bool)
     group, queue, b = dist.group.WORLD, [], 2
     layer = tp.ColumnParallelLinear(nn.Linear(8, 6), 1, group, sequence)
     layer.weight.requires_grad_(not frozen)
-    layer.weight_grad_queue = queue if defer else None
+    if defer:
+        pipeline.defer_weight_gradients(layer, queue)
     x = torch.zeros(b, 4, 8, requires_grad=x_needs)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
