@@ -59,7 +59,8 @@ def train_step(
     stage: nn.Module, inputs: Sequence[Tensor], loss_of: Callable, boundary: Tensor,
     group: dist.ProcessGroup, gpipe: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Runs one step of this rank's stage, in 1F1B or GPipe order. Gradients are added to `.grad`.
+    """Runs one step of this rank's stage and adds the gradients to `.grad`. GPipe runs all forwards
+    before the first backward. 1F1B runs each backward as early as possible, which saves memory.
 
     inputs: one tensor per microbatch, used by rank 0. loss_of(output, microbatch) -> scalar, used
     by the last rank. boundary: a tensor with the shape, dtype and device of all tensors sent
@@ -207,9 +208,9 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
     """1F1B with several chunks per rank: rank r holds the stages r, p + r, 2 p + r, ... Each stage
     has fewer layers than in 1F1B, so later ranks start sooner and the bubble is smaller.
 
-    Microbatches run in groups: a whole group on the first chunk, then the group on the second, and
-    so on. A group has at least p microbatches, because its first microbatch reaches the second
-    chunk of rank 0 after p forwards. If p does not divide m, groups are larger, up to 2 p - 1."""
+    Microbatches are processed in groups: all of a group on the first chunk, then all of it on the
+    second, and so on. A group has at least p microbatches, because its first microbatch reaches the
+    second chunk of rank 0 after p forwards. If p does not divide m, groups have up to 2 p - 1."""
     n = max(1, m // p)
     groups = [range(-(-m * j // n), -(-m * (j + 1) // n)) for j in range(n)]
     schedule = []
@@ -228,8 +229,8 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
 
 
 def zb_h1(p: int, m: int, chunks: int = 1) -> Schedule:
-    """1F1B with split backwards. Rank r runs W r microbatches later than B, so each rank holds p
-    microbatches, as many as rank 0 does in 1F1B."""
+    """1F1B with split backwards. Rank r defers each W by r microbatches. So every rank holds up to
+    p microbatches, as rank 0 does in 1F1B."""
     require_chunks("zb-h1", chunks, 1)
     return [
         from_phases(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
