@@ -1,8 +1,15 @@
-"""Pipeline parallelism: consecutive blocks on consecutive ranks, microbatches flowing through.
+"""Pipeline parallelism: the layers are split over ranks, and microbatches pass from rank to rank.
 
-1F1B on 3 ranks, 4 microbatches (F forward, B backward, which takes twice as long); and ZB-H1, which
-takes a backward apart: B, the gradient of the input, for which the rank before waits, and W, the
-gradient of the weights, for which nobody waits, so that it fills gaps:
+A stage is a contiguous slice of the layers. Stages are numbered in model order. Each rank holds one
+stage, or several, which are called its chunks. The batch is split into microbatches. In a forward
+(F), a stage sends its output to the next stage. In a backward (B), it sends the gradient of its
+input to the previous stage. A schedule is the order of these actions on each rank. It determines
+how long ranks are idle (the bubble) and how many microbatches a rank holds in memory.
+
+The first timeline is 1F1B on 3 ranks with 4 microbatches. F0 is the forward of microbatch 0, B0 its
+backward, which takes twice as long, and dots are idle time. The second is ZB-H1, which splits each
+backward: B computes the input gradient, which the previous stage needs, and W computes the weight
+gradients. No other rank needs these, so W can run later and fill idle time.
 
     >>> print(draw(one_f_one_b(3, 4)), draw(zb_h1(3, 4)), sep="\\n\\n")
     rank 0 |F0 F1 F2 .  .  .  .  B0--- F3 B1--- .  B2--- .  B3---
@@ -13,27 +20,23 @@ gradient of the weights, for which nobody waits, so that it fills gaps:
     rank 1 |.  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3
     rank 2 |.  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3
 
-A schedule is data: for each rank a list of actions, from a pure function of (p, m, v). Picture,
-bubble, memory, check and execution all read that list; to try a schedule, write a function that
-returns lists. Transfers between ranks are derived, and the executor runs any list.
+p ranks, numbered r = 0..p-1; c chunks per rank; m microbatches:
 
-    per rank     bubble      held by rank r, in microbatches    sends of [b,s,h] (not at the ends)
-    gpipe        (p-1)/m     m                                  m outputs, m gradients
-    1f1b         (p-1)/m     p-r                                the same
-    interleaved  (p-1)/(vm)  p + (p-1-2r)/v, if p divides m     v m, v m: v stages a rank, in turn
-    zb-h1        (p-1)/(3m)  p                                  m, m
-    zb-v         (p-1)/(6m)  p                                  2 m, 2 m: 2 stages a rank, in a V
+    schedule      c    bubble         held by rank r      sends per microbatch
+    gpipe         1    (p-1) / m      m                   2
+    1f1b          1    (p-1) / m      p - r               2
+    interleaved   any  (p-1) / (c m)  p + (p-1-2r) / c    2 c
+    zb-h1         1    (p-1) / (3 m)  p                   2
+    zb-v          2    (p-1) / (6 m)  p                   4
 
-Bubble: idle time over busy time, all ranks together, for m >= p (zb-v: 2p-1) and F = B = W. In zb-v
-rank r starts r units late and never pauses; so Zero Bubble says 0, if each rank updates its weights
-and goes on as soon as it is through. Clipping by the global norm has to wait for the last. Held:
-forwarded, with its last B or W still to come. On one rank 1F1B is gradient accumulation, F0 B0 F1..
+Bubble: idle time / busy time over all ranks, if F, B and W take equal time. Held: the most
+microbatches whose F has run and whose last B or W has not; on one of c chunks, a microbatch counts
+1/c. Sends: the most tensors [microbatch size, sequence length, hidden size] that a rank sends. The
+formulas need m >= p; zb-v needs m >= 2p - 1, and "held" of interleaved that p divides m.
 
     torchrun --standalone --nproc-per-node 2 pipeline.py
 
-Huang et al. 2018, GPipe (arXiv 1811.06965); Narayanan et al. 2021, 1F1B, interleaved (arXiv
-2104.04473), section 2.2; Qi et al. 2023, Zero Bubble (arXiv 2401.10241), section 2; Qi et al. 2024,
-V schedules (arXiv 2405.15362).
+GPipe: arXiv 1811.06965. 1F1B, interleaved: 2104.04473. ZB-H1: 2401.10241. ZB-V: 2405.15362.
 """
 
 import collections
@@ -49,33 +52,104 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- collectives ----------------------------------------------------------------------------------
-# Point to point, derived from the schedule, and one all-reduce where the embedding is tied.
+# --- version 1: the whole idea --------------------------------------------------------------------
 
 
-def all_reduce_tied(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
-    """The tied embedding is held by the first stage (lookup) and the last (head), and each has the
-    gradient of its own use. `group`: the ranks of these two; if that is one rank, it has one matrix
-    and the sum already. Call when gradients have met over dp."""
-    for gradient in gradients if group.size() > 1 else ():
-        dist.all_reduce(gradient, group=group)  # payload: v h, or the shard of it
+def train_step(
+    stage: nn.Module, inputs: Sequence[Tensor], loss_of: Callable, boundary: Tensor,
+    group: dist.ProcessGroup, gpipe: bool = False,
+) -> Tensor:  # fmt: skip
+    """Runs one step of this rank's stage and adds the gradients to `.grad`. GPipe runs all forwards
+    before the first backward. 1F1B runs each backward as early as possible, which saves memory.
+
+    inputs: one tensor per microbatch, used by rank 0. loss_of(output, microbatch) -> scalar, used
+    by the last rank. boundary: a tensor with the shape, dtype and device of all tensors sent
+    between stages, [b, s, h]: rows of a microbatch, tokens per row, hidden size. Returns the sum of
+    the losses on the last rank, 0 on the others."""
+    rank, last, m = group.rank(), group.size() - 1, len(inputs)
+    in_flight = collections.deque()  # (input, output) of each microbatch between its F and its B
+    total = boundary.new_zeros(())
+
+    def exchange(peer: int, send: Tensor | None = None, receive: bool = False) -> Tensor | None:
+        """Sends to and receives from `peer` in one batch. If two neighbours both waited for their
+        send to complete before they posted their receive, they would deadlock."""
+        if not 0 <= peer <= last:
+            return None  # the first and the last stage have only one neighbour
+        operations, received = [], torch.empty_like(boundary) if receive else None
+        if send is not None:
+            tensor = send.detach().contiguous()
+            operations.append(dist.P2POp(dist.isend, tensor, group=group, group_peer=peer))
+        if receive:
+            operations.append(dist.P2POp(dist.irecv, received, group=group, group_peer=peer))
+        for handle in dist.batch_isend_irecv(operations):  # payload: b s h per operation
+            handle.wait()
+        return received
+
+    def forward(i: int, x: Tensor | None) -> Tensor:
+        nonlocal total
+        x = inputs[i] if rank == 0 else x.requires_grad_()
+        y = stage(x)
+        if rank == last:
+            y = loss_of(y, i)
+            total = total + y.detach()
+        in_flight.append((x, y))
+        return y
+
+    def backward(gradient: Tensor | None) -> Tensor | None:
+        x, y = in_flight.popleft()
+        if y.requires_grad:  # False if every parameter of the first stage is frozen
+            y.backward(gradient)  # on the last rank, y is the loss and gradient is None
+        return x.grad
+
+    warmup = m if gpipe else min(m, last - rank)  # 1F1B: one forward for each later rank
+    for i in range(warmup):  # warm-up: forwards only
+        y = forward(i, exchange(rank - 1, receive=True))
+        exchange(rank + 1, send=y)
+    x = exchange(rank - 1, receive=True) if warmup < m else None
+    for i in range(warmup, m):  # steady state: one forward, one backward
+        gradient = exchange(rank + 1, send=forward(i, x), receive=True)
+        x = exchange(rank - 1, send=backward(gradient), receive=i + 1 < m)
+    for _ in range(warmup):  # drain: backwards only
+        gradient = exchange(rank + 1, receive=True)
+        exchange(rank - 1, send=backward(gradient))
+    return total
 
 
-# --- strategy -------------------------------------------------------------------------------------
-# 1. Schedules: pure functions. Whoever knows these knows the idea.
+# --- the full version -----------------------------------------------------------------------------
+# Version 1 supports two schedules, with one stage per rank. The full version runs any schedule:
+#
+# - Without its exchanges, version 1 executes a list of actions, such as F F B F B F B B. So each
+#   schedule is written as data: one list of actions per rank.
+# - Pairing sends with receives by hand does not scale to several chunks per rank, to stages placed
+#   in a V, or to W. So all transfers are derived from one global order of the actions.
+# - `forward`, `backward` and `exchange` become methods of one executor, `Pipeline`.
+#
+# A list of actions with its transfers is called a program. This one is derived for rank 1 of 3 in
+# 1F1B with 4 microbatches. Each pair of brackets is a batch of transfers. <F0 receives the input of
+# F0, and >F0 sends its output. <B0 receives the output gradient that B0 needs, and >B0 sends the
+# input gradient that B0 computes.
+#
+#     [<F0] F0 [<F1 >F0] F1 [<F2 >F1 <B0] B0 [>B0] F2 [<B1 >F2] B1 [>B1 <F3] F3 [<B2 >F3] B2
+#     [>B2 <B3] B3 [>B3]
+
+
+# 1. Schedules as data: the same code then draws, simulates, checks and runs every schedule. To add
+# one, write a function that returns its lists for p ranks, m microbatches and a number of chunks
+# per rank, and add it to SCHEDULES.
 
 
 class Action(NamedTuple):
-    """F: forward, B: backward, W: the weights' part of a backward, of one microbatch through one
-    stage. A stage is a piece of the model, numbered along it; a rank has one, or several (chunks).
-    In a schedule without W, B is the whole backward."""
+    """One computation of a rank, for one microbatch and one stage.
+
+    kind: "F" is a forward and "B" a backward. "W" computes the gradients of the weights of linear
+    layers. If a schedule has W, then B computes all other gradients; otherwise B computes all."""
 
     kind: str
     microbatch: int
     stage: int
 
 
-Schedule = list[list[Action]]  # by rank
+Schedule = list[list[Action]]  # [rank] -> actions in order
 
 
 def stages_of(schedule: Schedule) -> list[list[int]]:
@@ -84,102 +158,132 @@ def stages_of(schedule: Schedule) -> list[list[int]]:
 
 
 def splits_backward(actions: list[Action]) -> bool:
-    """Whether these take backwards apart. Wherever one stage does, all do (see check)."""
+    """Whether backwards are split into B and W: on all ranks of a schedule, or on none."""
     return any(action.kind == "W" for action in actions)
 
 
 def label(action: Action, stages: Sequence[int]) -> str:
-    """How pictures, files and errors write an action of a rank with these stages: F0; f0, the same
-    of its second chunk; F0.2 of the third."""
+    """The short name of an action of a rank that holds these stages. F0 is the forward of
+    microbatch 0 on the rank's first chunk, f0 on the second, F0.2 on the third."""
     chunk = stages.index(action.stage)
     kind = action.kind.lower() if chunk == 1 else action.kind
     return f"{kind}{action.microbatch}" + (f".{chunk}" if chunk > 1 else "")
 
 
 def from_phases(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) -> list[Action]:
-    """One rank's list, from phases like (3, "FBW"): three times a forward, a backward and a weight
-    gradient, each of the next microbatch in line for it. Small letters: of the second chunk. What
-    all m microbatches are through with is skipped."""
-    turn: dict[str, int] = collections.Counter()  # of which microbatch
+    """The actions of one rank. The phase (3, "FBW") means F, B, W, F, B, W, F, B, W. Each letter
+    stands for an action on the next microbatch that has not had this action. Lower-case letters are
+    actions of the second chunk. A letter is skipped once all m microbatches have had the action."""
+    used: dict[str, int] = collections.Counter()
     actions = []
     for letter in itertools.chain(*(letters * times for times, letters in phases)):
-        if turn[letter] < m:
+        if used[letter] < m:
             stage = stages[letter.islower()]
-            actions.append(Action(letter.upper(), turn[letter], stage))
-            turn[letter] += 1
+            actions.append(Action(letter.upper(), used[letter], stage))
+            used[letter] += 1
     return actions
 
 
-def require_chunks(name: str, v: int, n: int) -> None:
-    """Raises ValueError unless v is n, the number of chunks per rank of this schedule."""
-    if v != n:
-        raise ValueError(f"{name} has {n} chunk{'s' * (n > 1)} per rank, not {v}: pass v={n}, or "
-                         "use interleaved")  # fmt: skip
+def require_chunks(name: str, chunks: int, expected: int) -> None:
+    """Raises ValueError if a schedule that has `expected` chunks per rank is asked for others."""
+    if chunks != expected:
+        each = f"{expected} chunk{'s' * (expected > 1)} per rank"
+        raise ValueError(f"{name} has {each}, not {chunks}: use interleaved for other numbers")
 
 
-def gpipe(p: int, m: int, v: int = 1) -> Schedule:
+def gpipe(p: int, m: int, chunks: int = 1) -> Schedule:
     """All forwards, then all backwards."""
-    require_chunks("gpipe", v, 1)
+    require_chunks("gpipe", chunks, 1)
     return [from_phases(m, [(m, "F"), (m, "B")], [r]) for r in range(p)]
 
 
-def one_f_one_b(p: int, m: int, v: int = 1) -> Schedule:
-    """As many forwards as there are ranks behind, then one forward, one backward."""
-    require_chunks("1f1b", v, 1)
+def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
+    """A rank starts with one forward for each later rank, then alternates forward and backward. So
+    rank r holds at most p - r microbatches. With p = 1 this is gradient accumulation."""
+    require_chunks("1f1b", chunks, 1)
     return [from_phases(m, [(p - 1 - r, "F"), (m, "FB")], [r]) for r in range(p)]
 
 
-def interleaved(p: int, m: int, v: int = 2) -> Schedule:
-    """1F1B on v chunks a rank (r, p + r, ...), each of 1/v of the model, so that it fills v times
-    as fast. Chunks take turns with groups of p microbatches; where p does not divide m, of more
-    (below 2 p): a smaller group would be back before the ranks ahead of it are free."""
+def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
+    """1F1B with several chunks per rank: rank r holds the stages r, p + r, 2 p + r, ... Each stage
+    has fewer layers than in 1F1B, so later ranks start sooner and the bubble is smaller.
+
+    Microbatches are processed in groups: all of a group on the first chunk, then all of it on the
+    second, and so on. A group has at least p microbatches, because its first microbatch reaches the
+    second chunk of rank 0 after p forwards. If p does not divide m, groups have up to 2 p - 1."""
     n = max(1, m // p)
     groups = [range(-(-m * j // n), -(-m * (j + 1) // n)) for j in range(n)]
     schedule = []
     for r in range(p):
-        order = [(g, c) for g in groups for c in range(v)]
-        forwards = [Action("F", i, c * p + r) for g, c in order for i in g]
-        backwards = [Action("B", i, (v - 1 - c) * p + r) for g, c in order for i in g]
-        warmup = min(len(forwards), (v - 1) * len(groups[0]) + (p - 1 - r) * min(v, 2))
-        pairs = itertools.chain(*zip(forwards[warmup:], backwards, strict=False))
-        schedule.append(forwards[:warmup] + [*pairs] + backwards[len(forwards) - warmup :])
+        order = [(group, c) for group in groups for c in range(chunks)]
+        forwards = [Action("F", i, c * p + r) for group, c in order for i in group]
+        backwards = [Action("B", i, (chunks - 1 - c) * p + r) for group, c in order for i in group]
+        # Forwards before the first backward: those of the first group on all chunks but the last,
+        # then two for each later rank (with a single chunk, one).
+        warmup = (chunks - 1) * len(groups[0]) + (p - 1 - r) * min(chunks, 2)
+        warmup = min(warmup, len(forwards))
+        steady = itertools.chain(*zip(forwards[warmup:], backwards, strict=False))
+        drain = backwards[len(forwards) - warmup :]
+        schedule.append([*forwards[:warmup], *steady, *drain])
     return schedule
 
 
-def zb_h1(p: int, m: int, v: int = 1) -> Schedule:
-    """1F1B in which r weight gradients wait on rank r, so that all hold what 1F1B's first does."""
-    require_chunks("zb-h1", v, 1)
+def zb_h1(p: int, m: int, chunks: int = 1) -> Schedule:
+    """1F1B with split backwards. Rank r defers each W by r microbatches. So every rank holds up to
+    p microbatches, as rank 0 does in 1F1B."""
+    require_chunks("zb-h1", chunks, 1)
     return [
         from_phases(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
     ]
 
 
-def zb_v(p: int, m: int, v: int = 2) -> Schedule:
-    """Two chunks a rank, down the ranks and up again: rank 0 has the first and the last stage, so
-    the first backward is soon there, and a rank has always something to do."""
-    require_chunks("zb-v", v, 2)
-    n = max(m, 2 * p - 1)  # what fills it; a smaller batch leaves gaps
-    schedule = [
-        from_phases(n, [(2 * (p - r) - 1, "F"), (r, "fF"), (p - r, "fbw"), (n - p, "FBWfbw"),
-                        (r, "Bb"), (p - r, "BW"), (n, "wW")], [r, 2 * p - 1 - r])
-        for r in range(p)
-    ]  # fmt: skip
-    return [[action for action in row if action.microbatch < m] for row in schedule]
+def zb_v(p: int, m: int, chunks: int = 2) -> Schedule:
+    """Two chunks per rank, with stages placed in a V: stage k < p is on rank k, and stage k >= p on
+    rank 2p - 1 - k. Rank 0 holds the first and the last stage.
+
+    With at least 2p - 1 microbatches, rank r starts r time units late and is not idle between its
+    first and its last action. The paper counts this as a bubble of 0: there, each rank updates its
+    weights as soon as it has finished. Clipping by the global gradient norm prevents that, because
+    all ranks must wait for the last one."""
+    require_chunks("zb-v", chunks, 2)
+    n = max(m, 2 * p - 1)
+    schedule = []
+    for r in range(p):
+        phases = [
+            (2 * (p - r) - 1, "F"),  # until microbatch 0 arrives at the second chunk
+            (r, "fF"),  # until the first gradient arrives
+            (p - r, "fbw"),  # until a gradient arrives at the first chunk
+            (n - p, "FBWfbw"),  # steady state
+            (r, "Bb"),  # no forwards remain; earlier ranks wait for B, so W is deferred
+            (p - r, "BW"),
+            (n, "wW"),  # the deferred W
+        ]
+        row = from_phases(n, phases, [r, 2 * p - 1 - r])
+        schedule.append([action for action in row if action.microbatch < m])
+    return schedule
 
 
-SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved, "zb-h1": zb_h1,
-             "zb-v": zb_v}  # fmt: skip
+SCHEDULES = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "zb-h1": zb_h1,
+    "zb-v": zb_v,
+}
 
 
 def forward_only(schedule: Schedule, m: int) -> Schedule:
-    """The forwards of its first m microbatches: for validation and sampling."""
+    """The forwards of the first m microbatches, for validation and sampling."""
     return [[a for a in row if a.kind == "F" and a.microbatch < m] for row in schedule]
 
 
-# 2. From the lists to time: who waits for whom.
+# 2. Time: a simulation shows the bubble of a schedule, and whether its order can run at all, before
+# anything is executed.
 
 
 class Span(NamedTuple):
+    """An action and its time, simulated or measured."""
+
     rank: int
     action: Action
     start: float
@@ -187,7 +291,8 @@ class Span(NamedTuple):
 
 
 class ScheduleError(ValueError):
-    """At schedule[rank][place], which is behind its end where something is missing."""
+    """The schedule is wrong at schedule[rank][place]. If an action is missing, `place` is the
+    length of that row."""
 
     def __init__(self, rank: int, place: int, message: str):
         super().__init__(message)
@@ -195,284 +300,259 @@ class ScheduleError(ValueError):
 
 
 def dependency(action: Action, last: int) -> Action | None:
-    """What must have run before: F the stage before; B the stage behind, and on the last its own
-    F; W its own B."""
-    kind, i, k = action
+    """The action whose result this one needs, None for F on stage 0. F needs F of the previous
+    stage. B needs B of the next stage, and on the last stage F of the same stage. W needs B of the
+    same stage. last: the number of the last stage."""
+    kind, microbatch, stage = action
     if kind == "F":
-        return Action("F", i, k - 1) if k > 0 else None
-    if kind == "B" and k < last:
-        return Action("B", i, k + 1)
-    return Action("F" if kind == "B" else "B", i, k)
+        return Action("F", microbatch, stage - 1) if stage > 0 else None
+    if kind == "B" and stage < last:
+        return Action("B", microbatch, stage + 1)
+    return Action("F" if kind == "B" else "B", microbatch, stage)
 
 
-def consumer(made: Action) -> Action:
-    """What runs on what F or B has made: the next F, or the B before."""
-    return made._replace(stage=made.stage + (1 if made.kind == "F" else -1))
+def consumer(action: Action) -> Action:
+    """The action on the next or previous stage that needs the result of this F or B."""
+    return action._replace(stage=action.stage + (1 if action.kind == "F" else -1))
 
 
 def unit_time(schedule: Schedule) -> Callable[[Action], float]:
-    """F 1, B 1, W 1; a B that is the whole backward 2: it has twice a forward's matmuls."""
-    whole = 1.0 if any(map(splits_backward, schedule)) else 2.0
-    return lambda action: whole if action.kind == "B" else 1.0
+    """The default durations: 1 for F, B and W. A B that is not split takes 2, because it has twice
+    as many matmuls as F."""
+    backward = 1.0 if any(map(splits_backward, schedule)) else 2.0
+    return lambda action: backward if action.kind == "B" else 1.0
 
 
-def cycle(start: int, after: Callable[[int], int]) -> list[int]:
-    """The ranks that one comes to again and again, going from each to the one it waits for."""
-    way = [start]
-    while (rank := after(way[-1])) not in way:
-        way.append(rank)
-    return way[way.index(rank) :]
+def cycle(start: int, waits_for: Callable[[int], int]) -> list[int]:
+    """Follows waits_for from rank `start` until a rank repeats. Returns the ranks of the cycle."""
+    path = [start]
+    while (rank := waits_for(path[-1])) not in path:
+        path.append(rank)
+    return path[path.index(rank) :]
 
 
 def simulate(
     schedule: Schedule, time: Callable[[Action], float] | None = None, transfer: float = 0.0
 ) -> list[Span]:
-    """When every action runs, in order of start, if none is missing (see check). time(action),
-    default unit_time; transfer: from the end of an action until another rank has what it made.
-    Raises ScheduleError, with who waits for whom, if actions wait for each other in a cycle."""
+    """The span of every action, sorted by start. An action starts when its rank is free and its
+    dependency has finished.
+
+    time(action): the duration, by default that of unit_time. transfer: how long a tensor takes to
+    another rank. No action may be missing, see check(). Raises ScheduleError if ranks wait for each
+    other in a cycle."""
     time, stages = time or unit_time(schedule), stages_of(schedule)
-    rank_of = {k: rank for rank, row in enumerate(stages) for k in row}
-    done: dict[Action | None, float] = {None: 0.0}
-    position, free, spans = [0] * len(schedule), [0.0] * len(schedule), []
+    rank_of = {stage: rank for rank, row in enumerate(stages) for stage in row}
+    remaining = [collections.deque(row) for row in schedule]
+    end: dict[Action | None, float] = {None: 0.0}  # of the actions that have run
+    free, spans = [0.0] * len(schedule), []
 
-    def awaited(r: int) -> Action | None:
-        """What the next action of rank r needs."""
-        return dependency(schedule[r][position[r]], len(rank_of) - 1)
+    def next_dependency(rank: int) -> Action | None:
+        return dependency(remaining[rank][0], len(rank_of) - 1)
 
-    moved = True
-    while moved:
-        moved = False
-        for r, row in enumerate(schedule):
-            while position[r] < len(row) and (need := awaited(r)) in done:
-                way = transfer if need and rank_of[need.stage] != r else 0.0
-                start = max(free[r], done[need] + way)
-                free[r] = done[row[position[r]]] = start + time(row[position[r]])
-                spans.append(Span(r, row[position[r]], start, free[r]))
-                position[r] += 1
-                moved = True
-    stuck = [r for r, row in enumerate(schedule) if position[r] < len(row)]
+    progress = True
+    while progress:
+        progress = False
+        for rank in range(len(schedule)):
+            while remaining[rank] and (needed := next_dependency(rank)) in end:
+                action = remaining[rank].popleft()
+                sent = needed is not None and rank_of[needed.stage] != rank
+                start = max(free[rank], end[needed] + transfer * sent)
+                free[rank] = end[action] = start + time(action)
+                spans.append(Span(rank, action, start, free[rank]))
+                progress = True
+    stuck = [rank for rank, row in enumerate(remaining) if row]
     if stuck:
-        ranks, lines = cycle(stuck[0], lambda r: rank_of[awaited(r).stage]), []
-        for r in ranks:
-            here, q = schedule[r][position[r]], rank_of[awaited(r).stage]
-            lines.append(f"rank {r} at {label(here, stages[r])} waits for "
-                         f"{label(awaited(r), stages[q])} of rank {q}")  # fmt: skip
-        raise ScheduleError(ranks[0], position[ranks[0]], "; ".join(lines))
+        ranks, lines = cycle(stuck[0], lambda rank: rank_of[next_dependency(rank).stage]), []
+        for rank in ranks:
+            action, needed = remaining[rank][0], next_dependency(rank)
+            other = rank_of[needed.stage]
+            names = label(action, stages[rank]), label(needed, stages[other])
+            lines.append(f"rank {rank} at {names[0]} waits for {names[1]} of rank {other}")
+        place = len(schedule[ranks[0]]) - len(remaining[ranks[0]])
+        raise ScheduleError(ranks[0], place, "; ".join(lines))
     return sorted(spans, key=lambda span: (span.start, span.rank))
 
 
 def check(schedule: Schedule, m: int) -> None:
-    """Raises ScheduleError unless every stage has F and B of each of m microbatches once, and W too
-    if any has one, in an order that can be. (Derived transfers cannot deadlock; if they did, it
-    would raise a ValueError.)"""
+    """Raises ScheduleError unless each stage is on one rank and has one F and one B (and one W, if
+    the schedule has any) of each of m microbatches, in an order that can run."""
     stages = stages_of(schedule)
     n = sum(map(len, stages))
     if not n or sorted(itertools.chain(*stages)) != [*range(n)]:
-        raise ScheduleError(0, 0, f"stages by rank are {stages}: each of 0..{n - 1} belongs on one")
+        what = f"stages by rank are {stages}: each of 0..{n - 1} must be on exactly one rank"
+        raise ScheduleError(0, 0, what)
     kinds = "FBW" if any(map(splits_backward, schedule)) else "FB"
     for rank, row in enumerate(schedule):
-        whole = {Action(*action) for action in itertools.product(kinds, range(m), stages[rank])}
+        missing = {Action(*action) for action in itertools.product(kinds, range(m), stages[rank])}
         for place, action in enumerate(row):
-            if action not in whole:
-                what = f"is there twice, or is no {' or '.join(kinds)} of microbatches 0..{m - 1}"
+            if action not in missing:
+                what = f"occurs twice, or is not {' or '.join(kinds)} of microbatches 0..{m - 1}"
                 raise ScheduleError(rank, place, f"{label(action, stages[rank])} {what}")
-            whole.remove(action)
-        if whole:
-            missing = ", ".join(label(action, stages[rank]) for action in sorted(whole))
-            raise ScheduleError(rank, len(row), f"{missing} missing")
-    check_no_deadlock(derive_programs(schedule))
+            missing.remove(action)
+        if missing:
+            names = ", ".join(label(action, stages[rank]) for action in sorted(missing))
+            raise ScheduleError(rank, len(row), f"{names} missing")
+    simulate(schedule)  # raises if the order cannot run
 
 
 def bubble(spans: list[Span]) -> float:
-    """Idle time over busy time, of all ranks together, from the first start to the last end; of a
-    simulation, or of what really was."""
+    """Idle time / busy time over all ranks, from the first start to the last end."""
     busy = sum(span.end - span.start for span in spans)
     makespan = max(span.end for span in spans) - min(span.start for span in spans)
     return len({span.rank for span in spans}) * makespan / busy - 1
 
 
 def mean_times(spans: Iterable[Span]) -> dict[tuple[str, int], float]:
-    """(kind, stage) -> what it took on average."""
-    took: dict[tuple[str, int], list[float]] = {}
-    for _, (kind, _, stage), start, end in spans:
-        took.setdefault((kind, stage), []).append(end - start)
-    return {key: sum(times) / len(times) for key, times in took.items()}
+    """(kind, stage) -> mean duration."""
+    durations: dict[tuple[str, int], list[float]] = {}
+    for span in spans:
+        key = (span.action.kind, span.action.stage)
+        durations.setdefault(key, []).append(span.end - span.start)
+    return {key: sum(times) / len(times) for key, times in durations.items()}
 
 
-def draw(schedule: Schedule, columns: int = 10**6) -> str:
-    """The timeline in unit_time, a rank a line. What is wider than `columns` goes on below."""
+def draw(schedule: Schedule) -> str:
+    """A picture of the schedule in unit_time: one line per rank, one column per time unit."""
     spans, stages = simulate(schedule), stages_of(schedule)
     names = {span: label(span.action, stages[span.rank]) for span in spans}
     width, length = 1 + max(map(len, names.values())), int(max(span.end for span in spans))
-    lines = []
-    for rank in range(len(schedule)):
-        text = ("." + " " * (width - 1)) * length
-        for span in (span for span in spans if span.rank == rank):
-            start, end = (int(t) * width for t in (span.start, span.end))
-            fill_ = "-" if span.end - span.start > 1 else " "
-            text = text[:start] + names[span].ljust(end - start - 1, fill_) + " " + text[end:]
-        lines.append(text)
-    staves = -(-length // max(1, (columns - 8) // width))
-    step = -(-length // staves) * width
-    return "\n\n".join(
-        "\n".join(f"rank {r} |{line[at : at + step]}".rstrip() for r, line in enumerate(lines))
-        for at in range(0, width * length, step)
-    )
+    rows = [["." + " " * (width - 1)] * length for _ in schedule]
+    for span in spans:
+        start, end = int(span.start), int(span.end)
+        fill = "-" if end - start > 1 else " "
+        cells = names[span].ljust((end - start) * width - 1, fill) + " "
+        rows[span.rank][start:end] = [cells[i : i + width] for i in range(0, len(cells), width)]
+    return "\n".join(f"rank {rank} |{''.join(row)}".rstrip() for rank, row in enumerate(rows))
 
 
-# 3. From the lists to transfers, in an order that cannot deadlock.
+# 3. Transfers: they are derived from the schedule, in an order that cannot deadlock. So a new
+# schedule needs no communication code.
 
 
 class Transfer(NamedTuple):
-    """F: the output of `stage` goes one stage up; B: the gradient of its input one stage down."""
+    """Sends the result of `action`, an output (F) or an input gradient (B), from src to dst."""
 
-    kind: str
-    microbatch: int
-    stage: int
+    action: Action
     src: int
     dst: int
 
 
-Program = list[Action | tuple[Transfer, ...]]  # a tuple is posted as one batch
+Program = list[Action | tuple[Transfer, ...]]  # the transfers of a tuple are posted as one batch
 
 
 def derive_programs(schedule: Schedule) -> list[Program]:
-    """What each rank does, transfers included. All actions and transfers are put in one global
-    order: by simulated time, a transfer at the end of the action that made it. Each rank's program
-    is its part of that order, and both ends of a transfer post it there. So nothing can deadlock,
-    even if a post were to block until the other end has posted too: the earliest event that is
-    not done is at the head of every rank that takes part in it. (Posting each send and receive
-    where one happens to need it does deadlock: `check_no_deadlock` shows it.)"""
-    rank_of = {k: rank for rank, row in enumerate(stages_of(schedule)) for k in row}
-    events = []  # (time, transfers first, position, ranks, event)
+    """The program of each rank: its actions, and the transfers that they need.
+
+    All actions and transfers are sorted into one global order. An action is placed at its simulated
+    start, and a transfer at the end of the action whose result it sends. A program consists of the
+    events of one rank in this order, so both ranks of a transfer post it at the same point of the
+    order. This cannot deadlock, even if a rank had to wait at each transfer until the other rank
+    posts it too: the first unfinished event of the order is the next event of all its ranks."""
+    rank_of = {stage: rank for rank, row in enumerate(stages_of(schedule)) for stage in row}
+    events = []  # (sort key, ranks, event). At equal times, transfers come before actions.
     for n, (rank, action, start, end) in enumerate(simulate(schedule)):
-        events.append((start, 1, n, (rank,), action))
-        dst = rank_of.get(consumer(action).stage) if action.kind != "W" else None
-        if dst is not None and dst != rank:  # none beyond the ends; a hand-over on one rank is free
-            events.append((end, 0, n, (rank, dst), Transfer(*action, rank, dst)))
+        events.append(((start, 1, n), (rank,), action))
+        dst = rank if action.kind == "W" else rank_of.get(consumer(action).stage, rank)
+        if dst != rank:
+            events.append(((end, 0, n), (rank, dst), Transfer(action, rank, dst)))
     programs: list[Program] = [[] for _ in schedule]
-    for *_, ranks, event in sorted(events):
+    for _, ranks, event in sorted(events):
         for rank in ranks:
             program = programs[rank]
             if isinstance(event, Action):
                 program.append(event)
             elif program and not isinstance(program[-1], Action):
-                program[-1] += (event,)  # no action between them: one batch
+                program[-1] += (event,)  # no action in between: same batch
             else:
                 program.append((event,))
     return programs
 
 
 def receive_ahead(program: Program, rank: int) -> Program:
-    """The same, with each receive one batch earlier than its turn: so what a rank will wait for
-    arrives while it computes, and no message has to ask a busy rank whether it may come. For gloo,
-    where nothing waits behind a receive but other receives from the same rank. Under NCCL all
-    transfers of a group wait in one line, and two ranks that both receive early would each keep
-    back what the other waits for."""
-    ahead: Program = [()]
-    last = 0  # where the batch before stands
+    """The program of `rank` with each receive posted one batch earlier. This is faster under gloo,
+    where a tensor sent to a rank that has not posted the receive waits for that rank's gloo thread
+    to be scheduled. The order of the transfers between two ranks does not change.
+
+    Not for NCCL, which runs all transfers of a group in one queue: if two ranks both received
+    early, each could block the send that the other waits for."""
+    result: Program = [()]
+    previous = 0  # position of the previous batch
     for step in program:
         if isinstance(step, Action):
-            ahead.append(step)
+            result.append(step)
         else:
-            ahead[last] += tuple(t for t in step if t.dst == rank)
-            last = len(ahead)
-            ahead.append(tuple(t for t in step if t.src == rank))
-    return [step for step in ahead if step]
+            result[previous] += tuple(t for t in step if t.dst == rank)
+            previous = len(result)
+            result.append(tuple(t for t in step if t.src == rank))
+    return [step for step in result if step]
 
 
-def check_no_deadlock(programs: list[Program]) -> None:
-    """Run the programs as the strictest network would: a batch holds its rank until each of its
-    transfers has met its other end, and between two ranks transfers meet in the order posted, as
-    with NCCL. Raises ValueError, with the cycle of who waits for whom, if they deadlock."""
-    rest = [list(program) for program in programs]
-    batch: list[list[Transfer]] = [[] for _ in programs]  # what a rank still waits for
-    moved = True
-    while moved:
-        moved = False
-        for rank, program in enumerate(rest):
-            while program and not batch[rank]:
-                step = program.pop(0)
-                batch[rank] = [] if isinstance(step, Action) else list(step)
-                moved = True
-        for lane in {t[3:] for transfers in batch for t in transfers}:
-            ends = [next((t for t in batch[rank] if t[3:] == lane), None) for rank in lane]
-            if None not in ends:
-                if ends[0] != ends[1]:
-                    raise ValueError(f"ranks {lane} post in different orders: {ends}")
-                for rank in lane:
-                    batch[rank].remove(ends[0])
-                moved = True
-    if any(batch):
-
-        def other(rank: int) -> int:  # itself, if it is through
-            return next((t.dst if t.src == rank else t.src for t in batch[rank]), rank)
-
-        lines = []
-        for rank in cycle(next(r for r, transfers in enumerate(batch) if transfers), other):
-            t = next(iter(batch[rank]), None)
-            what = t and f"{'to take' if t.src == rank else 'to send'} {t.kind}{t.microbatch}"
-            lines.append(f"rank {rank} waits for rank {other(rank)} ({what})" if t else
-                         f"rank {rank} is through")  # fmt: skip
-        raise ValueError("deadlock: " + "; ".join(lines))
-
-
-# 4. From the whole model to the stages of a rank.
+# 4. Stages of a model: a model that is a chain of blocks is split without changes to its code.
 
 
 def split_layers(n_layer: int, n_stages: int, first: float = 0, last: float = 0) -> list[range]:
-    """Which blocks each stage gets, at least one, so that the slowest has as little as can be.
-    first, last: what embedding and head cost, in blocks. Raises ValueError for too many stages."""
+    """The blocks of each stage, at least one, such that the largest cost of a stage is as small as
+    possible. A block costs 1. first, last: costs of the embedding and of the head. Raises
+    ValueError if there are more stages than blocks."""
     if n_stages > n_layer:
-        raise ValueError(f"{n_stages} stages for {n_layer} blocks: lower --pp or --chunks, or "
-                         "raise --n-layer")  # fmt: skip
-    cost, ends = [1.0] * n_stages, [1] * n_stages
+        raise ValueError(
+            f"{n_stages} stages for {n_layer} blocks: lower --pp or --chunks, or raise --n-layer"
+        )
+    cost, blocks = [1.0] * n_stages, [1] * n_stages
     cost[0] += first
     cost[-1] += last
     for _ in range(n_layer - n_stages):
-        least = cost.index(min(cost))
-        cost[least] += 1
-        ends[least] += 1
-    ends = [0, *itertools.accumulate(ends)]
-    return [range(*pair) for pair in itertools.pairwise(ends)]
+        cheapest = cost.index(min(cost))
+        cost[cheapest] += 1
+        blocks[cheapest] += 1
+    ends = [0, *itertools.accumulate(blocks)]
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def take_stages(
-    model: nn.Module, mine: Sequence[int], split: list[range],
+    model: nn.Module, stages: Sequence[int], split: list[range],
     first: tuple[str, ...] = ("wte", "wpe", "drop"), blocks: str = "h",
     last: tuple[str, ...] = ("ln_f", "lm_head"),
 ) -> nn.Module:  # fmt: skip
-    """Cut `model` down, in place, to the stages `mine`; split: blocks by stage. `first` and `last`
-    name children of the model for the first and the last stage; `blocks` names its nn.ModuleDict or
-    nn.ModuleList, whose keys are the block numbers. Children on other stages become nn.Identity, or
-    are left out, so that the model's own forward runs what is here. It must call these children in
-    order and iterate over `blocks`: anything else it computes runs on every stage, enumerate()
-    starts at 0 on each, and an index may fail. Raises ValueError for a parameter outside of these
-    children, and for a block on no stage."""
+    """Removes all layers that are not in `stages` from `model`, in place, and returns it.
+
+    split: the blocks of every stage. first, last: names of the children that belong to the first
+    and to the last stage. blocks: name of the nn.ModuleDict or nn.ModuleList of the blocks, whose
+    keys are the block numbers. Children of other stages are replaced by nn.Identity and blocks of
+    other stages are removed, so that the model's own forward runs the remaining layers.
+
+    This forward must call these children in order and iterate over `blocks`. If it computes
+    anything else, every stage computes it; if it numbers the blocks, they start at 0 on every
+    stage. Raises ValueError for parameters outside these children and for blocks in no stage."""
     container = getattr(model, blocks)
-    others = [n for n, _ in model.named_parameters()
-              if n.split(".")[0] not in (*first, blocks, *last)]  # fmt: skip
+    known = {*first, blocks, *last}
+    others = [name for name, _ in model.named_parameters() if name.split(".")[0] not in known]
     if others:
-        raise ValueError(f"{', '.join(others)} of {type(model).__name__} would be on every stage: "
-                         "name their child in `first` or `last`")  # fmt: skip
+        raise ValueError(
+            f"{', '.join(others)} of {type(model).__name__} would be on every stage: name their "
+            "child in `first` or `last`"
+        )
     numbers = {str(i) for stage in split for i in stage}
-    kept = {str(i) for k in mine for i in split[k]}
+    kept = {str(i) for k in stages for i in split[k]}
     if not kept <= {*container._modules} <= numbers:
-        raise ValueError(f"{blocks} has blocks {', '.join(container._modules)}, and split {split}: "
-                         "names must be numbers, each of them in one stage of split")  # fmt: skip
-    elsewhere = (() if 0 in mine else first) + (() if len(split) - 1 in mine else last)
-    for name in elsewhere:
+        raise ValueError(
+            f"{blocks} has blocks {', '.join(container._modules)}, but split is {split}: block "
+            "names must be numbers, and each number must be in one stage of split"
+        )
+    for name in (() if 0 in stages else first) + (() if len(split) - 1 in stages else last):
         setattr(model, name, nn.Identity())
-    part = copy.copy(container)
-    part._modules = {n: block for n, block in container._modules.items() if n in kept}
-    setattr(model, blocks, part)
+    remaining = copy.copy(container)
+    remaining._modules = {n: block for n, block in container._modules.items() if n in kept}
+    setattr(model, blocks, remaining)
     return model
 
 
-def chunks_of(model: nn.Module, mine: Sequence[int], split: list[range], **names) -> dict:
-    """{stage: a module that runs it}. They share their layers with `model`, which holds all stages
-    of a rank: parameters, hooks and what replaced them are the model's own. So is `training`, and
-    model.eval() reaches them."""
+def chunks_of(
+    model: nn.Module, stages: Sequence[int], split: list[range], **names
+) -> dict[int, nn.Module]:
+    """{stage: module that runs it}, from a model that has all stages of a rank. The modules share
+    layers, parameters and hooks with `model`, and the flag `training`, so model.eval() applies to
+    them. names: the arguments `first`, `blocks` and `last` of take_stages."""
 
     class Chunk(type(model)):
         @property
@@ -484,12 +564,22 @@ def chunks_of(model: nn.Module, mine: Sequence[int], split: list[range], **names
             model.training = mode
 
     chunks = {}
-    for k in mine:
+    for k in stages:
         chunks[k] = copy.copy(model)
         chunks[k].__class__ = Chunk
         chunks[k]._modules = dict(model._modules)
         take_stages(chunks[k], [k], split, **names)
     return chunks
+
+
+def all_reduce_tied(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sums the gradients of a tied embedding, in place. The first stage uses the matrix as the
+    embedding and the last stage uses it as the head, so each computes one term of its gradient.
+    group: the ranks of these two stages. If one rank holds both, this is a no-op, because autograd
+    has added the terms. Call it after the gradients are reduced over data-parallel replicas."""
+    if group.size() > 1:
+        for gradient in gradients:
+            dist.all_reduce(gradient, group=group)  # payload: the matrix, vocabulary x h
 
 
 # 5. Split backward: B computes the input gradients of the linear layers and puts the rest of their
@@ -570,17 +660,22 @@ def defer_weight_gradients(model: nn.Module, queue: list) -> None:
             module.weight_grad_queue = queue
 
 
-# 6. The executor: one for every schedule. Measured (2 ranks x 1 thread, 2 cores, gloo, h 256 and
-# 768, 8 microbatches): of 1F1B's step interleaved takes 0.94 to 0.99, zb-h1 0.94 to 1.03, zb-v 0.91
-# to 0.96. W reads inputs and gradients that have left the cache: part of the gain goes there.
+# 6. The executor: it runs the programs of every schedule. On two ranks, interleaved and zb-v take a
+# few percent less time per step than 1f1b. With a split backward, part of the gain is lost, because
+# W reads inputs and gradients that are no longer in the cache.
 
 
 class Pipeline:
-    """Runs schedules. chunks: this rank's pieces of the model, by stage, of n_stages in all. dtype,
-    device: of what crosses a boundary. split_backward: a backward is B and W. watch(action) -> a
-    context around its computation, for who wants to look. program: this rank's; one tensor is
-    exchanged with each of its peers at construction, since NCCL connects two ranks at their first
-    transfer, which can hang in the middle of a schedule (pytorch#160210)."""
+    """Runs the programs of this rank.
+
+    chunks: {stage: module} for the stages of this rank. n_stages: the number of stages on all
+    ranks. Tensors sent between stages have this dtype and device. split_backward: whether the
+    programs have W. program: the training program, needed under NCCL, which connects two ranks at
+    their first transfer and can hang if that happens in the middle of a schedule (pytorch#160210).
+    The constructor therefore exchanges one element with each rank that the program sends to.
+
+    The attribute `watch` can be replaced by a function of an action that returns a context manager.
+    The action's computation runs under it, for example as a span of a trace."""
 
     def __init__(
         self, chunks: dict[int, nn.Module], n_stages: int, group: dist.ProcessGroup,
@@ -589,41 +684,41 @@ class Pipeline:
     ):  # fmt: skip
         self.chunks, self.last, self.group = chunks, n_stages - 1, group
         self.dtype, self.device, self.split_backward = dtype, device, split_backward
-        # See receive_ahead. NCCL takes the programs as they are.
-        self.is_gloo = group.size() > 1 and dist.get_backend(group) == "gloo"
+        self.is_gloo = group.size() > 1 and dist.get_backend(group) == "gloo"  # see receive_ahead
         self.watch: Callable = lambda action: contextlib.nullcontext()
-        self.running = False  # still True if an exception ended the last run
-        self.queue: list[Callable] = []  # what the B that runs now leaves to its W
+        self.running = False  # still True after a run that raised
+        self.queue: list[Callable] = []  # weight gradients deferred by the current B
         for chunk in chunks.values() if split_backward else ():
             defer_weight_gradients(chunk, self.queue)
         if group.size() > 1:
             self._connect(program)
 
     def _connect(self, program: Program) -> None:
-        """Every rank visits its pairs in the same global order, so this cannot deadlock. NCCL
-        requires all ranks of the group in its first call, hence the all-reduce."""
+        """Exchanges one element with each peer of `program`. All ranks sort their pairs in the same
+        way, so this cannot deadlock. The all-reduce comes first, because NCCL requires that all
+        ranks of a group take part in its first call."""
         zero, rank = torch.zeros(1, device=self.device), self.group.rank()
         dist.all_reduce(zero, group=self.group)  # payload: 1, once
         transfers = [t for step in program if not isinstance(step, Action) for t in step]
-        for pair in sorted({tuple(sorted(t[3:])) for t in transfers}):
+        for pair in sorted({(min(t.src, t.dst), max(t.src, t.dst)) for t in transfers}):
             peer = dict(group=self.group, group_peer=sum(pair) - rank)
-            calls = [(dist.isend, zero), (dist.irecv, torch.empty_like(zero))]
-            handles = dist.batch_isend_irecv([dist.P2POp(*call, **peer) for call in calls])
-            for handle in handles:  # payload: 1 each way, once
+            send = dist.P2POp(dist.isend, zero, **peer)
+            receive = dist.P2POp(dist.irecv, torch.empty_like(zero), **peer)
+            for handle in dist.batch_isend_irecv([send, receive]):  # payload: 1 each way, once
                 handle.wait()
 
     def accumulations(self, actions: list[Action]) -> dict[nn.Parameter, int]:
-        """How often each parameter's gradient is added to in a step, for DDP and ZeRO: in every B
-        of a stage that holds it, or in every W, if its linear defers. A tied matrix may have both,
-        or be held by two stages. Frozen parameters are left out."""
+        """How often the gradient of each trainable parameter is accumulated per step, which DDP and
+        ZeRO need to know: once per B of its stage, or once per W if its layer defers it. A tied
+        matrix may have both kinds, and may be in two stages."""
         kinds: dict[nn.Parameter, set] = {}
-        for k, chunk in self.chunks.items():
+        for stage, chunk in self.chunks.items():
             for module in chunk.modules():
                 defers = getattr(module, "weight_grad_queue", None) is not None
                 for name, p in module.named_parameters(recurse=False):
-                    kind = "W" if defers and name == "weight" else "B"
                     if p.requires_grad:
-                        kinds.setdefault(p, set()).add((kind, k))
+                        kind = "W" if defers and name == "weight" else "B"
+                        kinds.setdefault(p, set()).add((kind, stage))
         count = collections.Counter((action.kind, action.stage) for action in actions)
         return {p: sum(count[kind] for kind in kinds[p]) for p in kinds}
 
@@ -631,14 +726,17 @@ class Pipeline:
         self, program: Program, inputs: Sequence[Tensor], loss_of: Callable,
         shape: tuple[int, ...], before: Callable[[int], None] = lambda microbatch: None,
     ) -> Tensor:  # fmt: skip
-        """One step of this rank's program. inputs: what the first stage reads, by microbatch.
-        loss_of(output of the last stage, microbatch) -> scalar. shape: of what crosses a boundary,
-        (b, s, h). before(microbatch) is called ahead of each forward. Returns the sum of the
-        losses, which is 0 where the last stage is not. Gradients are left in `.grad`,
-        accumulated. With p > 1, raises RuntimeError if an exception interrupted the last run.
-        Raises ValueError, before anything is sent, if the program does not fit the chunks, the
-        inputs, the grad mode or `split_backward`; and during the run, if a stage returns another
-        shape or dtype. Only the ranks that see the mistake raise; others wait for the timeout."""
+        """Runs one step. Gradients are added to `.grad`. Returns the sum of the losses on the rank
+        of the last stage, and 0 on the others.
+
+        inputs: one tensor per microbatch, used by the first stage. loss_of(output, microbatch) ->
+        scalar, used by the last stage. shape: that of each tensor sent between stages, (b, s, h).
+        before(microbatch) is called before each forward.
+
+        Raises ValueError before any transfer if the program does not match the chunks, the inputs,
+        the grad mode or `split_backward`; and later if a stage returns another shape or dtype. Only
+        the ranks that detect the mistake raise, and the others wait until the timeout. With p > 1,
+        raises RuntimeError if an exception interrupted the previous run."""
         if self.running and self.group.size() > 1:
             raise RuntimeError(
                 "the last pipeline run was interrupted, and its messages may still be in flight "
@@ -650,188 +748,194 @@ class Pipeline:
         self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, tuple(shape), before
         dtype = torch.promote_types(self.dtype, torch.float32)
         self.loss = torch.zeros((), dtype=dtype, device=self.device)
-        self.inbox: dict = {}  # F or B to run -> (tensor, handle or None)
-        self.outbox: dict = {}  # F or B that made it -> tensor
-        self.sending: dict = {}  # (kind, stage) -> (tensor, handle) of what it sent last
-        self.in_flight: dict = {}  # (microbatch, stage) -> (input, root of the graph)
-        self.pending: dict = {}  # (microbatch, stage) -> its queue
-        work = {"F": self._forward, "B": self._backward, "W": self._weights}
+        self.inbox: dict = {}  # action that needs a tensor -> (tensor, handle or None)
+        self.outbox: dict = {}  # action that computed a tensor -> tensor to send
+        self.sending: dict = {}  # (kind, stage) -> (tensor, handle) of the latest send
+        self.in_flight: dict = {}  # (microbatch, stage), between F and B -> (input, graph root)
+        self.pending: dict = {}  # (microbatch, stage), between B and W -> deferred functions
+        execute = {"F": self._forward, "B": self._backward, "W": self._weights}
         if self.is_gloo:
             program = receive_ahead(program, self.group.rank())
         for step in program:
             if isinstance(step, Action):
-                work[step.kind](step)
+                execute[step.kind](step)
             else:
                 self._post(step)
         for _, handle in self.sending.values():
             handle.wait()
         left = (self.inbox, self.outbox, self.in_flight, self.pending)
-        assert not any(left), "the program left work undone"
+        assert not any(left), "the program ended with unused tensors or unfinished microbatches"
         self.running = False
         return self.loss
 
     def _check(self, actions: list[Action], n_inputs: int) -> None:
         kinds, stages = {action.kind for action in actions}, {action.stage for action in actions}
-        m, wrong = 1 + max(action.microbatch for action in actions), None
+        m, trains = max(action.microbatch for action in actions) + 1, "B" in kinds
+        wrong = None
         if stages != {*self.chunks}:
-            wrong = f"is of stages {sorted(stages)}, and the chunks are of {sorted(self.chunks)}"
+            wrong = f"has stages {sorted(stages)}, but the chunks are stages {sorted(self.chunks)}"
         elif 0 in stages and n_inputs != m:
-            wrong = f"has {m} microbatches, and there are {n_inputs} inputs"
-        elif "B" in kinds and not torch.is_grad_enabled():
-            wrong = "has B actions, and gradients are disabled: enable them, or use forward_only()"
-        elif "B" not in kinds and torch.is_grad_enabled():
+            wrong = f"has {m} microbatches, but there are {n_inputs} inputs"
+        elif trains and not torch.is_grad_enabled():
+            wrong = "has B actions, but gradients are disabled: enable them, or use forward_only()"
+        elif not trains and torch.is_grad_enabled():
             wrong = "has no B actions: run it under torch.no_grad()"
-        elif "B" in kinds and ("W" in kinds) != self.split_backward:
-            wrong = (f"has {'W' if 'W' in kinds else 'no W'} actions, and the Pipeline was made "
-                     f"with split_backward={self.split_backward}: pass "
-                     "split_backward=splits_backward(actions)")  # fmt: skip
+        elif trains and ("W" in kinds) != self.split_backward:
+            found = "W" if "W" in kinds else "no W"
+            wrong = (f"has {found} actions, but split_backward of the Pipeline is "
+                     f"{self.split_backward}: pass splits_backward(actions)")  # fmt: skip
         if wrong:
             raise ValueError(f"the program {wrong}")
 
     def _post(self, batch: tuple[Transfer, ...]) -> None:
-        """Start these transfers. Waited for is only what the same stage sent before, so that its
-        tensor is let go: that is earlier in the global order, so it cannot close a cycle. Under
-        NCCL it is the compute stream that waits, and always for a whole batch, here and in _take.
-        Simulated (tools/waits.py), waiting for sends adds at most 0.001 to the bubble, and waiting
-        for whole batches up to 0.03 (zb-h1, times varied by 20 %)."""
-        operations, places = [], []
-        for t in batch:
-            made = Action(*t[:3])
-            if t.src == self.group.rank():
-                call, peer, tensor = dist.isend, t.dst, self.outbox.pop(made)
-                box, key = self.sending, (t.kind, t.stage)
+        """Starts these transfers. Before a send, waits for the previous send of the same stage, to
+        free its tensor. That send is earlier in the global order, so the wait cannot deadlock.
+
+        NCCL has one handle for a batch, and wait() makes the compute stream wait, not the host. In
+        simulation (tools/waits.py) these waits increase the bubble only slightly."""
+        operations, slots = [], []
+        for transfer in batch:
+            action = transfer.action
+            if transfer.src == self.group.rank():
+                tensor = self.outbox.pop(action)
+                operation, peer = dist.isend, transfer.dst
+                box, key = self.sending, (action.kind, action.stage)
                 if key in self.sending:
                     _, handle = self.sending.pop(key)
                     handle.wait()
             else:
-                call, peer = dist.irecv, t.src
                 tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-                box, key = self.inbox, consumer(made)
-            places.append((box, key, tensor))
-            operations.append(dist.P2POp(call, tensor, group=self.group, group_peer=peer))
-        handles = dist.batch_isend_irecv(operations)  # payload: b s h each
-        if len(handles) < len(operations):  # NCCL has one handle for the batch
+                operation, peer = dist.irecv, transfer.src
+                box, key = self.inbox, consumer(action)
+            slots.append((box, key, tensor))
+            operations.append(dist.P2POp(operation, tensor, group=self.group, group_peer=peer))
+        handles = dist.batch_isend_irecv(operations)  # payload: b s h per transfer
+        if len(handles) < len(operations):  # NCCL: one handle for the batch
             handles = handles[:1] * len(operations)
-        for (box, key, tensor), handle in zip(places, handles, strict=True):
+        for (box, key, tensor), handle in zip(slots, handles, strict=True):
             box[key] = (tensor, handle)
 
     def _take(self, action: Action) -> Tensor:
+        """The tensor from another stage that this F or B needs. Waits until it is received."""
         tensor, handle = self.inbox.pop(action)
         if handle is not None:
             handle.wait()
         return tensor
 
-    def _hand_over(self, made: Action, tensor: Tensor) -> None:
-        """To the next stage: at once if this rank holds it too, else by the coming _post."""
-        of = (getattr(tensor, "shape", type(tensor)), getattr(tensor, "dtype", None))
-        if of != (self.shape, self.dtype):
+    def _deliver(self, action: Action, tensor: Tensor) -> None:
+        """Stores the result of this F or B for its consumer: in `inbox` if the consumer is on this
+        rank, else in `outbox`, from which the next _post sends it."""
+        found = (getattr(tensor, "shape", type(tensor)), getattr(tensor, "dtype", None))
+        if found != (self.shape, self.dtype):
             raise ValueError(
-                f"{made.kind}{made.microbatch} of stage {made.stage} made {of}, not "
+                f"{action.kind}{action.microbatch} of stage {action.stage} made {found}, not "
                 f"{self.shape, self.dtype}: a stage must return one tensor, of run()'s shape and "
                 "the Pipeline's dtype, that depends on its input"
             )
-        if consumer(made).stage in self.chunks:
-            self.inbox[consumer(made)] = (tensor.detach(), None)
+        if consumer(action).stage in self.chunks:
+            self.inbox[consumer(action)] = (tensor.detach(), None)
         else:
-            self.outbox[made] = tensor.detach().contiguous()
+            self.outbox[action] = tensor.detach().contiguous()
 
     def _forward(self, action: Action) -> None:
-        _, i, k = action
-        x = self.inputs[i] if k == 0 else self._take(action)
+        _, microbatch, stage = action
+        x = self.inputs[microbatch] if stage == 0 else self._take(action)
         with self.watch(action):
-            if k > 0 and torch.is_grad_enabled():
+            if stage > 0 and torch.is_grad_enabled():
                 x.requires_grad_()
-            self.before(i)
-            y = self.chunks[k](x)
-            if k == self.last:
-                y = self.loss_of(y, i)
+            self.before(microbatch)
+            y = self.chunks[stage](x)
+            if stage == self.last:
+                y = self.loss_of(y, microbatch)
                 self.loss += y.detach()
-        if k < self.last:
-            self._hand_over(action, y)
-        if torch.is_grad_enabled():  # the graph is kept, but not its output: that is the next's
-            root = None  # a frozen first stage has nothing to do in backward
-            if k == self.last:
-                root = y
-            elif y.requires_grad:
+        if stage < self.last:
+            self._deliver(action, y)
+        if torch.is_grad_enabled():
+            root = y if stage == self.last else None
+            if stage < self.last and y.requires_grad:  # False if the first stage is frozen
+                # An edge keeps the graph but not the values of y, which backward does not need.
                 root = torch.autograd.graph.get_gradient_edge(y)
-            self.in_flight[i, k] = x, root
+            self.in_flight[microbatch, stage] = x, root
 
     def _backward(self, action: Action) -> None:
-        _, i, k = action
-        x, root = self.in_flight.pop((i, k))
-        gradient = self._take(action) if k < self.last else None
+        _, microbatch, stage = action
+        x, root = self.in_flight.pop((microbatch, stage))
+        gradient = self._take(action) if stage < self.last else None
         with self.watch(action):
             if root is not None:
                 torch.autograd.backward(root, gradient)
         if self.queue:
-            self.pending[i, k] = self.queue[:]
+            self.pending[microbatch, stage] = self.queue[:]
             self.queue.clear()
-        if k > 0:
-            self._hand_over(action, x.grad)
+        if stage > 0:
+            self._deliver(action, x.grad)
 
     def _weights(self, action: Action) -> None:
         with self.watch(action):
-            queue = self.pending.pop(action[1:], [])
-            while queue:
-                queue.pop(0)()  # and what it held is free
+            functions = self.pending.pop((action.microbatch, action.stage), [])
+            while functions:
+                functions.pop(0)()  # and frees its input and output gradient
 
 
 # --- cost -----------------------------------------------------------------------------------------
 
 
-def predicted_bubble(name: str, p: int, m: int, v: int = 1) -> float:
-    """Idle over ideal time of a step, if F = B = W; for interleaved and zb-h1 with m >= p, for zb-v
-    with m >= 2p-1. 2104.04473, section 2.2; 2401.10241, section 2.3, where ZB-H1 has a third of
-    1F1B's; ours of zb-v is what is left when all ranks wait for the last one's end."""
-    return (p - 1) / m / {"gpipe": 1, "1f1b": 1, "interleaved": v, "zb-h1": 3, "zb-v": 6}[name]
+def predicted_bubble(name: str, p: int, m: int, chunks: int = 1) -> float:
+    """Idle time / busy time over all ranks, if F, B and W take equal time. Valid for m >= p, and
+    for zb-v if m >= 2p - 1."""
+    divisor = {"gpipe": 1, "1f1b": 1, "interleaved": chunks, "zb-h1": 3, "zb-v": 6}[name]
+    return (p - 1) / (divisor * m)
 
 
-def predicted_held(name: str, p: int, m: int, v: int, rank: int) -> int:
-    """The most that a rank holds, in chunks of microbatches that are forwarded and not through with
-    their last action; for zb-v with m >= 2p-1."""
+def predicted_held(name: str, p: int, m: int, chunks: int, rank: int) -> int:
+    """The most microbatches that a rank holds between F and the last B or W. One that is held by
+    two chunks counts twice. Valid for every m, and for zb-v if m >= 2p - 1."""
     if name == "interleaved":
-        turn = -(-m // max(1, m // p))
-        return min(v * m, (v - 1) * turn + (p - 1 - rank) * min(v, 2) + 1)
+        group = -(-m // max(1, m // p))  # the size of the first group of microbatches
+        return min(chunks * m, (chunks - 1) * group + (p - 1 - rank) * min(chunks, 2) + 1)
     return {"gpipe": m, "1f1b": min(m, p - rank), "zb-h1": min(m, p), "zb-v": 2 * p}[name]
-
-
-def peak_held(actions: list[Action], in_flight: dict[int, int], waiting: dict[int, int]) -> int:
-    """The most that a rank with these actions holds after one of them: in_flight[stage] for each
-    microbatch forwarded and not backwarded, waiting[stage] for each whose W is to come."""
-    split_backward, held, peak = splits_backward(actions), 0, 0
-    for kind, _, k in actions:
-        deferred = waiting[k] * split_backward
-        held += {"F": in_flight[k], "B": deferred - in_flight[k], "W": -waiting[k]}[kind]
-        peak = max(peak, held)
-    return peak
-
-
-def predicted_queue_bytes(
-    n_layer: int, b: int, s: int, h: int, itemsize: int, head: int = 0, t: int = 1,
-    sequence: bool = False,
-) -> int:  # fmt: skip
-    """Bytes that wait for a W: the inputs and output gradients of the linear layers of n_layer
-    GPT-2 blocks on one of t tensor-parallel ranks, and of a head with that many rows on this rank.
-    In units of b s h, inputs: of c_attn 1, c_fc 1 (with sequence parallelism 1/t: W gathers them),
-    c_proj 1/t, mlp.c_proj 4/t; gradients: 3/t, 4/t, 1, 1."""
-    tokens = b * s * h
-    column = tokens // t if sequence else tokens
-    block = 2 * column + 2 * tokens + 12 * tokens // t
-    return itemsize * (n_layer * block + (column + b * s * head if head else 0))
 
 
 def predicted_sends(
     stages: list[list[int]], rank: int, m: int, b: int, s: int, h: int
 ) -> tuple[int, int]:
-    """(calls, payload in elements) that `rank` sends in a step: outputs up, gradients down, unless
-    it holds the other stage too."""
+    """The sends of a rank per step: (calls, payload in elements). For each microbatch, a stage
+    sends its output to the next stage and a gradient to the previous stage, unless that stage is on
+    the same rank. stages: [rank][chunk] -> stage."""
     last = max(map(max, stages))
-    ways = [k + up for k in stages[rank] for up in (1, -1)]
-    calls = m * sum(0 <= k <= last and k not in stages[rank] for k in ways)
+    neighbours = [stage + offset for stage in stages[rank] for offset in (1, -1)]
+    calls = m * sum(0 <= k <= last and k not in stages[rank] for k in neighbours)
     return calls, calls * b * s * h
 
 
 # --- demo -----------------------------------------------------------------------------------------
+
+
+def train(model: nn.Module, step: Callable[[], Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Two steps of SGD. step() runs forwards and backwards and returns the loss. Returns (losses,
+    parameters and last gradients by name)."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
+    for _ in range(2):
+        optimizer.zero_grad()
+        losses.append(step())
+        optimizer.step()
+    parameters = dict(model.named_parameters())
+    return losses, parameters | {f"{name}.grad": p.grad for name, p in parameters.items()}
+
+
+def costs(
+    name: str, schedule: Schedule, rank: int, m: int, shape: tuple[int, ...], sent: tuple
+) -> dict[str, tuple]:
+    """{cost: (predicted, measured or simulated)}. sent: (calls, elements) of one step."""
+    p, row, stages = len(schedule), schedule[rank], stages_of(schedule)
+    chunks, last_kind = len(stages[rank]), "W" if splits_backward(row) else "B"
+    held = max(itertools.accumulate((a.kind == "F") - (a.kind == last_kind) for a in row))
+    bubbles = predicted_bubble(name, p, m, chunks), bubble(simulate(schedule))
+    return {
+        "sends, elements": (predicted_sends(stages, rank, m, *shape), sent),
+        "held, simulated": (predicted_held(name, p, m, chunks, rank), held),
+        "bubble, simulated": tuple(round(number, 9) for number in bubbles),
+    }
 
 
 def main() -> None:
@@ -839,74 +943,47 @@ def main() -> None:
     import gpt
     import measure
 
-    steps, b = 3, 2
     with measure.Report("pipeline.py") as report:
         group, p, rank = report.group, report.group.size(), report.group.rank()
-        m = 2 * p + 1
-        config = gpt.GPTConfig(2 * p + 1, 2, 32, 251, 32)  # an uneven cut
-        tokens = data.example()
+        m = n_layer = 2 * p + 1  # p does not divide it, so stages have different sizes
+        config = gpt.GPTConfig(n_layer, 2, 32, 251, 32, tied=False)
+        boundary = torch.empty(2, config.seq_len, config.n_embd, dtype=torch.float64)
+        x, y = data.batch(data.example(), 0, range(2 * m), config.seq_len, seed=0)
 
-        def train(schedule: Schedule | None):
-            """schedule None: one process, the whole model, the whole batch at once."""
-            model = gpt.build(config, seed=0, dtype=torch.float64)
-            if schedule:
-                stages = stages_of(schedule)
-                n = sum(map(len, stages))
-                split = split_layers(config.n_layer, n)
-                take_stages(model, stages[rank], split)
-                chunks = chunks_of(model, stages[rank], split)
-                split_backward = splits_backward(schedule[rank])
-                pipe = Pipeline(chunks, n, group, torch.float64, "cpu", split_backward)
-                program = derive_programs(schedule)[rank]
-                holders = [r for r in range(p) if {0, n - 1} & {*stages[r]}]
-                tied_group = dist.new_group(holders)
-            optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
-            for step in range(steps):
-                optimizer.zero_grad()
-                x, y = data.batch(tokens, step, range(m * b), config.seq_len, seed=0)
-                if schedule:
+        def loss_of(logits: Tensor, microbatch: int) -> Tensor:
+            return gpt.cross_entropy(logits, y.chunk(m)[microbatch]) / y.numel()
 
-                    def loss_of(output: Tensor, microbatch: int, y=y) -> Tensor:
-                        return gpt.cross_entropy(output, y.chunk(m)[microbatch]) / y.numel()
+        def one_process() -> Tensor:
+            loss = gpt.cross_entropy(full_model(x), y) / y.numel()
+            loss.backward()
+            return loss.detach()
 
-                    shape = (b, config.seq_len, config.n_embd)
-                    losses.append(pipe.run(program, x.chunk(m), loss_of, shape))
-                    if rank in holders:
-                        held = [q.grad for q in model.parameters() if hasattr(q, "tied_name")]
-                        all_reduce_tied(held, tied_group)
-                else:
-                    loss = gpt.cross_entropy(model(x), y) / y.numel()
-                    loss.backward()
-                    losses.append(loss.detach())
-                optimizer.step()
-            return losses, dict(gpt.named_parameters(model))
+        def pipelined() -> Tensor:
+            if name in SCHEDULES:
+                return pipe.run(program, x.chunk(m), loss_of, boundary.shape)
+            return train_step(model, x.chunk(m), loss_of, boundary, group, kind == "gpipe")
 
-        losses, whole = train(None)
-        for name, function in SCHEDULES.items():
-            schedule = function(p, m)
-            check(schedule, m)
-            stages = stages_of(schedule)
-            v = len(stages[rank])
+        full_model = gpt.build(config, dtype=torch.float64)
+        expected_losses, expected = train(full_model, one_process)
+        for name in ("version 1, 1f1b", "version 1, gpipe", *SCHEDULES):
+            kind = name.removeprefix("version 1, ")
+            schedule = SCHEDULES[kind](p, m)
+            stages, program = stages_of(schedule), derive_programs(schedule)[rank]
+            split = split_layers(n_layer, sum(map(len, stages)))
+            model = take_stages(gpt.build(config, dtype=torch.float64), stages[rank], split)
+            chunks = chunks_of(model, stages[rank], split)
+            split_backward = splits_backward(schedule[rank])
+            pipe = Pipeline(chunks, len(split), group, torch.float64, "cpu", split_backward)
             with measure.Collectives({"pp": group}) as seen:
-                mine, held = train(schedule)
-            for loss in mine:
-                dist.all_reduce(loss)  # the last stage has it, the others 0
-            report.losses(name, mine, losses)
-            expected = {n: whole[n] for n in held}
-            gradients, expected_gradients = (
-                {n: q.grad for n, q in named.items()} for named in (held, expected)
-            )
-            report.close(f"{name} max |d gradient|", gradients, expected_gradients)
-            report.close(f"{name} max |d parameter|", held, expected)
-            calls, elements = predicted_sends(stages, rank, m, b, config.seq_len, config.n_embd)
-            sent = tuple(seen.total("pp", "send"))
-            report.equal(f"{name} sends, elements", (steps * calls, steps * elements), sent)
-            one = dict.fromkeys(stages[rank], 1)
-            most = peak_held(schedule[rank], one, one)
-            report.equal(f"{name} chunks held", predicted_held(name, p, m, v, rank), most)
-            simulated = round(bubble(simulate(schedule)), 9)
-            predicted = round(predicted_bubble(name, p, m, v), 9)
-            report.equal(f"{name} bubble, simulated", predicted, simulated)
+                losses, found = train(model, pipelined)
+            for loss in losses:
+                dist.all_reduce(loss)  # payload: 1. The loss is 0 on all ranks but one.
+            report.losses(name, losses, expected_losses)
+            report.close(f"{name} largest error", found, {n: expected[n] for n in found})
+            sent = tuple(n // 2 for n in seen.total("pp", "send"))  # of two steps
+            rows = costs(kind, schedule, rank, m, boundary.shape, sent)
+            for cost, (predicted, actual) in rows.items():
+                report.equal(f"{name} {cost}", predicted, actual)
 
 
 if __name__ == "__main__":

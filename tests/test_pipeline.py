@@ -3,8 +3,10 @@ import copy
 import doctest
 import functools
 import graphlib
+import itertools
 import random
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,14 +18,17 @@ import gpt
 import measure
 import pipeline
 import tensor_parallel
-from pipeline import Action, check, check_no_deadlock, derive_programs, simulate
-from tools.oracle import draw, launch
+from pipeline import Action, check, derive_programs, simulate
+from tools import cost, oracle
+from tools.draw import wrap
+from tools.oracle import launch
+from tools.waits import check_no_deadlock
 
 MICROBATCHES = (*range(1, 21), 31, 32, 33, 48, 63, 64)
 SIZES = [(p, m) for p in range(1, 17) for m in MICROBATCHES]
-NAMES = [pytest.param(name, v, marks=pytest.mark.slow if v > 2 else ())
+NAMES = [pytest.param(name, chunks, marks=pytest.mark.slow if chunks > 2 else ())
          for name in pipeline.SCHEDULES
-         for v in {"interleaved": (1, 2, 3, 4), "zb-v": (2,)}.get(name, (1,))]  # fmt: skip
+         for chunks in {"interleaved": (1, 2, 3, 4), "zb-v": (2,)}.get(name, (1,))]  # fmt: skip
 
 
 def test_the_timelines_in_the_docstring():
@@ -31,26 +36,41 @@ def test_the_timelines_in_the_docstring():
     assert results.attempted == 1 and results.failed == 0
 
 
+def test_the_program_in_the_comment_on_the_full_version():
+    def text(step, rank: int) -> str:
+        if isinstance(step, Action):
+            return f"{step.kind}{step.microbatch}"
+        sent = [">" if t.src == rank else "<" for t in step]
+        # A received tensor is named after the action that needs it; on another rank, the action
+        # that computed it has the same kind and microbatch.
+        names = [f"{t.action.kind}{t.action.microbatch}" for t in step]
+        return "[" + " ".join(map("".join, zip(sent, names, strict=True))) + "]"
+
+    program = derive_programs(pipeline.one_f_one_b(3, 4))[1]
+    comment = " ".join(Path(pipeline.__file__).read_text().replace("#", " ").split())
+    assert " ".join(text(step, 1) for step in program) in comment
+
+
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name, v", NAMES)
-def test_bubble_and_memory_are_as_predicted(name, v, every):
+@pytest.mark.parametrize("name, chunks", NAMES)
+def test_bubble_and_memory_are_as_predicted(name, chunks, every):
     for p, m in SIZES[::every]:
-        schedule = pipeline.SCHEDULES[name](p, m, v)
+        schedule = pipeline.SCHEDULES[name](p, m, chunks)
         closed_form = {"gpipe": True, "1f1b": True, "zb-v": m >= 2 * p - 1}.get(name, m >= p)
         if closed_form:
-            predicted = pipeline.predicted_bubble(name, p, m, v)
+            predicted = pipeline.predicted_bubble(name, p, m, chunks)
             assert pipeline.bubble(simulate(schedule)) == pytest.approx(predicted), (p, m)
-        one = dict.fromkeys(range(v * p), 1)
+        one = dict.fromkeys(range(chunks * p), 1)
         for rank in range(p):
-            held = pipeline.peak_held(schedule[rank], one, one)
-            bound = pipeline.predicted_held(name, p, m, v, rank)
+            held = cost.peak_held(schedule[rank], one, one)
+            bound = pipeline.predicted_held(name, p, m, chunks, rank)
             assert held == bound or (name == "zb-v" and m < 2 * p - 1 and held < bound), (p, m)
 
 
-@pytest.mark.parametrize("name, v", NAMES)
-def test_schedules_are_complete_and_their_transfers_never_deadlock(name, v):
+@pytest.mark.parametrize("name, chunks", NAMES)
+def test_schedules_are_complete_and_their_transfers_never_deadlock(name, chunks):
     for p, m in SIZES[::13]:
-        schedule = pipeline.SCHEDULES[name](p, m, v)
+        schedule = pipeline.SCHEDULES[name](p, m, chunks)
         check(schedule, m)
         few = m // 2 + 1
         forwards = pipeline.forward_only(schedule, few)
@@ -77,15 +97,72 @@ def test_mean_times_are_by_kind_and_stage():
 
 def test_a_long_timeline_goes_on_below():
     schedule = pipeline.zb_v(2, 3)
-    whole, narrow = pipeline.draw(schedule), pipeline.draw(schedule, columns=38)
+    wide = pipeline.draw(schedule)
+    narrow = wrap(wide, columns=38)
+    assert wrap(wide, columns=200) == wide
     assert max(map(len, narrow.splitlines())) <= 38
-    staves = [staff.splitlines() for staff in narrow.split("\n\n")]
-    assert [len(staff) for staff in staves] == [2, 2]
-    for rank, line in enumerate(whole.splitlines()):
-        assert (staves[0][rank] + " " + staves[1][rank][8:]).rstrip() == line
-    assert whole.splitlines()[0] == (
+    timelines = [lines.splitlines() for lines in narrow.split("\n\n")]
+    assert [len(lines) for lines in timelines] == [2, 2]
+    for rank, line in enumerate(wide.splitlines()):
+        assert (timelines[0][rank] + " " + timelines[1][rank][8:]).rstrip() == line
+    assert wide.splitlines()[0] == (
         "rank 0 |F0 F1 F2 f0 b0 w0 f1 b1 w1 B0 W0 f2 b2 w2 B1 W1 B2 W2 ."
     )
+
+
+# --- version 1 ------------------------------------------------------------------------------------
+
+
+def train_version_1(p: int, m: int, gpipe: bool) -> tuple[float, int]:
+    """A step of version 1, compared with one process and with Pipeline. Stages have different
+    numbers of blocks. Frozen: one weight; or all of the first stage and one more weight. Returns
+    (largest error, gradients compared)."""
+    rank, worst, compared = dist.get_rank(), 0.0, 0
+    net = gpt.build(gpt.GPTConfig(5, 2, 8, 17, 6, tied=False), dtype=torch.float64)
+    split = pipeline.split_layers(5, p)
+    x = torch.randint(17, (m, 2, 6), generator=torch.Generator().manual_seed(m))
+    boundary = torch.empty(2, 6, 8, dtype=torch.float64)
+    schedule = (pipeline.gpipe if gpipe else pipeline.one_f_one_b)(p, m)
+
+    def loss_of(logits, microbatch):
+        return gpt.cross_entropy(logits, x[microbatch]) / x.numel()
+
+    first_stage = ("wte", "wpe", *(f"h.{i}." for i in split[0])) if p > 1 else ()
+    for frozen in (("h.3.mlp.c_fc.weight",), (*first_stage, "h.4.ln_1.weight")):
+        models = [copy.deepcopy(net) for _ in range(3)]
+        for name, q in itertools.chain(*(model.named_parameters() for model in models)):
+            q.requires_grad_(not name.startswith(frozen))
+        full, mine, other = models
+        loss = sum(loss_of(full(x[i]), i) for i in range(m))
+        loss.backward()
+        pipeline.take_stages(mine, [rank], split)
+        pipeline.take_stages(other, [rank], split)
+        total = pipeline.train_step(mine, x, loss_of, boundary, dist.group.WORLD, gpipe)
+        pipe = pipeline.Pipeline({rank: other}, p, dist.group.WORLD, torch.float64, "cpu")
+        found = [{"loss": total}]
+        found.append({"loss": pipe.run(derive_programs(schedule)[rank], x, loss_of, (2, 6, 8))})
+        expected, reference = {"loss": loss.detach()}, dict(full.named_parameters())
+        for version, model in zip(found, (mine, other), strict=True):
+            dist.all_reduce(version["loss"])
+            for name, q in model.named_parameters():
+                assert (q.grad is None) == name.startswith(frozen), name
+                if q.grad is not None:
+                    version[name], expected[name] = q.grad, reference[name].grad
+            errors = measure.relative_errors(version, expected)
+            worst = measure.largest([worst, *errors.values()])
+        compared += len(found[0]) - 1
+    return worst, compared
+
+
+@pytest.mark.parametrize("gpipe", [False, True], ids=["1f1b", "gpipe"])
+@pytest.mark.parametrize("m", [1, 2, 5])
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_version_1_equals_one_process(p, m, gpipe):
+    results = launch(p, train_version_1, p, m, gpipe)
+    assert max(worst for worst, _ in results) <= measure.TOLERANCE
+    first_stage = 2 + 12 * len(pipeline.split_layers(5, p)[0]) if p > 1 else 0
+    parameters = 12 * 5 + 5
+    assert sum(n for _, n in results) == 2 * parameters - 1 - first_stage - 1
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -99,22 +176,23 @@ def naive_programs(schedule):
         for action in actions:
             up, down = rank + 1, rank - 1
             source, target = (down, up) if action.kind == "F" else (up, down)
-            kind, i = action.kind, action.microbatch
             if 0 <= source < len(schedule):
-                program.append((pipeline.Transfer(kind, i, source, source, rank),))
+                received = action._replace(stage=source)
+                program.append((pipeline.Transfer(received, source, rank),))
             program.append(action)
             if 0 <= target < len(schedule):
-                program.append((pipeline.Transfer(kind, i, rank, rank, target),))
+                program.append((pipeline.Transfer(action, rank, target),))
         programs.append(program)
     return programs
 
 
-def test_unfused_sends_deadlock_under_rendezvous_and_the_circle_is_named():
+def test_unfused_sends_deadlock_under_rendezvous_and_all_waits_are_named():
     check_no_deadlock(naive_programs(pipeline.gpipe(4, 8)))  # one direction at a time: no harm
     with pytest.raises(ValueError) as error:
         check_no_deadlock(naive_programs(pipeline.one_f_one_b(4, 8)))
     assert str(error.value) == (
-        "deadlock: rank 2 waits for rank 3 (to take F1); rank 3 waits for rank 2 (to take B0)"
+        "deadlock: rank 0 waits to send F3 to rank 1; rank 1 waits to send F2 to rank 2; "
+        "rank 2 waits to send F1 to rank 3; rank 3 waits to send B0 to rank 2"
     )
 
 
@@ -129,7 +207,7 @@ def test_ends_that_post_in_different_orders_are_refused():
 def test_an_end_that_never_posts_is_refused():
     programs = derive_programs(pipeline.gpipe(2, 1))
     programs[1] = programs[1][1:]
-    with pytest.raises(ValueError, match="rank 1 is through|rank 0 waits for rank 1"):
+    with pytest.raises(ValueError, match="deadlock: rank 0 waits to send F0 to rank 1"):
         check_no_deadlock(programs)
 
 
@@ -137,18 +215,18 @@ def test_an_end_that_never_posts_is_refused():
     "function, spoil, message",
     [
         ("1f1b", lambda s: s[1].remove(Action("B", 1, 1)), "B1 missing"),
-        ("1f1b", lambda s: s[0].append(Action("F", 0, 0)), "F0 is there twice"),
+        ("1f1b", lambda s: s[0].append(Action("F", 0, 0)), "F0 occurs twice"),
         ("1f1b", lambda s: s[0].append(Action("W", 0, 0)), "W1, W2, W3 missing"),
         ("zb-h1", lambda s: s[2].remove(Action("W", 3, 2)), "W3 missing"),
         ("zb-v", lambda s: s[2].remove(Action("W", 3, 3)), "w3 missing"),
         ("1f1b", lambda s: s[2].insert(0, s[2].pop(1)), "rank 2 at B0 waits for F0 of rank 2"),
         ("zb-h1", lambda s: s[0].insert(0, s[0].pop()), "rank 0 at W3 waits for B3 of rank 0"),
-        ("1f1b", lambda s: s[1].append(Action("F", -1, 1)), "F-1 is there twice, or is no F"),
-        ("1f1b", lambda s: s[1].append(Action("X", 1, 1)), "X1 .* no F or B of microbatches 0..3"),
+        ("1f1b", lambda s: s[1].append(Action("F", -1, 1)), "F-1 occurs twice, or is not F"),
+        ("1f1b", lambda s: s[1].append(Action("X", 1, 1)), "X1 .* not F or B of microbatches 0..3"),
         ("1f1b", lambda s: s[0].remove(Action("F", 0, 0)), "F0 missing"),
         ("1f1b", lambda s: [row.clear() for row in s], r"are \[\[\], \[\], \[\]\]"),
         ("1f1b", lambda s: s[1].clear(), r"stages by rank are \[\[0\], \[\], \[2\]\]"),
-        ("interleaved", lambda s: s[1].append(Action("F", 0, 0)), "each of 0..6 belongs on one"),
+        ("interleaved", lambda s: s[1].append(Action("F", 0, 0)), "0..6 must be on exactly one"),
     ],
 )
 def test_incomplete_schedules_are_refused(function, spoil, message):
@@ -161,16 +239,18 @@ def test_incomplete_schedules_are_refused(function, spoil, message):
 
 
 @pytest.mark.parametrize(
-    "name, v", [("gpipe", 2), ("1f1b", 2), ("zb-h1", 3), ("zb-v", 1), ("zb-v", 4)]
+    "name, chunks", [("gpipe", 2), ("1f1b", 2), ("zb-h1", 3), ("zb-v", 1), ("zb-v", 4)]
 )
-def test_a_number_of_chunks_that_a_schedule_does_not_have_is_refused(name, v):
-    with pytest.raises(ValueError, match=f"{name} has . chunks? per rank, not {v}: .*interleaved"):
-        pipeline.SCHEDULES[name](2, 4, v)
+def test_a_number_of_chunks_that_a_schedule_does_not_have_is_refused(name, chunks):
+    expected = f"{name} has . chunks? per rank, not {chunks}: .*interleaved"
+    with pytest.raises(ValueError, match=expected):
+        pipeline.SCHEDULES[name](2, 4, chunks)
 
 
 def test_a_circle_is_refused_and_named():
     """Rank 0 wants B0 before it forwards microbatch 1, rank 1 wants F1 before it gives back B0;
     rank 2 waits as well, but not in the circle."""
+
     def row(line: str, stage: int):
         return [Action(word[0], int(word[1]), stage) for word in line.split()]
 
@@ -251,8 +331,9 @@ def test_receives_ahead_keep_the_order_between_two_ranks():
                 places.append({t: i for i, s in enumerate(s for s in steps if s)
                                for t in (() if isinstance(s, Action) else s)})  # fmt: skip
             was, now = places
-            for lane in {t[3:] for t in was}:
-                assert [t for t in was if t[3:] == lane] == [t for t in now if t[3:] == lane]
+            for pair in {(t.src, t.dst) for t in was}:
+                of_pair = [[t for t in place if (t.src, t.dst) == pair] for place in (was, now)]
+                assert of_pair[0] == of_pair[1]
             actions = [[a for a in steps[:place] if isinstance(a, Action)] for steps, places_ in
                        ((program, was), (ahead, now)) for place in places_.values()]  # fmt: skip
             before = dict(zip([*((0, t) for t in was), *((1, t) for t in now)],
@@ -335,8 +416,8 @@ def test_blocks_in_a_list_keep_their_names():
     [
         ({"last": ("lm_head",)}, [range(3), range(3, 5)], "ln_f.weight, ln_f.bias .* every stage"),
         ({"first": ("embed",)}, [range(3), range(3, 5)], "wte.weight .* every stage: .* `first`"),
-        ({}, [range(3), range(3, 4)], r"blocks 0, 1, 2, 3, 4, and split \[range\(0, 3\)"),
-        ({}, [range(3), range(3, 6)], "blocks 0, 1, 2, 3, 4, and split"),
+        ({}, [range(3), range(3, 4)], r"blocks 0, 1, 2, 3, 4, but split is \[range\(0, 3\)"),
+        ({}, [range(3), range(3, 6)], "blocks 0, 1, 2, 3, 4, but split is"),
     ],
 )
 def test_a_model_that_is_not_fully_split_is_refused(names, split, message):
@@ -352,7 +433,7 @@ def test_a_parameter_of_the_model_itself_and_blocks_without_numbers_are_refused(
         pipeline.take_stages(model, [0], split)
     model = Chain(0)
     model.h = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
-    with pytest.raises(ValueError, match="blocks a, b, and split"):
+    with pytest.raises(ValueError, match="blocks a, b, but split"):
         pipeline.take_stages(model, [0], split)
 
 
@@ -390,12 +471,12 @@ def run_schedules(p: int, schedules: list, as_nccl: bool = False) -> tuple[float
 
         with torch.device("meta"):
             whole, mine = gpt.GPT(config), gpt.GPT(config)
-        gpt.init_weights(whole, 0, torch.float64, "cpu", draw)
+        gpt.init_weights(whole, 0, torch.float64, "cpu", oracle.draw)
         for i in range(m):
             loss_of(whole(x[i]), i).backward()
         stages, split = pipeline.stages_of(schedule)[rank], pipeline.split_layers(max(5, n), n)
         pipeline.take_stages(mine, stages, split)
-        gpt.init_weights(mine, 0, torch.float64, "cpu", draw)
+        gpt.init_weights(mine, 0, torch.float64, "cpu", oracle.draw)
         chunks = pipeline.chunks_of(mine, stages, split)
         split_backward = pipeline.splits_backward(schedule[rank])
         pipe = pipeline.Pipeline(chunks, n, pp, torch.float64, "cpu", split_backward)
@@ -478,7 +559,8 @@ def test_each_pair_of_ranks_that_sends_exchanges_a_tensor_at_the_start(name, p):
         expected = {peer for pair in neighbours if rank in pair for peer in pair if peer != rank}
         assert sorted(batches) == [(peer, peer) for peer in sorted(expected)]
         ways = [[(rank, peer), (peer, rank)] for peer, _ in batches]
-        programs.append([tuple(pipeline.Transfer("F", 0, 0, *way) for way in two) for two in ways])
+        action = Action("F", 0, 0)
+        programs.append([tuple(pipeline.Transfer(action, *way) for way in two) for two in ways])
     check_no_deadlock(programs)
 
 
@@ -556,13 +638,13 @@ def linear(layer, x):
     "how, message",
     [
         (dict(schedule=pipeline.zb_h1(1, 2), function=linear),
-         r"has W actions, and the Pipeline was made with split_backward=False"),
+         r"has W actions, but split_backward of the Pipeline is False"),
         (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, split_backward=True),
-         r"has no W actions, and the Pipeline was made with split_backward=True"),
+         r"has no W actions, but split_backward of the Pipeline is True"),
         (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, m=3),
-         "has 2 microbatches, and there are 3 inputs"),
+         "has 2 microbatches, but there are 3 inputs"),
         (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, n=2, stages=[1]),
-         r"stages \[0\], and the chunks are of \[1\]"),
+         r"stages \[0\], but the chunks are stages \[1\]"),
         (dict(schedule=pipeline.forward_only(pipeline.gpipe(1, 2), 2), function=linear),
          r"has no B actions: run it under torch.no_grad\(\)"),
         (dict(schedule=pipeline.interleaved(1, 2), n=2, function=lambda layer, x: (layer(x), 0)),

@@ -200,12 +200,12 @@ def test_a_schedule_from_a_file(tmp_path):
     [
         ("F0 F1 X0\nF0", "line 1, column 7: 'X0' is no action: expected F, B or W, a microbatch"),
         ("F0 F1 B0 B1\nF0 F-1", "line 2, column 4: 'F-1' is no action"),
-        ("F0 B0 F1 B1\n\n  F0 B0 F2 B2", "line 3, column 9: F2 .* no F or B of microbatches 0..1"),
+        ("F0 B0 F1 B1\n\n  F0 B0 F2 B2", "line 3, column 9: F2 .* not F or B of microbatches 0..1"),
         ("0 1: F0 F0.2\n2: F0", r"line 1, column 9: F0.2: expected a chunk of 0..1"),
         ("0 x: F0\n1: F0", "line 1, column 1: '0 x' are no stages: expected numbers, like 0 3:"),
         ("F0 F1 B0 B1\n", "line 1, column 1: 1 ranks: expected a line for each of --pp 2"),
         ("F0 F1 B0 B1\nF0 B0 F1", "line 2, column 9: B1 missing"),
-        ("F0 F1 B0 B1\nF0 B0 F1 F1 B1", "line 2, column 10: F1 is there twice"),
+        ("F0 F1 B0 B1\nF0 B0 F1 F1 B1", "line 2, column 10: F1 occurs twice"),
         ("F0 F1 B1 B0\nF0 B0 F1 B1 W0", "line 1, column 12: W0, W1 missing"),
         ("F0 B0 F1 B1 # waits\nF0 F1 B0 B1", "line 1, column 4: rank 0 at B0 waits for B0 of rank "
          "1; rank 1 at F1 waits for F1 of rank 0"),

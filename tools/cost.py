@@ -219,7 +219,7 @@ def chunk_bytes(
         n_layer, v=head, policy=layout.recompute, layers=layers, first=first, last=last, **sizes,
         **more
     ) - 8 * last  # fmt: skip
-    waiting = pipeline.predicted_queue_bytes(n_layer, head=head * last, **sizes)
+    waiting = predicted_queue_bytes(n_layer, head=head * last, **sizes)
     block = predicted_block_bytes(policy="none", **sizes, **more)
     boundary = b * s * h // (t if layout.sequence_parallel else 1) * program.itemsize
     return flying, waiting, block + 4 * boundary * (layout.pp > 1)
@@ -318,7 +318,7 @@ def predicted_rank_bytes(
     name, p, v = layout.schedule, layout.pp, layout.chunks
     if simulated:
         schedule = schedule or schedule_of(name, p, repeating_microbatches(layout), v)
-        held["activations"] = pipeline.peak_held(schedule[pp_rank], flying, waiting)
+        held["activations"] = peak_held(schedule[pp_rank], flying, waiting)
     else:
         n = 1 if name == "zb-v" else pipeline.predicted_held(name, p, layout.microbatches, v, 0)
         each = [flying] + [waiting] * (name == "zb-v")
@@ -706,3 +706,33 @@ def predicted_flops(
     selective = core if fused else core // 2
     second = {"none": 0, "offload": 0, "selective": selective, "full": full}[policy]
     return 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * second
+
+
+# --- pipeline -------------------------------------------------------------------------------------
+
+
+def peak_held(
+    actions: list[pipeline.Action], in_flight: dict[int, int], waiting: dict[int, int]
+) -> int:
+    """The most that a rank with these actions holds after one of them: in_flight[stage] for each
+    microbatch forwarded and not backwarded, waiting[stage] for each whose W is to come."""
+    split_backward, held, peak = pipeline.splits_backward(actions), 0, 0
+    for kind, _, k in actions:
+        deferred = waiting[k] * split_backward
+        held += {"F": in_flight[k], "B": deferred - in_flight[k], "W": -waiting[k]}[kind]
+        peak = max(peak, held)
+    return peak
+
+
+def predicted_queue_bytes(
+    n_layer: int, b: int, s: int, h: int, itemsize: int, head: int = 0, t: int = 1,
+    sequence: bool = False,
+) -> int:  # fmt: skip
+    """Bytes that wait for a W: the inputs and output gradients of the linear layers of n_layer
+    GPT-2 blocks on one of t tensor-parallel ranks, and of a head with that many rows on this rank.
+    In units of b s h, inputs: of c_attn 1, c_fc 1 (with sequence parallelism 1/t: W gathers them),
+    c_proj 1/t, mlp.c_proj 4/t; gradients: 3/t, 4/t, 1, 1."""
+    tokens = b * s * h
+    column = tokens // t if sequence else tokens
+    block = 2 * column + 2 * tokens + 12 * tokens // t
+    return itemsize * (n_layer * block + (column + b * s * head if head else 0))

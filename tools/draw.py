@@ -22,6 +22,7 @@ import sys
 
 import options
 import pipeline
+from tools import cost
 
 COLORS = {"F": 44, "B": 42, "W": 43, "f": 46, "b": 102, "w": 103}  # backgrounds
 
@@ -35,10 +36,23 @@ def in_color(timeline: str) -> str:
     return re.sub(r"[FBWfbw]\d+(?:\.\d+)?-*", paint, timeline)
 
 
+def wrap(timeline: str, columns: int) -> str:
+    """Splits a timeline that is wider than `columns` into several, one below the other."""
+    rows = [line.split("|") for line in timeline.splitlines()]
+    width = len(re.match(r"\S+ +", rows[0][1])[0])  # of a cell
+    length = -(-max(len(cells) for _, cells in rows) // width)
+    timelines = -(-length // max(1, (columns - 8) // width))
+    step = -(-length // timelines) * width
+    return "\n\n".join(
+        "\n".join(f"{rank}|{cells[start : start + step]}".rstrip() for rank, cells in rows)
+        for start in range(0, length * width, step)
+    )
+
+
 def numbers(name: str, schedule: pipeline.Schedule) -> str:
     stages = pipeline.stages_of(schedule)
     one = {k: 1.0 / len(row) for row in stages for k in row}
-    held = [pipeline.peak_held(row, one, one) for row in schedule]
+    held = [cost.peak_held(row, one, one) for row in schedule]
     sends = [pipeline.predicted_sends(stages, r, 1, 1, 1, 1)[0] for r in range(len(schedule))]
     bubble = pipeline.bubble(pipeline.simulate(schedule))
     return (f"{name:12s} bubble {bubble:.3f}   {max(sends)} sends per microbatch   most stored "
@@ -69,7 +83,7 @@ def main() -> None:
             continue
         if args.schedule != "all":
             tty = sys.stdout.isatty()
-            timeline = pipeline.draw(schedule, shutil.get_terminal_size((160, 24)).columns)
+            timeline = wrap(pipeline.draw(schedule), shutil.get_terminal_size((160, 24)).columns)
             print((in_color(timeline) if tty else timeline) + "\n")
         print(numbers(name, schedule))
 
