@@ -29,11 +29,9 @@ import contextlib
 import datetime
 import functools
 import gc
-import itertools
 import os
 import runpy
 import signal
-import statistics
 import sys
 from collections.abc import Callable
 
@@ -367,29 +365,6 @@ def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
         block.forward = torch.compile(block.forward)
 
 
-def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:
-    """From the spans of all ranks: what an action takes in rank 0's pipeline, on average without
-    the first step, and the bubble that follows if transfers took no time, beside the real one."""
-    steps: dict[int, list[pipeline.Span]] = {}
-    for pp_rank, rank in enumerate(dist.get_process_group_ranks(trainer.pp_group)):
-        for _, start, end, known in everyone[rank]:
-            if "step" in known:
-                span = pipeline.Span(pp_rank, known["action"], start, end)
-                steps.setdefault(known["step"], []).append(span)
-    if len(steps) > 1:
-        del steps[min(steps)]
-    mean = pipeline.mean_times(itertools.chain(*steps.values()))
-    simulated = pipeline.bubble(
-        pipeline.simulate(trainer.schedule, lambda a: mean[a.kind, a.stage])
-    )
-    measured = statistics.median(pipeline.bubble(step) for step in steps.values())
-    lines = ["stage" + "".join(f"{kind + ' ms':>9s}" for kind in "FBW")]
-    for k in range(trainer.pipe.last + 1):
-        lines.append(f"{k:5d}" + "".join(f"{1e3 * mean.get((kind, k), 0):9.2f}" for kind in "FBW"))
-    lines.append(f"bubble: with these times {simulated:.3f} | measured {measured:.3f}")
-    return "\n".join(lines)
-
-
 # --- loop -----------------------------------------------------------------------------------------
 
 
@@ -531,8 +506,8 @@ def train(
         logger.say(f"step {first} of {stop} is done: nothing to train")
     if trace:
         t, p, d = (g.rank() for g in (trainer.tp_group, trainer.pp_group, trainer.dp_group))
-        spans = trace.write(args.trace, f"pp {p}, dp {d}, tp {t}")
-        logger.say(bubble_table(trainer, spans) if spans else "")
+        trace.write(args.trace, f"pp {p}, dp {d}, tp {t}")
+        logger.say(f"--trace: wrote {args.trace}; for its bubble: python -m tools.bubble {args.trace}")
     if args.sample:
         prompt = torch.from_numpy(held_out[:16].astype("int64"))
         tokens = trainer.sample(prompt, args.sample).tolist()

@@ -31,7 +31,7 @@ import tensor_parallel
 import train_3d
 import zero
 from tests.commands import ROOT, TINY, command_line, environment, forked, read_log, run
-from tools import dry_run
+from tools import bubble, dry_run
 from tools.drill import ranks_of
 from tools.oracle import Case, judge, launch, reader, trainer_of
 
@@ -298,34 +298,41 @@ def test_a_trace_has_what_every_rank_did(text, tmp_path):
         for step, i in itertools.product(range(4), range(2)):
             assert at[rank, step, f"F{i}"][1] <= at[rank + 2, step, f"F{i}"][0]
             assert at[rank + 2, step, f"B{i}"][1] <= at[rank, step, f"B{i}"][0]
-    table = re.search(r"stage +F ms +B ms +W ms\n(.*\n)+bubble: with these times (\S+) \| measured "
-                      r"(\S+)\n", result.stdout)  # fmt: skip
-    assert table and float(table[2]) >= 0 and float(table[3]) > 0
-    assert len(re.findall(r"^ +[01]( +\d+\.\d\d){3}$", table[0], re.MULTILINE)) == 2
+    assert f"python -m tools.bubble {path}" in result.stdout
+    assert float(re.search(r"measured (\S+)", bubble.table(bubble.read_steps(path)))[1]) > 0
 
 
-def table_of_what_never_was() -> tuple[str, float]:
-    """Steps in which a message takes half as long as an action, after a first one that is slow."""
-    schedule, everyone = pipeline.zb_h1(2, 4), [[("F0", 0.0, 9.0, {"action": None})], []]
+def test_the_bubble_table_omits_the_first_step(tmp_path):
+    """A transfer takes half as long as an action. The first step is slow."""
+    schedule, events = pipeline.zb_h1(2, 4), []
+    for rank in range(2):
+        for dp in range(2):  # the other replica is ignored
+            about = {"name": f"rank {2 * rank + dp}: pp {rank}, dp {dp}, tp 0"}
+            events.append({"ph": "M", "pid": 2 * rank + dp, "args": about})
     spans = pipeline.simulate(schedule, transfer=0.5)
-    for step, ms in enumerate((7e-3, 1e-3, 1e-3)):
+    for step, us in enumerate((7000, 1000, 1000)):
         for rank, action, start, end in spans:
-            known = {"action": action, "step": step}
-            everyone[rank].append(("", ms * start, ms * end, known))
-    pipe = SimpleNamespace(last=1)
-    trainer = SimpleNamespace(pp_group=torch.distributed.group.WORLD, schedule=schedule, pipe=pipe)
-    return train_3d.bubble_table(trainer, everyone), pipeline.bubble(spans)
-
-
-def test_the_bubble_table_is_of_the_steps_after_the_first():
-    table, measured = launch(2, table_of_what_never_was)[0]
+            events += [
+                {"ph": "X", "pid": 2 * rank + dp, "ts": us * start, "dur": factor * us * (end - start),
+                 "args": {"action": action, "step": step}} for dp, factor in ((0, 1), (1, 9))
+            ]  # fmt: skip
+        events.append({"ph": "X", "pid": 0, "ts": 0, "dur": 9, "args": {}})  # the optimizer
+    path = tmp_path / "trace"
+    path.write_text(json.dumps({"traceEvents": events}))
+    measured = pipeline.bubble(spans)
     assert measured > 2 / 12
-    assert table.splitlines() == [
+    assert bubble.table(bubble.read_steps(path)).splitlines() == [
         "stage     F ms     B ms     W ms",
         "    0     1.00     1.00     1.00",
         "    1     1.00     1.00     1.00",
-        f"bubble: with these times 0.083 | measured {measured:.3f}",
+        f"bubble: simulated with these times 0.083 | measured {measured:.3f}",
     ]
+    path.write_text('{"traceEvents": []}')
+    with pytest.raises(ValueError, match="has no training steps"):
+        bubble.read_steps(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not a trace"):
+        bubble.read_steps(path)
 
 
 def test_a_plain_run_is_this_loop(text, tmp_path):
