@@ -28,6 +28,7 @@ import gpt
 import measure
 import options
 import pipeline
+import startup
 import train_3d
 import zero
 from measure import TOLERANCE
@@ -432,7 +433,7 @@ def sampled(folder: str, *flags: str) -> str:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr("sys.argv", ["sample.py", "--checkpoint-dir", folder, *flags])
         patch.setattr(dist, "destroy_process_group", lambda: None)  # launch does, at its end
-        patch.setattr(train_3d, "join_ranks", lambda *_: None)
+        patch.setattr(startup, "join_ranks", lambda *_: None)
         sample.main()
     return out.getvalue()
 

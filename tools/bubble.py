@@ -26,7 +26,7 @@ def read_steps(path: str) -> list[list[pipeline.Span]]:
         with open(path) as file:
             events = json.load(file)["traceEvents"]
         for event in events:
-            name, about = event.get("name", ""), event["args"]
+            about = event["args"]
             if event["ph"] == "M" and (found := re.search(r"pp (\d+), dp 0, tp 0$", about["name"])):
                 pp_rank[event["pid"]] = int(found[1])
             elif "step" in about and event["pid"] in pp_rank:

@@ -29,6 +29,7 @@ import activation_ckpt
 import gpt
 import measure
 import options
+import startup
 import train_3d
 from tools import dry_run
 from tools.oracle import EPS, draw
@@ -176,7 +177,7 @@ def speed(
         apart = measure.largest(abs(a - b) for a, b in both)
         tokens = args.global_batch_size * config.seq_len
         tflops = 3e-12 * gpt.forward_flops_per_token(config) * tokens / free
-        peak = options.peak_tflops(args, device)
+        peak = args.peak_tflops or startup.peak_tflops(device, args.dtype)
         mfu = f"{100 * tflops / peak:.1f} %" if peak else "-"
         how = "compiled" if compile_blocks else "eager"
         yield (f"| {how} | {1e3 * bare:.1f} | {1e3 * ours:.1f} | {ours / bare:.3f} | "
@@ -275,12 +276,12 @@ def main() -> None:
     args = arguments.parse_args()
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     try:
-        device, line = options.pick_device(args.device)
+        device, line = startup.pick_device(args.device)
         measure.check_writable("--out", args.out)
     except ValueError as error:
         sys.exit(f"tools.gpu_check: {error}")
     print(line, flush=True)
-    train_3d.join_ranks(device)
+    startup.join_ranks(device)
     lines, failed = [], []
     for line in report(args.model, args.vocab_size, args.batch, args.steps, device, failed):
         print(line, flush=True)

@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import options
-import train_3d
+import startup
 from zero import all_gather, reduce_scatter
 
 # elements of the full tensor that a ring sends per rank, as a factor of the payload
@@ -145,8 +144,8 @@ def main() -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", metavar="FILE", help="the table as JSON")
     args = arguments.parse_args()
-    device, line = options.pick_device(args.device)
-    train_3d.join_ranks(device)
+    device, line = startup.pick_device(args.device)
+    startup.join_ranks(device)
 
     def say(text: str) -> None:
         if dist.get_rank() == 0:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import checkpoint
 import data
 import options
+import startup
 import train_3d
 
 
@@ -42,10 +43,10 @@ def main() -> None:
         prompt = encode(mine.prompt)
         if not prompt or max(prompt) >= config.vocab_size:
             raise ValueError(f"--prompt is {prompt}: give tokens of 0..{config.vocab_size - 1}")
-        device, _ = options.pick_device(args.device)
+        device, _ = startup.pick_device(args.device)
     except ValueError as error:
         arguments.error(str(error))
-    train_3d.join_ranks(device, args.timeout)
+    startup.join_ranks(device, args.timeout)
     draw = source.draw if source else None
     trainer = train_3d.Trainer(args, config, None, device, draw)
     if found:
