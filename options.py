@@ -27,6 +27,7 @@ import torch.distributed as dist
 import activation_ckpt
 import checkpoint
 import gpt
+import huggingface
 import pipeline
 import tensor_parallel
 import zero
@@ -215,7 +216,7 @@ def require_multiple(
 
 
 def check(
-    args: argparse.Namespace, world_size: int, source: checkpoint.GPT2Folder | None = None
+    args: argparse.Namespace, world_size: int, source: huggingface.GPT2Folder | None = None
 ) -> gpt.GPTConfig:
     """The model's configuration: that of `source`, if given, else that of --model, changed by the
     options of SIZES. Raises ValueError if options do not fit together. Later, such options would

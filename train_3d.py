@@ -59,6 +59,7 @@ import checkpoint
 import data
 import ddp
 import gpt
+import huggingface
 import measure
 import options
 import pipeline
@@ -350,17 +351,18 @@ class Trainer:
 
     # --- checkpoints, validation, sampling ---
 
-    def state_to_save(self) -> tuple[list[checkpoint.Rectangle], dict]:
-        """(the tensors that this rank writes, the optimizer's scalars). Replicas hold the same
-        state and divide the writing."""
+    def state_to_save(self) -> tuple[list[checkpoint.TensorSlice], dict]:
+        """(the slices of parameters and moments that this rank writes, the optimizer's scalars).
+        Replicas hold the same slices, and each writes a part of them."""
         owned = [piece for piece in self.sync.pieces() if self._owns(piece.parameter)]
-        held, numbers = checkpoint.state_of(owned, self.optimizer)
-        return checkpoint.share(held, self.replica_group.rank(), self.replica_group.size()), numbers
+        slices, numbers = checkpoint.state_slices(owned, self.optimizer)
+        replica, replicas = self.replica_group.rank(), self.replica_group.size()
+        return checkpoint.split_between_replicas(slices, replica, replicas), numbers
 
-    def state_to_load(self, numbers: dict) -> list[checkpoint.Rectangle]:
-        """The tensors that this rank needs. Fill them in place, then call loaded()."""
-        checkpoint.begin_state(self.sync.pieces(), self.optimizer, numbers)
-        return checkpoint.state_of(self.sync.pieces(), self.optimizer)[0]
+    def state_to_load(self, numbers: dict) -> list[checkpoint.TensorSlice]:
+        """The slices that this rank needs. Fill them in place, then call loaded()."""
+        checkpoint.init_state(self.sync.pieces(), self.optimizer, numbers)
+        return checkpoint.state_slices(self.sync.pieces(), self.optimizer)[0]
 
     def loaded(self) -> None:
         self.sync.after_step()  # copies the loaded pieces to the parameters
@@ -520,7 +522,7 @@ def train(
             disk.save(step + 1, mine, run | {"optimizer": numbers})
         if disk and last:
             disk.wait()
-        for saved in disk.news() if disk else ():
+        for saved in disk.completed() if disk else ():
             logger.saved(saved)
         if stopped:
             logger.flush()
@@ -547,7 +549,7 @@ def export(args: argparse.Namespace, found: list[checkpoint.Found]) -> None:
     startup.join_ranks(torch.device("cpu"), args.timeout)
     try:
         newest, wrong = checkpoint.newest_complete(found, dist.group.WORLD)
-        checkpoint.export_gpt2(newest, args.export, dist.group.WORLD)
+        huggingface.export_gpt2(newest, args.export, dist.group.WORLD)
     except (OSError, ValueError) as error:
         options.parser().error(f"--export: {error}")
     print(*wrong, f"--export: wrote {newest.path} to {args.export}, for GPT2LMHeadModel", sep="\n")
@@ -560,7 +562,7 @@ def main() -> None:
     try:
         # Everything that can be checked before the ranks communicate.
         args, found, notes = options.parse_args()
-        source = checkpoint.GPT2Folder(args.init_from) if args.init_from else None
+        source = huggingface.GPT2Folder(args.init_from) if args.init_from else None
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         config = options.check(args, world_size, source)
         if found:

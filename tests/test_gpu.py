@@ -334,6 +334,6 @@ def test_a_resumed_step_is_where_adamw_reads_it(how, device):
     piece = torch.zeros(3, device="meta", requires_grad=True)
     optimizer = torch.optim.AdamW([piece], **{how: True})
     numbers = {"moments": ["exp_avg", "exp_avg_sq"], "scalars": {"step": 7.0}}
-    checkpoint.begin_state([("p", piece, piece, 0)], optimizer, numbers)
+    checkpoint.init_state([("p", piece, piece, 0)], optimizer, numbers)
     state = optimizer.state[piece]
     assert state["step"].device.type == device and state["exp_avg"].device.type == "meta"

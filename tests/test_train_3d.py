@@ -100,9 +100,9 @@ def text(tmp_path) -> str:
         ("--checkpoint-dir {text}/x", 1, "--checkpoint-dir .*text/x cannot be written: Not a dir"),
         ("--resume --checkpoint-dir /no/such", 1, "--resume: /no/such does not exist: there is no"),
         ("--resume --checkpoint-dir {saves}/none", 1, "--resume: .*none is empty: there is no"),
-        ("--resume --checkpoint-dir {saves}/alien", 1, "alien holds model.pt, and no step-N: ther"),
-        ("--resume --checkpoint-dir {saves}/new", 1, "no checkpoint .*is whole: .*step-3/checkpoin"
-         "t.json has format 2, of a newer version than this one, which reads up to 1"),
+        ("--resume --checkpoint-dir {saves}/alien", 1, "alien contains model.pt but no step-N: t"),
+        ("--resume --checkpoint-dir {saves}/new", 1, "every checkpoint .*is damaged: .*step-3/check"
+         "point.json has format 2, but this version reads formats up to 1"),
         ("--checkpoint-dir {saves}/good", 1, "good already contains step-7: give --resume to c"),
         ("--resume --checkpoint-dir {saves}/good --n-layer 9", 1, "the model has n_layer 9, n_head "
          "4, .*seq_len 128, but the checkpoint has n_layer 4, n_head 4, .*: leave out the sizes"),
@@ -605,7 +605,7 @@ def test_a_proof_without_torchrun_says_how():
     result = forked(0, ddp.main)
     assert result.returncode == 1
     assert result.stderr == (
-        "ddp.py: start me with  torchrun --standalone --nproc-per-node 2 ddp.py\n"
+        "ddp.py: start it with  torchrun --standalone --nproc-per-node 2 ddp.py\n"
     )
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import checkpoint
 import data
+import huggingface
 import options
 import startup
 import train_3d
@@ -37,7 +38,7 @@ def main() -> None:
     rest += [] if "--init-from" in rest else ["--resume"]
     try:
         args, found, wrong = options.parse_args(rest)
-        source = checkpoint.GPT2Folder(args.init_from) if args.init_from else None
+        source = huggingface.GPT2Folder(args.init_from) if args.init_from else None
         config = options.check(args, world_size, source)
         encode, decode = codec(mine.tokenizer, args)
         prompt = encode(mine.prompt)

@@ -46,7 +46,7 @@ NORM = r"Errors\(.*norm=\d+\.\d+,"  # printed without an exponent: at least 1e-4
 LAYOUTS = "tests/test_layouts.py::test_layout_equals_one_process"
 PARTIAL = "y = LaterLinear.apply(x, weight, later) if later else F.linear(x, weight)"
 ARRIVED = "arrived = (start_scatter if ctx.sequence else start_sum)(d_x, ctx.group, need_weight)"
-MOMENTS = 'found += rectangles(f"{key}/{name}", value, parameter, offset)'
+MOMENTS = 'slices += slices_of(f"{key}/{name}", value, parameter, offset)'
 SENT = "events.append((end, 0, n, (rank, dst), Transfer(*action, rank, dst)))"
 
 ZOO = [
@@ -241,7 +241,7 @@ ZOO = [
         ("ddp.py", "sent = flat.to(dtype)", "sent = flat")],
         "tests/test_zero.py -k bf16_is_bitwise", r"AssertionError: \('wte\.weight', tensor"),
     Bug(29, "no weight decay, since a shard is 1-D", [
-        ("train_3d.py", "is_vector = piece.parameter.ndim < 2", "is_vector = piece.tensor.ndim < 2")],
+        ("train_3d.py", "= piece.parameter.ndim < 2", "= piece.tensor.ndim < 2")],
         LAYOUTS, NUMBERS),
     Bug(30, "every replica reads the same rows", [
         ("train_3d.py", "first, b = self.dp_group.rank() * rows_per_replica,", "first, b = 0,")],
@@ -254,7 +254,7 @@ ZOO = [
          "generator.manual_seed(self.args.seed + dist.get_rank())")],
         "tests/test_train_3d.py::test_launched_runs_are_the_plain_one", "assert .*estion"),
     Bug(33, "a save writes what training has changed since", [
-        ("checkpoint.py", "r._replace(tensor=buffer.copy_(r.tensor, non_blocking=True))", "r")],
+        ("checkpoint.py", "s._replace(tensor=buffer.copy_(s.tensor, non_blocking=True))", "s")],
         "tests/test_checkpoint.py::test_what_is_written_is_the_state_at_the_save",
         r"\[False, False\] == \[True, True\]"),
     Bug(34, "a half-written checkpoint looks complete", [
