@@ -260,7 +260,8 @@ class Trace:
         dist.gather_object((title, mine), everyone if dist.get_rank() == 0 else None)
         if dist.get_rank() > 0:
             return
-        zero = min(start for _, spans in everyone for _, start, _, _ in spans)
+        starts = (start for _, spans in everyone for _, start, _, _ in spans)
+        zero = min(starts, default=0.0)
         events = []
         for rank, (title, spans) in enumerate(everyone):
             about = {"name": f"rank {rank}: {title}"}

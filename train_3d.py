@@ -13,7 +13,7 @@ No strategy depends on another. This file assigns ranks to groups, applies the s
 the training loop. It also contains what involves several groups: the sum of a tied embedding's
 gradients, the global gradient norm, clipping, checkpoints, validation and sampling.
 
-World size 8 with t = p = d = 2:
+t, p, d: sizes of tp, pp and dp; d = world size / (t p). World size 8 with t = p = d = 2:
 
                     stage 0                 stage 1
                  +-----------+           +-----------+      tp (0-1, 2-3, ..): shards of each layer
@@ -25,15 +25,13 @@ World size 8 with t = p = d = 2:
                  +-----------+           +-----------+
 
 tp communicates most, so it is the innermost axis: its ranks are neighbours and belong on one node.
-pp communicates least and is the outermost axis.
+pp communicates least, so it is the outermost axis.
 
-t, p, d: sizes of tp, pp and dp; d = world size / (t p). s: sequence length; h: hidden size; v:
-vocabulary size. b: rows of a microbatch (--micro-batch-size). m: microbatches per step and replica,
-m = global batch size / (d b). The m microbatches are gradient accumulation, and they fill the
-pipeline.
+b: rows of a microbatch. s: tokens per row. h: hidden size. v: vocabulary size. m: microbatches per
+step of one replica, m = global batch size / (d b). They accumulate gradients and fill the pipeline.
 
-    python train_3d.py                                        one process
-    torchrun --standalone --nproc-per-node 8 -- train_3d.py --tp 2 --pp 2 --zero 1      d = 2
+    python train_3d.py                                                          one process
+    torchrun --standalone --nproc-per-node 8 -- train_3d.py --tp 2 --pp 2 --zero 1
     (The `--` keeps torchrun from reading our --log as its own --log-dir.)
 
 Narayanan et al. 2021, Megatron-LM on GPU clusters (arXiv 2104.04473), sections 2 and 3.
@@ -101,6 +99,7 @@ class Trainer:
         pipeline.check(self.schedule, self.m)
         self._make_groups(t, p, d)
 
+        # The transformations, in the order of the docstring.
         with torch.device("meta"):
             self.model = model() if model else gpt.GPT(config)
         split = self._take_stages()
@@ -127,11 +126,12 @@ class Trainer:
         """Allocate this rank's parameters. Their values do not depend on the layout."""
         draw = draw or functools.partial(gpt.gpt2_draw, n_layer=self.config.n_layer)
         gpt.init_weights(self.model, self.args.seed, self.dtype, self.device, draw)
-        # The state of dropout. A fork's model may have none.
+        # Dropout masks depend on the seed, step and rows in `draws`. A fork may have no dropout.
         self.draws = getattr(self.model, "draws", gpt.Draws())
         self.draws.seed = self.args.seed
 
     def _checkpoint_blocks(self) -> None:
+        """Apply --compile and --recompute to the blocks."""
         args, blocks = self.args, self.model.h
         if args.compile:
             compile_blocks(blocks, args.recompute)
@@ -149,7 +149,8 @@ class Trainer:
         )
 
     def _make_sync(self, sync: Callable | None):
-        """DDP or ZeRO: reduces gradients over dp, and owns what the optimizer updates."""
+        """Attach DDP or ZeRO, which reduces gradients over dp. Its pieces() are the tensors that
+        the optimizer updates on this rank: parameters, or ZeRO's shards of them."""
         args = self.args
         accumulations = self.pipe.accumulations(self.schedule[self.pp_rank])
         how = {
@@ -174,7 +175,7 @@ class Trainer:
         return result
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        """Updates the pieces that this rank owns. Weight decay applies to matrices, embeddings
+        """The optimizer of self.sync.pieces(). Weight decay applies to matrices, embeddings
         included, but not to biases and norms."""
         groups = [
             {"params": [], "weight_decay": self.args.weight_decay},
@@ -183,6 +184,7 @@ class Trainer:
         for piece in self.sync.pieces():
             is_vector = piece.parameter.ndim < 2  # of the parameter: ZeRO's shards are 1-D
             groups[int(is_vector)]["params"].append(piece.tensor)
+        # A rank without pieces needs an optimizer too: torch refuses an empty list of parameters.
         groups = [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}]
         # A dry run is on meta, which has no fused kernels.
         how = {"fused": True} if self.device.type != "meta" else {"foreach": True}
@@ -193,36 +195,36 @@ class Trainer:
     # --- the step ---
 
     def step(self, step: int) -> Tensor:
-        """One optimizer step on the global batch `step`. Returns [loss, gradient norm, number of
-        ranks that were asked to stop], the same on every rank. The loss is the mean over the valid
-        tokens of the batch, before the update. The norm is the one before clipping. If it is inf or
+        """One optimizer step on the global batch `step`. Returns [loss, gradient norm, stop
+        requests], the same on every rank. The loss is the mean over the valid tokens of the batch,
+        computed with the parameters before the update. The norm is not clipped. If it is inf or
         nan, the update is skipped: parameters, moments and the optimizer's step count do not
-        change."""
+        change. Stop requests: the number of ranks that have received a signal."""
         self.current_step = step
         self.sync.start()  # zero the gradients
 
-        # Forward and backward of m microbatches. Communicates over tp inside layers, over pp
-        # between stages. Gradients that are complete are already being reduced over dp.
+        # Forward and backward of m microbatches. Communicates over tp inside the layers and over pp
+        # between stages. As soon as a gradient is complete, its reduction over dp starts.
         loss = self._run(self.program, self.read, step)
 
         with self.span("reduce gradients"):
-            # Over dp: replicas have processed different rows. Waits for the reductions in progress.
+            # Over dp, because replicas process different rows. Waits until the reductions are done.
             self.sync.finish()
-            self.sync.before_step()
+            self.sync.before_step()  # sets piece.tensor.grad; for bf16 parameters, in fp32
             # A parameter that no rank used in this step has no gradient.
             pieces = [piece for piece in self.sync.pieces() if piece.tensor.grad is not None]
-            # Over tp: these parameters are replicated, but each tp rank has computed only a part of
-            # their gradient. With sequence parallelism: norms and biases, whose tokens are sharded.
+            # Over tp, for replicated parameters whose gradient on each tp rank is a partial sum.
+            # Example: with sequence parallelism, a norm is applied to this rank's tokens only.
             partial = [piece.tensor.grad for piece in pieces if piece.parameter.partial]
             tensor_parallel.all_reduce_partial(partial, self.tp_group)
-            # Over the first and the last stage: each holds the tied embedding and has the gradient
-            # of its own use of it, as input embedding or as output head.
+            # Over the first and the last stage, if the embedding is tied. Each holds a copy of it
+            # and has the gradient of one use: as input embedding, or as output head.
             tied = [piece.tensor.grad for piece in pieces if hasattr(piece.parameter, "tied_name")]
             pipeline.all_reduce_tied(tied, self.tied_group)
-            # Over all ranks: the norm counts every element of the model's gradient once.
+            # Over all ranks, so that the norm is that of the full model's gradient.
             stats = self._global_stats(loss, pieces)
 
-        with self.span("optimizer"):
+        with self.span("optimizer"):  # no communication, except ZeRO's all-gather at the end
             norm = stats[1]
             if self.args.clip > 0:
                 factor = (self.args.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -263,16 +265,13 @@ class Trainer:
         return b, s // shards, self.config.n_embd
 
     def _global_stats(self, loss: Tensor, pieces: list) -> Tensor:
-        """[loss, gradient norm, stop requests], summed over all ranks. A rank adds only what no
-        other rank adds. Loss: it is 0 except on the last stage, where all tp ranks have the same
-        value, so tp rank 0 adds it. Norm: the gradients of replicas are equal, so the first replica
-        adds its pieces, and within the replica _owns() decides."""
+        """[loss, gradient norm, stop requests], from one sum over all ranks to which each value is
+        added once. The loss is 0 except on the last stage. There all tp ranks have the same value,
+        and tp rank 0 adds it. The ranks of replica_group have equal gradients, and the first of
+        them adds the squared norm of those that it owns, see _owns()."""
         first_tp, first_replica = self.tp_group.rank() == 0, self.replica_group.rank() == 0
-        owned = [
-            piece.tensor.grad
-            for piece in pieces
-            if first_replica and self._owns(piece.parameter)
-        ]  # fmt: skip
+        owned = [piece.tensor.grad for piece in pieces if self._owns(piece.parameter)]
+        owned = owned if first_replica else []
         norms = torch._foreach_norm(owned) if owned else [loss.new_zeros(())]
         squared_norm = torch.stack(norms).square().sum()
         stop = loss.new_full((), float(self.stop_requested))
@@ -283,10 +282,10 @@ class Trainer:
         return stats
 
     def _owns(self, p: nn.Parameter) -> bool:
-        """True if this rank counts p in the global norm and writes it to checkpoints. Within a
-        replica, exactly one rank owns each element: for a tp-sharded parameter, the rank that holds
-        the shard; for one that is replicated over tp, tp rank 0; for a tied embedding, which two
-        stages hold, the first stage."""
+        """True if this rank counts its elements of p in the global norm and writes them to
+        checkpoints. Ranks of tp and pp can hold the same elements, but only one of them owns them.
+        A parameter that is sharded over tp is owned where it is, a replicated one by tp rank 0, and
+        a tied embedding, which two stages hold, by the first stage."""
         sharded = hasattr(p, "sharding")
         duplicate = hasattr(p, "tied_name") and 0 not in self.stages
         return (sharded or self.tp_group.rank() == 0) and not duplicate
@@ -307,9 +306,11 @@ class Trainer:
 
     def _make_groups(self, t: int, p: int, d: int) -> None:
         """Make this rank's process group of each axis. Ranks are numbered with tp innermost, then
-        dp, then pp. ZeRO divides the d replicas into d / k groups of k ranks that shard their
-        state; k is 1 for DDP. Axes with the same ranks share one group, so there are fewer
-        communicators. Axes of size 1 use single_group, which never communicates."""
+        dp, then pp. dp has two parts: k consecutive replicas shard one copy of the training state
+        (shard_group), and d / k ranks hold equal shards (replica_group). k is 1 for DDP.
+
+        Axes with the same ranks share one group, which saves communicators. Axes of size 1 use
+        single_group, which never communicates."""
         self.groups = {str([[*range(dist.get_world_size())]]): dist.group.WORLD}
         # gloo instead of NCCL, whose communicators cost GPU memory. None: the world's backend.
         backend, mine = "gloo" if self.device.type == "cuda" else None, [dist.get_rank()]
@@ -321,13 +322,13 @@ class Trainer:
         self.tp_group = self._make_group("tp", ranks, 3)
         self.dp_group = self._make_group("dp", ranks, 1, 2)
         self.pp_group = self._make_group("pp", ranks, 0)
-        self.replica_group = self._make_group("replica", ranks, 1)  # equal shards
-        self.shard_group = self._make_group("shard", ranks, 2)  # different shards of one replica
+        self.replica_group = self._make_group("replica", ranks, 1)
+        self.shard_group = self._make_group("shard", ranks, 2)
         if (nodes := self.args.dp_nodes) > 1:
             by_node = ranks.view(p, nodes, d // nodes, t)
             self.inside_group = self._make_group("inside", by_node, 2)
             self.across_group = self._make_group("across", by_node, 1)
-        # A tied embedding is held by the ranks with the first and with the last stage.
+        # A tied embedding is on two pp ranks (or one, in a V schedule): first and last stage.
         stages = pipeline.stages_of(self.schedule)
         last = max(map(max, stages))
         ends = [rank for rank in range(p) if {0, last} & {*stages[rank]}]
@@ -373,7 +374,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, read: Callable) -> Tensor:
-        """Mean loss over --val-batches global batches read(index, rows), the same on every rank."""
+        """Mean loss of --val-batches global batches read(index, rows), the same on every rank."""
         program = self._forward_program(self.m)
         self.model.eval()
         loss = sum(self._run(program, read, index) for index in range(self.args.val_batches))
@@ -394,27 +395,31 @@ class Trainer:
         tokens, v = prompt.to(self.device), self.config.vocab_size
         self.model.eval()
         for _ in range(n):
-            x = tokens[None, -self.config.seq_len :]
-            last = x.size(1) - 1
-            # With sequence parallelism t must divide the length. Attention is causal, so the
-            # padding does not change the logits at `last`.
-            x = nn.functional.pad(x, (0, -x.size(1) % self.tp_group.size()))
-            logits = torch.zeros(v, dtype=self.dtype, device=self.device)
-
-            def store(output: Tensor, _: int, logits: Tensor = logits, last: int = last) -> Tensor:
-                """Store this tp rank's shard of the logits, on one replica."""
-                start, stop = self.model.lm_head.weight.sharding.bounds(v)
-                logits[start:stop] = output[0, last] * (self.dp_group.rank() == 0)
-                return output.new_zeros(())
-
-            self.pipe.run(program, [x], store, self._boundary_shape(*x.shape))
-            dist.all_reduce(logits)  # payload: v, over the world
+            logits = self._next_logits(program, tokens[-self.config.seq_len :])
             values, indices = logits.double().cpu().topk(min(top_k or v, v))
             p = torch.softmax((values - values[0]) / max(temperature, 1e-9), dim=0)
             token = indices[torch.multinomial(p, 1, generator=generator)]
             tokens = torch.cat([tokens, token.to(self.device)])
         self.model.train()
         return tokens
+
+    def _next_logits(self, program: pipeline.Program, tokens: Tensor) -> Tensor:
+        """The logits [v] of the token after `tokens`, on every rank."""
+        logits = torch.zeros(self.config.vocab_size, dtype=self.dtype, device=self.device)
+        last = len(tokens) - 1
+        # With sequence parallelism t must divide the length. Attention is causal, so padding after
+        # `last` does not change its logits.
+        x = nn.functional.pad(tokens[None], (0, -len(tokens) % self.tp_group.size()))
+
+        def store(output: Tensor, _: int) -> Tensor:  # [1, s, v/t]
+            """On the last stage of one replica: store this tp rank's shard of the logits."""
+            start, stop = self.model.lm_head.weight.sharding.bounds(len(logits))
+            logits[start:stop] = output[0, last] * (self.dp_group.rank() == 0)
+            return output.new_zeros(())
+
+        self.pipe.run(program, [x], store, self._boundary_shape(*x.shape))
+        dist.all_reduce(logits)  # payload: v, over the world
+        return logits
 
 
 def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
@@ -487,12 +492,16 @@ def train(
         shifted = range(start + rows.start, start + rows.stop)
         return data.validation_batch(held_out, shifted, config.seq_len)
 
+    def is_due(every: int, step: int) -> bool:  # every 0: never
+        return every > 0 and (step + 1) % every == 0
+
     trainer = Trainer(args, config, read, device, draw)
     for line in options.describe(args, config, dist.get_world_size(), device):
         logger.say(line)
     run = options.run_of(args, config) | {"corpus": data.fingerprint(tokens)}
     disk = None
     if args.checkpoint_dir:
+        # A separate group, because a thread uses it while training communicates.
         limit = datetime.timedelta(seconds=args.timeout)
         group = dist.new_group(None, limit, "gloo", group_desc="checkpoint")
         disk = checkpoint.Checkpoints(args.checkpoint_dir, args.keep, group)
@@ -504,26 +513,27 @@ def train(
         signal.signal(number, lambda *_: setattr(trainer, "stop_requested", True))
     end = min(args.steps, args.stop_after or args.steps)
     stop_requests = start_to_host(torch.zeros(()))
-    gc.freeze()  # the garbage collector need not visit these objects again (0.1 s each time)
+    gc.freeze()  # exclude all present objects from garbage collection, which takes time
     logger.start()
     for step in range(first, end):
         stats = trainer.step(step)
         logger.step(step, stats, trainer.learning_rate(step))
-        # Read the previous step's count: the host does not wait for the step that it just queued.
+        # Read the count of the previous step: the current one may still be running on the device.
         stopped = step + 1 < end and stop_requests().item() > 0
         stop_requests, last = start_to_host(stats[2]), stopped or step + 1 == end
-        if args.val_every and ((step + 1) % args.val_every == 0 or step + 1 == args.steps):
+        if is_due(args.val_every, step) or (args.val_every and step + 1 == args.steps):
             logger.flush()
             val_loss = trainer.validate(read_held_out)
             logger.validation(step, val_loss)
-        if disk and (last or (args.save_every and (step + 1) % args.save_every == 0)):
-            logger.flush()
-            mine, numbers = trainer.state_to_save()
-            disk.save(step + 1, mine, run | {"optimizer": numbers})
-        if disk and last:
-            disk.wait()
-        for saved in disk.completed() if disk else ():
-            logger.saved(saved)
+        if disk:
+            if last or is_due(args.save_every, step):
+                logger.flush()
+                slices, numbers = trainer.state_to_save()
+                disk.save(step + 1, slices, run | {"optimizer": numbers})
+            if last:
+                disk.wait()
+            for result in disk.completed():
+                logger.saved(result)
         if stopped:
             logger.flush()
             logger.say(f"stopped by a signal after step {step + 1}")

@@ -105,8 +105,7 @@ ZOO = [
          "duplicate = False")],
         LAYOUTS, NORM),
     Bug(9, "replicas counted d/k times", [
-        ("train_3d.py", "if first_replica and self._owns(piece",
-         "if self._owns(piece")],
+        ("train_3d.py", "owned = owned if first_replica else []", "pass")],
         LAYOUTS, NORM),
     Bug(10, "the tied embedding's gradients do not meet", [
         ("train_3d.py", "pipeline.all_reduce_tied(tied, self.tied_group)",
