@@ -4,16 +4,17 @@ Each rank writes its shards of the full tensors and records where in the full te
 The mesh, the ranks and the schedule are not recorded. To load, a rank in any other layout asks for
 its own shards, and reads the stored ones that overlap them. No rank ever gathers a full tensor.
 
-A shard of a fused qkv weight on tp rank 0 of 2, and the slices of the full tensor that it holds:
+Example: the fused qkv weight, [3 h, h] with hidden size h, on tp rank 0 of 2:
 
-     on the rank                  in the file: parameter/h.0.attn.c_attn.weight, [3 h, h]
-     +---------+ 0                rows 0   .. h/2
-     |    q    |                  rows h   .. h + h/2
-     +---------+ h/2              rows 2 h .. 2 h + h/2
-     |    k    |
-     +---------+ h                ZeRO holds a contiguous range of the flattened shard. As slices
-     |    v    |                  that is the end of a row, some complete rows, and the beginning
-     +---------+ 3 h/2            of a row.
+    on the rank, [3 h/2, h]             in the full tensor, parameter/h.0.attn.c_attn.weight
+        +-----+
+        |  q  |  h/2 rows      <-->     rows 0   .. h/2
+        |  k  |  h/2 rows      <-->     rows h   .. h + h/2
+        |  v  |  h/2 rows      <-->     rows 2 h .. 2 h + h/2
+        +-----+
+
+With ZeRO, a rank holds a contiguous range of this shard, flattened. As slices of a matrix, that is
+the end of a row, some complete rows, and the beginning of a row.
 
 torch.distributed.checkpoint reads and writes the files:
 
@@ -22,9 +23,9 @@ torch.distributed.checkpoint reads and writes the files:
         .metadata           which slice of which tensor is in which file        (torch's format)
         checkpoint.json     step, options of the run, size and crc32 of each file
 
-Saving blocks training while the state is copied to host memory: bytes of the state / memory
-bandwidth. A thread writes the copy while training continues. The copy needs as much host memory as
-this rank writes; for a GPU the memory is pinned, and torch rounds its size up to a power of two.
+Saving blocks training only while the state is copied to host memory, which takes bytes of the state
+/ memory bandwidth. A thread writes the copy while training continues. The copy is as large as what
+this rank writes. For a GPU it is in pinned memory, whose size torch rounds up to a power of two.
 Replicas hold the same state, and each writes a part of it.
 
 A run can resume in another --dtype: weights and moments are converted when they are read. bf16 runs

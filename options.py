@@ -34,8 +34,8 @@ import zero
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len")
-# Options that determine the losses of a run. A resumed run takes them from its checkpoint. The
-# other options determine only the layout and the output.
+# Options that determine the losses of a run. If they are not given, a resumed run takes them from
+# its checkpoint. The other options determine only the layout and the output.
 RUN = ("untied", "attention", "dropout", "data", "global_batch_size", "steps", "lr", "warmup_steps",
        "optimizer", "weight_decay", "clip", "seed", "dtype", "grad_dtype",
        "reduce_dtype")  # fmt: skip
@@ -368,7 +368,8 @@ def read_schedule(path: str, p: int, m: int) -> pipeline.Schedule:
 def describe(
     args: argparse.Namespace, config: gpt.GPTConfig, world_size: int, device: torch.device
 ) -> list[str]:
-    """One line on the model and the layout, then one on each option without the expected effect."""
+    """Lines to print at the start: the model and the layout, then a line for each option that does
+    not have the effect that its name suggests."""
     t, p, b = args.tp, args.pp, args.micro_batch_size
     d = world_size // (t * p)
     m = args.global_batch_size // (d * b)
