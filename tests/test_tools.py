@@ -374,7 +374,7 @@ def test_a_schedule_is_drawn_and_written_as_a_file(monkeypatch, capsys, tmp_path
     ]
     with pytest.raises(SystemExit):
         drawn(monkeypatch, capsys, str(path), "--p", "2")
-    assert "4 ranks: expected a line for each of --pp 2" in capsys.readouterr().err
+    assert "4 ranks: expected one line for each of --pp 2" in capsys.readouterr().err
 
 
 def test_colors_stand_for_letters():
