@@ -1,32 +1,38 @@
-"""Checkpoints that fit any layout: on disk, every tensor is a set of rectangles of one named whole.
+"""Checkpoints that can be loaded in any layout.
 
-       rank 0   [ q | k | v ]  its rows of each of   --->   parameter/h.0.attn.c_attn.weight [3h, h]
-       rank 1   [ q | k | v ]  three fused matrices           rows 0..h/2, h..3h/2, ...   of rank 0
-                                                              rows h/2..h, 3h/2..2h, ...  of rank 1
-    ZeRO's piece of a matrix, a range of it flattened: the end of a row, whole rows, the
-    beginning of one, so at most three rectangles; or five, if three matrices are fused
+Each rank writes its shards of the full tensors and records where in the full tensor each one lies.
+The mesh, the ranks and the schedule are not recorded. To load, a rank in any other layout asks for
+its own shards, and reads the stored ones that overlap them. No rank ever gathers a full tensor.
 
-A rank knows which part of what it holds (`cut`, and the offset of an optimizer's piece), and that
-is all that is written down: no mesh, no rank, no schedule. So a run may go on in any other layout,
-which asks for rectangles of its own; torch.distributed.checkpoint, which does the disk, reads what
-meets them. No tensor is ever gathered.
+Example: the fused qkv weight, [3 h, h] with hidden size h, on tp rank 0 of 2:
 
-    DIR/step-20/              there when it is complete, and not before: see Checkpoints
-        __0_0.distcp ...      a file of each rank                               (torch's format)
-        .metadata             which rectangle lies where                        (torch's format)
-        checkpoint.json       step, optimizer's numbers, what the run was; size and crc32 of files
+    on the rank, [3 h/2, h]             in the full tensor, parameter/h.0.attn.c_attn.weight
+        +-----+
+        |  q  |  h/2 rows      <-->     rows 0   .. h/2
+        |  k  |  h/2 rows      <-->     rows h   .. h + h/2
+        |  v  |  h/2 rows      <-->     rows 2 h .. 2 h + h/2
+        +-----+
 
-A save costs a pause, in which the state is copied (bytes held / memory bandwidth), and as much host
-memory as this rank writes (up to twice that if pinned for a GPU); it is written while training goes
-on. Ranks that hold the same share the writing out among them.
+With ZeRO, a rank holds a contiguous range of this shard, flattened. As slices of a matrix, that is
+the end of a row, some complete rows, and the beginning of a row.
 
-A run can resume in another --dtype. Weights and moments are converted as they are read. bf16 is
-updated in fp32 and saved in fp32, so nothing is rounded between float32 and bf16.
+torch.distributed.checkpoint reads and writes the files:
 
-GPT-2's weights in Hugging Face's format are read into any layout and written from any, see the end.
+    DIR/step-20/            exists only if it is complete
+        __0_0.distcp ...    tensors: one file per rank                          (torch's format)
+        .metadata           which slice of which tensor is in which file        (torch's format)
+        checkpoint.json     step, options of the run, size and crc32 of each file
+
+Saving blocks training only while the state is copied to host memory, which takes bytes of the state
+/ memory bandwidth. A thread writes the copy while training continues. The copy is as large as what
+this rank writes. For a GPU it is in pinned memory, whose size torch rounds up to a power of two.
+Replicas hold the same state, and each writes a part of it.
+
+A run can resume in another --dtype: weights and moments are converted when they are read. bf16 runs
+save their fp32 master weights, so switching between float32 and bf16 does not round the state.
 
 Lian et al. 2024, Universal Checkpointing (arXiv 2406.18820); Wan et al. 2024, ByteCheckpoint
-(arXiv 2407.20143), on rectangles of flattened shards.
+(arXiv 2407.20143), on slices of flattened shards.
 """
 
 import enum
@@ -48,21 +54,26 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata as Stored
+from torch.distributed.checkpoint.metadata import (
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-FORMAT = 1  # of checkpoint.json and of the names
+FORMAT = 1  # version of checkpoint.json and of the tensor names
 
-# --- what a rank holds, as rectangles -------------------------------------------------------------
+# --- the state of a rank, as slices of full tensors -----------------------------------------------
 
 
-class Rectangle(NamedTuple):
-    name: str  # on disk, of the whole
-    shape: tuple[int, ...]  # of the whole
-    offsets: tuple[int, ...]  # where in it `tensor` begins
-    tensor: Tensor
+class TensorSlice(NamedTuple):
+    """A rectangular slice of a full tensor."""
+
+    name: str  # of the full tensor, in the checkpoint
+    shape: tuple[int, ...]  # of the full tensor
+    offsets: tuple[int, ...]  # index of the slice's first element in the full tensor
+    tensor: Tensor  # the values
 
     @property
     def index(self) -> MetadataIndex:
@@ -73,69 +84,78 @@ class Rectangle(NamedTuple):
         return dcp.ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.size())
 
 
-def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple, tuple]]:
-    """Elements start..stop of a flattened tensor, in order, as boxes (offsets, sizes) of it."""
+def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple, tuple]]:
+    """Split elements start..stop of a flattened tensor into boxes (offsets, sizes), in order. For a
+    matrix these are at most three: the end of a row, complete rows, and the beginning of a row."""
     row = math.prod(shape[1:])
     while start < stop:
-        i, at = divmod(start, row)
+        i, column = divmod(start, row)
         rows = (stop - start) // row
-        if at == 0 and rows > 0:
+        if column == 0 and rows > 0:
             yield (i, *(0 for _ in shape[1:])), (rows, *shape[1:])
             start += rows * row
         else:
-            end = min(row, at + stop - start)
-            for offsets, sizes in boxes(shape[1:], at, end):
+            end = min(row, column + stop - start)
+            for offsets, sizes in boxes_of_range(shape[1:], column, end):
                 yield (i, *offsets), (1, *sizes)
-            start += end - at
+            start += end - column
 
 
-def rectangles(name: str, tensor: Tensor, parameter: Tensor, offset: int) -> Iterator[Rectangle]:
-    """`tensor`, which is a range of the flattened `parameter` from `offset` on (ddp.py and zero.py
-    call it a piece), by where it lies in the whole that `parameter` may have been cut from. The
-    rectangles are views of `tensor`. A parameter has at least one dim."""
+def slices_of(name: str, tensor: Tensor, parameter: Tensor, offset: int) -> Iterator[TensorSlice]:
+    """The slices of the full tensor that `tensor` holds, as views of `tensor`.
+
+    parameter: this rank's parameter of at least one dim, itself a shard if it has `sharding`.
+    tensor: a contiguous range of the flattened parameter that begins at `offset`, or its moments.
+    """
     sharding = getattr(parameter, "sharding", None)
     shape, dim = (sharding.shape, sharding.dim) if sharding else (parameter.shape, 0)
+    # (start in the shard, start in the full tensor, length) along dim, for each fused matrix
     places = list(sharding.slices()) if sharding else [(0, 0, shape[0])]
-    flat, at = tensor.detach().flatten(), 0
+    flat, position = tensor.detach().flatten(), 0
     assert flat.data_ptr() == tensor.data_ptr(), f"{name} is not contiguous"
-    for offsets, sizes in boxes(tuple(parameter.shape), offset, offset + flat.numel()):
-        box = flat[at : (at := at + math.prod(sizes))].view(sizes)
+    for offsets, sizes in boxes_of_range(tuple(parameter.shape), offset, offset + flat.numel()):
+        n = math.prod(sizes)
+        box = flat[position : position + n].view(sizes)
+        position += n
         first, last = offsets[dim], offsets[dim] + sizes[dim]
-        for here, there, length in places:
-            start, stop = max(first, here), min(last, here + length)
+        for in_shard, in_full, length in places:
+            start, stop = max(first, in_shard), min(last, in_shard + length)
             if start < stop:
-                whole = (*offsets[:dim], there + start - here, *offsets[dim + 1 :])
-                yield Rectangle(name, tuple(shape), whole, box.narrow(dim, start - first,
-                                                                      stop - start))  # fmt: skip
+                part = box.narrow(dim, start - first, stop - start)
+                full_offset = in_full + start - in_shard
+                full_offsets = (*offsets[:dim], full_offset, *offsets[dim + 1 :])
+                yield TensorSlice(name, tuple(shape), full_offsets, part)
 
 
-Pieces = Iterable[tuple[str, Tensor, nn.Parameter, int]]
+Pieces = Iterable[tuple[str, Tensor, nn.Parameter, int]]  # ddp.Piece
 
 
-def state_of(pieces: Pieces, optimizer: torch.optim.Optimizer) -> tuple[list[Rectangle], dict]:
-    """(parameters and moments, the optimizer's numbers): what continues a run. The numbers (AdamW's
-    step) must be the same for all pieces."""
-    found: list[Rectangle] = []
+def state_slices(
+    pieces: Pieces, optimizer: torch.optim.Optimizer
+) -> tuple[list[TensorSlice], dict]:
+    """(slices of parameters and moments, numbers). numbers: the names of the moments, and the
+    scalars of the optimizer's state (AdamW's step), which must be equal for all pieces."""
+    slices: list[TensorSlice] = []
     numbers: dict = {"moments": [], "scalars": {}}
     scalars: dict[str, list[Tensor]] = {}
     for name, piece, parameter, offset in pieces:
-        found += rectangles(f"parameter/{name}", piece, parameter, offset)
+        slices += slices_of(f"parameter/{name}", piece, parameter, offset)
         for key, value in optimizer.state.get(piece, {}).items():
             if value.dim():
-                found += rectangles(f"{key}/{name}", value, parameter, offset)
+                slices += slices_of(f"{key}/{name}", value, parameter, offset)
                 numbers["moments"] = sorted({*numbers["moments"], key})
             else:
                 scalars.setdefault(key, []).append(value)
     for key, values in scalars.items():
-        each = torch.stack(values).tolist()  # on a GPU, if AdamW is fused: one wait
+        each = torch.stack(values).tolist()  # fused AdamW keeps them on the GPU: synchronise once
         numbers["scalars"][key] = each[0]
         assert len(set(each)) == 1, f"{key} is {set(each)}"
-    return found, numbers
+    return slices, numbers
 
 
-def begin_state(pieces: Pieces, optimizer: torch.optim.Optimizer, numbers: dict) -> None:
-    """An optimizer state like that which `numbers` is from, with zeros for moments."""
-    fused = optimizer.defaults.get("fused")  # then its kernel reads the step
+def init_state(pieces: Pieces, optimizer: torch.optim.Optimizer, numbers: dict) -> None:
+    """Create the optimizer state that `numbers` describes, with moments of zero to load into."""
+    fused = optimizer.defaults.get("fused")  # its kernel reads the step on the device
     for _, piece, _, _ in pieces:
         moments = {key: torch.zeros_like(piece) for key in numbers["moments"]}
         scalars = {
@@ -145,73 +165,73 @@ def begin_state(pieces: Pieces, optimizer: torch.optim.Optimizer, numbers: dict)
         optimizer.state[piece] = {**scalars, **moments}
 
 
-def share(held: list[Rectangle], rank: int, size: int) -> list[Rectangle]:
-    """What the rank-th of `size` ranks writes, which all hold `held`: about the same bytes each, if
-    no rectangle is larger than that."""
+def split_between_replicas(slices: list[TensorSlice], rank: int, size: int) -> list[TensorSlice]:
+    """The slices that replica `rank` of `size` writes. All replicas hold the same `slices`. Each
+    slice is written once, and all write about the same number of bytes."""
     loads, mine = [0] * size, []
-    for r in sorted(held, key=lambda r: -r.tensor.nbytes):
+    for s in sorted(slices, key=lambda s: -s.tensor.nbytes):
         least = loads.index(min(loads))
-        loads[least] += r.tensor.nbytes
+        loads[least] += s.tensor.nbytes
         if least == rank:
-            mine.append(r)
+            mine.append(s)
     return mine
 
 
-# --- torch's side ---------------------------------------------------------------------------------
+# --- the interface to torch.distributed.checkpoint ------------------------------------------------
 
 
-class Writes(dcp.DefaultSavePlanner):
-    """The plan to write these rectangles, which no other rank writes: torch adds all ranks' up, and
-    fails where they overlap or leave some of a tensor out."""
+class SavePlanner(dcp.DefaultSavePlanner):
+    """Writes the slices of this rank. torch combines the plans of all ranks and raises an error if
+    slices overlap or if a part of a tensor is missing."""
 
-    def __init__(self, mine: list[Rectangle]):
+    def __init__(self, slices: list[TensorSlice]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.mine = {r.index: r for r in mine}
+        self.slices = {s.index: s for s in slices}
 
     def create_local_plan(self) -> dcp.SavePlan:
         items = []
-        for r in self.mine.values():
-            properties = TensorProperties.create_from_tensor(r.tensor)
-            data = TensorWriteData(r.chunk, properties, torch.Size(r.shape))
-            items.append(dcp.WriteItem(r.index, WriteItemType.SHARD, tensor_data=data))
+        for s in self.slices.values():
+            properties = TensorProperties.create_from_tensor(s.tensor)
+            data = TensorWriteData(s.chunk, properties, torch.Size(s.shape))
+            items.append(dcp.WriteItem(s.index, WriteItemType.SHARD, tensor_data=data))
         self.plan = dcp.SavePlan(items)
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.mine[index].tensor
+        return self.slices[index].tensor
 
 
-class Reads(dcp.DefaultLoadPlanner):
-    """The plan to fill these rectangles with what was written, however that was cut."""
+class LoadPlanner(dcp.DefaultLoadPlanner):
+    """Fills the slices of this rank from the stored slices that overlap them."""
 
-    def __init__(self, wanted: list[Rectangle]):
+    def __init__(self, slices: list[TensorSlice]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.wanted = {r.index: r for r in wanted}
+        self.slices = {s.index: s for s in slices}
 
     def create_local_plan(self) -> dcp.LoadPlan:
         items, by_name = [], {}
-        for r in self.wanted.values():
-            by_name.setdefault(r.name, []).append(r)
+        for s in self.slices.values():
+            by_name.setdefault(s.name, []).append(s)
         for name, mine in by_name.items():
             stored = self.metadata.state_dict_metadata.get(name)
-            if not isinstance(stored, Stored):
+            if not isinstance(stored, TensorStorageMetadata):
                 raise ValueError(f"{name} is missing")
             if tuple(stored.size) != mine[0].shape:
                 raise ValueError(f"{name} is {list(stored.size)}: expected {list(mine[0].shape)}")
-            new = create_read_items_for_chunk_list(name, stored, [r.chunk for r in mine])
-            there = sum(math.prod(item.lengths) for item in new)
-            if there != sum(r.tensor.numel() for r in mine):
-                raise ValueError(f"{name} is there in part only")
+            new = create_read_items_for_chunk_list(name, stored, [s.chunk for s in mine])
+            found = sum(math.prod(item.lengths) for item in new)
+            if found != (wanted := sum(s.tensor.numel() for s in mine)):
+                raise ValueError(f"{name} has {found} of the {wanted} elements of this rank")
             items += new
         return dcp.LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.wanted[index].tensor
+        return self.slices[index].tensor
 
 
-class Unpickler(pickle.Unpickler):
-    """torch's .metadata is a pickle, and a pickle may name any function to be called. This one
-    knows the few names that are in ours, and no other."""
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads .metadata, which is a pickle. A pickle can call any function by name, so only the names
+    that torch writes there are allowed."""
 
     allowed = {
         "torch.distributed.checkpoint.metadata": {
@@ -224,29 +244,29 @@ class Unpickler(pickle.Unpickler):
     }  # fmt: skip
 
     def find_class(self, module: str, name: str):
-        if (module, name) == ("builtins", "getattr"):  # so Python 3.11.2 names a member of an enum
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.2 pickles an enum's member
             return self._member
         if name not in self.allowed.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does")
+            raise pickle.UnpicklingError(f"it uses {module}.{name}, which no checkpoint contains")
         return super().find_class(module, name)
 
     @staticmethod
-    def _member(of: object, name: str) -> enum.Enum:
-        if isinstance(of, enum.EnumMeta):
-            return of[name]
-        raise pickle.UnpicklingError(f"it takes {name} of {of}, which no checkpoint does")
+    def _member(owner: object, name: str) -> enum.Enum:
+        if isinstance(owner, enum.EnumMeta):
+            return owner[name]
+        raise pickle.UnpicklingError(f"it uses {name} of {owner}, which no checkpoint contains")
 
 
 class Writer(dcp.FileSystemWriter):
-    """`files`: size and crc32 of what this rank has written."""
+    """After a save, `files` is {name: [size, crc32]} of the files that this rank has written."""
 
     def storage_meta(self) -> None:
-        """No path of this machine, and no object for one, in .metadata."""
+        """None: .metadata contains no path of this machine, and no class to read a path."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner):
         try:
             written = super().write_data(plan, planner)
-        except RuntimeError as error:  # torch.save's own, which hides a full disk
+        except RuntimeError as error:  # torch.save raises one that hides the OSError of a full disk
             raise error.__context__ or error from None
         mine = Path(self.path).glob(f"{plan.storage_data.prefix}*")
         self.files = {path.name: _size_and_crc(path) for path in mine}
@@ -254,67 +274,71 @@ class Writer(dcp.FileSystemWriter):
 
 
 class Reader(dcp.FileSystemReader):
-    """The tensors themselves torch reads with weights_only."""
+    """Reads .metadata with MetadataUnpickler. torch reads the tensors with weights_only=True."""
 
     def read_metadata(self) -> dcp.Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
-            return Unpickler(file).load()
+            return MetadataUnpickler(file).load()
 
 
-# --- a directory of them --------------------------------------------------------------------------
-# To resume: find(), on each rank; newest_complete(), all together; then read() fills what a rank
-# holds.
+# --- reading a directory of checkpoints -----------------------------------------------------------
+# To resume, every rank calls find(), then newest_complete() and read(), which are collectives.
 
 
-class Damaged(ValueError):
-    """Names the file, and what is wrong with it."""
+class CorruptCheckpoint(ValueError):
+    """The message names the file and the problem."""
 
 
 class Found(NamedTuple):
-    """A checkpoint, as far as checkpoint.json tells."""
+    """A checkpoint with a valid checkpoint.json. Its other files are not checked yet."""
 
     path: Path
-    about: dict
+    about: dict  # the content of checkpoint.json
 
 
 def find(directory: str) -> tuple[list[Found], list[str]]:
-    """(checkpoints, newest first; a line on each that cannot be one). Looks at checkpoint.json
-    alone. Raises FileNotFoundError where there is none, ValueError where none can be read."""
+    """(checkpoints, newest first; a message for each that has no valid checkpoint.json). Raises
+    FileNotFoundError if there is no checkpoint, and ValueError if none is valid."""
     found, wrong = [], []
     for path in reversed(_steps(directory)):
         try:
             found.append(Found(path, _read_about(path)))
-        except Damaged as error:
+        except CorruptCheckpoint as error:
             wrong.append(str(error))
     if wrong and not found:
-        raise ValueError(f"no checkpoint in {directory} is whole: {wrong[0]}")
+        raise ValueError(f"every checkpoint in {directory} is damaged: {wrong[0]}")
     if not found:
-        inside = sorted(p.name for p in Path(directory).glob("*"))
-        what = f"holds {', '.join(inside[:3])}, and no step-N" if inside else "is empty"
+        names = sorted(p.name for p in Path(directory).glob("*"))
+        what = f"contains {', '.join(names[:3])} but no step-N" if names else "is empty"
         what = what if Path(directory).exists() else "does not exist"
-        raise FileNotFoundError(f"{directory} {what}: there is nothing to resume")
+        raise FileNotFoundError(f"{directory} {what}: there is no checkpoint to resume")
     return found, wrong
 
 
 def _steps(directory: str | Path) -> list[Path]:
+    """The folders step-N of a directory, sorted by N."""
     named = [p for p in Path(directory).glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    return sorted(named, key=lambda p: int(p.name[5:]))
+    return sorted(named, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def _read_about(path: Path) -> dict:
+    """The content of checkpoint.json. Raises CorruptCheckpoint."""
     name = path / "checkpoint.json"
     try:
         about = json.loads(name.read_bytes())
-        written, newer = about.pop("crc"), about["format"] > FORMAT
+        expected, version = about.pop("crc"), about["format"]
+        is_newer = version > FORMAT
     except FileNotFoundError:
-        raise Damaged(f"{name} is missing") from None
+        raise CorruptCheckpoint(f"{name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{name} cannot be read: {type(error).__name__} {error}") from None
-    if newer:
-        raise Damaged(f"{name} has format {about['format']}, of a newer version than this one, "
-                      f"which reads up to {FORMAT}")  # fmt: skip
-    if written != _crc_of(about):
-        raise Damaged(f"{name} was changed: its crc32 is {_crc_of(about)}, not {written}")
+        problem = f"{name} cannot be read: {type(error).__name__} {error}"
+        raise CorruptCheckpoint(problem) from None
+    if is_newer:
+        raise CorruptCheckpoint(
+            f"{name} has format {version}, but this version reads formats up to {FORMAT}"
+        )
+    if (actual := _crc_of(about)) != expected:
+        raise CorruptCheckpoint(f"{name} has changed: its crc32 is {actual}, expected {expected}")
     return about
 
 
@@ -325,32 +349,78 @@ def _crc_of(about: dict) -> int:
 def _size_and_crc(path: Path) -> list[int]:
     size = crc = 0
     with open(path, "rb") as file:
-        while part := file.read(2**22):
-            size, crc = size + len(part), zlib.crc32(part, crc)
+        while block := file.read(2**22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
     return [size, crc]
 
 
 def verify(found: Found, rank: int, ranks: int) -> None:
-    """Reads the rank-th file and every ranks-th after it, and .metadata. Raises Damaged."""
+    """Check every ranks-th file, beginning with number `rank`, and .metadata. Raises
+    CorruptCheckpoint."""
     files = found.about["files"]
-    for name, written in sorted(files.items())[rank::ranks]:
-        path = found.path / Path(name).name  # and nowhere else
+    for name, expected in sorted(files.items())[rank::ranks]:
+        path = found.path / Path(name).name  # a name cannot lead out of the folder
         if not path.exists():
-            raise Damaged(f"{path} is missing")
-        if path.stat().st_size != written[0]:
-            raise Damaged(f"{path} has {path.stat().st_size} bytes of {written[0]}")
-        if _size_and_crc(path) != written:
-            raise Damaged(f"{path} was changed: its crc32 is another")
+            raise CorruptCheckpoint(f"{path} is missing")
+        if (size := path.stat().st_size) != expected[0]:
+            raise CorruptCheckpoint(f"{path} has {size} bytes, expected {expected[0]}")
+        if (actual := _size_and_crc(path)) != expected:
+            raise CorruptCheckpoint(
+                f"{path} has changed: crc32 {actual[1]}, expected {expected[1]}"
+            )
     try:
         stored = Reader(found.path).read_metadata().storage_data.values()
-    except Exception as error:  # who knows what a pickle does that nobody wrote
-        raise Damaged(f"{found.path / '.metadata'} cannot be read: {error}") from None
-    if other := {info.relative_path for info in stored} - files.keys():
-        raise Damaged(f"{found.path / '.metadata'} names {min(other)}, a file of unknown crc32")
+    except Exception as error:  # a damaged pickle can raise any exception
+        problem = f"{found.path / '.metadata'} cannot be read: {error}"
+        raise CorruptCheckpoint(problem) from None
+    if unknown := {info.relative_path for info in stored} - files.keys():
+        problem = f"{found.path / '.metadata'} refers to {min(unknown)}, which has no known crc32"
+        raise CorruptCheckpoint(problem)
+
+
+def newest_complete(
+    candidates: list[Found], group: dist.ProcessGroup
+) -> tuple[Found | None, list[str]]:
+    """(the newest undamaged checkpoint of `candidates`, a message for each damaged one before it).
+    (None, []) without candidates. The ranks of `group` divide the files among them and get the same
+    result. Raises ValueError if every checkpoint is damaged, or if the ranks have different
+    candidates."""
+    everyone: list = [None] * group.size()
+    dist.all_gather_object(everyone, [found.path.name for found in candidates], group=group)
+    if different := [names for names in everyone if names != everyone[0]]:
+        raise ValueError(
+            f"the ranks see different checkpoints, {everyone[0]} and {different[0]}: give all "
+            "ranks the same directory, on a shared file system"
+        )
+    wrong: list[str] = []
+    for found in candidates:
+        problem = None
+        try:
+            verify(found, group.rank(), group.size())
+        except Exception as error:  # any exception: the other ranks wait for this rank's result
+            problem = f"{error}"
+        dist.all_gather_object(everyone, problem, group=group)
+        if not any(everyone):
+            return found, wrong
+        wrong.append(next(filter(None, everyone)))
+    if wrong:
+        raise ValueError(f"every checkpoint is damaged: {'; '.join(wrong)}")
+    return None, []
+
+
+def read(path: Path, slices: list[TensorSlice], group: dist.ProcessGroup) -> None:
+    """Fill `slices` from a checkpoint. All ranks of `group` must call it. Raises ValueError."""
+    try:
+        dcp.load({}, storage_reader=Reader(path), planner=LoadPlanner(slices), process_group=group)
+    except dcp.CheckpointException as error:
+        raise ValueError(f"{path}: {_first_line(error)}") from None
+
+
+# --- writing checkpoints --------------------------------------------------------------------------
 
 
 def check_writable(directory: str | None) -> None:
-    """Makes the directory. Raises ValueError, on rank 0, if nothing can be written to it."""
+    """Create the directory on rank 0. Raises ValueError there if it cannot be written."""
     if directory is None or int(os.environ.get("RANK", 0)) > 0:
         return
     try:
@@ -362,97 +432,104 @@ def check_writable(directory: str | None) -> None:
         raise ValueError(problem) from None
 
 
-class Saved(NamedTuple):
-    """What became of a save. bytes: on rank 0, of all ranks. pause, seconds: that training stood
-    still, and that writing took. failed: why it is not there, or None."""
-
+class SaveResult(NamedTuple):
     step: int
-    bytes: int
-    pause: float
-    seconds: float
-    failed: str | None
+    bytes: int  # written by all ranks; 0 except on rank 0
+    pause: float  # seconds in which training was blocked
+    seconds: float  # duration of the writing
+    failed: str | None  # the error, or None
 
 
 class Checkpoints:
-    """Saves, by all ranks of `group` together. `group` is a CPU one, and nobody else's: a save
-    talks there while training goes on.
+    """Saves checkpoints to a directory. All ranks of `group` must make the same calls.
 
-    A save is written to DIR/tmp-step-N, and renamed at the very end: a kill or a full disk on the
-    way leaves what was there before. Of a save and those before it, `keep` stay."""
+    group: a CPU group that nothing else uses, because a thread communicates over it during
+        training.
+    keep: number of checkpoints to keep, the new one included. Older ones are deleted.
+
+    A checkpoint is written to tmp-step-N and renamed to step-N when it is complete. If the run is
+    killed or the disk is full, earlier checkpoints stay unchanged."""
 
     def __init__(self, directory: str, keep: int, group: dist.ProcessGroup):
         self.directory, self.keep, self.group = Path(directory), keep, group
         self.buffers: list[Tensor] = []
         self.thread: threading.Thread | None = None
-        self.failed: str | None = None  # why the last save is not there
-        self.ended: list[Saved] = []
+        self.failed: str | None = None  # the error of the last save
+        self.results: list[SaveResult] = []
 
-    def save(self, step: int, mine: list[Rectangle], about: dict) -> None:
-        """Copy, and begin to write what this rank writes of the state after `step` steps. A save
-        that is still under way is waited for first. The buffers for the copies are kept."""
+    def save(self, step: int, slices: list[TensorSlice], about: dict) -> None:
+        """Copy `slices`, the state after `step` steps, and start to write the copies. First waits
+        for the previous save. The buffers of the copies are reused. about: goes to
+        checkpoint.json."""
         start = time.perf_counter()
         self.wait()
-        tensors = [r.tensor for r in mine]
+        tensors = [s.tensor for s in slices]
         if [(b.shape, b.dtype) for b in self.buffers] != [(t.shape, t.dtype) for t in tensors]:
             self.buffers = host_buffers(tensors)
-        copies = [r._replace(tensor=buffer.copy_(r.tensor, non_blocking=True))
-                  for r, buffer in zip(mine, self.buffers, strict=True)]  # fmt: skip
+        copies = [
+            s._replace(tensor=buffer.copy_(s.tensor, non_blocking=True))
+            for s, buffer in zip(slices, self.buffers, strict=True)
+        ]
         for device in {t.device for t in tensors}:
             torch.get_device_module(device).synchronize()  # once, for all copies
         pause = time.perf_counter() - start
-        # It works on nothing that training changes: the copies are its own until it has ended.
+        # The thread uses only the copies, which do not change until it has finished.
         arguments = step, copies, about, pause
         self.thread = threading.Thread(target=self._write, args=arguments, daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
-        """Until the save that is under way has ended."""
+        """Wait until the save in progress has finished."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
-    def news(self) -> list[Saved]:
-        """The saves that have ended since this was asked last."""
-        return [self.ended.pop(0) for _ in range(len(self.ended))]
+    def completed(self) -> list[SaveResult]:
+        """The saves that have finished, successfully or not, since the last call."""
+        return [self.results.pop(0) for _ in range(len(self.results))]
 
-    def _write(self, step: int, mine: list[Rectangle], about: dict, pause: float) -> None:
+    def _write(self, step: int, slices: list[TensorSlice], about: dict, pause: float) -> None:
         start, size, self.failed = time.perf_counter(), 0, None
-        first, path = self.group.rank() == 0, self.directory / f"tmp-step-{step}"
+        is_first, path = self.group.rank() == 0, self.directory / f"tmp-step-{step}"
         try:
-            if first:
-                for old in self.directory.glob("tmp-step-*"):  # of a save that was cut short
+            if is_first:
+                for old in self.directory.glob("tmp-step-*"):  # of interrupted saves
                     shutil.rmtree(old, ignore_errors=True)
             dist.barrier(self.group)
-            writer = Writer(path, per_thread_copy_ahead=0)  # all is on the CPU already
-            dcp.save({}, storage_writer=writer, planner=Writes(mine), process_group=self.group)
-            everyone = [None] * self.group.size() if first else None
+            writer = Writer(path, per_thread_copy_ahead=0)  # the copies are in host memory already
+            dcp.save({}, storage_writer=writer, planner=SavePlanner(slices),
+                     process_group=self.group)  # fmt: skip
+            everyone = [None] * self.group.size() if is_first else None
             dist.gather_object(writer.files, everyone, group=self.group, group_dst=0)
-            if first:
+            if is_first:
                 everyone.append({".metadata": _size_and_crc(path / ".metadata")})
                 files = {name: value for each in everyone for name, value in each.items()}
                 size = sum(n for n, _ in files.values())
                 self._finish(path, step, {**about, "format": FORMAT, "step": step, "files": files})
-        except (Exception, dcp.CheckpointException) as error:  # training goes on, whatever it is
+        except (Exception, dcp.CheckpointException) as error:  # any error: training continues
             self.failed = _first_line(error)
-            if first:
+            if is_first:
                 shutil.rmtree(path, ignore_errors=True)
         seconds = time.perf_counter() - start
-        self.ended.append(Saved(step, size, pause, seconds, self.failed))
+        self.results.append(SaveResult(step, size, pause, seconds, self.failed))
 
     def _finish(self, path: Path, step: int, about: dict) -> None:
-        if elsewhere := [name for name in about["files"] if not (path / name).exists()]:
-            raise OSError(f"{path / elsewhere[0]} was written, and is not here: ranks must see "
-                          "the directory under one path")  # fmt: skip
+        """On rank 0: write checkpoint.json, rename the folder, delete old checkpoints."""
+        if missing := [name for name in about["files"] if not (path / name).exists()]:
+            raise OSError(
+                f"another rank wrote {path / missing[0]}, which rank 0 cannot see: give all ranks "
+                "the same directory, on a shared file system"
+            )
         with open(path / "checkpoint.json", "w") as file:
             json.dump({**about, "crc": _crc_of(about)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(path)
         final = self.directory / f"step-{step}"
-        if final.exists():  # it was passed over, and the run went on from one before
-            aside = self.directory / f"passed-over-step-{step}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(final, aside)
+        if final.exists():  # it is damaged: the run was resumed from an earlier checkpoint
+            replaced = self.directory / f"replaced-step-{step}"
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(final, replaced)
         os.rename(path, final)
         _sync_folder(self.directory)
         steps = _steps(self.directory)
@@ -461,51 +538,20 @@ class Checkpoints:
 
 
 def host_buffers(tensors: list[Tensor]) -> list[Tensor]:
-    """Buffers like `tensors`, views of one allocation of host memory. For a GPU it is pinned, and
-    torch rounds its size up to a power of two (at most double)."""
-    sizes = [-(-t.nbytes // 16) * 16 for t in tensors]  # any dtype may start there
+    """Buffers in host memory with the shapes and dtypes of `tensors`: views of one allocation, so
+    torch's rounding of pinned memory to a power of two applies once."""
+    sizes = [-(-t.nbytes // 16) * 16 for t in tensors]  # aligned for every dtype
     pinned = any(t.is_cuda for t in tensors)
     flat = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
-    return [part[: t.nbytes].view(t.dtype).view(t.shape)
-            for part, t in zip(flat.split(sizes), tensors, strict=True)]  # fmt: skip
-
-
-def newest_complete(
-    candidates: list[Found], group: dist.ProcessGroup
-) -> tuple[Found | None, list[str]]:
-    """The newest of `candidates` (see find) whose files are as they were written, and a line on
-    each that was passed over; None without candidates. The ranks of `group` share the reading, and
-    agree. Raises ValueError if none is whole, or the ranks have different candidates."""
-    everyone: list = [None] * group.size()
-    dist.all_gather_object(everyone, [found.path.name for found in candidates], group=group)
-    if other := [names for names in everyone if names != everyone[0]]:
-        raise ValueError(f"the ranks see different checkpoints, {everyone[0]} and {other[0]}")
-    wrong: list[str] = []
-    for found in candidates:
-        problem = None
-        try:
-            verify(found, group.rank(), group.size())
-        except Exception as error:  # whatever it is, the others must hear of it
-            problem = f"{error}"
-        dist.all_gather_object(everyone, problem, group=group)
-        if not any(everyone):
-            return found, wrong
-        wrong.append(next(filter(None, everyone)))
-    if wrong:
-        raise ValueError(f"no checkpoint is whole: {'; '.join(wrong)}")
-    return None, []
-
-
-def read(path: Path, wanted: list[Rectangle], group: dist.ProcessGroup) -> None:
-    """Fill `wanted`, by all ranks of `group` together. Raises ValueError."""
-    try:
-        dcp.load({}, storage_reader=Reader(path), planner=Reads(wanted), process_group=group)
-    except dcp.CheckpointException as error:
-        raise ValueError(f"{path}: {_first_line(error)}") from None
+    return [
+        part[: t.nbytes].view(t.dtype).view(t.shape)
+        for part, t in zip(flat.split(sizes), tensors, strict=True)
+    ]
 
 
 def _first_line(error: BaseException) -> str:
-    """Of torch's exception, which is of many lines and ranks, what the first rank to fail said."""
+    """The first line of an error. A CheckpointException has one error per failed rank: the first of
+    them is used."""
     for wrapped in getattr(error, "failures", {}).values():
         error = wrapped[0]
         break
@@ -516,118 +562,3 @@ def _sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-
-
-# --- GPT-2's weights, as Hugging Face keeps them --------------------------------------------------
-
-
-class GPT2Folder:
-    """A folder with `config.json` and `model.safetensors`: any GPT-2, as `transformers` saves it or
-    as OpenAI published it. Raises ValueError for what is not one. `sizes`: GPTConfig's."""
-
-    def __init__(self, directory: str):
-        self.path = Path(directory)
-        try:
-            config = json.loads((self.path / "config.json").read_bytes())
-        except (OSError, ValueError) as error:
-            problem = f"--init-from {directory}: config.json cannot be read: {error}"
-            raise ValueError(problem) from None
-        for key, known in GPT2_FIXED.items():
-            if (value := config.get(key, known[0])) not in known:
-                raise ValueError(f"--init-from {directory}: config.json has {key} {value}: "
-                                 f"expected {known[0]}")  # fmt: skip
-        try:
-            names = ("n_layer", "n_head", "n_embd", "vocab_size")
-            self.sizes = {name: config[name] for name in names} | {
-                "seq_len": config["n_positions"], "tied": config.get("tie_word_embeddings", True)
-            }  # fmt: skip
-        except KeyError as error:
-            raise ValueError(f"--init-from {directory}: config.json lacks {error}") from None
-        wide = 4 * self.sizes["n_embd"]
-        if config.get("n_inner") not in (None, wide):
-            raise ValueError(f"--init-from {directory}: config.json has n_inner {config['n_inner']}"
-                             f": expected 4 n_embd, {wide}")  # fmt: skip
-        package = safetensors("--init-from")
-        try:
-            self.file = package.safe_open(self._tensors(), framework="pt")
-        except package.SafetensorError as error:
-            problem = f"--init-from {directory}: model.safetensors cannot be read: {error}"
-            raise ValueError(problem) from None
-        self.keys = set(self.file.keys())
-
-    def _tensors(self) -> Path:
-        path = self.path / "model.safetensors"
-        if not path.exists():
-            inside = ", ".join(sorted(p.name for p in self.path.iterdir())[:4])
-            raise ValueError(f"--init-from {self.path} holds {inside}, and no model.safetensors")
-        return path
-
-    def _key(self, name: str) -> str:
-        """lm_head.weight is not there where it is the embedding's."""
-        for key in (f"transformer.{name}", name):
-            if key in self.keys:
-                return key
-        if name == "lm_head.weight":
-            return self._key("wte.weight")
-        raise ValueError(f"--init-from {self.path}: {name} is missing in model.safetensors")
-
-    def check(self, model: nn.Module) -> None:
-        """Raises ValueError if some parameter of the whole model is not there in its shape. Of the
-        positions there may be more."""
-        for name, p in model.named_parameters():
-            there = list(self.file.get_slice(self._key(name)).get_shape())
-            there = there[::-1] if name.endswith(GPT2_TRANSPOSED) else there
-            wanted = list(p.shape)
-            if there != wanted and not (name == "wpe.weight" and there[0] > wanted[0]):
-                raise ValueError(f"--init-from {self.path}: {name} is {there}: expected {wanted}")
-
-    def draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """For gpt.init_weights: the whole tensor, read and not drawn."""
-        whole = self.file.get_tensor(self._key(name))
-        whole = whole.T if name.endswith(GPT2_TRANSPOSED) else whole
-        return whole[: shape[0]]
-
-
-GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # theirs are [in, out]
-GPT2_FIXED = {  # what there is one of here, and its other names
-    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
-}  # fmt: skip
-
-
-def export_gpt2(found: Found, directory: str, group: dist.ProcessGroup) -> None:
-    """Writes a checkpoint's parameters, whatever layout they are from, as a folder that
-    `transformers.GPT2LMHeadModel.from_pretrained` reads. By one process."""
-    save_file, sizes = safetensors("--export").torch.save_file, found.about["sizes"]
-    stored = Reader(found.path).read_metadata().state_dict_metadata
-    whole = [
-        Rectangle(name, tuple(s.size), (0,) * len(s.size), torch.empty(s.size))
-        for name, s in stored.items()
-        if name.startswith("parameter/")
-    ]
-    read(found.path, whole, group)
-    tensors = {}
-    for r in whole:
-        name = r.name.removeprefix("parameter/")
-        tensor = r.tensor.T.contiguous() if name.endswith(GPT2_TRANSPOSED) else r.tensor
-        tensors[name if name == "lm_head.weight" else f"transformer.{name}"] = tensor
-    config = {key: known[0] for key, known in GPT2_FIXED.items()} | {
-        "architectures": ["GPT2LMHeadModel"], "dtype": "float32",
-        "tie_word_embeddings": not found.about["arguments"]["untied"],
-        "n_positions": sizes["seq_len"], "bos_token_id": None, "eos_token_id": None,
-        **{key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
-    }  # fmt: skip
-    os.makedirs(directory, exist_ok=True)
-    save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
-    (Path(directory) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-
-
-def safetensors(flag: str):
-    """The package. Raises ValueError where it is not installed."""
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise ValueError(f"{flag} needs a package: pip install safetensors") from None
-    return safetensors

@@ -1,18 +1,27 @@
-"""What really happened, seen from outside: collectives, bytes held, activations saved.
+"""Instruments: count collectives, memory and saved activations, record timelines, compare tensors.
 
-Nothing here changes a number, and no strategy file knows that it is watched. Every strategy file
-predicts its costs by formulas; these instruments are the other side of each `predicted | measured`.
+They observe from outside. The strategy files do not call them except in their demos, and they
+change no result. They provide the measured side of each `predicted | measured`.
 
-    with Collectives({"tp": tp_group}) as seen:     every call of torch.distributed, in forward,
-        step()                                       backward and hooks, and its payload
-    seen.total("tp", "all_reduce")
+    with Collectives({"tp": tp_group}) as seen:         every call of torch.distributed
+        step()
+    seen.total("tp", "all_reduce")                      Total(calls, payload in elements)
 
-    with SavedActivations(model) as saved: loss = model(x)         bytes kept for backward
-    with trace.span("F0"): ...; trace.write(FILE, title)           a timeline of all ranks
-    held = bytes_held(p for p in model.parameters())                bytes of distinct storages
+    with SavedActivations(model) as saved:              what autograd stores for backward
+        loss = model(x)
+    saved.bytes(), saved.peak                           now, and at most
+
+    bytes_held(model.parameters())                      bytes of the distinct storages
+
+    with trace.span("F0"):                              a timeline of all ranks
+        ...
+    trace.write("trace.json", "rank name")
+
+    with Report("ddp.py") as report:                    the demo of a strategy file
+        report.close("gradients", actual, expected)     equal to 1e-12
+        report.equal("calls", predicted, measured)      exactly equal
 """
 
-import collections
 import contextlib
 import datetime
 import functools
@@ -30,11 +39,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import OpType  # what dist.Work says of itself
+from torch._C._distributed_c10d import OpType
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# torch's internal name -> (ours, which argument is the full, unsharded tensor)
+# --- collectives ----------------------------------------------------------------------------------
+
+# torch's dispatcher name -> (name in this file, position of the argument with the full tensor)
 _OPERATIONS = {
     "allreduce_": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 0),
@@ -44,24 +55,19 @@ _OPERATIONS = {
     "send": ("send", 0),
     "recv_": ("recv", 0),
 }
-# what a handle says of itself; on gloo a reduce-scatter does not know
-_WORKS = {"ALLREDUCE": "all_reduce", "ALLGATHER": "all_gather", "_ALLGATHER_BASE": "all_gather",
-          "_REDUCE_SCATTER_BASE": "reduce_scatter", "UNKNOWN": "reduce_scatter"}  # fmt: skip
+_MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
 
 
 class Call(NamedTuple):
-    """One collective. `payload` counts the elements of its full, unsharded tensor."""
+    """One collective, or one send or receive."""
 
-    operation: str
+    operation: str  # a name of _OPERATIONS
     group: str
-    payload: int
+    payload: int  # elements of the full, unsharded tensor
     dtype: torch.dtype
-    phase: str  # "forward" (or no autograd at all) | "backward" (backward itself and its hooks)
+    phase: str  # "backward": in a backward pass, hooks and recomputation included; else "forward"
     ranks: int  # size of the group
-    hidden: bool = False  # some matrix was multiplied between its start and the use of its result
-
-
-_MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
+    hidden: bool = False  # asynchronous, and a matmul started before its result was used
 
 
 class Total(NamedTuple):
@@ -70,11 +76,10 @@ class Total(NamedTuple):
 
 
 class Collectives(TorchDispatchMode):
-    """Records every collective of this process. `groups` names the groups that matter; of several
-    names of one group the first counts. A call on any other group is recorded under torch's own
-    name for it. What runs in a recomputed forward
-    counts as backward, since that is when it runs. An asynchronous call is hidden if a matrix
-    multiplication starts before anything reads its result; the others are exposed."""
+    """Records the collectives that this process launches, as a list of Call.
+
+    groups: names for process groups. If two names have the same group, the first is used. Other
+    groups are recorded under torch's name."""
 
     def __init__(self, groups: dict[str, dist.ProcessGroup] | None = None):
         super().__init__()
@@ -82,54 +87,56 @@ class Collectives(TorchDispatchMode):
         for name, group in (groups or {}).items():
             self.names.setdefault(group.group_name, name)
         self.calls: list[Call] = []
-        self._matmuls = 0
-        self._unread: dict[int, tuple[int, int]] = {}  # storage -> (call, matmuls before it)
+        self._matmuls = 0  # so far
+        # Asynchronous calls with unused results: storage -> (index of the call, matmuls before it)
+        self._unused: dict[int, tuple[int, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operation = func.name().split("::")[1].split(".")[0]
         if func.namespace == "c10d" and operation in _OPERATIONS:
             name, position = _OPERATIONS[operation]
             tensors = args[position] if isinstance(args[position], list) else [args[position]]
-            payload = sum(t.numel() for t in tensors)
             if self._is_async(func, args):
                 output = args[0][0] if isinstance(args[0], list) else args[0]
-                self._unread[_storage(output)] = (len(self.calls), self._matmuls)
+                self._unused[_storage(output)] = (len(self.calls), self._matmuls)
+            payload, dtype = sum(t.numel() for t in tensors), tensors[0].dtype
             group, ranks = self._group(args)
-            dtype = tensors[0].dtype
-            self.calls.append(Call(name, group, payload, dtype, self._phase(), ranks))
+            # Only a backward pass has a current autograd node.
+            forward = torch._C._current_autograd_node() is None
+            phase = "forward" if forward else "backward"
+            self.calls.append(Call(name, group, payload, dtype, phase, ranks))
         else:
-            self._look_for_reads(args)
+            self._find_uses(args)
             self._matmuls += operation in _MATMULS
         return func(*args, **(kwargs or {}))
 
     @staticmethod
     def _is_async(func, args) -> bool:
-        """torch 2.11 does not say: what is waited for at once is read at once, so it does not
-        matter. Arguments that have their default are left out."""
+        """torch 2.11 has no async_op argument, so every call counts as asynchronous there. The
+        result of a synchronous call is used before the next matmul, so it is still not hidden.
+        Arguments that have their default value are not in args."""
         names = [argument.name for argument in func._schema.arguments]
-        place = names.index("async_op") if "async_op" in names else len(args)
-        return args[place] if place < len(args) else True
+        position = names.index("async_op") if "async_op" in names else len(args)
+        return args[position] if position < len(args) else True
 
-    def _look_for_reads(self, args) -> None:
-        for arg in args if self._unread else ():
+    def _find_uses(self, args) -> None:
+        """Mark a call as hidden if its result is among args and a matmul ran in between."""
+        for arg in args if self._unused else ():
             for t in arg if isinstance(arg, (list, tuple)) else [arg]:
-                if isinstance(t, Tensor) and _storage(t) in self._unread:
-                    number, before = self._unread.pop(_storage(t))
-                    self.calls[number] = self.calls[number]._replace(hidden=self._matmuls > before)
+                if isinstance(t, Tensor) and _storage(t) in self._unused:
+                    i, before = self._unused.pop(_storage(t))
+                    self.calls[i] = self.calls[i]._replace(hidden=self._matmuls > before)
 
     def _group(self, args) -> tuple[str, int]:
+        """(name, size) of the process group among args."""
         for arg in args:
             if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
                 group = dist.ProcessGroup.unbox(arg)
                 return self.names.get(group.group_name, group.group_name), group.size()
         raise AssertionError("a collective without a group")
 
-    @staticmethod
-    def _phase() -> str:
-        # Only a backward pass has a current autograd node.
-        return "forward" if torch._C._current_autograd_node() is None else "backward"
-
     def select(self, group=None, operation=None, phase=None, hidden=None) -> list[Call]:
+        """The calls with these values. None matches all."""
         wanted = {"group": group, "operation": operation, "phase": phase, "hidden": hidden}
         return [
             call
@@ -138,8 +145,12 @@ class Collectives(TorchDispatchMode):
         ]
 
     def total(self, group=None, operation=None, phase=None, hidden=None) -> Total:
+        """Number and payload of the selected calls."""
         calls = self.select(group, operation, phase, hidden)
         return Total(len(calls), sum(call.payload for call in calls))
+
+
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def _storage(t: Tensor) -> int:
@@ -147,7 +158,8 @@ def _storage(t: Tensor) -> int:
 
 
 def bytes_held(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind these tensors: two views of one buffer count once."""
+    """Bytes of the distinct storages of these tensors. Two views of one buffer count once, and a
+    view of a part counts the full buffer."""
     storages = {_storage(t): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
@@ -155,21 +167,20 @@ def bytes_held(tensors: Iterable[Tensor]) -> int:
 def bytes_by_kind(
     held: dict[str, list[Tensor]], optimizer: torch.optim.Optimizer
 ) -> dict[str, int]:
-    """bytes_held of each kind of `held`; the optimizer's moments join the kind "optimizer"."""
+    """bytes_held() of each kind of `held`. The optimizer's moments are added to "optimizer"."""
     moments = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
     more = {"optimizer": moments}
     return {kind: bytes_held([*tensors, *more.get(kind, [])]) for kind, tensors in held.items()}
 
 
 class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for backward, each storage once, without the model's
-    own parameters and without `ignore` (inputs that the caller holds anyway). Views of one tensor
-    share its storage, and a storage counts whole. bytes() is what is alive now, and `peak` the most
-    that was when something was saved; nothing is held longer because it is counted."""
+    """Counts the bytes of the storages that autograd saves for backward, each storage once. The
+    parameters of `model` and the tensors of `ignore` do not count. `peak` is the largest number of
+    bytes that were alive after a tensor was saved. Counting does not keep a tensor alive."""
 
     def __init__(self, model: nn.Module, ignore: Iterable[Tensor] = ()):
-        self._not_ours = [*model.parameters(), *ignore]
-        self._saved: dict[int, tuple[StorageWeakRef, int, tuple]] = {}  # by storage
+        self._ignored = [*model.parameters(), *ignore]
+        self._saved: dict[int, tuple[StorageWeakRef, int]] = {}  # storage -> (reference, bytes)
         self.peak = 0
         super().__init__(self._pack, lambda t: t)
 
@@ -178,39 +189,33 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def _pack(self, t: Tensor) -> Tensor:
-        # Asked each time: parameters that come and go (ZeRO-3) change their place.
-        if all(_storage(t) != _storage(other) for other in self._not_ours):
-            ref, shape = StorageWeakRef(t.untyped_storage()), (tuple(t.shape), t.dtype)
-            self._saved.setdefault(ref.cdata, (ref, t.untyped_storage().nbytes(), shape))
+        # Compared at each call, because ZeRO-3 changes the storage of a parameter.
+        if all(_storage(t) != _storage(other) for other in self._ignored):
+            ref = StorageWeakRef(t.untyped_storage())
+            self._saved.setdefault(ref.cdata, (ref, t.untyped_storage().nbytes()))
             self.peak = max(self.peak, self.bytes())
-        return t.detach()  # or a node that saves its own output would hold itself
-
-    def _alive(self) -> dict[int, tuple]:
-        self._saved = {n: saved for n, saved in self._saved.items() if not saved[0].expired()}
-        return self._saved
+        return t.detach()  # a node that saves its own output would be part of a reference cycle
 
     def bytes(self, others: Iterable[Tensor] = ()) -> int:
-        """What is alive now, together with `others`, which may share storages with it."""
-        held = {number: nbytes for number, (_, nbytes, _) in self._alive().items()}
-        storages = (t.untyped_storage() for t in others)
-        held.update((storage._cdata, storage.nbytes()) for storage in storages)
+        """Bytes that are alive now, including the storages of `others`."""
+        self._saved = {n: saved for n, saved in self._saved.items() if not saved[0].expired()}
+        held = {number: nbytes for number, (_, nbytes) in self._saved.items()}
+        held |= {_storage(t): t.untyped_storage().nbytes() for t in others}
         return sum(held.values())
 
-    def by_shape(self) -> dict[tuple, int]:
-        """How many storages of which (shape, dtype): to find where a formula and a count differ."""
-        return dict(collections.Counter(shape for *_, shape in self._alive().values()))
+
+# --- time -----------------------------------------------------------------------------------------
 
 
 class Trace:
-    """What this rank did and when, for Perfetto (ui.perfetto.dev) or chrome://tracing.
+    """A timeline of what this rank does, for ui.perfetto.dev or chrome://tracing.
 
-        with trace.span("B3", kind="B"): ...      on a GPU it waits for what was launched, which
-        trace.write("trace.json", "stage 0")      makes the spans true and the run slower
-
-    Times are seconds of this rank's clock; write() puts all ranks on the clock of rank 0."""
+    On a GPU, each span begins and ends with a synchronisation. The times are then those of the
+    device, and the run is slower."""
 
     def __init__(self, device: torch.device):
-        self.device, self.spans = device, []  # (name, start, end, what else is known)
+        self.device = device
+        self.spans = []  # (name, start, end, details), in seconds of this rank's clock
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -218,15 +223,15 @@ class Trace:
         return time.perf_counter()
 
     @contextlib.contextmanager
-    def span(self, name: str, **known):
+    def span(self, name: str, **details):
         start = self.now()
         yield
-        self.spans.append((name, start, self.now(), known))
+        self.spans.append((name, start, self.now(), details))
 
     def offset(self) -> float:
-        """This rank's clock less rank 0's, good to half of a message's way there and back: rank 0
-        asks each rank for its time, and the quickest of several answers counts."""
-        rank, best = dist.get_rank(), (float("inf"), 0.0)
+        """This rank's clock minus that of rank 0, in seconds. Rank 0 asks each rank 20 times for
+        its time and uses the fastest answer, so the error is at most half of its round trip."""
+        rank, best = dist.get_rank(), (float("inf"), 0.0)  # (round trip, offset)
         answer = torch.zeros(1, dtype=torch.float64, device=self.device)
         for other in range(1, dist.get_world_size()):
             for _ in range(20 if rank in (0, other) else 0):
@@ -247,30 +252,33 @@ class Trace:
                 best = (0.0, answer.item())
         return best[1] if rank else 0.0
 
-    def write(self, path: str, title: str) -> list[list[tuple]]:
-        """Called by all ranks; rank 0 writes the file. Returns the spans of every rank, by rank, on
-        the clock of rank 0 (on the other ranks, nothing)."""
+    def write(self, path: str, title: str) -> None:
+        """Write the spans of all ranks to `path`, in microseconds of rank 0's clock. All ranks must
+        call it. title: the name of this rank's row."""
         offset, everyone = self.offset(), [None] * dist.get_world_size()
         mine = [(name, start - offset, end - offset, more) for name, start, end, more in self.spans]
-        gathered = everyone if dist.get_rank() == 0 else None
-        dist.gather_object((title, mine), gathered)
+        dist.gather_object((title, mine), everyone if dist.get_rank() == 0 else None)
         if dist.get_rank() > 0:
-            return []
-        zero = min(start for _, spans in everyone for _, start, _, _ in spans)
+            return
+        starts = (start for _, spans in everyone for _, start, _, _ in spans)
+        zero = min(starts, default=0.0)
         events = []
         for rank, (title, spans) in enumerate(everyone):
             about = {"name": f"rank {rank}: {title}"}
             events.append({"ph": "M", "name": "process_name", "pid": rank, "args": about})
-            for name, start, end, known in spans:
-                events.append({"ph": "X", "name": name, "pid": rank, "tid": 0, "args": known,
-                               "ts": 1e6 * (start - zero), "dur": 1e6 * (end - start)})  # fmt: skip
+            for name, start, end, details in spans:
+                ts, dur = 1e6 * (start - zero), 1e6 * (end - start)
+                event = {"ph": "X", "name": name, "pid": rank, "tid": 0, "ts": ts, "dur": dur}
+                events.append(event | {"args": details})
         with open(path, "w") as file:
             json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
-        return [spans for _, spans in everyone]
+
+
+# --- the log of a run -----------------------------------------------------------------------------
 
 
 def check_writable(flag: str, path: str | None) -> None:
-    """Raises ValueError on rank 0, who would write, if it cannot. Leaves a file."""
+    """Create the file on rank 0, which writes it. Raises ValueError there if that fails."""
     try:
         if path and int(os.environ.get("RANK", 0)) == 0:
             open(path, "a").close()
@@ -279,16 +287,21 @@ def check_writable(flag: str, path: str | None) -> None:
 
 
 class Logger:
-    """Rank 0's progress lines and JSON rows. It reads numbers off the device every `print_every`
-    steps, and is the only one who does: a step never waits for its own loss."""
+    """Rank 0 prints progress lines and writes a JSON object per step. The other ranks do nothing.
+
+    Losses are copied from the device every `print_every` steps, so the host does not wait for the
+    device after each step.
+
+    tflop: floating-point operations of the model per step and rank, in 10^12, without those of
+        recomputation.
+    peak: TFLOP/s of a rank's device. If given, the MFU is reported: achieved / peak TFLOP/s
+        (Chowdhery et al. 2022, PaLM, appendix B).
+    stop: number of steps after which this process ends. Default: `steps`.
+    append: keep the rows of the file. Steps that are repeated after a crash are there twice."""
 
     def __init__(self, path: str | None, steps: int, print_every: int, tokens_per_step: int,
                  tflop: float, peak: float | None = None, stop: int | None = None,
                  append: bool = False):  # fmt: skip
-        """tflop: of the model, a rank's part of a step, without what is recomputed. peak: TFLOP/s
-        of its GPU, if known: then their ratio is the MFU (Chowdhery et al. 2022, PaLM, appendix B).
-        stop: the step at which this process ends, if not at the last. append: go on with the rows
-        that are there; a step that a lost process had begun comes twice."""
         self.steps, self.print_every, self.tokens_per_step = steps, print_every, tokens_per_step
         self.tflop, self.peak = tflop, peak
         self.stop = steps if stop is None else stop
@@ -299,15 +312,17 @@ class Logger:
         self.pending: list[tuple[int, Tensor, float]] = []
 
     def start(self) -> None:
+        """Start the clock that measures the steps until the next flush()."""
         self.since = time.perf_counter()
 
     def step(self, step: int, stats: Tensor, lr: float) -> None:
-        """`stats`: [loss, gradient norm, ...], on whatever device they are."""
+        """Record a step. stats: [loss, gradient norm, ...] on any device."""
         self.pending.append((step, stats, lr))
         if len(self.pending) == self.print_every or step + 1 == self.stop:
             self.flush()
 
     def flush(self) -> None:
+        """Print and write the recorded steps. Waits for the device."""
         if not self.pending:
             return
         rows = torch.stack([stats for _, stats, _ in self.pending]).tolist()
@@ -315,86 +330,113 @@ class Logger:
         speed, tflops = self.tokens_per_step / seconds, self.tflop / seconds
         mfu = {"mfu": tflops / self.peak} if self.peak else {}
         for (step, _, lr), (loss, norm, *_) in zip(self.pending, rows, strict=True):
-            skipped = {} if math.isfinite(norm) else {"skipped": True}  # see Trainer.step
-            self._write(step, loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed,
-                        tflops_per_rank=tflops, **mfu, **skipped)  # fmt: skip
-            if skipped:
+            row = dict(loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed, tflops_per_rank=tflops)
+            if not math.isfinite(norm):
+                row["skipped"] = True  # see Trainer.step
                 self.say(f"step {step + 1:5d}/{self.steps}  update skipped: gradient norm {norm}")
+            self._write(step, **row, **mfu)
         left = seconds * (self.stop - step - 1)
-        self.say(f"step {step + 1:5d}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.1e}  "
-                 f"{speed:,.0f} tokens/s  {tflops:.3g} TFLOP/s a rank  "
-                 + "".join(f"MFU {100 * x:.1f} %  " for x in mfu.values())
-                 + f"{left:.0f} s left")  # fmt: skip
+        self.say(
+            f"step {step + 1:5d}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.1e}  "
+            f"{speed:,.0f} tokens/s  {tflops:.3g} TFLOP/s per rank  "
+            + "".join(f"MFU {100 * x:.1f} %  " for x in mfu.values())
+            + f"{left:.0f} s left"
+        )
         self.pending = []
         self.start()
 
     def validation(self, step: int, loss: Tensor) -> None:
         self._write(step, val_loss=loss.item())
         self.say(f"step {step + 1:5d}/{self.steps}  val loss {loss.item():.4f}")
-        self.start()  # validation is not training time
+        self.start()  # the time of the validation does not count as training
 
-    def saved(self, save: NamedTuple) -> None:
-        """What became of a save: checkpoint.Saved."""
-        step, size, pause, seconds, failed = save
+    def saved(self, result: NamedTuple) -> None:
+        """Report a checkpoint: checkpoint.SaveResult."""
+        step, size, pause, seconds, failed = result
         self._write(step - 1, saved=failed is None, save_pause_s=pause, save_s=seconds)
-        what = f"{size / 1e6:.1f} MB in {seconds:.2f} s"
+        what = f"saved  {size / 1e6:.1f} MB in {seconds:.2f} s"
         if failed:
-            what = f"FAILED, what was saved before stays: {failed}"
-        self.say(f"step {step:5d}/{self.steps}  saved  {what}; training stood still for "
-                 f"{1e3 * pause:.0f} ms")  # fmt: skip
+            what = f"save FAILED, earlier checkpoints are unchanged: {failed}"
+        pause = f"training paused for {1e3 * pause:.0f} ms"
+        self.say(f"step {step:5d}/{self.steps}  {what}; {pause}")
 
     def say(self, line: str) -> None:
+        """Print a line on rank 0."""
         if self.is_main:
             print(line, flush=True)
 
     def _write(self, step: int, **row) -> None:
         if self.file:
-            seen = {"step": step, "tokens": (step + 1) * self.tokens_per_step}
-            self.file.write(json.dumps(seen | row) + "\n")
+            position = {"step": step, "tokens": (step + 1) * self.tokens_per_step}
+            self.file.write(json.dumps(position | row) + "\n")
+
+
+# --- errors of collectives ------------------------------------------------------------------------
+
+# torch's name of a Work object's operation -> name in this file. gloo's reduce-scatter has UNKNOWN.
+_WORKS = {
+    "ALLREDUCE": "all_reduce",
+    "ALLGATHER": "all_gather",
+    "_ALLGATHER_BASE": "all_gather",
+    "_REDUCE_SCATTER_BASE": "reduce_scatter",
+    "UNKNOWN": "reduce_scatter",
+}
 
 
 def lost_collective(error: BaseException) -> str | None:
-    """One line on an error that a collective ended with because a rank did not come: which
-    operation, over which group, and where in our files. None if it is another error."""
+    """One line on a collective that failed because another rank exited or did not respond: the
+    operation, the ranks of its group, and the line of this repository that waited for it. None for
+    any other error.
+
+    The operation and the group are read from the source line and the local variables of the frame
+    in which the error was raised."""
     if not re.search("[Tt]imed? ?out|[Cc]onnection|pair closure", str(error)):
         return None
     here = os.path.dirname(os.path.abspath(__file__))
-    frames = [(frame, number) for frame, number in traceback.walk_tb(error.__traceback__)
-              if os.path.dirname(os.path.abspath(frame.f_code.co_filename)) == here]  # fmt: skip
+    frames = [
+        (frame, number)
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if os.path.dirname(os.path.abspath(frame.f_code.co_filename)) == here
+    ]
     if not frames:
         return None
     frame, number = frames[-1]
     line = linecache.getline(frame.f_code.co_filename, number).strip()
 
     def value(name: str, frame=frame):
+        """The value of an expression like `self.group` in the frame."""
         first, *rest = name.split(".")
         return functools.reduce(lambda x, n: getattr(x, n, None), rest, frame.f_locals.get(first))
 
     operation, group = line, dist.group.WORLD
-    if called := re.search(r"(?:dist\.|^|= )(\w+)\(", line):
+    if called := re.search(r"(?:dist\.|^|= )(\w+)\(", line):  # dist.all_reduce(x, group=group)
         operation = called[1]
         if given := re.search(r"group=([\w.]+)", line):
             group = value(given[1])
-    elif waited := re.search(r"([\w.]+)\.wait\(\)", line):
+    elif waited := re.search(r"([\w.]+)\.wait\(\)", line):  # handle.wait()
         if isinstance(work := value(waited[1]), dist.Work):
             name = OpType(work._get_op_type()).name
             operation = _WORKS.get(name, name.lower())
         names = ("group", "self.group", "ctx.group")
         known = [value(name, f) for f, _ in reversed(frames) for name in names]
         group = next((g for g in known if isinstance(g, dist.ProcessGroup)), group)
-    alike = group is dist.group.WORLD  # None, where there is none yet
-    name = "all ranks" if alike else f"{group.group_desc} {dist.get_process_group_ranks(group)}"
+    is_world = group is dist.group.WORLD  # None if there is no process group yet
+    name = "all ranks" if is_world else f"{group.group_desc} {dist.get_process_group_ranks(group)}"
     file = os.path.basename(frame.f_code.co_filename)
-    return (f"{operation} over {name} failed, since a rank did not come: {file}:{number}, "
-            f"{frame.f_code.co_name}: {line}")  # fmt: skip
+    return (
+        f"{operation} over {name} failed because a rank exited or did not respond: "
+        f"{file}:{number}, {frame.f_code.co_name}: {line}"
+    )
 
 
-TOLERANCE = 1e-12  # of float64; rounding of sums in another order stays below, bugs do not
+# --- comparison -----------------------------------------------------------------------------------
+
+# Relative, in float64: sums in a different order differ by less, bugs by more.
+TOLERANCE = 1e-12
 
 
 def largest(numbers: Iterable[float]) -> float:
-    """The maximum of at least one number; infinite if any is NaN or Inf. max() skips a NaN that is
-    not the first number."""
+    """The maximum of at least one number, or inf if one is NaN or Inf. (max() can ignore a NaN.)"""
     numbers = list(numbers)
     return max(numbers) if all(map(math.isfinite, numbers)) else math.inf
 
@@ -402,26 +444,29 @@ def largest(numbers: Iterable[float]) -> float:
 def check_alike(
     actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """Raises ValueError if a name is missing or unexpected, a shape differs, or a tensor of
-    `actual` is not in `dtype` (default: the dtype of the expected tensor)."""
+    """Raises ValueError if names or shapes differ, or if a tensor of `actual` does not have
+    `dtype` (default: the dtype of the expected tensor)."""
     if actual.keys() != expected.keys():
-        raise ValueError(f"tensors missing: {sorted(expected.keys() - actual.keys())}; unexpected: "
-                         f"{sorted(actual.keys() - expected.keys())}")  # fmt: skip
+        missing, unexpected = expected.keys() - actual.keys(), actual.keys() - expected.keys()
+        raise ValueError(f"tensors missing: {sorted(missing)}; unexpected: {sorted(unexpected)}")
     for name, a in actual.items():
         want = (expected[name].shape, dtype or expected[name].dtype)
         if (a.shape, a.dtype) != want:
-            raise ValueError(f"{name} is {tuple(a.shape)} in {a.dtype}: expected {tuple(want[0])} "
-                             f"in {want[1]}")  # fmt: skip
+            raise ValueError(
+                f"{name} is {tuple(a.shape)} in {a.dtype}: expected {tuple(want[0])} in {want[1]}"
+            )
 
 
 def relative_errors(
     actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float = 1e-6,
     dtype: torch.dtype | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """max|a - b| / max|b| by name. max|b| is taken to be at least `floor` of the largest entry of
-    all tensors: some gradients are exactly 0 (a key's bias shifts all scores of a row by the same
-    amount), and what is computed for them is rounding. The error is infinite where either tensor
-    has a NaN or an Inf. Raises ValueError as check_alike does."""
+    """max|a - b| / max|b| of each tensor, or inf if a or b has a NaN or Inf.
+
+    max|b| is replaced by `floor` times the largest entry of all expected tensors, if that is
+    larger: some gradients are exactly 0, and what is computed for them is rounding. An example is
+    the bias of attention keys, which shifts all scores of a row by the same amount. Raises
+    ValueError as check_alike() does."""
     check_alike(actual, expected, dtype)
     floor *= max((t.abs().max().item() for t in expected.values() if t.numel()), default=1.0)
     errors = {}
@@ -437,9 +482,11 @@ def relative_errors(
 
 
 class Report:
-    """The frame of a strategy file's demo: joins torchrun's ranks (gloo, one thread each), collects
-    what was compared, prints it from rank 0, and leaves with exit code 1 if any rank saw a
-    mismatch. A collective that waits longer than `timeout` seconds ends the rank with one line."""
+    """The demo of a strategy file: compares, prints, and exits with code 1 after a mismatch.
+
+    On entry, joins the ranks of torchrun (gloo, one thread per rank). On exit, rank 0 prints the
+    rows, as does every rank with a mismatch. A collective that waits longer than `timeout` seconds
+    ends the rank with one line."""
 
     def __init__(self, title: str, timeout: float = 60):
         self.title, self.rows, self.failed = title, [], False
@@ -448,20 +495,20 @@ class Report:
 
     def __enter__(self) -> "Report":
         if not dist.is_torchelastic_launched():
-            launch = f"torchrun --standalone --nproc-per-node 2 {self.title}"
-            raise SystemExit(f"{self.title}: start me with  {launch}")
+            command = f"torchrun --standalone --nproc-per-node 2 {self.title}"
+            raise SystemExit(f"{self.title}: start it with  {command}")
         torch.set_num_threads(1)
         dist.init_process_group("gloo", timeout=self.timeout)
         self.group = dist.group.WORLD
         return self
 
     def close(self, what: str, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-        """Tensors that must be equal to TOLERANCE."""
+        """Tensors by name that must be equal up to TOLERANCE."""
         worst = largest(relative_errors(actual, expected).values())
         self._row(what, f"{worst:.1e} relative", f"<= {TOLERANCE:.0e}", worst <= TOLERANCE)
 
     def losses(self, what: str, actual: list[Tensor], expected: list[Tensor]) -> None:
-        """The losses of a few steps, printed from both sides, and equal to TOLERANCE."""
+        """The loss of each step, printed next to that of one process; equal up to TOLERANCE."""
         a, b = torch.stack(actual), torch.stack(expected)
         for step, (x, y) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
             name = f"{what} loss, step {step}"
@@ -469,11 +516,11 @@ class Report:
         self.close(f"{what} losses", {"loss": a}, {"loss": b})
 
     def equal(self, what: str, predicted: object, measured: object) -> None:
-        """A cost, which must be what the formula says, to the last byte or call."""
+        """A cost that must be exactly what its formula predicts."""
         self._row(what, f"predicted {predicted}", f"measured {measured}", predicted == measured)
 
     def costs(self, table: str, what: str, predicted, measured) -> None:
-        """A line of a table: costs by kind (dicts or NamedTuples), which must be equal."""
+        """A row of costs by kind (dicts or NamedTuples) in a table. They must be exactly equal."""
         predicted, measured = (
             x if isinstance(x, dict) else x._asdict() for x in (predicted, measured)
         )
@@ -498,8 +545,8 @@ class Report:
         failed = torch.tensor(float(self.failed))
         dist.all_reduce(failed)
         if dist.get_rank() == 0 or self.failed:
-            ranks = dist.get_world_size()
-            print(f"{self.title} on {ranks} ranks, float64; rank {dist.get_rank()} says:")
+            ranks = f"rank {dist.get_rank()} of {dist.get_world_size()}"
+            print(f"{self.title}, float64, {ranks}:")
             print("\n".join(sum(self.tables.values(), self.rows)), flush=True)
         dist.barrier()
         dist.destroy_process_group()

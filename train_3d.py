@@ -1,25 +1,38 @@
-"""TP x PP x DP training of a GPT: the five strategies on one model, and the loop around them.
+"""Train a GPT with tensor, pipeline and data parallelism (TP x PP x DP).
 
-                       tp: the ranks of a pair split every matrix      (innermost: one machine)
-                 .-----------.    .-----------.
-       dp 0      | r0     r1 | -> | r4     r5 |     pp: stage 0 -> stage 1, activations flow
-                 '-----------'    '-----------'         (outermost: the least traffic)
-                       |                |
-       dp 1      | r2     r3 | -> | r6     r7 |     dp: the same stage on other rows; gradients meet
-                 '-----------'    '-----------'
+The strategies of the other files transform one plain model, in this order:
 
-The model is plain; the strategies transform it in one order, each seeing what the one before left:
+    build on the meta device   gpt.py                the full model: shapes only, no memory
+    take_stages                pipeline.py           keep the layers of this rank's pipeline stages
+    parallelize                tensor_parallel.py    keep this rank's shard of each weight matrix
+    init_weights               gpt.py                allocate the remaining weights and draw them
+    checkpoint_blocks          activation_ckpt.py    recompute or offload activations in backward
+    DDP, Zero1, Zero2, Zero3   ddp.py, zero.py       reduce gradients; shard the training state
 
-    GPT on meta -> take_stages -> parallelize -> weights drawn -> checkpoint_blocks -> DDP | ZeRO
-                   pipeline       tensor_parallel                 activation_ckpt     ddp | zero
+No strategy depends on another. This file assigns ranks to groups, applies the strategies and runs
+the training loop. It also contains what involves several groups: the sum of a tied embedding's
+gradients, the global gradient norm, clipping, checkpoints, validation and sampling.
 
-global_batch_size = d * m * micro_batch_size; m microbatches per step is derived, and is both the
-gradient accumulation and what fills the pipeline. What crosses axes stands here and nowhere else:
-the gradient norm, the tied embedding, where the loss is, who samples.
+t, p, d: sizes of tp, pp and dp; d = world size / (t p). World size 8 with t = p = d = 2:
 
-    python train_3d.py                                       one process
-    torchrun --standalone --nproc-per-node 8 -- train_3d.py --tp 2 --pp 2 --zero 1       d = 8/4
-    (the lone -- keeps torchrun from taking our --log for a short form of its own --log-dir)
+                    stage 0                 stage 1
+                 +-----------+           +-----------+      tp (0-1, 2-3, ..): shards of each layer
+    replica 0    |  0     1  |  -------> |  4     5  |      pp (0-4, 1-5, ..): consecutive layers,
+                 +-----------+           +-----------+          activations are sent between them
+                       |                       |            dp (0-2, 1-3, ..): equal weights,
+                 +-----------+           +-----------+          different rows of the batch,
+    replica 1    |  2     3  |  -------> |  6     7  |          gradients are summed
+                 +-----------+           +-----------+
+
+tp communicates most, so it is the innermost axis: its ranks are neighbours and belong on one node.
+pp communicates least, so it is the outermost axis.
+
+b: rows of a microbatch. s: tokens per row. h: hidden size. v: vocabulary size. m: microbatches per
+step of one replica, m = global batch size / (d b). They accumulate gradients and fill the pipeline.
+
+    python train_3d.py                                                          one process
+    torchrun --standalone --nproc-per-node 8 -- train_3d.py --tp 2 --pp 2 --zero 1
+    (The `--` keeps torchrun from reading our --log as its own --log-dir.)
 
 Narayanan et al. 2021, Megatron-LM on GPU clusters (arXiv 2104.04473), sections 2 and 3.
 """
@@ -29,11 +42,9 @@ import contextlib
 import datetime
 import functools
 import gc
-import itertools
 import os
 import runpy
 import signal
-import statistics
 import sys
 from collections.abc import Callable
 
@@ -46,21 +57,30 @@ import checkpoint
 import data
 import ddp
 import gpt
+import huggingface
 import measure
 import options
 import pipeline
+import startup
 import tensor_parallel
 import zero
 
-# --- trainer --------------------------------------------------------------------------------------
+# --- the model: transformations in order ----------------------------------------------------------
 
 
 class Trainer:
-    """One rank's part of the run. Needs an initialised default process group.
+    """The model, optimizer and process groups of one rank. Call init_process_group() first.
 
-    read(step, rows) -> (x, y): the rows of a step's global batch, each [len(rows), s].
-    The other arguments are seams for a fork: the initialisation, the model (built on meta), the
-    plan by which it is cut, the schedule, and how gradients meet."""
+    args, config: from options.parse_args() and options.check().
+    read: read(step, rows) -> (x, y): token ids and targets of these rows of the step's global
+        batch, each [len(rows), s]. Targets below 0 are ignored.
+
+    A fork can replace a component:
+    draw: initial values, as in gpt.init_weights. Default: GPT-2's.
+    model: a function without arguments, called on the meta device. Default: gpt.GPT(config).
+    plan: how each layer is split over tp, as in tensor_parallel.parallelize.
+    schedule: schedule(p, m) -> pipeline.Schedule. Default: --schedule.
+    sync: a class with the interface of ddp.DDP, used in place of DDP or ZeRO."""
 
     def __init__(
         self, args: argparse.Namespace, config: gpt.GPTConfig, read: Callable, device: torch.device,
@@ -70,166 +90,164 @@ class Trainer:
     ):  # fmt: skip
         self.args, self.config, self.read, self.device = args, config, read, device
         self.dtype = options.DTYPES[args.dtype]
-        self.asked_to_stop = False  # by a signal
+        self.span: Callable = lambda name: contextlib.nullcontext()  # replaced by watch()
+        self.stop_requested = False  # set by a signal handler
         t, p = args.tp, args.pp
         d = dist.get_world_size() // (t * p)
         self.m = args.global_batch_size // (d * args.micro_batch_size)
         self.schedule = schedule(p, self.m) if schedule else options.make_schedule(args, self.m)
         pipeline.check(self.schedule, self.m)
-        stages = pipeline.stages_of(self.schedule)
-        n = sum(map(len, stages))
-        ends = [rank for rank in range(p) if 0 in stages[rank] or n - 1 in stages[rank]]
-        self._make_groups(p, d, args.zero_shard_size or (d if args.zero else 1), t, ends)
-        self.pp_rank = self.pp_group.rank()
-        self.stages = stages[self.pp_rank]
+        self._make_groups(t, p, d)
 
-        with torch.device("meta"):  # a whole model that takes no memory
-            stage = model() if model else gpt.GPT(config)
-        embedding, block, head = gpt.flops_per_token(config)
-        split = pipeline.split_layers(len(stage.h), n, embedding / block, head / block)
-        pipeline.take_stages(stage, self.stages, split)
-        tensor_parallel.parallelize(stage, plan, self.tp_group, args.sequence_parallel)
-        draw = draw or functools.partial(gpt.gpt2_draw, n_layer=config.n_layer)
-        gpt.init_weights(stage, args.seed, self.dtype, device, draw)
-        self.draws = getattr(stage, "draws", gpt.Draws())  # a fork's model may have no dropout
-        self.draws.seed = args.seed
-        if args.compile:
-            compile_blocks(stage.h, args.recompute)
-        activation_ckpt.checkpoint_blocks(
-            stage.h,
-            args.recompute,
-            args.recompute_every,
-            args.recompute_layers,
-            self.draws.save,
-        )
-        self.model = stage
-        chunks, mine = pipeline.chunks_of(stage, self.stages, split), self.schedule[self.pp_rank]
-        split_backward = pipeline.splits_backward(mine)
-        self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
-        self.pipe = pipeline.Pipeline(
-            chunks, n, self.pp_group, self.dtype, device, split_backward, self.program
-        )
-        self.sync = self._attach(sync, self.pipe.accumulations(mine))
-        self.span: Callable = lambda name: contextlib.nullcontext()  # who looks: see watch()
-        # Their gradients meet over tp: the tp ranks must hold the same pieces of them.
-        partial = [(f"{piece.name}[{piece.start}:]", piece.tensor)
-                   for piece in self.sync.pieces() if piece.parameter.partial]  # fmt: skip
-        ddp.check_same_parameters(partial, self.tp_group)
+        # The transformations, in the order of the docstring.
+        with torch.device("meta"):
+            self.model = model() if model else gpt.GPT(config)
+        split = self._take_stages()
+        tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
+        self._init_weights(draw)
+        self._checkpoint_blocks()
+        self._make_pipeline(split)
+        self.sync = self._make_sync(sync)
         self.optimizer = self._make_optimizer()
 
-    def _make_groups(self, p: int, d: int, k: int, t: int, ends: list[int]) -> None:
-        """self.groups: this rank's group by table of ranks. Axes with equal tables share one group:
-        fewer communicators, and one order of their calls. Axes of size 1 share self.single_group,
-        which never communicates: in gloo, it needs no communicator of NCCL."""
-        self.groups = {str([[*range(dist.get_world_size())]]): dist.group.WORLD}
-        backend = "gloo" if self.device.type == "cuda" else None  # None: that of the world
-        self.single_group = dist.new_group(
-            [dist.get_rank()], backend=backend, group_desc="one rank",
-            use_local_synchronization=True,
-        )  # fmt: skip
-        ranks = torch.arange(p * d * t).view(p, d // k, k, t)  # tp innermost: neighbours
-        self.tp_group = self._my_group("tp", ranks.flatten(0, 2))
-        self.dp_group = self._my_group("dp", ranks.movedim(3, 1).flatten(2).flatten(0, 1))
-        self.pp_group = self._my_group("pp", ranks.movedim(0, 3).flatten(0, 2))
-        self.replica_group = self._my_group("replica", ranks.movedim(1, 3).flatten(0, 2))
-        self.shard_group = self._my_group("shard", ranks.movedim(2, 3).flatten(0, 2))
-        if self.args.dp_nodes > 1:
-            hosts = ranks.view(p, self.args.dp_nodes, -1, t)
-            self.inside_group = self._my_group("inside", hosts.movedim(2, 3).flatten(0, 2))
-            self.across_group = self._my_group("across", hosts.movedim(1, 3).flatten(0, 2))
-        # The ranks with first and last stage of one pipeline: the holders of a tied wte.
-        self.tied_group = self._my_group("tied", ranks[ends].flatten(1).T)
+    def _take_stages(self) -> list[range]:
+        """Remove the layers of other ranks' stages. Returns the block numbers of every stage."""
+        stages = pipeline.stages_of(self.schedule)
+        self.pp_rank = self.pp_group.rank()
+        self.stages = stages[self.pp_rank]
+        embedding, block, head = gpt.flops_per_token(self.config)
+        split = pipeline.split_layers(
+            len(self.model.h), sum(map(len, stages)), embedding / block, head / block
+        )
+        pipeline.take_stages(self.model, self.stages, split)
+        return split
 
-    def _my_group(self, name: str, groups: Tensor) -> dist.ProcessGroup:
-        """This rank's group among `groups` [n, size], a row of ranks each, or the single-rank
-        group. Every rank must pass the same `groups`."""
-        limit, table = datetime.timedelta(seconds=self.args.timeout), groups.tolist()
-        if groups.size(1) == 1 and dist.get_world_size() > 1:
-            return self.single_group
-        if (key := str(table)) not in self.groups:
-            if self.device.type == "cuda":  # one split of the world per axis, not one per group
-                mine = dist.split_group(split_ranks=table, timeout=limit, group_desc=name)
-            else:
-                mine, _ = dist.new_subgroups_by_enumeration(table, limit, group_desc=name)
-            self.groups[key] = self.single_group if mine is None else mine
-        return self.groups[key]
+    def _init_weights(self, draw: Callable | None) -> None:
+        """Allocate this rank's parameters. Their values do not depend on the layout."""
+        draw = draw or functools.partial(gpt.gpt2_draw, n_layer=self.config.n_layer)
+        gpt.init_weights(self.model, self.args.seed, self.dtype, self.device, draw)
+        # Dropout masks depend on the seed, step and rows in `draws`. A fork may have no dropout.
+        self.draws = getattr(self.model, "draws", gpt.Draws())
+        self.draws.seed = self.args.seed
 
-    def _attach(self, sync: Callable | None, accumulations: dict[nn.Parameter, int]):
-        stage, dtypes = self.args.zero, ("grad_dtype", "reduce_dtype")
-        how = {name: options.DTYPES.get(getattr(self.args, name)) for name in dtypes}
-        if self.args.dp_nodes > 1 and self.inside_group.size() > 1:
+    def _checkpoint_blocks(self) -> None:
+        """Apply --compile and --recompute to the blocks."""
+        args, blocks = self.args, self.model.h
+        if args.compile:
+            compile_blocks(blocks, args.recompute)
+        activation_ckpt.checkpoint_blocks(
+            blocks, args.recompute, args.recompute_every, args.recompute_layers, self.draws.save
+        )
+
+    def _make_pipeline(self, split: list[range]) -> None:
+        """Make self.pipe, which runs self.program: this rank's actions and transfers."""
+        chunks = pipeline.chunks_of(self.model, self.stages, split)
+        split_backward = pipeline.splits_backward(self.schedule[self.pp_rank])
+        self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
+        self.pipe = pipeline.Pipeline(
+            chunks, len(split), self.pp_group, self.dtype, self.device, split_backward, self.program
+        )
+
+    def _make_sync(self, sync: Callable | None):
+        """Attach DDP or ZeRO, which reduces gradients over dp. Its pieces() are the tensors that
+        the optimizer updates on this rank: parameters, or ZeRO's shards of them."""
+        args = self.args
+        accumulations = self.pipe.accumulations(self.schedule[self.pp_rank])
+        how = {
+            "grad_dtype": options.DTYPES.get(args.grad_dtype),
+            "reduce_dtype": options.DTYPES.get(args.reduce_dtype),
+        }
+        if args.dp_nodes > 1 and self.inside_group.size() > 1:
             how["reduce"] = ddp.Hierarchical(self.inside_group, self.across_group)
-        if sync or stage == 0:
-            return (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **how)
-        how["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
-        if stage == 3:
-            how["reshard_after_forward"] = self.args.zero_reshard_after_forward == 1
-            how["starts"] = [next(iter(zero.layers(chunk))) for chunk in self.pipe.chunks.values()]
-        return zero.STAGES[stage](self.model, self.shard_group, accumulations, **how)
+        if sync or args.zero == 0:
+            result = (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **how)
+        else:
+            how["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
+            if args.zero == 3:
+                how["reshard_after_forward"] = args.zero_reshard_after_forward == 1
+                chunks = self.pipe.chunks.values()
+                how["starts"] = [next(iter(zero.layers(chunk))) for chunk in chunks]
+            result = zero.STAGES[args.zero](self.model, self.shard_group, accumulations, **how)
+        # step() sums the gradients of these pieces over tp: all tp ranks must have the same ones.
+        partial = [piece for piece in result.pieces() if piece.parameter.partial]
+        named = [(f"{piece.name}[{piece.start}:]", piece.tensor) for piece in partial]
+        ddp.check_same_parameters(named, self.tp_group)
+        return result
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        """Over the pieces that this rank updates; weight decay on matrices, embeddings included,
-        and not on biases and norms."""
-        groups = [{"params": [], "weight_decay": self.args.weight_decay},
-                  {"params": [], "weight_decay": 0.0}]  # fmt: skip
+        """The optimizer of self.sync.pieces(). Weight decay applies to matrices, embeddings
+        included, but not to biases and norms."""
+        groups = [
+            {"params": [], "weight_decay": self.args.weight_decay},
+            {"params": [], "weight_decay": 0.0},
+        ]
         for piece in self.sync.pieces():
-            groups[piece.parameter.ndim < 2]["params"].append(piece.tensor)
+            is_vector = piece.parameter.ndim < 2  # of the parameter: ZeRO's shards are 1-D
+            groups[int(is_vector)]["params"].append(piece.tensor)
+        # A rank without pieces needs an optimizer too: torch refuses an empty list of parameters.
         groups = [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}]
-        how = {"fused": True} if self.device.type != "meta" else {"foreach": True}  # a dry run
+        # A dry run is on meta, which has no fused kernels.
+        how = {"fused": True} if self.device.type != "meta" else {"foreach": True}
         if self.args.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=0.0, **how)
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), **how)
 
-    def watch(self, trace: measure.Trace) -> None:
-        """From now on, what this rank does goes into `trace`."""
-
-        def span(action: pipeline.Action):
-            step = {"step": self.current} if self.model.training else {}
-            return trace.span(pipeline.label(action, self.stages), action=action, **step)
-
-        self.span, self.pipe.watch = trace.span, span
-
-    def learning_rate(self, step: int) -> float:
-        return gpt.learning_rate(step, self.args.steps, self.args.warmup_steps, self.args.lr)
+    # --- the step ---
 
     def step(self, step: int) -> Tensor:
-        """One optimizer step on the global batch `step`. Returns [loss, gradient norm, asked]: the
-        mean over the batch's valid tokens, before the update; the norm before clipping; how many
-        ranks were asked to stop. The same numbers on every rank. If the norm is inf or nan, the
-        update is skipped: parameters, moments and the optimizer's step count keep their values."""
-        self.current = step
-        self.sync.start()
+        """One optimizer step on the global batch `step`. Returns [loss, gradient norm, stop
+        requests], the same on every rank. The loss is the mean over the valid tokens of the batch,
+        computed with the parameters before the update. The norm is not clipped. If it is inf or
+        nan, the update is skipped: parameters, moments and the optimizer's step count do not
+        change. Stop requests: the number of ranks that have received a signal."""
+        self.current_step = step
+        self.sync.start()  # zero the gradients
+
+        # Forward and backward of m microbatches. Communicates over tp inside the layers and over pp
+        # between stages. As soon as a gradient is complete, its reduction over dp starts.
         loss = self._run(self.program, self.read, step)
-        with self.span("gradients meet"):
-            self.sync.finish()  # over dp; then over tp, then a tied wte's two
-            self.sync.before_step()
-            # One that no rank used in this step has no gradient.
+
+        with self.span("reduce gradients"):
+            # Over dp, because replicas process different rows. Waits until the reductions are done.
+            self.sync.finish()
+            self.sync.before_step()  # sets piece.tensor.grad; for bf16 parameters, in fp32
+            # A parameter that no rank used in this step has no gradient.
             pieces = [piece for piece in self.sync.pieces() if piece.tensor.grad is not None]
+            # Over tp, for replicated parameters whose gradient on each tp rank is a partial sum.
+            # Example: with sequence parallelism, a norm is applied to this rank's tokens only.
             partial = [piece.tensor.grad for piece in pieces if piece.parameter.partial]
             tensor_parallel.all_reduce_partial(partial, self.tp_group)
+            # Over the first and the last stage, if the embedding is tied. Each holds a copy of it
+            # and has the gradient of one use: as input embedding, or as output head.
             tied = [piece.tensor.grad for piece in pieces if hasattr(piece.parameter, "tied_name")]
             pipeline.all_reduce_tied(tied, self.tied_group)
+            # Over all ranks, so that the norm is that of the full model's gradient.
             stats = self._global_stats(loss, pieces)
-        with self.span("optimizer"):
+
+        with self.span("optimizer"):  # no communication, except ZeRO's all-gather at the end
+            norm = stats[1]
             if self.args.clip > 0:
-                factor = (self.args.clip / (stats[1] + 1e-6)).clamp(max=1.0)
+                factor = (self.args.clip / (norm + 1e-6)).clamp(max=1.0)
                 torch._foreach_mul_([piece.tensor.grad for piece in pieces], factor)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
-            if self.optimizer.defaults.get("fused"):  # the device skips the update: no sync
-                self.optimizer.found_inf = (~stats[1].isfinite()).float()
+            if self.optimizer.defaults.get("fused"):
+                # The kernel reads this flag and skips the update, so the host need not wait for it.
+                self.optimizer.found_inf = (~norm.isfinite()).float()
             self.optimizer.step()
-            self.sync.after_step()
+            self.sync.after_step()  # ZeRO: all-gather the updated parameters
         return stats
 
     def _run(self, program: pipeline.Program, read: Callable, step: int) -> Tensor:
-        """This rank's share of the mean loss over the global batch `step` of read."""
-        share, b = self.args.global_batch_size // self.dp_group.size(), self.args.micro_batch_size
-        rows = range(self.dp_group.rank() * share, (self.dp_group.rank() + 1) * share)
+        """Run the pipeline on this replica's rows of the global batch `step`. Returns the replica's
+        contribution to the mean loss on ranks with the last stage, and 0 on the others."""
+        rows_per_replica = self.args.global_batch_size // self.dp_group.size()
+        first, b = self.dp_group.rank() * rows_per_replica, self.args.micro_batch_size
+        rows = range(first, first + rows_per_replica)
         x, y = (to_device(tokens, self.device) for tokens in read(step, rows))
         count, targets = ddp.global_count(y, self.dp_group), y.split(b)
 
-        def before(microbatch: int) -> None:
+        def before(microbatch: int) -> None:  # dropout masks depend on the step and the rows
             self.draws.at(step, rows[microbatch * b : (microbatch + 1) * b])
 
         def loss_of(logits: Tensor, microbatch: int) -> Tensor:  # [b, s, v/t]
@@ -238,50 +256,117 @@ class Trainer:
             )
             return total / count
 
-        shape = self._boundary(b, self.config.seq_len)
+        shape = self._boundary_shape(b, self.config.seq_len)
         return self.pipe.run(program, x.split(b), loss_of, shape, before)
 
-    def _boundary(self, b: int, s: int) -> tuple[int, int, int]:
-        """The shape of what one stage hands to the next."""
+    def _boundary_shape(self, b: int, s: int) -> tuple[int, int, int]:
+        """The shape of a tensor that is sent between stages."""
         shards = self.tp_group.size() if self.args.sequence_parallel else 1
         return b, s // shards, self.config.n_embd
 
     def _global_stats(self, loss: Tensor, pieces: list) -> Tensor:
-        """Each rank adds what it alone answers for, and the world's sum is the whole: a gradient
-        that d / k replicas hold alike counts on the first of them. The loss is alike on the tp
-        ranks of the last stage."""
+        """[loss, gradient norm, stop requests], from one sum over all ranks to which each value is
+        added once. The loss is 0 except on the last stage. There all tp ranks have the same value,
+        and tp rank 0 adds it. The ranks of replica_group have equal gradients, and the first of
+        them adds the squared norm of those that it owns, see _owns()."""
         first_tp, first_replica = self.tp_group.rank() == 0, self.replica_group.rank() == 0
-        mine = [piece.tensor.grad for piece in pieces
-                if first_replica and self._owns(piece.parameter)]  # fmt: skip
-        norms = torch._foreach_norm(mine) if mine else [loss.new_zeros(())]
-        asked = loss.new_full((), float(self.asked_to_stop))
-        stats = torch.stack([loss * first_tp, torch.stack(norms).square().sum(), asked])
+        owned = [piece.tensor.grad for piece in pieces if self._owns(piece.parameter)]
+        owned = owned if first_replica else []
+        norms = torch._foreach_norm(owned) if owned else [loss.new_zeros(())]
+        squared_norm = torch.stack(norms).square().sum()
+        stop = loss.new_full((), float(self.stop_requested))
+        stats = torch.stack([loss * first_tp, squared_norm, stop])
         if dist.get_world_size() > 1:
             dist.all_reduce(stats)  # payload: 3, over the world
         stats[1].sqrt_()
         return stats
 
     def _owns(self, p: nn.Parameter) -> bool:
-        """A parameter that is whole on t ranks is the first one's, a tied matrix the first stage's;
-        what is cut is where it is. (On each replica: these are not looked at.)"""
-        alone = hasattr(p, "sharding") or self.tp_group.rank() == 0
-        return alone and not (hasattr(p, "tied_name") and 0 not in self.stages)
+        """True if this rank counts its elements of p in the global norm and writes them to
+        checkpoints. Ranks of tp and pp can hold the same elements, but only one of them owns them.
+        A parameter that is sharded over tp is owned where it is, a replicated one by tp rank 0, and
+        a tied embedding, which two stages hold, by the first stage."""
+        sharded = hasattr(p, "sharding")
+        duplicate = hasattr(p, "tied_name") and 0 not in self.stages
+        return (sharded or self.tp_group.rank() == 0) and not duplicate
 
-    # A checkpoint: pieces and their moments, by where they lie in whole tensors.
+    def learning_rate(self, step: int) -> float:
+        return gpt.learning_rate(step, self.args.steps, self.args.warmup_steps, self.args.lr)
 
-    def state_to_save(self) -> tuple[list[checkpoint.Rectangle], dict]:
-        """(what this rank writes, the optimizer's numbers)."""
-        pieces = [piece for piece in self.sync.pieces() if self._owns(piece.parameter)]
-        held, numbers = checkpoint.state_of(pieces, self.optimizer)
-        return checkpoint.share(held, self.replica_group.rank(), self.replica_group.size()), numbers
+    def watch(self, trace: measure.Trace) -> None:
+        """Record what this rank does in `trace`: pipeline actions, reductions, optimizer."""
 
-    def state_to_load(self, numbers: dict) -> list[checkpoint.Rectangle]:
-        """What this rank needs; call loaded() when it is there."""
-        checkpoint.begin_state(self.sync.pieces(), self.optimizer, numbers)
-        return checkpoint.state_of(self.sync.pieces(), self.optimizer)[0]
+        def span(action: pipeline.Action):
+            step = {"step": self.current_step} if self.model.training else {}
+            return trace.span(pipeline.label(action, self.stages), action=action, **step)
+
+        self.span, self.pipe.watch = trace.span, span
+
+    # --- process groups ---
+
+    def _make_groups(self, t: int, p: int, d: int) -> None:
+        """Make this rank's process group of each axis. Ranks are numbered with tp innermost, then
+        dp, then pp. dp has two parts: k consecutive replicas shard one copy of the training state
+        (shard_group), and d / k ranks hold equal shards (replica_group). k is 1 for DDP.
+
+        Axes with the same ranks share one group, which saves communicators. Axes of size 1 use
+        single_group, which never communicates."""
+        self.groups = {str([[*range(dist.get_world_size())]]): dist.group.WORLD}
+        # gloo instead of NCCL, whose communicators cost GPU memory. None: the world's backend.
+        backend, mine = "gloo" if self.device.type == "cuda" else None, [dist.get_rank()]
+        self.single_group = dist.new_group(
+            mine, backend=backend, group_desc="one rank", use_local_synchronization=True
+        )
+        k = self.args.zero_shard_size or (d if self.args.zero else 1)
+        ranks = torch.arange(p * d * t).view(p, d // k, k, t)
+        self.tp_group = self._make_group("tp", ranks, 3)
+        self.dp_group = self._make_group("dp", ranks, 1, 2)
+        self.pp_group = self._make_group("pp", ranks, 0)
+        self.replica_group = self._make_group("replica", ranks, 1)
+        self.shard_group = self._make_group("shard", ranks, 2)
+        if (nodes := self.args.dp_nodes) > 1:
+            by_node = ranks.view(p, nodes, d // nodes, t)
+            self.inside_group = self._make_group("inside", by_node, 2)
+            self.across_group = self._make_group("across", by_node, 1)
+        # A tied embedding is on two pp ranks (or one, in a V schedule): first and last stage.
+        stages = pipeline.stages_of(self.schedule)
+        last = max(map(max, stages))
+        ends = [rank for rank in range(p) if {0, last} & {*stages[rank]}]
+        self.tied_group = self._make_group("tied", ranks[ends], 0)
+
+    def _make_group(self, name: str, ranks: Tensor, *dims: int) -> dist.ProcessGroup:
+        """This rank's group along `dims` of the grid `ranks`. All ranks must make the same call."""
+        others = [dim for dim in range(ranks.ndim) if dim not in dims]
+        size = torch.Size(ranks.size(dim) for dim in dims).numel()
+        table = ranks.permute(*others, *dims).reshape(-1, size).tolist()  # one group per row
+        if size == 1 and dist.get_world_size() > 1:
+            return self.single_group
+        if (key := str(table)) not in self.groups:
+            limit = datetime.timedelta(seconds=self.args.timeout)
+            if self.device.type == "cuda":  # one collective call for all rows of the table
+                group = dist.split_group(split_ranks=table, timeout=limit, group_desc=name)
+            else:
+                group, _ = dist.new_subgroups_by_enumeration(table, limit, group_desc=name)
+            self.groups[key] = self.single_group if group is None else group
+        return self.groups[key]
+
+    # --- checkpoints, validation, sampling ---
+
+    def state_to_save(self) -> tuple[list[checkpoint.TensorSlice], dict]:
+        """(the slices of parameters and moments that this rank writes, the optimizer's scalars).
+        Replicas hold the same slices, and each writes a part of them."""
+        owned = [piece for piece in self.sync.pieces() if self._owns(piece.parameter)]
+        slices, numbers = checkpoint.state_slices(owned, self.optimizer)
+        replica, replicas = self.replica_group.rank(), self.replica_group.size()
+        return checkpoint.split_between_replicas(slices, replica, replicas), numbers
+
+    def state_to_load(self, numbers: dict) -> list[checkpoint.TensorSlice]:
+        """The slices that this rank needs. Fill them in place, then call loaded()."""
+        checkpoint.init_state(self.sync.pieces(), self.optimizer, numbers)
+        return checkpoint.state_slices(self.sync.pieces(), self.optimizer)[0]
 
     def loaded(self) -> None:
-        self.sync.after_step()  # from pieces to parameters
+        self.sync.after_step()  # copies the loaded pieces to the parameters
 
     def _forward_program(self, m: int) -> pipeline.Program:
         forwards = pipeline.forward_only(self.schedule, m)
@@ -289,14 +374,12 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, read: Callable) -> Tensor:
-        """Mean loss over `val_batches` global batches read(index, rows) of held-out text."""
+        """Mean loss of --val-batches global batches read(index, rows), the same on every rank."""
         program = self._forward_program(self.m)
-        loss = 0.0
         self.model.eval()
-        for index in range(self.args.val_batches):
-            loss = loss + self._run(program, read, index)
+        loss = sum(self._run(program, read, index) for index in range(self.args.val_batches))
         self.model.train()
-        loss *= self.tp_group.rank() == 0
+        loss = loss * (self.tp_group.rank() == 0)  # equal on all tp ranks
         dist.all_reduce(loss)  # payload: 1, over the world
         return loss / self.args.val_batches
 
@@ -304,35 +387,52 @@ class Trainer:
     def sample(
         self, prompt: Tensor, n: int, temperature: float = 0.8, top_k: int | None = None
     ) -> Tensor:
-        """`prompt` [k] and n tokens more, one forward of the pipeline each; same on all ranks.
-        top_k: of the likeliest alone. Temperature 0: the likeliest."""
-        program = self._forward_program(1)
-        generator, tokens = torch.Generator().manual_seed(self.args.seed), prompt.to(self.device)
+        """`prompt` [k] followed by n generated tokens, the same on every rank. Each token takes one
+        forward pass over the last s tokens. top_k: draw from the k most likely tokens only.
+        temperature 0: take the most likely token."""
+        program, generator = self._forward_program(1), torch.Generator()
+        generator.manual_seed(self.args.seed)
+        tokens, v = prompt.to(self.device), self.config.vocab_size
         self.model.eval()
         for _ in range(n):
-            x = tokens[None, -self.config.seq_len :]
-            last = x.size(1) - 1  # what is behind it, so that t divides the length, it cannot see
-            x = nn.functional.pad(x, (0, -x.size(1) % self.tp_group.size()))
-            logits = torch.zeros(self.config.vocab_size, dtype=self.dtype, device=self.device)
-
-            def place(output: Tensor, _: int, logits: Tensor = logits, last: int = last) -> Tensor:
-                # Its own rows of the vocabulary, from each tp rank of one pipeline's last stage.
-                start, stop = self.model.lm_head.weight.sharding.bounds(len(logits))
-                logits[start:stop] = output[0, last] * (self.dp_group.rank() == 0)
-                return output.new_zeros(())
-
-            self.pipe.run(program, [x], place, self._boundary(*x.shape))
-            dist.all_reduce(logits)  # payload: v, over the world
-            best, which = logits.double().cpu().topk(min(top_k or len(logits), len(logits)))
-            p = torch.softmax((best - best[0]) / max(temperature, 1e-9), dim=0)
-            token = which[torch.multinomial(p, 1, generator=generator)]
+            logits = self._next_logits(program, tokens[-self.config.seq_len :])
+            values, indices = logits.double().cpu().topk(min(top_k or v, v))
+            p = torch.softmax((values - values[0]) / max(temperature, 1e-9), dim=0)
+            token = indices[torch.multinomial(p, 1, generator=generator)]
             tokens = torch.cat([tokens, token.to(self.device)])
         self.model.train()
         return tokens
 
+    def _next_logits(self, program: pipeline.Program, tokens: Tensor) -> Tensor:
+        """The logits [v] of the token after `tokens`, on every rank."""
+        logits = torch.zeros(self.config.vocab_size, dtype=self.dtype, device=self.device)
+        last = len(tokens) - 1
+        # With sequence parallelism t must divide the length. Attention is causal, so padding after
+        # `last` does not change its logits.
+        x = nn.functional.pad(tokens[None], (0, -len(tokens) % self.tp_group.size()))
+
+        def store(output: Tensor, _: int) -> Tensor:  # [1, s, v/t]
+            """On the last stage of one replica: store this tp rank's shard of the logits."""
+            start, stop = self.model.lm_head.weight.sharding.bounds(len(logits))
+            logits[start:stop] = output[0, last] * (self.dp_group.rank() == 0)
+            return output.new_zeros(())
+
+        self.pipe.run(program, [x], store, self._boundary_shape(*x.shape))
+        dist.all_reduce(logits)  # payload: v, over the world
+        return logits
+
+
+def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
+    """Compile the forward of each block. Hooks and whatever wraps the block later stay outside the
+    compiled graph. So does the attention core, if it is recomputed separately."""
+    for block in blocks.values():
+        if recompute == "selective":
+            block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
+        block.forward = torch.compile(block.forward)
+
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:
-    """Copies t from pinned memory: a copy from pageable memory would block the host."""
+    """An asynchronous copy. From pageable memory it would block the host, so t is pinned first."""
     if t.device.type != device.type:
         t = t.pin_memory()
     return t.to(device, non_blocking=True)
@@ -352,115 +452,15 @@ def start_to_host(t: Tensor) -> Callable[[], Tensor]:
     return finish
 
 
-# With these options torch.compile (2.13) splits a block's forward into several graphs: (how many,
-# what it cannot trace). Dropout and selective recomputation add more.
-GRAPHS_WITH_TP = (7, "the asynchronous collectives in the backward of 2 linear layers")
-GRAPHS_WITH_ZERO_BUBBLE = (9, "the backward of 4 linear layers, which queues weight gradients")
-GRAPHS_WITH_BOTH = (11, GRAPHS_WITH_ZERO_BUBBLE[1])
-
-
-def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
-    """Of each block its forward alone: hooks, names and what comes to stand around it stay outside;
-    and so does a core that is to be recomputed by itself."""
-    for block in blocks.values():
-        if recompute == "selective":
-            block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
-        block.forward = torch.compile(block.forward)
-
-
-def bubble_table(trainer: Trainer, everyone: list[list[tuple]]) -> str:
-    """From the spans of all ranks: what an action takes in rank 0's pipeline, on average without
-    the first step, and the bubble that follows if transfers took no time, beside the real one."""
-    steps: dict[int, list[pipeline.Span]] = {}
-    for pp_rank, rank in enumerate(dist.get_process_group_ranks(trainer.pp_group)):
-        for _, start, end, known in everyone[rank]:
-            if "step" in known:
-                span = pipeline.Span(pp_rank, known["action"], start, end)
-                steps.setdefault(known["step"], []).append(span)
-    if len(steps) > 1:
-        del steps[min(steps)]
-    mean = pipeline.mean_times(itertools.chain(*steps.values()))
-    simulated = pipeline.bubble(
-        pipeline.simulate(trainer.schedule, lambda a: mean[a.kind, a.stage])
-    )
-    measured = statistics.median(pipeline.bubble(step) for step in steps.values())
-    lines = ["stage" + "".join(f"{kind + ' ms':>9s}" for kind in "FBW")]
-    for k in range(trainer.pipe.last + 1):
-        lines.append(f"{k:5d}" + "".join(f"{1e3 * mean.get((kind, k), 0):9.2f}" for kind in "FBW"))
-    lines.append(f"bubble: with these times {simulated:.3f} | measured {measured:.3f}")
-    return "\n".join(lines)
-
-
-# --- loop -----------------------------------------------------------------------------------------
-
-
-def join_ranks(device: torch.device, timeout: int = 600) -> None:
-    """The process group of torchrun's ranks, or of this one process alone. Raises SystemExit if
-    they do not all come within `timeout` seconds, or some have a GPU and some have none."""
-    on_gpu, limit = device.type == "cuda", datetime.timedelta(seconds=timeout)
-    store, rank, world_size = dist.HashStore(), 0, 1
-    try:
-        if "RANK" in os.environ:
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # torchrun's store outlives a restart, with the addresses of ranks that are dead
-                # (pytorch#135712). With several nodes this count differs between them: README.
-                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                store = dist.PrefixStore(restart, store)
-        if rank == 0:
-            store.set("device", device.type)
-        elif (first := store.get("device").decode()) != device.type:
-            sys.exit(f"train_3d.py: rank {rank} has device {device.type}, and rank 0 {first}; "
-                     "NCCL and gloo do not meet: give --device cpu, or nodes alike")  # fmt: skip
-        if on_gpu:
-            torch.cuda.set_device(device)
-            # NCCL 2.26: kernels of all communicators run in the order in which the host launched.
-            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
-            timeout=limit, device_id=device if on_gpu else None,
-        )  # fmt: skip
-    except dist.DistError as error:
-        where = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
-        sys.exit(f"train_3d.py: rank {os.environ.get('RANK', 0)}: the ranks did not meet at "
-                 f"{where} within {timeout} s: {str(error).splitlines()[0]}")  # fmt: skip
-
-
-def describe(trainer: Trainer, logger: measure.Logger) -> None:
-    """Prints what runs, which options have no effect here, and what --compile does not compile."""
-    args, config, d = trainer.args, trainer.config, trainer.dp_group.size()
-    with torch.device("meta"):
-        size = sum(p.numel() for p in gpt.GPT(config).parameters())
-    logger.say(
-        f"{size / 1e6:.2f} M parameters in {args.dtype}; t={args.tp} p={args.pp} d={d}; "
-        f"{trainer.m} microbatches of {args.micro_batch_size} x {config.seq_len} tokens; "
-        f"{args.schedule}, ZeRO-{args.zero}, recompute {args.recompute}"
-        + ", compiled"
-        * args.compile
-    )
-    if args.compile and (args.tp > 1 or trainer.pipe.split_backward):
-        n, what = GRAPHS_WITH_TP
-        if trainer.pipe.split_backward:
-            n, what = GRAPHS_WITH_BOTH if args.tp > 1 else GRAPHS_WITH_ZERO_BUBBLE
-        least = "at least " * (args.dropout > 0 or args.recompute == "selective")
-        logger.say(f"--compile: {least}{n} graphs per block, not 1: it cannot trace {what}")
-    if args.zero and d == 1:
-        logger.say(f"--zero {args.zero}: d is 1, so there is nobody to share with: as --zero 0")
-    if args.sequence_parallel and args.tp == 1:
-        logger.say("--sequence-parallel: t is 1, so there is nothing to shard: as without it")
-    if args.dropout and args.attention == "sdpa":
-        logger.say("--dropout: attention is explicit, since the fused kernel takes no mask of ours")
-    if args.recompute == "selective" and args.attention == "sdpa" and not args.dropout:
-        logger.say("--recompute selective: sdpa keeps no s x s, so this saves a log-sum-exp")
-    if args.recompute == "offload" and trainer.device.type == "cpu":
-        logger.say("--recompute offload: device and host are one here, so this gains nothing")
+# --- the training loop ----------------------------------------------------------------------------
 
 
 def resume(
     trainer: Trainer, found: list[checkpoint.Found], group: dist.ProcessGroup, run: dict,
     logger: measure.Logger,
 ) -> int:  # fmt: skip
-    """From the newest checkpoint that is whole, if there is any; returns the step to begin with."""
+    """Load the newest undamaged checkpoint. Returns the number of steps that are done: 0 if there
+    is no checkpoint."""
     try:
         newest, wrong = checkpoint.newest_complete(found, group)
         if newest is None:
@@ -470,17 +470,18 @@ def resume(
         options.parser().error(f"--resume: {error}")
     trainer.loaded()
     for line in wrong:
-        logger.say(f"--resume: {line}; so from the one before")
-    other = ", on another corpus than before" * (newest.about["corpus"] != run["corpus"])
-    logger.say(f"--resume: {newest.path} after step {newest.about['step']}{other}")
-    return newest.about["step"]
+        logger.say(f"--resume: skipped a damaged checkpoint: {line}")
+    step, changed = newest.about["step"], newest.about["corpus"] != run["corpus"]
+    note = "; the corpus has changed since it was saved" if changed else ""
+    logger.say(f"--resume: continued from {newest.path} after step {step}{note}")
+    return step
 
 
 def train(
     args: argparse.Namespace, config: gpt.GPTConfig, corpus: tuple, device: torch.device,
     logger: measure.Logger, draw: Callable | None, found: list[checkpoint.Found],
 ) -> bool:  # fmt: skip
-    """The whole run, from the mesh to the sample. False if its end could not be saved."""
+    """Train, validate, save and sample. Returns False if the last checkpoint was not written."""
     tokens, held_out = corpus
 
     def read(step: int, rows: range) -> tuple[Tensor, Tensor]:
@@ -491,11 +492,16 @@ def train(
         shifted = range(start + rows.start, start + rows.stop)
         return data.validation_batch(held_out, shifted, config.seq_len)
 
+    def is_due(every: int, step: int) -> bool:  # every 0: never
+        return every > 0 and (step + 1) % every == 0
+
     trainer = Trainer(args, config, read, device, draw)
-    describe(trainer, logger)
+    for line in options.describe(args, config, dist.get_world_size(), device):
+        logger.say(line)
     run = options.run_of(args, config) | {"corpus": data.fingerprint(tokens)}
     disk = None
     if args.checkpoint_dir:
+        # A separate group, because a thread uses it while training communicates.
         limit = datetime.timedelta(seconds=args.timeout)
         group = dist.new_group(None, limit, "gloo", group_desc="checkpoint")
         disk = checkpoint.Checkpoints(args.checkpoint_dir, args.keep, group)
@@ -504,38 +510,40 @@ def train(
     if trace:
         trainer.watch(trace)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: setattr(trainer, "asked_to_stop", True))
-    asked, stop = start_to_host(torch.zeros(())), min(args.steps, args.stop_after or args.steps)
-    gc.freeze()  # what is here now stays, so a collection need not look at it (0.1 s each)
+        signal.signal(number, lambda *_: setattr(trainer, "stop_requested", True))
+    end = min(args.steps, args.stop_after or args.steps)
+    stop_requests = start_to_host(torch.zeros(()))
+    gc.freeze()  # exclude all present objects from garbage collection, which takes time
     logger.start()
-    for step in range(first, stop):
+    for step in range(first, end):
         stats = trainer.step(step)
         logger.step(step, stats, trainer.learning_rate(step))
-        # The count of the previous step: the host waits for that step, not for the one just queued.
-        stopped = step + 1 < stop and asked().item() > 0
-        asked, last = start_to_host(stats[2]), stopped or step + 1 == stop
-        if args.val_every and ((step + 1) % args.val_every == 0 or step + 1 == args.steps):
+        # Read the count of the previous step: the current one may still be running on the device.
+        stopped = step + 1 < end and stop_requests().item() > 0
+        stop_requests, last = start_to_host(stats[2]), stopped or step + 1 == end
+        if is_due(args.val_every, step) or (args.val_every and step + 1 == args.steps):
             logger.flush()
             val_loss = trainer.validate(read_held_out)
             logger.validation(step, val_loss)
-        if disk and (last or (args.save_every and (step + 1) % args.save_every == 0)):
-            logger.flush()
-            mine, numbers = trainer.state_to_save()
-            disk.save(step + 1, mine, run | {"optimizer": numbers})
-        if disk and last:
-            disk.wait()
-        for saved in disk.news() if disk else ():
-            logger.saved(saved)
+        if disk:
+            if last or is_due(args.save_every, step):
+                logger.flush()
+                slices, numbers = trainer.state_to_save()
+                disk.save(step + 1, slices, run | {"optimizer": numbers})
+            if last:
+                disk.wait()
+            for result in disk.completed():
+                logger.saved(result)
         if stopped:
             logger.flush()
             logger.say(f"stopped by a signal after step {step + 1}")
             return disk is None or disk.failed is None
-    if first >= stop:
-        logger.say(f"step {first} of {stop} is done: nothing to train")
+    if first >= end:
+        logger.say(f"step {first} of {end} is done: nothing to train")
     if trace:
         t, p, d = (g.rank() for g in (trainer.tp_group, trainer.pp_group, trainer.dp_group))
-        spans = trace.write(args.trace, f"pp {p}, dp {d}, tp {t}")
-        logger.say(bubble_table(trainer, spans) if spans else "")
+        trace.write(args.trace, f"pp {p}, dp {d}, tp {t}")
+        logger.say(f"--trace: wrote {args.trace}; its bubble: python -m tools.bubble {args.trace}")
     if args.sample:
         prompt = torch.from_numpy(held_out[:16].astype("int64"))
         tokens = trainer.sample(prompt, args.sample).tolist()
@@ -547,21 +555,24 @@ def train(
 
 
 def export(args: argparse.Namespace, found: list[checkpoint.Found]) -> None:
-    join_ranks(torch.device("cpu"), args.timeout)
+    """--export: write the newest undamaged checkpoint as a Hugging Face folder."""
+    startup.join_ranks(torch.device("cpu"), args.timeout)
     try:
         newest, wrong = checkpoint.newest_complete(found, dist.group.WORLD)
-        checkpoint.export_gpt2(newest, args.export, dist.group.WORLD)
+        huggingface.export_gpt2(newest, args.export, dist.group.WORLD)
     except (OSError, ValueError) as error:
         options.parser().error(f"--export: {error}")
-    print(*wrong, f"{args.export} is {newest.path} as Hugging Face's GPT2LMHeadModel", sep="\n")
+    print(*wrong, f"--export: wrote {newest.path} to {args.export}, for GPT2LMHeadModel", sep="\n")
 
 
 def main() -> None:
     if "--dry-run" in sys.argv:
-        return runpy.run_module("tools.dry_run", run_name="__main__") and None
+        runpy.run_module("tools.dry_run", run_name="__main__")
+        return
     try:
+        # Everything that can be checked before the ranks communicate.
         args, found, notes = options.parse_args()
-        source = checkpoint.GPT2Folder(args.init_from) if args.init_from else None
+        source = huggingface.GPT2Folder(args.init_from) if args.init_from else None
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         config = options.check(args, world_size, source)
         if found:
@@ -570,37 +581,39 @@ def main() -> None:
             if world_size > 1:
                 raise ValueError(f"--export with {world_size} ranks: start one process")
             return export(args, found)
-        device, device_line = options.pick_device(args.device)
+        device, device_line = startup.pick_device(args.device)
         corpus = data.load(args.data, config.seq_len, config.vocab_size)
         measure.check_writable("--trace", args.trace)
         checkpoint.check_writable(args.checkpoint_dir)
         tokens = args.global_batch_size * config.seq_len
+        tflop = 3e-12 * gpt.forward_flops_per_token(config) * tokens / world_size
+        peak = args.peak_tflops or startup.peak_tflops(device, args.dtype)
         logger = measure.Logger(
-            args.log, args.steps, args.print_every, tokens,
-            3e-12 * gpt.forward_flops_per_token(config) * tokens / world_size,
-            options.peak_tflops(args, device), args.stop_after, append=bool(found),
+            args.log, args.steps, args.print_every, tokens, tflop, peak, args.stop_after,
+            append=bool(found),
         )  # fmt: skip
     except ValueError as error:
         options.parser().error(str(error))
     for line in (device_line, *notes):
         logger.say(line)
     try:
-        join_ranks(device, args.timeout)
-        options.check_same(args, {"corpus": data.fingerprint(corpus[0]),
-                                  "device": options.device_name(device)})  # fmt: skip
+        startup.join_ranks(device, args.timeout)
+        seen = {"corpus": data.fingerprint(corpus[0]), "device": startup.device_name(device)}
+        startup.check_same(vars(args) | seen)
         draw = source.draw if source else None
-        good = train(args, config, corpus, device, logger, draw, found)
+        saved = train(args, config, corpus, device, logger, draw, found)
+        # Free the trainer and its groups now: gloo's threads must not outlive the interpreter.
         gc.unfreeze()
-        gc.collect()  # the trainer with its groups: gloo's threads must not outlive the interpreter
-        dist.barrier()  # a rank that leaves early would break the others' connections
+        gc.collect()
+        dist.barrier()  # a rank that exits early would close connections that others still use
     except RuntimeError as error:
         if (line := measure.lost_collective(error)) is None:
             raise
         rank = os.environ.get("RANK", 0)
         print(f"train_3d.py: rank {rank}: {line}", file=sys.stderr, flush=True)
-        os._exit(1)  # what is under way waits for nobody
+        os._exit(1)  # a normal exit would wait for collectives that never complete
     dist.destroy_process_group()
-    if not good:
+    if not saved:
         sys.exit(1)
 
 

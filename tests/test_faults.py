@@ -22,6 +22,7 @@ import checkpoint
 import gpt
 import options
 import pipeline
+import startup
 import train_3d
 import zero
 from tests.commands import ROOT, TINY, Forked, command_line, environment, free_port, until
@@ -74,8 +75,8 @@ def die_at(module, name: str, nth: int, after: bool = False) -> Callable:
 
 
 def lost(operation: str, group: str, file: str, function: str) -> str:
-    return (rf"{operation} over {re.escape(group)} failed, since a rank did not come: {file}:\d+, "
-            rf"{function}: .*")  # fmt: skip
+    said = rf"{operation} over {re.escape(group)} failed because a rank exited or did not respond"
+    return rf"{said}: {file}:\d+, {function}: .*"
 
 
 COUNT = lost("all_reduce", "all ranks", "ddp.py", "global_count")
@@ -136,7 +137,7 @@ def test_a_rank_that_dies_before_a_group_is_made(nth, text, tmp_path):
     with Forked(4, train_3d.main, *ENDLESS, *flags, before=before) as job:
         codes, errors = job.wait(), job.read("errors")
     assert codes == [1, -signal.SIGKILL, 1, 1]
-    pattern = lost("new_subgroups_by_enumeration", "all ranks", "train_3d.py", "_my_group")
+    pattern = lost("new_subgroups_by_enumeration", "all ranks", "train_3d.py", "_make_group")
     neighbour = {1: 0, 4: 3}[nth]
     (said,) = (x for x in lines(errors) if x.startswith(f"train_3d.py: rank {neighbour}: "))
     assert re.fullmatch(f"train_3d.py: rank {neighbour}: {pattern}", said), errors
@@ -151,7 +152,7 @@ def test_a_lost_group_is_named(flags, text, tmp_path):
         said = lines(job.read("errors"))
     group = {"--tp 2": r"(tp|dp) \[0, [12]\]", "--pp 2": r"dp \[0, 1\]"}.get(flags, "all ranks")
     (line,) = (line for line in said if line.startswith("train_3d.py: rank 0: "))
-    assert re.search(f" over {group} failed, since a rank did not come", line), line
+    assert re.search(f" over {group} failed because a rank exited or", line), line
 
 
 def test_a_rank_that_dies_before_it_joins(text):
@@ -159,7 +160,7 @@ def test_a_rank_that_dies_before_it_joins(text):
     with Forked(2, train_3d.main, *flags, before=lambda: rank() == 1 and die(), port=port) as job:
         assert job.wait() == [1, -signal.SIGKILL]
         (line,) = lines(job.read("errors"))
-    said = f"the ranks did not meet at 127.0.0.1:{port} within 3 s: .* 1/2 clients joined."
+    said = f"not all ranks connected to 127.0.0.1:{port} within 3 s: .* 1/2 clients joined."
     assert re.fullmatch(f"train_3d.py: rank 0: {said}", line), line
 
 
@@ -168,7 +169,7 @@ def test_a_rank_that_comes_late(text, tmp_path):
     joins = tmp_path / "joins"
 
     def before() -> None:
-        real = train_3d.join_ranks
+        real = startup.join_ranks
 
         def join(*args) -> None:
             joins.touch()
@@ -177,7 +178,7 @@ def test_a_rank_that_comes_late(text, tmp_path):
         if rank() == 1:
             until(joins.exists)
         else:
-            train_3d.join_ranks = join
+            startup.join_ranks = join
 
     with Forked(2, train_3d.main, *TINY, "--data", text, before=before) as job:
         assert job.wait() == [0, 0], job.read("errors")
@@ -189,7 +190,7 @@ def test_a_rank_that_never_comes(text):
     with Forked(2, train_3d.main, *flags, before=lambda: rank() == 1 and signal.pause()) as job:
         job.processes[0].join(60)
         assert job.processes[0].exitcode == 1
-        said = r"train_3d.py: rank 0: the ranks did not meet at 127.0.0.1:\d+ within 3 s: .*"
+        said = r"train_3d.py: rank 0: not all ranks connected to 127.0.0.1:\d+ within 3 s: .*"
         (line,) = lines(job.read("errors"))
         assert re.fullmatch(said, line), line
 
@@ -203,18 +204,18 @@ def test_a_port_that_is_taken(text):
             job.processes[0].join(30)
             errors = job.read("errors")
     assert job.processes[0].exitcode == 1
-    said = f"train_3d.py: rank 0: the ranks did not meet at 127.0.0.1:{port} within 3 s: .*in use"
+    said = f"train_3d.py: rank 0: not all ranks connected to 127.0.0.1:{port} within 3 s: .*in use"
     assert re.match(said, errors) and errors.count("\n") == 1, errors
 
 
 @pytest.mark.parametrize(
     "argument, value, message",
     [
-        ("lr", 0.5, "rank 1 has lr 0.5, and rank 0 0.002: start all ranks with one command line"),
-        ("tp", 2, "rank 1 has tp 2, and rank 0 1: start"),
-        ("seq_len", 8, "rank 1 has seq_len 8, and rank 0 16"),
-        ("zero", 3, "rank 1 has zero 3, and rank 0 0"),
-        ("data", None, "rank 1 has data None, and rank 0 .*; and 1 more: start"),
+        ("lr", 0.5, "rank 1 has lr 0.5 and rank 0 has 0.002: start all ranks with the same co"),
+        ("tp", 2, "rank 1 has tp 2 and rank 0 has 1: start"),
+        ("seq_len", 8, "rank 1 has seq_len 8 and rank 0 has 16"),
+        ("zero", 3, "rank 1 has zero 3 and rank 0 has 0"),
+        ("data", None, r"rank 1 has data None and rank 0 has .* \(and 1 more\): start"),
     ],
 )
 def test_a_rank_with_another_configuration_is_named(argument, value, message, text):

@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ import checkpoint
 import gpt
 import measure
 import options
+import startup
 import train_3d
 from tests.commands import TINY, forked
 from tools import gpu_check
@@ -97,36 +96,34 @@ def test_a_block_is_one_graph(dtype):
         assert found == [(2, [])] * len(cases)
 
 
-def graphs_of_a_block(graphs: Graphs, *flags: str) -> tuple[list[str], float]:
-    """(what is said at the start, graphs that one forward of a block runs)."""
-    args, said = options.parser().parse_args([*TINY, "--dtype", "float32", *flags]), []
+def graphs_of_a_block(graphs: Graphs, *flags: str) -> float:
+    """Graphs that one forward of a block runs."""
+    args = options.parser().parse_args([*TINY, "--dtype", "float32", *flags])
     config = options.check(args, dist.get_world_size())
     trainer = gpu_check.trainer_of(args, config, torch.device("cpu"))
-    train_3d.describe(trainer, SimpleNamespace(say=said.append))
     trainer.step(0)
-    return said[1:], len(graphs.runs) / (2 * trainer.m)  # 2 blocks
+    return len(graphs.runs) / (2 * trainer.m)  # 2 blocks
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("flags, what", [
-    ("", None),
-    ("--tp 2", "asynchronous collectives"),
-    ("--schedule zb-h1", "queues weight gradients"),
+@pytest.mark.parametrize("flags, expected", [
+    ("", 1),
+    ("--tp 2", 7),
+    ("--schedule zb-h1", 15),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("--tp 2 --sequence-parallel", "asynchronous collectives"),
-        ("--tp 2 --sequence-parallel --schedule zb-h1", "queues weight gradients"),
-        ("--tp 2 --recompute selective --attention explicit", "asynchronous collectives"))),
+        ("--tp 2 --sequence-parallel", 7),
+        ("--tp 2 --sequence-parallel --schedule zb-h1", 15))),
 ])  # fmt: skip
-def test_the_graphs_of_a_block_are_as_many_as_the_run_says(flags, what, monkeypatch):
+def test_the_graphs_of_a_block_are_as_many_as_docs_gpu_md_says(flags, expected, monkeypatch):
     flags, graphs = ["--compile", *flags.split()], Graphs(monkeypatch)
-    said, n = launch(2 if "--tp" in flags else 1, graphs_of_a_block, graphs, *flags)[0]
-    if what is None:
-        assert (said, n) == ([], 1)
-        return
-    (line,) = said
-    least, number = re.search(r"--compile: (at least )?(\d+) graphs per block", line).groups()
-    assert what in line
-    assert n > int(number) if least else n == int(number), (line, n)
+    assert launch(2 if "--tp" in flags else 1, graphs_of_a_block, graphs, *flags)[0] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_selective_recomputation_adds_graphs(monkeypatch):
+    flags = "--compile --tp 2 --recompute selective --attention explicit".split()
+    assert launch(2, graphs_of_a_block, Graphs(monkeypatch), *flags)[0] > 7
 
 
 class Gpus:
@@ -141,12 +138,12 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
     Gpus(monkeypatch, "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    device, line = options.pick_device("auto")
+    device, line = startup.pick_device("auto")
     assert device == torch.device("cuda", 1)
     assert line.endswith("NVIDIA H100 80GB HBM3; float32 matmuls without TF32")
     torch.set_float32_matmul_precision("high")
     try:
-        assert options.pick_device("cuda")[1].endswith("with TF32")
+        assert startup.pick_device("cuda")[1].endswith("with TF32")
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -162,23 +159,24 @@ def test_more_local_ranks_than_gpus(monkeypatch):
 def test_mixed_gpus(monkeypatch):
     """Each rank would compute, at the pace of the slowest, and none would say so."""
     kinds = {"0": "A100", "1": "H100"}
-    monkeypatch.setattr(options, "device_name", lambda device: kinds[train_3d.os.environ["RANK"]])
+    monkeypatch.setattr(startup, "device_name", lambda device: kinds[train_3d.os.environ["RANK"]])
     done = forked(2, train_3d.main, *TINY)
     assert done.returncode == 2
-    assert "error: rank 1 has device H100, and rank 0 A100: start all" in done.stderr
-    assert "alike devices" in done.stderr
+    assert "error: rank 1 has device H100 and rank 0 has A100: start all" in done.stderr
+    assert "files and devices" in done.stderr
 
 
 def join_with_a_gpu_on_rank_1():
     kind = "cuda" if train_3d.os.environ["RANK"] == "1" else "cpu"
-    train_3d.join_ranks(torch.device(kind), timeout=3)
+    startup.join_ranks(torch.device(kind), timeout=3)
 
 
 def test_a_node_without_gpus_beside_one_with():
     """NCCL and gloo would wait for each other. torchrun ends rank 0 when rank 1 has spoken."""
     done = forked(2, join_with_a_gpu_on_rank_1)
-    assert "rank 1 has device cuda, and rank 0 cpu; NCCL and gloo do not meet" in done.stderr
-    assert "give --device cpu" in done.stderr and done.returncode == 1
+    said = "rank 1 has device cuda and rank 0 has device cpu: give --device cpu, or use nodes"
+    assert said in done.stderr
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(
@@ -193,7 +191,7 @@ def test_a_node_without_gpus_beside_one_with():
 def test_the_peak_is_known_or_given(name, flags, peak, monkeypatch):
     Gpus(monkeypatch, name)
     args = options.parser().parse_args(flags.split())
-    assert options.peak_tflops(args, torch.device("cuda", 0)) == peak
+    assert (args.peak_tflops or startup.peak_tflops(torch.device("cuda", 0), args.dtype)) == peak
 
 
 def test_the_flops_of_a_token_are_counted():
@@ -233,7 +231,7 @@ def test_the_ranks_share_the_flops(tmp_path):
         if "mfu" in row:
             each = flops * row["tokens_per_s"] / 2 / 1e12
             assert row["tflops_per_rank"] == pytest.approx(each) == row["mfu"]
-    assert "TFLOP/s a rank  MFU" in done.stdout
+    assert "TFLOP/s per rank  MFU" in done.stdout
 
 
 def test_compile_with_offload_is_refused():
@@ -336,6 +334,6 @@ def test_a_resumed_step_is_where_adamw_reads_it(how, device):
     piece = torch.zeros(3, device="meta", requires_grad=True)
     optimizer = torch.optim.AdamW([piece], **{how: True})
     numbers = {"moments": ["exp_avg", "exp_avg_sq"], "scalars": {"step": 7.0}}
-    checkpoint.begin_state([("p", piece, piece, 0)], optimizer, numbers)
+    checkpoint.init_state([("p", piece, piece, 0)], optimizer, numbers)
     state = optimizer.state[piece]
     assert state["step"].device.type == device and state["exp_avg"].device.type == "meta"

@@ -36,7 +36,7 @@ def test_an_interface_that_is_not_there(name, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
     done = forked(1, train_3d.main, *TINY)
     assert done.returncode == 2
-    assert "train_3d.py: error: GLOO_SOCKET_IFNAME eth7: this host has lo" in done.stderr
+    assert "train_3d.py: error: GLOO_SOCKET_IFNAME is eth7, but this host has lo" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
 
 

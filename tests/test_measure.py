@@ -74,7 +74,6 @@ def test_saved_activations_count_storages_and_not_weights():
     with measure.SavedActivations(net) as saved:
         y = net(x)
     assert saved.bytes() == 4 * (5 * 3 + 5 * 4)  # the first input; ReLU's output, for two layers
-    assert saved.by_shape() == {((5, 3), torch.float32): 1, ((5, 4), torch.float32): 1}
     del y
     assert saved.bytes() == 4 * 5 * 3 and saved.peak == 4 * (5 * 3 + 5 * 4)  # x is ours
     with measure.SavedActivations(net, ignore=[x]) as saved:
@@ -90,18 +89,20 @@ def spans_on_one_clock(path: str):
     dist.barrier()
     with trace.span("together", who=rank):
         dist.barrier()
-    return trace.write(path, f"the {rank}th")
+    trace.write(path, f"the {rank}th")
 
 
 def test_a_trace_puts_all_ranks_on_one_clock(tmp_path):
     path = tmp_path / "trace.json"
-    everyone, nothing = launch(2, spans_on_one_clock, str(path))
-    assert nothing == []
-    ((a, start_a, end_a, _),), ((b, start_b, end_b, known),) = everyone
-    assert a == b == "together" and known == {"who": 1}
-    assert max(abs(start_a - start_b), abs(end_a - end_b)) < 1.0 and end_b > start_b
-    spans = [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]
-    assert [e["pid"] for e in spans] == [0, 1] and max(e["ts"] for e in spans) < 1e6
+    launch(2, spans_on_one_clock, str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    names = [e["args"]["name"] for e in events if e["ph"] == "M"]
+    assert names == ["rank 0: the 0th", "rank 1: the 1th"]
+    a, b = spans = [e for e in events if e["ph"] == "X"]
+    assert [e["pid"] for e in spans] == [0, 1] and a["name"] == b["name"] == "together"
+    assert b["args"] == {"who": 1}
+    assert min(a["ts"], b["ts"]) == 0 < b["dur"]
+    assert max(a["ts"], b["ts"], abs(a["dur"] - b["dur"])) < 1e6
 
 
 def test_relative_errors():

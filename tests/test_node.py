@@ -277,7 +277,7 @@ def test_parity_gives_its_groups_back():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [("--nproc 1", "is 1: give at least 2"), ("--rows DPP", "'DPP' is not one of 'bare loop'"),
+    [("--nproc 1", "must be at least 2, got 1"), ("--rows DPP", "'DPP' is not one of 'bare loop'"),
      ("--nproc 2 --device cuda", "2 local ranks and 0 GPUs"),
      ("--out /nowhere/x", "--out /nowhere/x cannot be written")],
 )  # fmt: skip

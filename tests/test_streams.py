@@ -285,7 +285,7 @@ def save_twice(folder: str) -> None:
     assert disk.failed is None, disk.failed
     plain = [r._replace(tensor=r.tensor.clone()) for r in mine]
     dcp.save({}, storage_writer=checkpoint.Writer(f"{folder}/plain", per_thread_copy_ahead=0),
-             planner=checkpoint.Writes(plain))  # fmt: skip
+             planner=checkpoint.SavePlanner(plain))  # fmt: skip
     for name in ("__0_0.distcp", ".metadata"):
         both = [Path(folder, kind, name).read_bytes() for kind in ("step-1", "plain")]
         assert both[0] == both[1], name

@@ -28,6 +28,7 @@ import gpt
 import measure
 import options
 import pipeline
+import startup
 import train_3d
 import zero
 from measure import TOLERANCE
@@ -374,7 +375,7 @@ def test_a_schedule_is_drawn_and_written_as_a_file(monkeypatch, capsys, tmp_path
     ]
     with pytest.raises(SystemExit):
         drawn(monkeypatch, capsys, str(path), "--p", "2")
-    assert "4 ranks: expected a line for each of --pp 2" in capsys.readouterr().err
+    assert "4 ranks: expected one line for each of --pp 2" in capsys.readouterr().err
 
 
 def test_colors_stand_for_letters():
@@ -433,7 +434,7 @@ def sampled(folder: str, *flags: str) -> str:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr("sys.argv", ["sample.py", "--checkpoint-dir", folder, *flags])
         patch.setattr(dist, "destroy_process_group", lambda: None)  # launch does, at its end
-        patch.setattr(train_3d, "join_ranks", lambda *_: None)
+        patch.setattr(startup, "join_ranks", lambda *_: None)
         sample.main()
     return out.getvalue()
 

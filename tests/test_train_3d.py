@@ -11,7 +11,6 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,11 +26,12 @@ import gpt
 import measure
 import options
 import pipeline
+import startup
 import tensor_parallel
 import train_3d
 import zero
 from tests.commands import ROOT, TINY, command_line, environment, forked, read_log, run
-from tools import dry_run
+from tools import bubble, dry_run
 from tools.drill import ranks_of
 from tools.oracle import Case, judge, launch, reader, trainer_of
 
@@ -60,57 +60,57 @@ def text(tmp_path) -> str:
         ("--data {text} --seq-len 4000", 1, "holds 2520 tokens and needs 8002"),
         ("--data {text} --vocab-size 100", 1, "holds token id 117, outside the vocabulary 0..99"),
         ("--dtype float8", 1, "--dtype: invalid choice: 'float8'.*float32.*float64"),
-        ("--schedule zb-h2", 1, "--schedule zb-h2 is none of gpipe, 1f1b, .*, zb-v, and no file"),
-        ("--schedule 1f1b --chunks 2", 1, "--chunks 2 with --schedule 1f1b, which has 1 a rank"),
-        ("--schedule zb-v --chunks 3", 1, "--chunks 3 with --schedule zb-v, which has 2 a rank"),
+        ("--schedule zb-h2", 1, "zb-h2 is neither one of gpipe, 1f1b, .*, zb-v nor a readable"),
+        ("--schedule 1f1b --chunks 2", 1, "--chunks 2 with --schedule 1f1b, which has 1 per rank"),
+        ("--schedule zb-v --chunks 3", 1, "--chunks 3 with --schedule zb-v, which has 2 per rank"),
         ("--schedule zb-v --pp 3", 3, "6 stages for 4 blocks: lower --pp or --chunks"),
         ("--pp 2 --schedule interleaved --chunks 3", 2, "6 stages for 4 blocks"),
-        ("--chunks 0 --schedule interleaved", 1, "--chunks: is 0: give at least 1"),
-        ("--schedule {text}", 1, "--schedule .*text, line 1, column 1: 'to' is no action"),
+        ("--chunks 0 --schedule interleaved", 1, "--chunks: must be at least 1, got 0"),
+        ("--schedule {text}", 1, "--schedule .*text, line 1, column 1: 'to' is not an action"),
         ("--schedule {text} --chunks 2", 1, "--chunks 2 with a schedule from a file"),
         ("--model gpt-5", 1, "--model: invalid choice: 'gpt-5'.*gpt2-xl"),
         ("--zero 4", 1, "--zero: invalid choice: 4"),
-        ("--zero 0 --zero-shard-size 2", 4, "--zero-shard-size 2 with --zero 0"),
-        ("--dp-nodes 2 --zero 1", 4, "--dp-nodes 2 with --zero 1: that is DDP's"),
-        ("--dp-nodes 3", 4, "--dp-nodes 3 does not divide d 4"),
-        ("--zero 1 --zero-shard-size 3", 4, "--zero-shard-size 3 does not divide d 4"),
-        ("--zero 3 --zero-shard-size 0", 4, "--zero-shard-size: is 0: give at least 1"),
-        ("--zero 2 --zero-reshard-after-forward 0", 4, "only ZeRO-3 reshards"),
+        ("--zero 0 --zero-shard-size 2", 4, "--zero-shard-size 2 with --zero 0 has no effect"),
+        ("--dp-nodes 2 --zero 1", 4, r"--dp-nodes 2 with --zero 1: it applies to --zero 0 \(DDP\)"),
+        ("--dp-nodes 3", 4, "d 4 is not divisible by --dp-nodes 3: give a divisor of 4"),
+        ("--zero 1 --zero-shard-size 3", 4, "d 4 is not divisible by --zero-shard-size 3: give a"),
+        ("--zero 3 --zero-shard-size 0", 4, "--zero-shard-size: must be at least 1, got 0"),
+        ("--zero 2 --zero-reshard-after-forward 0", 4, "--zero 2 has no effect: give --zero 3"),
         ("--grad-dtype bf16", 1, "--grad-dtype bf16 with --dtype float32"),
         ("--reduce-dtype float32", 1, "--reduce-dtype float32 with --dtype float32"),
         ("--recompute half", 1, "--recompute: invalid choice: 'half'.*selective.*offload"),
-        ("--recompute-every 0", 1, "--recompute-every: is 0: give at least 1"),
-        ("--recompute-layers 0", 1, "--recompute-layers: is 0: give at least 1"),
-        ("--recompute-layers 5", 1, "--recompute-layers 5 is more than the 4 blocks"),
-        ("--recompute-every 5", 1, "--recompute-every 5 is more than the 4 blocks"),
+        ("--recompute-every 0", 1, "--recompute-every: must be at least 1, got 0"),
+        ("--recompute-layers 0", 1, "--recompute-layers: must be at least 1, got 0"),
+        ("--recompute-layers 5", 1, "--recompute-layers 5 exceeds --n-layer 4: lower it"),
+        ("--recompute-every 5", 1, "--recompute-every 5 exceeds --n-layer 4: lower it"),
         ("--tp 2 --sequence-parallel --seq-len 127", 2, "--seq-len 127 is not divisible by --tp 2"),
         ("--step 3", 1, "unrecognized arguments: --step 3"),  # no guessing at abbreviations
-        ("--steps 0", 1, "--steps: is 0: give at least 1"),
-        ("--tp -2", 1, "--tp: is -2: give at least 1"),
-        ("--lr -1", 1, "--lr: is -1.0: give at least 0"),
-        ("--clip nan", 1, "--clip: is nan: give at least 0"),
-        ("--device cuda", 1, "--device cuda: 1 local ranks and 0 GPUs"),
-        ("--dropout 1", 1, "--dropout: is 1.0: give at least 0 and less than 1"),
-        ("--dropout -0.1", 1, "--dropout: is -0.1: give at least 0"),
-        ("--dropout nan", 1, "--dropout: is nan: give at least 0"),
+        ("--steps 0", 1, "--steps: must be at least 1, got 0"),
+        ("--tp -2", 1, "--tp: must be at least 1, got -2"),
+        ("--lr -1", 1, "--lr: must be at least 0, got -1.0"),
+        ("--clip nan", 1, "--clip: must be at least 0, got nan"),
+        ("--device cuda", 1, "--device cuda: 1 local ranks and 0 GPUs, but every rank needs"),
+        ("--dropout 1", 1, "--dropout: must be at least 0 and less than 1, got 1.0"),
+        ("--dropout -0.1", 1, "--dropout: must be at least 0 and less than 1, got -0.1"),
+        ("--dropout nan", 1, "--dropout: must be at least 0 and less than 1, got nan"),
         ("--log /no/such/folder/log", 1, "--log /no/such/folder/log cannot be written"),
         ("--trace /no/such/folder/t", 1, "--trace /no/such/folder/t cannot be written"),
-        ("--timeout 0", 1, "--timeout: is 0: give at least 1"),
-        ("--keep 0", 1, "--keep: is 0: give at least 1"),
+        ("--timeout 0", 1, "--timeout: must be at least 1, got 0"),
+        ("--keep 0", 1, "--keep: must be at least 1, got 0"),
         ("--checkpoint-dir {text}/x", 1, "--checkpoint-dir .*text/x cannot be written: Not a dir"),
         ("--resume --checkpoint-dir /no/such", 1, "--resume: /no/such does not exist: there is no"),
         ("--resume --checkpoint-dir {saves}/none", 1, "--resume: .*none is empty: there is no"),
-        ("--resume --checkpoint-dir {saves}/alien", 1, "alien holds model.pt, and no step-N: ther"),
-        ("--resume --checkpoint-dir {saves}/new", 1, "no checkpoint .*is whole: .*step-3/checkpoin"
-         "t.json has format 2, of a newer version than this one, which reads up to 1"),
-        ("--checkpoint-dir {saves}/good", 1, "good holds step-7: give --resume to go on from it"),
+        ("--resume --checkpoint-dir {saves}/alien", 1, "alien contains model.pt but no step-N: t"),
+        ("--resume --checkpoint-dir {saves}/new", 1, "every checkpoint .*is damaged: .*step-3/check"
+         "point.json has format 2, but this version reads formats up to 1"),
+        ("--checkpoint-dir {saves}/good", 1, "good already contains step-7: give --resume to c"),
         ("--resume --checkpoint-dir {saves}/good --n-layer 9", 1, "the model has n_layer 9, n_head "
-         "4, .*seq_len 128, and the checkpoint n_layer 4, n_head 4, .*: leave the sizes out"),
-        ("--resume --checkpoint-dir {saves}/good --model gpt2", 1, "has n_layer 12, .*t n_layer 4"),
-        ("--resume --checkpoint-dir {saves}/good --optimizer sgd", 1, "optimizer is sgd, and the ch"
-         "eckpoint is of adamw"),
-        ("--resume --checkpoint-dir {saves}/good --untied", 1, "untied is True, and .*of False"),
-        ("--export out", 1, "--export writes a checkpoint: give --resume"),
+         "4, .*seq_len 128, but the checkpoint has n_layer 4, n_head 4, .*: leave out the sizes"),
+        ("--resume --checkpoint-dir {saves}/good --model gpt2", 1, "n_layer 12, .* has n_layer 4"),
+        ("--resume --checkpoint-dir {saves}/good --optimizer sgd", 1, "optimizer is sgd, but the ch"
+         "eckpoint has adamw: leave out --optimizer"),
+        ("--resume --checkpoint-dir {saves}/good --untied", 1, "untied is True, but .* has False"),
+        ("--export out", 1, "--export writes a checkpoint in another format: give --resume"),
         ("--export out --resume --checkpoint-dir {saves}/good", 2, "--export with 2 ranks: start"),
         ("--init-from {saves}", 1, "--init-from .* config.json cannot be read"),
     ],
@@ -125,7 +125,7 @@ def test_bad_input_is_one_line_before_any_collective(
     ).split()
     monkeypatch.setattr(sys, "argv", ["train_3d.py", *arguments])
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr(train_3d, "join_ranks", lambda device: pytest.fail("it went on"))
+    monkeypatch.setattr(startup, "join_ranks", lambda device: pytest.fail("it went on"))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     if "--data" not in arguments:  # quicker than the standard library
         monkeypatch.setattr("data.read", lambda path: np.zeros(1000, dtype=np.uint8))
@@ -163,10 +163,10 @@ def test_a_gpu_for_every_local_rank_or_none(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     for ranks, expected in ((4, "cuda:3"), (5, "cpu")):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        device, line = options.pick_device("auto")
+        device, line = startup.pick_device("auto")
         assert str(device) == expected and f"4 GPUs for {ranks} local ranks" in line
     with pytest.raises(ValueError, match="5 local ranks and 4 GPUs"):
-        options.pick_device("cuda")
+        startup.pick_device("cuda")
 
 
 # A schedule from a file: 1F1B on rank 0 and ZB-H1's on the others would do; this one has it all.
@@ -198,20 +198,20 @@ def test_a_schedule_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("F0 F1 X0\nF0", "line 1, column 7: 'X0' is no action: expected F, B or W, a microbatch"),
-        ("F0 F1 B0 B1\nF0 F-1", "line 2, column 4: 'F-1' is no action"),
+        ("F0 F1 X0\nF0", "line 1, column 7: 'X0' is not an action: expected F, B or W, a mic"),
+        ("F0 F1 B0 B1\nF0 F-1", "line 2, column 4: 'F-1' is not an action"),
         ("F0 B0 F1 B1\n\n  F0 B0 F2 B2", "line 3, column 9: F2 .* not F or B of microbatches 0..1"),
-        ("0 1: F0 F0.2\n2: F0", r"line 1, column 9: F0.2: expected a chunk of 0..1"),
-        ("0 x: F0\n1: F0", "line 1, column 1: '0 x' are no stages: expected numbers, like 0 3:"),
-        ("F0 F1 B0 B1\n", "line 1, column 1: 1 ranks: expected a line for each of --pp 2"),
+        ("0 1: F0 F0.2\n2: F0", r"line 1, column 9: F0.2 has chunk 2: expected 0..1"),
+        ("0 x: F0\n1: F0", "line 1, column 1: '0 x' is not a list of stages: expected numbers"),
+        ("F0 F1 B0 B1\n", "line 1, column 1: the file has 1 ranks: expected one line for each of"),
         ("F0 F1 B0 B1\nF0 B0 F1", "line 2, column 9: B1 missing"),
         ("F0 F1 B0 B1\nF0 B0 F1 F1 B1", "line 2, column 10: F1 occurs twice"),
         ("F0 F1 B1 B0\nF0 B0 F1 B1 W0", "line 1, column 12: W0, W1 missing"),
         ("F0 B0 F1 B1 # waits\nF0 F1 B0 B1", "line 1, column 4: rank 0 at B0 waits for B0 of rank "
          "1; rank 1 at F1 waits for F1 of rank 0"),
         ("F0 F1 B0 B1\n0: F0 B0 F1 B1", r"line 1, column 1: stages by rank are \[\[0\], \[0\]\]"),
-        ("", "line 1, column 1: 0 ranks: expected a line for each of --pp 2"),
-        ("\xff", "is none of gpipe, .* and no file that can be read: 'utf-8' codec"),
+        ("", "line 1, column 1: the file has 0 ranks: expected one line for each of"),
+        ("\xff", "is neither one of gpipe, .* nor a readable file: 'utf-8' codec"),
     ],
 )  # fmt: skip
 def test_a_wrong_schedule_file_says_where_and_what(text, message, tmp_path):
@@ -298,34 +298,41 @@ def test_a_trace_has_what_every_rank_did(text, tmp_path):
         for step, i in itertools.product(range(4), range(2)):
             assert at[rank, step, f"F{i}"][1] <= at[rank + 2, step, f"F{i}"][0]
             assert at[rank + 2, step, f"B{i}"][1] <= at[rank, step, f"B{i}"][0]
-    table = re.search(r"stage +F ms +B ms +W ms\n(.*\n)+bubble: with these times (\S+) \| measured "
-                      r"(\S+)\n", result.stdout)  # fmt: skip
-    assert table and float(table[2]) >= 0 and float(table[3]) > 0
-    assert len(re.findall(r"^ +[01]( +\d+\.\d\d){3}$", table[0], re.MULTILINE)) == 2
+    assert f"python -m tools.bubble {path}" in result.stdout
+    assert float(re.search(r"measured (\S+)", bubble.table(bubble.read_steps(path)))[1]) > 0
 
 
-def table_of_what_never_was() -> tuple[str, float]:
-    """Steps in which a message takes half as long as an action, after a first one that is slow."""
-    schedule, everyone = pipeline.zb_h1(2, 4), [[("F0", 0.0, 9.0, {"action": None})], []]
+def test_the_bubble_table_omits_the_first_step(tmp_path):
+    """A transfer takes half as long as an action. The first step is slow."""
+    schedule, events = pipeline.zb_h1(2, 4), []
+    for rank in range(2):
+        for dp in range(2):  # the other replica is ignored
+            about = {"name": f"rank {2 * rank + dp}: pp {rank}, dp {dp}, tp 0"}
+            events.append({"ph": "M", "pid": 2 * rank + dp, "args": about})
     spans = pipeline.simulate(schedule, transfer=0.5)
-    for step, ms in enumerate((7e-3, 1e-3, 1e-3)):
+    for step, us in enumerate((7000, 1000, 1000)):
         for rank, action, start, end in spans:
-            known = {"action": action, "step": step}
-            everyone[rank].append(("", ms * start, ms * end, known))
-    pipe = SimpleNamespace(last=1)
-    trainer = SimpleNamespace(pp_group=torch.distributed.group.WORLD, schedule=schedule, pipe=pipe)
-    return train_3d.bubble_table(trainer, everyone), pipeline.bubble(spans)
-
-
-def test_the_bubble_table_is_of_the_steps_after_the_first():
-    table, measured = launch(2, table_of_what_never_was)[0]
+            about, time = {"action": action, "step": step}, us * (end - start)
+            for dp, dur in ((0, time), (1, 9 * time)):
+                pid = 2 * rank + dp
+                events.append({"ph": "X", "pid": pid, "ts": us * start, "dur": dur, "args": about})
+        events.append({"ph": "X", "pid": 0, "ts": 0, "dur": 9, "args": {}})  # the optimizer
+    path = tmp_path / "trace"
+    path.write_text(json.dumps({"traceEvents": events}))
+    measured = pipeline.bubble(spans)
     assert measured > 2 / 12
-    assert table.splitlines() == [
+    assert bubble.table(bubble.read_steps(path)).splitlines() == [
         "stage     F ms     B ms     W ms",
         "    0     1.00     1.00     1.00",
         "    1     1.00     1.00     1.00",
-        f"bubble: with these times 0.083 | measured {measured:.3f}",
+        f"bubble: simulated with these times 0.083 | measured {measured:.3f}",
     ]
+    path.write_text('{"traceEvents": []}')
+    with pytest.raises(ValueError, match="has no training steps"):
+        bubble.read_steps(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not a trace"):
+        bubble.read_steps(path)
 
 
 def test_a_plain_run_is_this_loop(text, tmp_path):
@@ -515,23 +522,23 @@ def test_warmup_and_cosine():
 
 
 def described(*flags: str) -> tuple[list[str], torch.Tensor]:
-    """(what is said at the start, loss and norm of two steps), of one process."""
+    """One process: the notes on options, loss and norm of two steps."""
     args = options.parser().parse_args([*TINY, *flags])
-    config, said = options.check(args, 1), []
+    config = options.check(args, 1)
     trainer = train_3d.Trainer(args, config, reader(Case(vocab_size=256, seq_len=16)),
                                torch.device("cpu"))  # fmt: skip
-    train_3d.describe(trainer, SimpleNamespace(say=said.append))
-    return said[1:], torch.stack([trainer.step(step) for step in range(2)])
+    lines = options.describe(args, config, 1, torch.device("cpu"))
+    return lines[1:], torch.stack([trainer.step(step) for step in range(2)])
 
 
 @pytest.mark.parametrize(
     "flags, said, changes",
     [
-        ("--sequence-parallel", "--sequence-parallel: t is 1", False),
-        ("--zero 2", "--zero 2: d is 1", False),
+        ("--sequence-parallel", "--sequence-parallel has no effect: t is 1", False),
+        ("--zero 2", "--zero 2 has no effect: d is 1", False),
         ("--dropout 0.1", "--dropout: attention is explicit", True),
-        ("--recompute selective", "--recompute selective: sdpa keeps no s x s", False),
-        ("--recompute offload", "--recompute offload: device and host are one here", False),
+        ("--recompute selective", "--recompute selective saves little memory: sdpa", False),
+        ("--recompute offload", "--recompute offload saves no memory on a CPU", False),
         ("--dropout 0.1 --attention explicit --recompute selective", None, True),
     ],
 )
@@ -598,7 +605,7 @@ def test_a_proof_without_torchrun_says_how():
     result = forked(0, ddp.main)
     assert result.returncode == 1
     assert result.stderr == (
-        "ddp.py: start me with  torchrun --standalone --nproc-per-node 2 ddp.py\n"
+        "ddp.py: start it with  torchrun --standalone --nproc-per-node 2 ddp.py\n"
     )
 
 
@@ -662,17 +669,16 @@ def test_one_communicator_per_axis(flags, world, expected, monkeypatch):
 
     with dry_run.fake_ranks(world, 0):
         args = options.parser().parse_args([*flags.split(), "--global-batch-size", str(4 * world)])
-        p, d = args.pp, world // (args.tp * args.pp)
+        d = world // (args.tp * args.pp)
         trainer = object.__new__(train_3d.Trainer)
+        trainer.schedule = options.make_schedule(args, world // d)
         trainer.args, trainer.device = args, torch.device("cuda", 0)
         plain = dist.new_group
         alone = []
         monkeypatch.setattr(dist, "split_group", split_group)
         monkeypatch.setattr(dist, "new_group", lambda ranks, backend, **more: (
             alone.append((ranks, backend)), plain(ranks, **more))[1])  # fmt: skip
-        ends = [0] if args.schedule == "zb-v" or p == 1 else [0, p - 1]
-        k = args.zero_shard_size or (d if args.zero else 1)
-        trainer._make_groups(p, d, k, args.tp, ends)
+        trainer._make_groups(args.tp, args.pp, d)
     assert made == expected and alone == [([0], "gloo")]
 
 

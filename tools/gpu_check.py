@@ -33,6 +33,7 @@ from torch import Tensor
 import gpt
 import measure
 import options
+import startup
 import train_3d
 from tools import cost, dry_run
 from tools.oracle import EPS, draw
@@ -191,7 +192,7 @@ def speed(
         difference = measure.largest(abs(a - b) for a, b in both)
         tokens = args.global_batch_size * config.seq_len
         tflops = 3e-12 * gpt.forward_flops_per_token(config) * tokens / free
-        peak = options.peak_tflops(args, device)
+        peak = args.peak_tflops or startup.peak_tflops(device, args.dtype)
         mfu = f"{100 * tflops / peak:.1f} %" if peak else "-"
         how = "compiled" if compile_blocks else "eager"
         yield (
@@ -294,12 +295,12 @@ def main() -> None:
     args = arguments.parse_args()
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     try:
-        device, line = options.pick_device(args.device)
+        device, line = startup.pick_device(args.device)
         measure.check_writable("--out", args.out)
     except ValueError as error:
         sys.exit(f"tools.gpu_check: {error}")
     print(line, flush=True)
-    train_3d.join_ranks(device)
+    startup.join_ranks(device)
     lines, failed = [], []
     for line in report(args.model, args.vocab_size, args.batch, args.steps, device, failed):
         print(line, flush=True)

@@ -48,6 +48,7 @@ import torch.distributed as dist
 
 import measure
 import options
+import startup
 import train_3d
 from tools import gpu_check, oracle, races
 from tools.oracle import Case
@@ -287,7 +288,7 @@ def sizes(device: torch.device, vocab_size: int) -> list[str]:
 def speed(device: torch.device, failed: list[str]) -> Iterator[str]:
     """Step time of the trainer / step time of gpu_check.Bare. Aim: at most 1.02."""
     steps = 10 if device.type == "cuda" else 1
-    train_3d.join_ranks(device)
+    startup.join_ranks(device)
     if device.type == "cpu":  # inductor would compile C++ for 40 s
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     yield "Aim: trainer / bare at most 1.02.\n"
@@ -303,7 +304,7 @@ def speed(device: torch.device, failed: list[str]) -> Iterator[str]:
 
 def offload(device: torch.device, failed: list[str]) -> Iterator[str]:
     """The fraction of offloading's copies that overlaps with compute."""
-    train_3d.join_ranks(device)
+    startup.join_ranks(device)
     yield from gpu_check.MEMORY_HEAD
     yield from gpu_check.memory(sizes(device, 50304 if device.type == "cuda" else 64), device,
                                 steps=3)  # fmt: skip
@@ -333,7 +334,7 @@ def profile(device: torch.device, failed: list[str]) -> Iterator[str]:
     yield "|---|---|---|"
     if device.type == "cpu":
         yield from needs_a_gpu("bare loop", "trainer", columns=2)
-    train_3d.join_ranks(device)
+    startup.join_ranks(device)
     args = options.parser().parse_args([*sizes(device, 50304), "--dtype=bf16"])
     config, steps = options.check(args, 1), 3
     for name, build in (("bare loop", gpu_check.Bare), ("trainer", gpu_check.trainer_of)):

@@ -25,8 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import options
-import train_3d
+import startup
 from zero import all_gather, reduce_scatter
 
 # Elements that a rank sends in a ring of n ranks / elements of the full tensor.
@@ -154,8 +153,8 @@ def main() -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", metavar="FILE", help="write the table as JSON")
     args = arguments.parse_args()
-    device, line = options.pick_device(args.device)
-    train_3d.join_ranks(device)
+    device, line = startup.pick_device(args.device)
+    startup.join_ranks(device)
 
     def say(text: str) -> None:
         if dist.get_rank() == 0:

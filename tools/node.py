@@ -47,6 +47,7 @@ from torch.distributed.tensor import DTensor
 import gpt
 import measure
 import options
+import startup
 import train_3d
 from tools import bench, gpu_check, oracle, parity
 
@@ -231,8 +232,8 @@ def compare(n: int, device: torch.device) -> dict:
 
 def one_row(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    device, _ = options.pick_device(args.device)
-    train_3d.join_ranks(device)
+    device, _ = startup.pick_device(args.device)
+    startup.join_ranks(device)
     if args.row == PARITY:
         found = compare(args.nproc, device)
     else:
@@ -364,8 +365,7 @@ def report(args: argparse.Namespace, device: torch.device, say: Callable[[str], 
         for row in rows:
             found[row].append(f"not possible with {n} ranks" if able[row] is None
                               else launch(row, args))  # fmt: skip
-    dtype = argparse.Namespace(peak_tflops=None, dtype="bf16")
-    for line in speed_table(rows, found, options.peak_tflops(dtype, device)):
+    for line in speed_table(rows, found, startup.peak_tflops(device, "bf16")):
         say(line)
     say("\n`peak GB`: peak of torch's allocator, on the rank with the largest. TFLOP/s and MFU "
         "count the FLOPs of the model; nothing is recomputed.")  # fmt: skip
@@ -396,7 +396,7 @@ def main() -> None:
     if wrong := [row for row in args.rows or () if row not in known]:
         arguments.error(f"--rows {wrong[0]!r} is not one of {', '.join(map(repr, known))}")
     try:
-        device, _ = options.pick_device(args.device)
+        device, _ = startup.pick_device(args.device)
         measure.check_writable("--out", args.out)
     except ValueError as error:
         arguments.error(str(error))

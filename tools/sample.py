@@ -24,7 +24,9 @@ import torch.distributed as dist
 
 import checkpoint
 import data
+import huggingface
 import options
+import startup
 import train_3d
 
 
@@ -44,7 +46,7 @@ def main() -> None:
     rest += [] if "--init-from" in rest else ["--resume"]
     try:
         args, found, wrong = options.parse_args(rest)
-        source = checkpoint.GPT2Folder(args.init_from) if args.init_from else None
+        source = huggingface.GPT2Folder(args.init_from) if args.init_from else None
         config = options.check(args, world_size, source)
         encode, decode = codec(mine.tokenizer, args)
         prompt = encode(mine.prompt)
@@ -53,10 +55,10 @@ def main() -> None:
                 f"--prompt has the tokens {prompt}: give at least one, from 0 to "
                 f"{config.vocab_size - 1}"
             )
-        device, _ = options.pick_device(args.device)
+        device, _ = startup.pick_device(args.device)
     except ValueError as error:
         arguments.error(str(error))
-    train_3d.join_ranks(device, args.timeout)
+    startup.join_ranks(device, args.timeout)
     draw = source.draw if source else None
     trainer = train_3d.Trainer(args, config, None, device, draw)
     if found:

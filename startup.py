@@ -1,0 +1,127 @@
+"""Start the ranks of a run: device, process group, and a check that all ranks agree.
+
+    device, line = pick_device("auto")      cuda if every local rank has its own GPU, else cpu
+    join_ranks(device)                      the default process group, from torchrun's environment
+    check_same(vars(args))                  all ranks must have the same arguments and data
+
+Without torchrun, a process is the only rank.
+"""
+
+import datetime
+import os
+import re
+import socket
+import sys
+
+import torch
+import torch.distributed as dist
+
+# TFLOP/s of dense bf16 matmuls by the start of the device name, from NVIDIA's data sheets.
+PEAKS = {
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA A100": 312,
+    "NVIDIA H200": 989,
+    "NVIDIA B200": 2250,
+}
+
+
+def pick_device(name: str) -> tuple[torch.device, str]:
+    """(device of this rank, a line that describes it). name: "auto", "cpu" or "cuda". Raises
+    ValueError if "cuda" is given and there are fewer GPUs than local ranks, or if
+    GLOO_SOCKET_IFNAME names an interface that this host does not have."""
+    known = [interface for _, interface in socket.if_nameindex()]
+    for interface in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if interface not in known:
+            raise ValueError(
+                f"GLOO_SOCKET_IFNAME is {interface}, but this host has {', '.join(known)}: give "
+                "the interface that connects it to the other hosts"
+            )
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    enough = gpus >= ranks
+    if name == "cuda" and not enough:
+        raise ValueError(
+            f"--device cuda: {ranks} local ranks and {gpus} GPUs, but every rank needs its own "
+            "GPU: start fewer ranks per node, or give --device cpu"
+        )
+    if name == "cpu" or not enough:
+        return torch.device("cpu"), f"device cpu ({gpus} GPUs for {ranks} local ranks)"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    tf32 = "without TF32" if torch.get_float32_matmul_precision() == "highest" else "with TF32"
+    line = f"device cuda ({gpus} GPUs for {ranks} local ranks), {device_name(device)}"
+    return device, f"{line}; float32 matmuls {tf32}"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_tflops(device: torch.device, dtype: str) -> float | None:
+    """The peak of this device, or None if it is unknown: for other dtypes than "bf16", for a slice
+    of a GPU (MIG), for the NVL variants, and for devices that are not in PEAKS."""
+    name = device_name(device)
+    if dtype != "bf16" or re.search("MIG|NVL", name):
+        return None
+    return next((peak for start, peak in PEAKS.items() if name.startswith(start)), None)
+
+
+def join_ranks(device: torch.device, timeout: int = 600) -> None:
+    """Initialise the default process group: torchrun's ranks, or this process alone. Raises
+    SystemExit if a rank does not connect within `timeout` seconds, or if some ranks have a GPU and
+    others do not."""
+    on_gpu, limit = device.type == "cuda", datetime.timedelta(seconds=timeout)
+    store, rank, world_size = dist.HashStore(), 0, 1
+    try:
+        if "RANK" in os.environ:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun's store outlives a restart and still has the addresses of dead ranks
+                # (pytorch#135712). On several nodes this count can differ between nodes: README.
+                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(restart, store)
+        if rank == 0:
+            store.set("device", device.type)
+        elif (first := store.get("device").decode()) != device.type:
+            sys.exit(
+                f"train_3d.py: rank {rank} has device {device.type} and rank 0 has device {first}: "
+                "give --device cpu, or use nodes with the same devices"
+            )
+        if on_gpu:
+            torch.cuda.set_device(device)
+            # NCCL 2.26: kernels of all communicators run in the order in which they were launched.
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
+            timeout=limit, device_id=device if on_gpu else None,
+        )  # fmt: skip
+    except dist.DistError as error:
+        where = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
+        sys.exit(
+            f"train_3d.py: rank {os.environ.get('RANK', 0)}: not all ranks connected to {where} "
+            f"within {timeout} s: {str(error).splitlines()[0]}"
+        )
+
+
+def check_same(values: dict) -> None:
+    """Compare `values` by name over all ranks. If they differ, rank 0 prints one line and every
+    rank exits with code 2. Call it before the first collective that needs equal values."""
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, values | {"torch": torch.__version__})
+    wrong = [
+        f"rank {rank} has {name} {theirs[name]} and rank 0 has {everyone[0].get(name)}"
+        for rank, theirs in enumerate(everyone)
+        for name in theirs
+        if theirs[name] != everyone[0].get(name)
+    ]
+    if not wrong:
+        return
+    if dist.get_rank() == 0:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        print(
+            f"train_3d.py: error: {wrong[0]}{more}: start all ranks with the same command line, "
+            "files and devices",
+            file=sys.stderr,
+            flush=True,
+        )
+    dist.barrier()  # torchrun stops all ranks when one exits: rank 0 must have printed
+    sys.exit(2)
