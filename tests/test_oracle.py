@@ -246,5 +246,5 @@ def test_a_hang_in_a_demo_ends_with_a_message():
         job.processes[0].join(60)
         assert job.processes[0].exitcode == 1
         said = job.read("errors")
-    assert said.startswith("hangs.py: rank 0: all_reduce over all ranks failed, since a rank did")
+    assert said.startswith("hangs.py: rank 0: all_reduce over all ranks failed because a rank")
     assert said.count("\n") == 1
