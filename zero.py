@@ -55,8 +55,9 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class MinimalZero1:
-    """ZeRO-1 with two flat buffers. The parameters become views of one, their gradients of the
-    other. The optimizer updates this rank's shard, so it stores 1/d of the moments.
+    """ZeRO-1 with two flat buffers. The parameters become views of one, and their gradients of the
+    other. The optimizer updates this rank's shard of the parameters, so that it stores 1/d of the
+    moments.
 
         zero1 = MinimalZero1(model.parameters(), group)
         optimizer = AdamW([zero1.shard])
@@ -65,15 +66,16 @@ class MinimalZero1:
             (F.cross_entropy(model(x), y, reduction="sum") / tokens).backward()
         zero1.step(optimizer)             # instead of optimizer.step()
 
-    tokens: the number of targets in the global batch, so that gradients are summed over ranks.
+    tokens: the number of targets in the global batch. Every rank divides its loss by it, so that
+    gradients are summed over the ranks and not averaged.
 
-    parameters: equal on all ranks, all of one dtype. Frozen parameters are left unchanged."""
+    parameters: equal on all ranks, and of one dtype. Frozen parameters are left unchanged."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup):
         trainable = [p for p in parameters if p.requires_grad]
         d, rank, self.group = group.size(), group.rank(), group
-        n = -(-sum(p.numel() for p in trainable) // d)  # elements per shard, rounded up
-        self.parameters = trainable[0].detach().new_zeros(n * d)  # any padding is at the end
+        n = -(-sum(p.numel() for p in trainable) // d)  # elements per shard
+        self.parameters = trainable[0].detach().new_zeros(n * d)  # may end with padding
         self.gradients = torch.zeros_like(self.parameters)
         start = 0
         for p in trainable:
@@ -108,9 +110,9 @@ class MinimalZero1:
 # (1 - 1/d) of the parameter memory. It costs up to 2 m all-gathers per step instead of one.
 #
 # The full version has one flat buffer per layer instead of one per model. The collective of one
-# layer then overlaps with the computation of others. It also supports bf16 parameters, frozen,
-# unused and tied parameters, parameter groups, gradient clipping, load_state_dict() and hybrid
-# sharding, and it detects misuse.
+# layer then overlaps with the computation of others. The optimizer gets a tensor per parameter, so
+# that parameter groups work. Also supported: bf16 with fp32 master weights, unused and tied
+# parameters, gradient clipping, load_state_dict(), hybrid sharding. Misuse raises an error.
 
 
 class Piece(NamedTuple):
