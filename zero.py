@@ -152,6 +152,8 @@ class Unit:
         size = padded([p.numel() for _, p in members], group.size())
         n = size // group.size()
         self.mine = slice(group.rank() * n, (group.rank() + 1) * n)  # this rank's shard
+
+        # The parameters become views of a flat buffer.
         self.parameters = like.new_zeros(size)
         self.place: dict[nn.Parameter, slice] = {}  # in the flat buffer
         end = 0
@@ -164,7 +166,8 @@ class Unit:
         shard = self.parameters[self.mine]
         self.parameter_shard = shard.clone() if self.is_sharded else shard
 
-        self.gradients: Tensor | None = None  # stage 1 only
+        # ZeRO-1 has a flat buffer for gradients too. ZeRO-2 and ZeRO-3 only have a shard.
+        self.gradients: Tensor | None = None
         self.gradient_of: dict[nn.Parameter, Tensor] = {}  # views of `gradients`
         if self.trainable and stage == 1:
             self.gradients = like.new_zeros(size, dtype=grad_dtype)
@@ -177,7 +180,8 @@ class Unit:
             self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
         self.placeholder_of = {p: ReducedGradient.like(p) for p in self.place}
 
-        # fp32 master weights: bf16 rounding would lose small updates.
+        # The optimizer updates pieces of `master`. With fp32 parameters this is the shard. With
+        # bf16 it is an fp32 copy, because bf16 rounding would lose small updates.
         self.master = self.parameter_shard
         if is_narrow and self.trainable:
             self.master = self.parameter_shard.float()
@@ -391,18 +395,15 @@ class Zero1:
         self.unit_of: dict[nn.Parameter, Unit] = {}
         self.needs: list[list[Unit]] = []  # by layer
         for parameters in self.layers.values():
-            members: dict[tuple, list] = {}
-            for p in parameters:
-                # A frozen parameter has no state. Only ZeRO-3 shards it.
-                if p not in self.unit_of and (p.requires_grad or self.stage == 3):
-                    named = (self.name_of[p], p)
-                    members.setdefault(unit_key(p, parameters), []).append(named)
-            for of_unit in members.values():
-                unit = Unit(of_unit, self.group, self.stage, *dtypes)
+            # A frozen parameter has no gradient or optimizer state. Only ZeRO-3 shards it.
+            sharded = [p for p in parameters if p.requires_grad or self.stage == 3]
+            key_of = {p: unit_key(p, parameters) for p in sharded if p not in self.unit_of}
+            for key in dict.fromkeys(key_of.values()):
+                members = [(self.name_of[p], p) for p in key_of if key_of[p] == key]
+                unit = Unit(members, self.group, self.stage, *dtypes)
                 self.units.append(unit)
-                self.unit_of.update((p, unit) for _, p in of_unit)
-            needs = [self.unit_of[p] for p in parameters if p in self.unit_of]
-            self.needs.append(list(dict.fromkeys(needs)))
+                self.unit_of.update((p, unit) for _, p in members)
+            self.needs.append(list(dict.fromkeys(self.unit_of[p] for p in sharded)))
         if self.parameters and not self.pieces():  # PyTorch's optimizers reject an empty list
             name, p = self.parameters[0]
             self.unit_of[p].add_piece(name, p, slice(0, 0), 0)
@@ -456,7 +457,7 @@ class Zero1:
                 for piece in unit.pieces:
                     piece.tensor.grad = None
         self.missing = self.accumulations.copy()  # by parameter: accumulations still to come
-        # By reduce-scatter: parameters to come. The units of the first round, then the next round.
+        # By reduce-scatter, in the order of the launches: parameters whose gradient is to come.
         self.waiting = [len(unit.place) for unit in self.order] * self.rounds
         self.launched = 0  # reduce-scatters started in this step
         self.phase = "backward"
@@ -477,13 +478,13 @@ class Zero1:
         if self.missing[p] < 0:
             raise ValueError(f"more than {n} accumulations in a step: pass accumulations=m for m "
                              "microbatches")  # fmt: skip
-        # A tied matrix may have two accumulations per round.
+        # In a pipeline, a tied matrix can have two accumulations per round.
         done = n - self.missing[p]
         rounds, rounds_before = done * self.rounds // n, (done - 1) * self.rounds // n
         if rounds > rounds_before:
             self.waiting[rounds_before * len(self.order) + self.position[unit]] -= 1
-        # Collectives are matched by call order, so all ranks launch in this order. A later unit
-        # that is complete waits for the earlier ones.
+        # Collectives are matched by call order, so all ranks launch in the order of `waiting`. A
+        # later unit that is complete waits for the earlier ones.
         while (self.overlap and self.launched < len(self.waiting)
                and self.waiting[self.launched] == 0):  # fmt: skip
             self._launch()
@@ -646,8 +647,8 @@ def add(gradient: Tensor, total: Tensor, first: bool) -> None:
         total.add_(gradient)
 
 
-# One case is not handled: a used parameter whose gradient sums to -0.0 in every element. Ranks that
-# did not use it would skip its update, and the replicas would differ.
+# One case is not handled: a used parameter whose gradient sums to -0.0 in every element. A rank
+# that did not use it skips the update of its piece.
 def is_unused(gradient: Tensor) -> bool:
     """Whether no rank used the parameter, given its reduced gradient.
 
@@ -678,9 +679,9 @@ def not_compiled(hook: Callable) -> Callable:
 class Zero2(Zero1):
     """ZeRO-2: gradients are sharded too. This saves (1 - 1/d) of the gradient memory.
 
-    The gradients of a unit are copied to a temporary buffer as soon as backward has computed them.
-    The buffer is reduce-scattered and freed. The sums over microbatches are stored as shards. This
-    costs m reduce-scatters per step, where ZeRO-1 needs one."""
+    As soon as backward has computed the gradients of a unit, they are copied to a temporary buffer,
+    which is reduce-scattered, added to this rank's shard and freed. This costs m reduce-scatters
+    per step, where ZeRO-1 needs one."""
 
     stage = 2
 
