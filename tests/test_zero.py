@@ -114,6 +114,8 @@ def test_pieces_own_every_element_once_and_padding_never(world, hybrid, stage, o
         units, uses = result["units"], [cost.Use(i, matmul=False) for i in range(len(SIZES))]
         sizes = [zero.padded(numels, d) for numels in units]
         predicted = cost.predicted_zero_payload(sizes, d, uses, stage, M, world // d, not options)
+        totals = zero.predicted_payload(sizes, d, stage, M, world // d, not options)
+        assert totals == {op: payload.exposed for op, payload in predicted.items()}
         for op, payload in predicted.items():
             assert payload.hidden == 0  # nothing is multiplied here
             total = (2 * payload.calls, 2 * payload.exposed)
