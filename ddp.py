@@ -1,42 +1,37 @@
-"""Data parallelism: every rank holds the whole model and trains on rows of its own; gradients meet.
+"""Data parallelism: replicas of one model train on different rows, and gradients are summed.
 
-      rows 0..3 -> F, B -> rank 0  [a0|b0]           [a0+a1|     ]           [a0+a1|b0+b1] -> same
-                                           ----->                  ----->                    update
-      rows 4..7 -> F, B -> rank 1  [a1|b1]           [     |b0+b1]           [a0+a1|b0+b1] -> same
-                                       reduce-scatter             all-gather
-                                        |______ together: an all-reduce ______|
+    rank 0   rows 0-3 -> forward, backward -> [a0|b0] -+                +-> [a0+a1|b0+b1] -> update
+                                                       +-- all-reduce --+
+    rank 1   rows 4-7 -> forward, backward -> [a1|b1] -+                +-> [a0+a1|b0+b1] -> update
 
-Either half sends (d-1)/d of the gradients from each rank. Half-way each rank has the whole sum of a
-share, and that is why ZeRO-1 costs nothing extra. Here the sums go on, and all do the same update.
+Each of d ranks holds a replica of the model and computes gradients for its rows of the global
+batch. An all-reduce sums the gradients, so all ranks apply the same update and replicas stay equal.
+Each rank divides its loss by the number of targets in the global batch, so gradients are summed and
+not averaged. With gradient accumulation, they are all-reduced once per step, after the last
+microbatch.
 
-Each rank's loss is (sum over its tokens) / (tokens of the whole batch), so gradients are *summed*:
-no 1/d anywhere, and ranks with fewer valid tokens weigh less, as they should. Under gradient
-accumulation they meet once a step, when the last accumulation is in, whoever makes it.
+An all-reduce is a reduce-scatter followed by an all-gather. In each half, a rank sends (d-1)/d of
+the gradient. After the first half, a rank holds the complete sum of 1/d of the gradient. ZeRO-1
+(zero.py) runs the optimizer at that point and then gathers parameters instead of gradients.
 
-Four rungs. (1) `all_reduce_gradients`: after backward, one all-reduce a parameter. The whole idea.
-(2) `all_reduce_flat`: copied into one buffer, one call: latency is paid once.
-(3) `DDP`: gradients live in a few flat buckets, laid out in the order in which backward fills them
-(learned in the first step, at whose end all leave); a full bucket leaves at once from then on,
-while backward goes on below it.
-(4) `Hierarchical`, on k hosts: sums inside a host first, so that less crosses the slow links.
+    per rank and step       payload (elements)      calls            overlaps with backward
+    all_reduce_gradients    Psi                     per parameter    no
+    all_reduce_flat         Psi                     1                no
+    DDP                     Psi                     per bucket       all but the last buckets
+    DDP with Hierarchical   2 Psi inside a host,    3 per bucket     all but the last buckets
+                            k Psi / d between hosts
 
-    per rank and step   bytes held (AdamW)          payload  calls        after backward (exposed)
-    naive               16 Psi (4 + 4 + 8)          Psi      parameters   all of it
-    flat                16 Psi, and 4 Psi a moment  Psi      1            all of it
-    bucketed            16 Psi                      Psi      buckets      the last buckets
-    bucketed, bf16      18 Psi (2 + 4 + 12), or 16 Psi with gradients in bf16; and 2 Psi a moment
-    hierarchical        16 Psi                      2 Psi inside, k Psi / d across; 3 x buckets
-
-Memory is what it does not save: parameters, gradients and optimizer states on every rank. zero.py
-is this file with that mended; read the two side by side.
+Psi is the number of trainable parameters, and k the number of hosts. Data parallelism saves no
+memory. In fp32 with AdamW each rank holds 16 Psi bytes: parameters (4), gradients (4), moments (8).
+In bf16 it holds 18 Psi: parameters (2), gradients (4), fp32 copies of the parameters (4), moments
+(8). zero.py shards this state; compare the two files, which use the same names.
 
     torchrun --standalone --nproc-per-node 4 ddp.py
 
-Li et al. 2020, PyTorch Distributed (arXiv 2006.15704), section 3.2; Goyal et al. 2017
-(arXiv 1706.02677), section 2, on summing and averaging, and section 4 on sums inside a host first.
+Li et al. 2020, PyTorch Distributed (arXiv 2006.15704), section 3.2, on buckets and overlap.
+Goyal et al. 2017 (arXiv 1706.02677), section 2 on sums and averages, section 4 on hosts.
 """
 
-import contextlib
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -47,124 +42,133 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-# --- collectives ----------------------------------------------------------------------------------
-# all-reduce, every step. Payload: the gradient of every parameter once, and one number. Besides,
-# once: who holds which parameters, and in what order gradients come. Rung 4 needs the two halves
-# (inside a host each has every gradient once), to which torch 2.13 gave new names.
+# --- version 1: the whole idea --------------------------------------------------------------------
 
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Sum the gradients over the ranks of `group`. Call it after the last backward of a step:
+
+        optimizer.zero_grad()
+        tokens = global_count(y, group)  # x, y: this rank's rows of the global batch
+        for xs, ys in zip(x.chunk(m), y.chunk(m)):  # m microbatches
+            loss = cross_entropy(model(xs), ys, ignore_index=-1, reduction="sum") / tokens
+            loss.backward()  # adds to p.grad
+        all_reduce_gradients(model.parameters(), group)
+        optimizer.step()
+
+    All ranks must pass the same parameters in the same order. Frozen parameters are skipped. If no
+    rank used a parameter, its `.grad` stays None, as in one process, and the optimizer skips it.
+    With a gradient of 0, AdamW would apply weight decay."""
+    for p in parameters:
+        if not p.requires_grad:
+            continue
+        used = p.grad is not None  # on this rank
+        if not used:
+            p.grad = torch.full_like(p, -0.0)  # see is_unused
+        dist.all_reduce(p.grad, group=group)  # payload: p.numel()
+        if not used and is_unused(p.grad):
+            p.grad = None
+
+
+# Limitation: if some ranks used the parameter, but every element of the sum is -0.0, the ranks that
+# did not use it skip the update, the others apply it, and the replicas diverge.
+def is_unused(gradient: Tensor) -> bool:
+    """Whether no rank used the parameter, given its reduced gradient.
+
+    A rank that did not use the parameter contributes -0.0. A floating-point sum is -0.0 only if
+    every term is -0.0."""
+    return bool((gradient == 0).all() and gradient.signbit().all())
 
 
 def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Valid targets (not -1) of the whole batch, known before the first backward: every loss is
-    divided by it. The mean of each rank's mean would weigh ranks and not tokens. At least 1: a
-    batch without any has a loss of 0, and not 0/0, which no later step would get rid of."""
+    """The number of valid targets (not -1) in the global batch, given those of this rank. At least
+    1, so that a batch without valid targets has a loss of 0 instead of 0/0."""
     count = (targets >= 0).sum()
     if group.size() > 1:
         dist.all_reduce(count, group=group)  # payload: 1
     return count.clamp(min=1)
 
 
-def all_reduce_bucket(flat: Tensor, group: dist.ProcessGroup):
-    """The default `reduce`: starts the sum of `flat` over the group, returns what can be waited
-    for. Another one (fp16 on the wire, say) has the same signature: see tests/test_forks.py."""
-    return dist.all_reduce(flat, group=group, async_op=True)  # payload: the bucket
-
-
-# --- strategy -------------------------------------------------------------------------------------
-# Rung 1: the idea.
-
-
-def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Call after the last backward of a step. Every rank must pass the same parameters in the same
-    order. If this rank did not use a parameter, another rank may have: it sends -0.0, see
-    is_unused. Frozen parameters are skipped."""
-    for p in parameters:
-        if p.requires_grad:
-            used = p.grad is not None
-            if not used:
-                p.grad = torch.full_like(p, -0.0)
-            dist.all_reduce(p.grad, group=group)  # payload: p.numel()
-            if not used and is_unused(p.grad):
-                p.grad = None
-
-
-def is_unused(gradient: Tensor) -> bool:
-    """True if no rank used the parameter: every rank sent -0.0, and -0.0 + x is -0.0 only if x is.
-    (If a rank used the parameter and every element of the sum is -0.0, that rank updates it and
-    the others skip it: replicas then differ. No layer of GPT-2 has such a gradient.)
-    `.grad` is then None, as in one process, so the optimizer skips the parameter. With a gradient
-    of 0 it would still apply weight decay. Ranks that used the parameter need not check."""
-    return bool((gradient == 0).all() and gradient.signbit().all())
-
-
-# Rung 2: the same sums in one call; the price is a copy in, a copy out, and a second Psi meanwhile.
-# Measured (2 ranks x 1 thread, 2 cores, gloo): 0.8 to 0.9 of rung 1's step at h 256, where most of
-# the 100 calls are small; no gain at h 768. `make bench-dp` says it for your machine.
+# --- version 2: one collective --------------------------------------------------------------------
+# Version 1 pays the latency of a collective once per parameter, version 2 once per step. Version 2
+# is 10 to 20 % faster for small models, and equally fast from hidden size 768 on. It copies the
+# gradients into a buffer of Psi elements.
 
 
 def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Call after the last backward of a step, like all_reduce_gradients."""
+    """Same arguments, use and result as all_reduce_gradients."""
     parameters = [p for p in parameters if p.requires_grad]
-    flat = torch.cat([(torch.full_like(p, -0.0) if p.grad is None else p.grad).flatten()
-                      for p in parameters])  # fmt: skip
+    gradients = [torch.full_like(p, -0.0) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat, group=group)  # payload: Psi
-    for p, summed in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        unused = p.grad is None and is_unused(summed)
-        p.grad = None if unused else summed.view_as(p)
+    for p, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        unused = p.grad is None and is_unused(total)
+        p.grad = None if unused else total.view_as(p)
 
 
-# Rung 3: few calls, and all but the last of them overlap with the rest of backward. Gradients are
-# added to a bucket as they come, so there is no copy after backward. `make bench-dp` measures it.
+# --- the full version: buckets --------------------------------------------------------------------
+# Versions 1 and 2 communicate after backward, while no rank computes. DDP accumulates gradients in
+# flat buckets. It starts the all-reduce of a bucket when all of its gradients are
+# complete, so that communication overlaps with the rest of backward. Gradients are placed in
+# buckets in the order in which backward completes them. DDP records this order in the first step,
+# which therefore has no overlap.
 
 
 class Piece(NamedTuple):
-    """What the optimizer updates of one parameter: all of it here, a shard of it in zero.py."""
+    """The tensor that the optimizer updates for a parameter. In ddp.py it is the parameter or its
+    fp32 copy. In zero.py it is a range of the flattened parameter."""
 
     name: str
     tensor: Tensor
     parameter: nn.Parameter
-    start: int  # of the tensor in the flattened parameter
+    start: int  # offset of `tensor` in the flattened parameter
+
+
+def all_reduce_bucket(flat: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """The default `reduce` of DDP."""
+    return dist.all_reduce(flat, group=group, async_op=True)  # payload: the bucket
 
 
 class DDP:
-    """Attaches to the parameters; the model stays as it is.
+    """All-reduces gradients in buckets, overlapped with backward. The model is not wrapped: DDP
+    attaches hooks to its parameters.
 
         sync = DDP(model, accumulations=m)
         optimizer = AdamW([piece.tensor for piece in sync.pieces()])
         sync.start()                      # instead of optimizer.zero_grad()
         for x, y in microbatches:         # m of them
-            (loss_sum(model(x), y) / tokens).backward()  # tokens: of the global batch
-        sync.finish()                     # gradients are summed over the ranks, not averaged
-        sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_ and optimizer.step()
+            (F.cross_entropy(model(x), y, reduction="sum") / tokens).backward()
+        sync.finish()                     # gradients are sums over the ranks
+        sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_() and optimizer.step()
 
-    model: the same on every rank of `group`, values included. Frozen parameters are left alone.
-    group: default: all ranks.
-    accumulations: how many times per step a gradient is added to each parameter: the number of
-        microbatches (several uses in one backward count once), or a dict by parameter. Counting
-        them, instead of asking which microbatch is the last, is right under every schedule.
-    bucket_bytes: a bucket is closed when it holds at least this many; the first one at a 25th of
-        it, so that the link is not idle until 25 MB of gradients are there.
-    reduce: (flat bucket, group) -> a handle with wait(); the seam for compression. It must keep
-        -0.0, see is_unused.
-    grad_dtype: the dtype in which bf16 gradients are summed over microbatches (default: fp32).
-    reduce_dtype: the dtype in which bf16 gradients are all-reduced (default: the parameters'; fp32
-        sends twice the bytes). It has no effect with one rank. Both do nothing for fp32 parameters.
-    overlap: False: finish() sends all buckets, and nothing overlaps. Needed in a pipeline whose
-        replicas use different parameters in one step: one replica then sends a bucket during
-        backward, and another after its last transfer, and ranks can wait for each other in a cycle.
+    tokens: the number of targets in the global batch, see global_count().
 
-    step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
-    do something in between, or with several optimizers. Values that you write to a bf16 parameter
-    by hand are lost: use load_state_dict(). If no rank uses a parameter in a step, its `.grad` is
-    None. If this rank does not use one, its bucket and all later ones are sent by finish() only,
-    with no overlap; the parameters that were not used in the first step are put into the last
-    bucket.
+    model: must have the same parameters, with the same values, on all ranks of `group`. Buffers are
+        neither checked nor synchronized. Frozen parameters are skipped.
+    group: the ranks to sum over. Default: all ranks.
+    accumulations: the number of backward passes per step that reach a parameter, which is the
+        number of microbatches m. Pass a dict {parameter: count} if it differs between parameters.
+    bucket_bytes: a bucket is closed when it holds at least this many bytes of parameters. The
+        first is closed at a 25th of that, so that communication starts early.
+    reduce: a function (flat, group) that starts an in-place sum of the 1-D tensor `flat` and
+        returns a handle with wait(). Replace it to compress gradients. It must preserve -0.0.
+    grad_dtype: the dtype in which gradients of bf16 parameters are accumulated over microbatches.
+        Default: fp32. No effect on fp32 parameters.
+    reduce_dtype: the dtype in which gradients of bf16 parameters are sent. Default: bf16; fp32
+        sends twice the bytes. No effect on fp32 parameters, or with one rank.
+    overlap: False reduces all gradients in finish(), without overlap. This is needed in a pipeline
+        if the replicas of a stage use different parameters in one step: they would start the
+        all-reduce at different points between their transfers, and could deadlock.
 
-    Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
-    if a call is missing or out of order; or if the optimizer holds bf16 parameters instead of their
-    fp32 copies."""
+    A parameter that no rank uses in a step has `.grad` None after finish(). If this rank does not
+    use a parameter, its bucket and all later buckets are reduced in finish(), without overlap.
+    Between backward and finish(), issue no other collective on `group`. Manual writes to a bf16
+    parameter are lost at the next step, since the optimizer updates an fp32 copy. load_state_dict()
+    updates both.
+
+    Raises ValueError if ranks have different parameters or values, if requires_grad changes later,
+    if a call is missing or out of order, or if the optimizer holds a bf16 parameter instead of its
+    fp32 copy."""
 
     def __init__(
         self, model: nn.Module, group: dist.ProcessGroup | None = None,
@@ -175,142 +179,93 @@ class DDP:
     ):  # fmt: skip
         group = dist.group.WORLD if group is None else group
         if group is None:
-            raise ValueError("DDP needs a process group: call dist.init_process_group() first")
+            raise ValueError("there is no process group: call dist.init_process_group() first")
+        self.group, self.reduce, self.bucket_bytes = group, reduce, bucket_bytes
+        self.grad_dtype = grad_dtype or torch.float32
+        self.reduce_dtype = reduce_dtype
+        self.overlap = overlap and group.size() > 1
+        # The copies of a tied matrix on the first and the last pipeline stage have one tied_name.
         self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
         self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
-        self.group, self.reduce = group, reduce
-        self.overlap = overlap and group.size() > 1  # one rank sends nothing
+        self.modules = {*model.modules()}
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
         check_accumulations(model, accumulations)
         self.accumulations = [accumulations[p] for _, p in self.parameters]
-        self.bucket_bytes = bucket_bytes
-        self.grad_dtype = grad_dtype or torch.float32
-        self.reduce_dtype = reduce_dtype
         check_same_parameters(self.named, group)
-        me = weakref.ref(self)  # a hook that held self would keep it, and the group, for ever
+        # fp32 master weights: bf16 rounding would lose small updates.
+        narrow = [p for _, p in self.parameters if p.dtype.itemsize < 4]
+        self.masters = {p: p.detach().float().requires_grad_() for p in narrow}
+        self.piece_of = {
+            t: piece for piece in self.pieces() for t in (piece.parameter, piece.tensor)
+        }
+        # A weak reference: otherwise the hooks would keep this object and its process group alive
+        # as long as the model.
+        me = weakref.ref(self)
         for i, (_, p) in enumerate(self.parameters):
             p.register_post_accumulate_grad_hook(lambda p, i=i: me() and me()._accumulated(i, p))
-        # What the optimizer updates: in bf16 a small update, added to a weight, is rounded away.
-        self.masters = {
-            p: p.detach().float().requires_grad_() if p.dtype.itemsize < 4 else p
-            for _, p in self.parameters
-        }
-        self.modules = {*model.modules()}
         for module in self.modules:
-            module.register_load_state_dict_post_hook(
-                lambda module, _: me() and me()._loaded(module)
-            )
-        pieces = self.pieces()
-        self.piece_of = {t: piece for piece in pieces for t in (piece.parameter, piece.tensor)}
-        check = register_optimizer_step_pre_hook(
-            lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
-        )
+            module.register_load_state_dict_post_hook(lambda m, _: me() and me()._loaded(m))
+        check = register_optimizer_step_pre_hook(lambda o, *_: me() and me()._check(o))
         weakref.finalize(self, check.remove)
-        # Indexed like self.parameters: the gradient (a view of its bucket), the bucket's number.
-        self.gradients: list[Tensor | None] = [None] * len(self.parameters)
+        self.gradients: list[Tensor | None] = [None] * len(self.parameters)  # views of buckets
         self.bucket_of = [0] * len(self.parameters)
-        # A guess until the first step has shown it: the last layer's gradients are ready first.
-        self._lay_out(range(len(self.parameters))[::-1])
-        self.ready: list[int] = []  # parameters, in the order in which gradients were completed
+        # Backward usually starts with the last parameters. The first step shows the actual order.
+        self._lay_out(reversed(range(len(self.parameters))))
         self.learned = False
-        self.launched: list = []  # (what was sent, handle), by bucket
-        self.phase = "idle"  # then "backward", "finished" and "update"
+        self.launched: list[tuple[Tensor, dist.Work]] = []  # by bucket
+        self.phase = "idle"  # then "backward", "finished", "update", "idle"
         self.start()
 
-    def _lay_out(self, order: Iterable[int]) -> None:
-        """Make the buckets, each of one dtype. order: indices into self.parameters."""
-        self.buckets: list[Tensor] = []
-        self.sent_dtypes: list[torch.dtype] = []
-        filling: dict[torch.dtype, list[int]] = {}
-        for i in order:
-            _, p = self.parameters[i]
-            members = filling.setdefault(p.dtype, [])
-            members.append(i)
-            size = sum(self.parameters[j][1].nbytes for j in members)
-            if size >= (self.bucket_bytes if self.buckets else self.bucket_bytes // 25):
-                self._add_bucket(filling.pop(p.dtype))
-        for members in filling.values():
-            self._add_bucket(members)
-
-    def _add_bucket(self, members: list[int]) -> None:
-        """self.gradients[i] becomes a view of the new bucket."""
-        parameters = [self.parameters[i][1] for i in members]
-        dtype = sent_dtype = parameters[0].dtype
-        if dtype.itemsize < 4:
-            dtype, sent_dtype = self.grad_dtype, self.reduce_dtype or dtype
-        sizes = [p.numel() for p in parameters]
-        flat = parameters[0].new_zeros(sum(sizes), dtype=dtype)
-        for i, p, part in zip(members, parameters, flat.split(sizes), strict=True):
-            if self.gradients[i] is not None:  # of the first step, from its old bucket
-                part.copy_(self.gradients[i].flatten())
-            # None: `.grad` may have the bucket's dtype. Autograd sums the two gradients of a tied
-            # matrix before the hook sees them: in the bucket's dtype.
-            p.grad_dtype = dtype if hasattr(p, "tied_name") else None
-            self.gradients[i] = part.view_as(p)
-            self.bucket_of[i] = len(self.buckets)
-        self.buckets.append(flat)
-        self.sent_dtypes.append(sent_dtype)
-
-    def _learn(self) -> None:
-        """After the first step's last backward: lay the buckets out anew, in the order seen on the
-        group's first rank; parameters without a gradient in that step come last. Before any has
-        left, so that all steps are summed in one layout: a ring adds in an order that depends on
-        the place in a bucket, and a run that begins again must come to the same bits."""
-        if self.parameters:
-            order = [*dict.fromkeys([*self.ready, *range(len(self.parameters))])]
-            numbers = torch.tensor(order, device=self.buckets[0].device)
-            if self.group.size() > 1:
-                dist.broadcast(numbers, group=self.group, group_src=0)  # payload: parameters, once
-            self._lay_out(numbers.tolist())
-        self.learned = True
-
     def start(self) -> None:
-        """Before the first backward of a step: every `.grad` is None until finish(), which sets it
-        to the sum. If an exception interrupted the last step, at the same place on all ranks, this
-        completes its collectives."""
+        """Call before the first backward of a step. Until finish(), every `.grad` is None.
+
+        If an exception interrupted the previous step before the optimizer update, at the same point
+        on all ranks, start() waits for the pending all-reduces and discards the gradients."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
-                             "optimizer.step(), to write the update to the model")  # fmt: skip
+                             "optimizer.step(), to update the model")  # fmt: skip
         for name, p in self.named:
-            if p.requires_grad != (p in self.masters):
+            if p.requires_grad != (p in self.piece_of):
                 change = "unfrozen" if p.requires_grad else "frozen"
-                raise ValueError(f"{name} was {change} after this DDP was made, and its buckets "
-                                 "are fixed: delete it and make a new one")  # fmt: skip
-        for _, handle in self.launched:  # they still write to the buckets
+                raise ValueError(f"{name} was {change} after DDP was constructed: construct a new "
+                                 "DDP after each change of requires_grad")  # fmt: skip
+        for _, handle in self.launched:  # of an interrupted step
             handle.wait()
+        for t in self.piece_of:  # the parameters and their fp32 copies
+            t.grad = None
         self.launched = []
-        for p, master in self.masters.items():
-            p.grad = master.grad = None
-        self.missing = self.accumulations.copy()
-        self.waiting = [0] * len(self.buckets)  # parameters that a bucket still waits for
-        for bucket in self.bucket_of:
-            self.waiting[bucket] += 1
-        self.ready = []
+        self.missing = self.accumulations.copy()  # by parameter: accumulations still to come
+        self.waiting = [len(members) for members in self.members]  # by bucket: incomplete gradients
+        self.ready: list[int] = []  # parameters with a complete gradient, in order of completion
         self.phase = "backward"
 
     def _accumulated(self, i: int, p: nn.Parameter) -> None:
-        """Autograd calls this once per backward, with that backward's gradient in p.grad. Add it to
-        the bucket and clear `.grad`: the next backward would add to it. (`.grad` is not the bucket
-        itself, since torch.compile does not compile a layer whose `.grad` has another dtype.)"""
+        """Hook: a backward pass has stored its gradient of parameter i in p.grad. Add it to the
+        bucket and clear p.grad.
+
+        During backward, p.grad is not a view of the bucket, which may have another dtype:
+        torch.compile does not compile a layer with such a `.grad`."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
-            raise ValueError("backward outside of start() and finish(): call start() first, or "
-                             "freeze this model while the loss of another one uses it")  # fmt: skip
-        first = self.missing[i] == self.accumulations[i]
-        add(p.grad, self.gradients[i], first)
+            raise ValueError("backward() ran outside of start() and finish(): call start() before "
+                             "the first backward. If the loss trains another model, call "
+                             "backward(inputs=[*other.parameters()])")  # fmt: skip
+        count = self.accumulations[i]
+        if self.missing[i] == 0:
+            raise ValueError(f"{self.parameters[i][0]} received {count + 1} gradients in one step, "
+                             f"but accumulations is {count}: pass accumulations=m for m "
+                             "microbatches")  # fmt: skip
+        accumulate(p.grad, self.gradients[i], first=self.missing[i] == count)
         p.grad = None
         self.missing[i] -= 1
         if self.missing[i] > 0:
             return
-        if self.missing[i] < 0:
-            raise ValueError(f"more than {self.accumulations[i]} accumulations in a step: pass "
-                             "accumulations=m for m microbatches")  # fmt: skip
         self.ready.append(i)
         self.waiting[self.bucket_of[i]] -= 1
-        # In bucket order and no other, though a later bucket may fill first on some rank:
-        # collectives are matched by order, and the ranks must agree on it.
+        # Ranks may complete buckets in different orders, but collectives are matched by call order.
+        # So buckets are launched in order, and a complete bucket waits for all earlier ones.
         while (self.overlap and self.learned and len(self.launched) < len(self.buckets)
                and self.waiting[len(self.launched)] == 0):  # fmt: skip
             self._launch()
@@ -322,8 +277,8 @@ class DDP:
         self.launched.append((sent, self.reduce(sent, self.group)))
 
     def finish(self) -> None:
-        """After the last backward: every `.grad` is the sum over the group when this returns. A
-        bucket that still waits for a parameter unused in this step is sent as it is."""
+        """Call after the last backward of a step. On return, every `.grad` is the sum over the
+        group. Buckets that are incomplete, because of unused parameters, are reduced here."""
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
@@ -344,10 +299,13 @@ class DDP:
         self.phase = "finished"
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
-        """After finish(): updates the model. clip: the maximum norm, as in clip_grad_norm_. Returns
-        the norm before clipping, or None without clip. Raises ValueError if clip is given and
-        tensor-parallel ranks hold a part of the norm. There, and with pipeline stages, call the
-        four parts and compute the norm as train_3d.py does."""
+        """Call after finish(). Runs before_step(), clips the gradients to the global norm `clip`,
+        runs optimizer.step() and after_step(). Returns the norm before clipping; None without clip.
+
+        Raises ValueError if clip is given and a gradient is distributed over tensor-parallel ranks.
+        In that case call before_step(), clip by the norm over all ranks, then call optimizer.step()
+        and after_step(), as train_3d.py does. Do the same with pipeline stages, where no error is
+        raised, but the norm covers only the stages of this rank."""
         if clip is not None:
             check_norm_is_local(self.parameters)
         self.before_step()
@@ -358,145 +316,211 @@ class DDP:
         self.after_step()
         return norm
 
-    def _before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        check_optimizer(optimizer, self.piece_of, ready=self.phase == "update")
-
-    def _loaded(self, module: nn.Module) -> None:
-        """load_state_dict wrote to the parameters of `module`: update their fp32 copies."""
-        if module not in self.modules:  # a copy of the model
-            return
-        for name, p in module.named_parameters(recurse=False):
-            if p.requires_grad and p not in self.masters:
-                raise ValueError(f"load_state_dict(assign=True) replaced {name}, and this DDP "
-                                 "trains the old tensor: load without assign")  # fmt: skip
-            if p.requires_grad:
-                self.masters[p].detach().copy_(p.detach())
-
-    def pieces(self) -> list[Piece]:
-        """What this rank's optimizer updates: the parameters, or fp32 copies of those in bf16."""
-        return [Piece(name, self.masters[p], p, 0) for name, p in self.parameters]
-
-    def held(self) -> dict[str, list[Tensor]]:
-        """What is kept from step to step, by kind; the optimizer has its moments besides."""
-        copies = [master for p, master in self.masters.items() if master is not p]
-        parameters = [p for _, p in self.named]
-        return {"parameters": parameters, "gradients": self.buckets, "optimizer": copies}
-
     def before_step(self) -> None:
-        """Pieces get their `.grad`, in their own dtype: with bf16 gradients, a copy in fp32."""
+        """Set the `.grad` of the fp32 copies, in fp32."""
         if self.phase != "finished":
-            raise ValueError("before_step() or step() without finish(): gradients are not yet "
-                             "summed over the ranks")  # fmt: skip
+            raise ValueError("before_step() or step() without finish(): call finish() first, to "
+                             "reduce the gradients")  # fmt: skip
         for p, master in self.masters.items():
-            if master is not p:
-                master.grad = None if p.grad is None else p.grad.to(master.dtype)
+            master.grad = None if p.grad is None else p.grad.to(master.dtype)
         self.phase = "update"
 
     def after_step(self) -> None:
-        """After the optimizer: every rank has updated everything."""
-        narrow = {p: master for p, master in self.masters.items() if master is not p}
-        if narrow:
+        """Write the updated fp32 copies to the bf16 parameters."""
+        if self.masters:
             with torch.no_grad():
-                torch._foreach_copy_([*narrow], [*narrow.values()])
-        for p in narrow:
-            p.grad = None  # its dtype differs: a forward before start() would not be compiled
+                torch._foreach_copy_([*self.masters], [*self.masters.values()])
+        for p in self.masters:
+            p.grad = None  # its dtype may differ, see _accumulated
         self.phase = "idle"
 
     def gather(self) -> None:
-        """Every parameter whole, for who reads them: they are."""
+        """No-op: parameters are never sharded here."""
+
+    def pieces(self) -> list[Piece]:
+        """What the optimizer updates: the parameters, or their fp32 copies."""
+        return [Piece(name, self.masters.get(p, p), p, 0) for name, p in self.parameters]
+
+    def held(self) -> dict[str, list[Tensor]]:
+        """The tensors that are stored between steps, by kind. Moments are in the optimizer."""
+        parameters = [p for _, p in self.named]
+        copies = [*self.masters.values()]
+        return {"parameters": parameters, "gradients": self.buckets, "optimizer": copies}
+
+    def _learn(self) -> None:
+        """Lay out the buckets in the order in which the first step completed gradients on the
+        group's first rank. Unused parameters come last.
+
+        This precedes the first all-reduce, so that the layout is the same in all steps. A ring adds
+        in an order that depends on the position in the bucket, and a resumed run must be bitwise
+        equal to an uninterrupted one."""
+        if self.parameters:
+            order = [*dict.fromkeys([*self.ready, *range(len(self.parameters))])]
+            numbers = torch.tensor(order, device=self.buckets[0].device)
+            if self.group.size() > 1:
+                dist.broadcast(numbers, group=self.group, group_src=0)  # payload: one per parameter
+            self._lay_out(numbers.tolist())
+        self.learned = True
+
+    def _lay_out(self, order: Iterable[int]) -> None:
+        """Fill buckets with parameters in this order of their indices. A bucket has one dtype and
+        is closed when it holds at least bucket_bytes."""
+        self.buckets: list[Tensor] = []
+        self.members: list[list[int]] = []
+        self.sent_dtypes: list[torch.dtype] = []
+        open_buckets: dict[torch.dtype, list[int]] = {}
+        for i in order:
+            _, p = self.parameters[i]
+            members = open_buckets.setdefault(p.dtype, [])
+            members.append(i)
+            size = sum(self.parameters[j][1].nbytes for j in members)
+            if size >= (self.bucket_bytes if self.buckets else self.bucket_bytes // 25):
+                self._add_bucket(open_buckets.pop(p.dtype))
+        for members in open_buckets.values():
+            self._add_bucket(members)
+
+    def _add_bucket(self, members: list[int]) -> None:
+        parameters = [self.parameters[i][1] for i in members]
+        dtype = sent_dtype = parameters[0].dtype
+        if dtype.itemsize < 4:
+            dtype, sent_dtype = self.grad_dtype, self.reduce_dtype or dtype
+        sizes = [p.numel() for p in parameters]
+        flat = parameters[0].new_zeros(sum(sizes), dtype=dtype)
+        for i, p, view in zip(members, parameters, flat.split(sizes), strict=True):
+            if self.gradients[i] is not None:  # the gradient of the first step, in the old layout
+                view.copy_(self.gradients[i].flatten())
+            # None lets autograd store a `.grad` of any dtype. A tied matrix is used twice. Autograd
+            # sums its two gradients before it calls the hook, in grad_dtype if that is set.
+            p.grad_dtype = dtype if hasattr(p, "tied_name") else None
+            self.gradients[i] = view.view_as(p)
+            self.bucket_of[i] = len(self.buckets)
+        self.buckets.append(flat)
+        self.members.append(members)
+        self.sent_dtypes.append(sent_dtype)
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        check_optimizer(optimizer, self.piece_of, ready=self.phase == "update")
+
+    def _loaded(self, module: nn.Module) -> None:
+        """load_state_dict() has written to the parameters of `module`: update the fp32 copies."""
+        if module not in self.modules:  # the hooks of a deep copy of the model
+            return
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad and p not in self.piece_of:
+                raise ValueError(f"load_state_dict(assign=True) replaced {name}: DDP would train "
+                                 "the old tensor. Load with assign=False")  # fmt: skip
+            if p in self.masters:
+                self.masters[p].detach().copy_(p.detach())
 
 
-def add(gradient: Tensor, total: Tensor, first: bool) -> None:
-    """total = gradient if first, else total += gradient. The dtypes may differ."""
-    if gradient.requires_grad or gradient.is_sparse:  # create_graph=True, nn.Embedding(sparse=True)
+def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
+    """Set `total` to the gradient if `first`, else add the gradient to it. Dtypes may differ."""
+    # Gradients from backward(create_graph=True) require grad.
+    # Those from nn.Embedding(sparse=True) are sparse.
+    if gradient.requires_grad or gradient.is_sparse:
         gradient = gradient.detach().to_dense()
-    total.copy_(gradient) if first else total.add_(gradient)
+    if first:
+        total.copy_(gradient)
+    else:
+        total.add_(gradient)
 
 
-# Rung 4 (`--dp-nodes k`): links between hosts are slow. In a flat ring over d ranks, neighbours on
-# a host side by side, each host's last rank sends 2 (d-1)/d Psi to the next host. Summed inside
-# first, 2 (k-1)/k Psi leave each of k hosts: 2/3 of that on 2 hosts of 2 ranks, half on 2 hosts of
-# many ranks, about as much on many hosts, but after 2 (k-1) turns of the slow link, not 2 (d-1).
-# Measured (2 hosts of 2 ranks x 1 thread, 2 cores, gloo): 25 MB in buckets of 4 MiB take 0.70 to
-# 0.74 of a flat all-reduce's time at 1 Gbit/s between the hosts, 0.67 at 200 Mbit/s; 0.26 MB take
-# up to 2.2 of it: three latencies in place of one. `make hierarchy` says it for your machine.
+# --- the full version: several hosts --------------------------------------------------------------
+# Links between hosts are slower than links inside a host. In a ring all-reduce over d ranks, each
+# host sends 2 (d-1)/d Psi elements to the next host. If gradients are first summed inside each of k
+# hosts, it sends 2 (k-1)/k Psi. This is a third less with 2 hosts of 2 ranks, and almost half with
+# 2 hosts of many ranks. With many hosts the numbers are close, but the ring between hosts has k
+# ranks instead of d, which reduces latency. At 1 Gbit/s between hosts, an all-reduce of 25 MB takes
+# about 30 % less time. Small payloads take longer, because there are three collectives instead of
+# one. `make hierarchy` measures both.
+
+# torch 2.13 renamed these functions; 2.11 has only the old names.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Hierarchical:
-    """`reduce` of DDP: reduce-scatter inside a host, all-reduce of that share across, all-gather
-    inside. While one bucket is scattered, the one before it crosses and a third is gathered: each
-    launch takes all that are under way one phase further, and waits for the phase they are in.
-    On a GPU a side stream waits between the phases; the compute stream waits once, in wait().
+    """Sums in three phases: reduce-scatter inside the host, all-reduce of each shard across hosts,
+    all-gather inside the host. Usage: DDP(model, reduce=Hierarchical(inside, across)).
 
-    inside: the ranks of the DDP's group that are on this host, equally many on each.
-    across: the ranks that have this one's place on theirs."""
+    inside: the ranks of the DDP group on this host. All hosts must have equally many.
+    across: one rank of each host, with the same index inside its host as this rank.
+
+    Each call starts the first phase of a bucket and the next phase of all earlier buckets, so links
+    inside and between hosts work at the same time. On a GPU, a side stream waits between phases,
+    and the compute stream waits once, in wait()."""
 
     def __init__(self, inside: dist.ProcessGroup, across: dist.ProcessGroup):
         self.inside, self.across = inside, across
-        self.under_way: list[Iterator] = []  # a bucket each
+        self.in_flight: list[Iterator[dist.Work]] = []  # by bucket, oldest first
         self.stream = None
 
     def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
-        self.streams = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
-        self.stream = self.stream or self.streams.Stream()
-        self.stream.wait_stream(self.streams.current_stream())  # until backward has filled `flat`
-        self.under_way.append(self._phases(flat))
+        self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
+        self.stream = self.stream or self.device.Stream()
+        self.stream.wait_stream(self.device.current_stream())  # until `flat` is filled
+        self.in_flight.append(self._phases(flat))
         self._advance()
         return self
 
     def wait(self) -> None:
-        """For all that are under way, whichever bucket asks: every handle is this object."""
-        while self.under_way:
+        """Complete all buckets: this object is the handle of every bucket."""
+        while self.in_flight:
             self._advance()
-        self.streams.current_stream().wait_stream(self.stream)
+        self.device.current_stream().wait_stream(self.stream)
 
     def _advance(self) -> None:
-        """Oldest first, and by one phase: in the same order on all ranks."""
-        with self.streams.stream(self.stream):
-            self.under_way = [phases for phases in self.under_way if next(phases, None)]
+        """Start the next phase of each bucket, oldest first, in the same order on all ranks."""
+        with self.device.stream(self.stream):
+            self.in_flight = [phases for phases in self.in_flight if next(phases, None)]
 
     def _phases(self, flat: Tensor) -> Iterator[dist.Work]:
+        """Each next() waits for the phase in progress and starts the following one."""
         n = self.inside.size()
-        rest = -flat.numel() % n
-        whole = nn.functional.pad(flat, (0, rest)) if rest else flat
-        mine = whole.chunk(n)[self.inside.rank()]
-        work = reduce_scatter(mine, whole, group=self.inside, async_op=True)  # payload: the bucket
+        padding = -flat.numel() % n
+        padded = nn.functional.pad(flat, (0, padding)) if padding else flat
+        shard = padded.chunk(n)[self.inside.rank()]
+        work = reduce_scatter(shard, padded, group=self.inside, async_op=True)  # payload: bucket
         yield work
         work.wait()
-        work = dist.all_reduce(mine, group=self.across, async_op=True)  # payload: an n-th of it
+        work = dist.all_reduce(shard, group=self.across, async_op=True)  # payload: bucket / n
         yield work
         work.wait()
-        work = all_gather(whole, mine, group=self.inside, async_op=True)  # payload: the bucket
+        work = all_gather(padded, shard, group=self.inside, async_op=True)  # payload: bucket
         yield work
         work.wait()
-        flat.copy_(whole[: flat.numel()])  # itself, unless n does not divide it
+        if padding:
+            flat.copy_(padded[: flat.numel()])
 
 
 # --- checks ---------------------------------------------------------------------------------------
-# Mistakes that would otherwise train the wrong thing silently.
+# Without these checks, most of these mistakes would train a wrong model without an error.
 
 
 def check_same_parameters(
     parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
 ) -> None:
-    """Raises ValueError, on every rank and naming the first difference, if the ranks do not have
-    the same parameters, with the same values, in the same order."""
+    """Raise ValueError on every rank unless all ranks of `group` have the same parameters, in the
+    same order and with equal values. The message names the first difference.
+
+    Values are compared by checksum. A permutation of the elements is not detected."""
     if group.size() == 1:
         return
     mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
             for name, p in parameters]  # fmt: skip
-    everyone: list = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
-    for rank, theirs in enumerate(everyone):
-        for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
+    by_rank: list = [None] * group.size()
+    dist.all_gather_object(by_rank, mine, group=group)
+    for rank, theirs in enumerate(by_rank):
+        for i, (a, b) in enumerate(itertools.zip_longest(by_rank[0], theirs)):
             if a != b:
                 raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on rank "
-                                 f"{rank}: every rank must build the same model with the same "
-                                 "values (set the same seed, or load one file)")  # fmt: skip
+                                 f"{rank}: build the same model on every rank, with the same seed "
+                                 "or from the same checkpoint")  # fmt: skip
 
 
 def checksum(p: Tensor) -> int:
-    """Sum of the elements' bit patterns as integers: the order of addition does not matter."""
+    """The sum of the elements' bit patterns as integers. It does not depend on the order of
+    summation, so equal tensors always have equal checksums."""
     if p.is_meta:
         return 0
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
@@ -504,72 +528,72 @@ def checksum(p: Tensor) -> int:
 
 
 def check_accumulations(model: nn.Module, accumulations: dict[nn.Parameter, int]) -> None:
+    """Raise ValueError unless every trainable parameter has a count of at least 1."""
     for name, p in model.named_parameters():
         if p.requires_grad and not accumulations.get(p, 0) >= 1:
-            raise ValueError("accumulations must be an int >= 1, or a dict with one for each "
-                             f"parameter; for {name} it is {accumulations.get(p)}")  # fmt: skip
+            raise ValueError("accumulations must be an int >= 1, or a dict with an int >= 1 for "
+                             f"every trainable parameter: for {name} it is "
+                             f"{accumulations.get(p)}")  # fmt: skip
 
 
 def check_optimizer(
     optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Piece], ready: bool
 ) -> None:
-    """Runs before the step of every optimizer in the process. pieces: by tensor and by parameter.
-    ready: gradients are summed. Raises ValueError if the optimizer holds a parameter instead of its
-    piece, or steps too early."""
+    """Raise ValueError if the optimizer holds a model parameter instead of its fp32 copy or shard,
+    or if the gradients are not `ready`. Runs before the step of every optimizer in the process.
+
+    pieces: maps each parameter, and the tensor that the optimizer must hold for it, to its Piece.
+    ready: whether before_step() has been called."""
     for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
         piece = pieces.get(p)
         if piece is not None and p is not piece.tensor:
-            raise ValueError(f"the optimizer holds {piece.name}, whose fp32 copy must be "
-                             "updated instead: build the optimizer over "
+            raise ValueError(f"the optimizer holds {piece.name} instead of its fp32 copy or shard: "
+                             "construct the optimizer over "
                              "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
         if piece is not None and not ready:
-            raise ValueError("optimizer.step() before the gradients are summed over the ranks: "
-                             "call finish() and step(optimizer)")  # fmt: skip
+            raise ValueError("optimizer.step() was called without before_step(): call finish() "
+                             "and then sync.step(optimizer)")  # fmt: skip
 
 
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
-    """Raises ValueError if tensor-parallel ranks hold a part of a gradient's norm."""
+    """Raise ValueError if the gradient norm depends on other tensor-parallel ranks."""
     for name, p in parameters:
         sharded = hasattr(p, "sharding") and p.sharding.size > 1
         if sharded or getattr(p, "partial", False):
-            raise ValueError(f"clip: the gradient of {name} is spread over tensor-parallel ranks, "
-                             "and so is the norm: call before_step(), clip by the norm over all of "
-                             "them, optimizer.step() and after_step()")  # fmt: skip
+            raise ValueError(f"clip: the gradient of {name} is distributed over tensor-parallel "
+                             "ranks, so one rank cannot compute the norm: call before_step(), "
+                             "clip by the norm over all ranks, then call optimizer.step() and "
+                             "after_step()")  # fmt: skip
 
 
 # --- cost -----------------------------------------------------------------------------------------
 
 
 def predicted_payload(numel: int) -> int:
-    """Elements all-reduced per rank and step, Psi = numel, under any number of microbatches."""
+    """Elements all-reduced per rank and step, for Psi = numel and any number of microbatches."""
     return numel
 
 
 def predicted_wire_bytes(numel: int, d: int, itemsize: int) -> float:
-    """Bytes that a ring sends per rank and step: 2 (d-1)/d of the payload. From a host to the next
-    the same, however many of the ranks it has: they are neighbours, and only the last one's go."""
+    """Bytes that a rank sends per step in a ring of d ranks. A host sends as many to the next host,
+    because one of its ranks has its neighbor there. With Hierarchical on k hosts, a host sends
+    predicted_wire_bytes(numel, k, itemsize)."""
     return 2 * (d - 1) / d * numel * itemsize
 
 
 def predicted_hierarchical_payload(numels: Iterable[int], n: int) -> dict[tuple[str, str], int]:
-    """Elements per rank and step, by (group, operation), of buckets of so many; n ranks a host. A
-    bucket that n does not divide is padded, in a copy that is held until it is gathered."""
+    """Elements per rank and step, by (group, operation), with n ranks per host. A bucket of `numel`
+    elements is padded to a multiple of n."""
     padded = sum(-(-numel // n) * n for numel in numels)
     return {("inside", "reduce_scatter"): padded, ("across", "all_reduce"): padded // n,
             ("inside", "all_gather"): padded}  # fmt: skip
 
 
-def predicted_hierarchical_wire_bytes(numel: int, k: int, itemsize: int) -> float:
-    """Bytes from a host to others, per step: n rings go there, a rank a host in each, and each has
-    an n-th of the payload, so that n cancels."""
-    return predicted_wire_bytes(numel, k, itemsize)
-
-
 def predicted_bytes(
     numel: int, dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None
 ) -> dict[str, int]:
-    """Bytes held per rank after the last backward, with AdamW: parameters, gradients, two moments,
-    and in bf16 an fp32 copy to update: 16 Psi, or 18, whatever d is."""
+    """Bytes per rank with AdamW, for Psi = numel: 16 Psi in fp32, 18 Psi in bf16. "optimizer": two
+    moments and, in bf16, the fp32 copies of the parameters."""
     grad_dtype = grad_dtype or torch.promote_types(dtype, torch.float32)
     update = 12 if dtype.itemsize < 4 else 2 * dtype.itemsize
     each = {"parameters": dtype.itemsize, "gradients": grad_dtype.itemsize, "optimizer": update}
@@ -579,96 +603,69 @@ def predicted_bytes(
 # --- demo -----------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def train(rows: range, group: dist.ProcessGroup, all_reduce: Callable, reduce: Callable | None):
+    """Train on `rows` of each batch, in float64, with DDP if `reduce` is given. A batch has 4 rows
+    per rank of the group."""
     import data
     import gpt
+
+    config, m, steps, tokens = gpt.GPTConfig(2, 2, 32, 256, 32), 2, 3, data.example()
+    model = gpt.build(config, seed=0, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    sync = DDP(model, group, m, bucket_bytes=2**16, reduce=reduce) if reduce else None
+    losses = torch.zeros(steps, dtype=torch.float64)
+    for step in range(steps):
+        optimizer.zero_grad()
+        if sync:
+            sync.start()
+        x, y = data.batch(tokens, step, rows, config.seq_len, seed=0)
+        for xs, ys in zip(x.chunk(m), y.chunk(m), strict=True):
+            loss = gpt.cross_entropy(model(xs), ys) / (4 * group.size() * config.seq_len)
+            loss.backward()
+            losses[step] += loss.detach()
+        if sync:
+            sync.finish()
+            sync.step(optimizer)
+        else:
+            all_reduce(model.parameters(), group)
+            optimizer.step()
+    return losses, dict(model.named_parameters()), sync
+
+
+def main() -> None:
+    """Compare each version with one process that has all rows."""
     import measure
 
-    config, m, steps = gpt.GPTConfig(2, 2, 32, 256, 32), 2, 3
     with measure.Report("ddp.py") as report:
-        group, batch = report.group, 4 * report.group.size()
-        hosts = torch.arange(group.size()).view(2 - group.size() % 2, -1)  # as if on two
+        group, d = report.group, report.group.size()
+        hosts = torch.arange(d).view(2 - d % 2, -1)  # an even d is divided into two "hosts"
         inside, _ = dist.new_subgroups_by_enumeration(hosts.tolist())
         across, _ = dist.new_subgroups_by_enumeration(hosts.T.tolist())
-        tokens = data.example()
-
-        def train(rows: range, rung: str, dtype=torch.float64, seen=None, grad_dtype=None):
-            """Train on `rows` of each batch, in m microbatches. One process has all of them."""
-            model = gpt.build(config, seed=0, dtype=dtype)
-            named = dict(gpt.named_parameters(model))
-            sync = None
-            if rung in ("bucketed", "hierarchical"):
-                how = {"reduce": Hierarchical(inside, across)} if rung == "hierarchical" else {}
-                sync = DDP(model, group, m, bucket_bytes=2**16, grad_dtype=grad_dtype, **how)
-            pieces = [piece.tensor for piece in sync.pieces()] if sync else named.values()
-            optimizer, losses, held = torch.optim.AdamW(pieces, lr=1e-2, eps=1e-4), [], None
-            for step in range(steps):
-                with seen if seen and step + 1 == steps else contextlib.nullcontext():
-                    sync.start() if sync else optimizer.zero_grad()
-                    x, y = data.batch(tokens, step, rows, config.seq_len, seed=0)
-                    losses.append(torch.zeros((), dtype=torch.float64))
-                    for xs, ys in zip(x.chunk(m), y.chunk(m), strict=True):
-                        # Divided by the tokens of the whole batch, whoever has them: gradients add.
-                        loss = gpt.cross_entropy(model(xs), ys) / (batch * config.seq_len)
-                        loss.backward()
-                        losses[-1] += loss.detach()
-                    if sync:
-                        sync.finish()
-                        held = measure.bytes_by_kind(sync.held(), optimizer)
-                        sync.before_step()
-                    elif rung != "one process":
-                        meet = {"naive": all_reduce_gradients, "flat": all_reduce_flat}[rung]
-                        meet(model.parameters(), group)
-                    optimizer.step()
-                    if sync:
-                        sync.after_step()
-            return losses, {n: p.grad for n, p in named.items()}, named, sync, held
-
-        losses, gradients, parameters, *_ = train(range(batch), "one process")
+        expected_losses, expected, _ = train(range(4 * d), group, lambda *_: None, None)
+        expected_gradients = {name: p.grad for name, p in expected.items()}
+        psi = sum(p.numel() for p in expected.values())
+        versions = {
+            "version 1": (all_reduce_gradients, None),
+            "flat": (all_reduce_flat, None),
+            "DDP": (None, all_reduce_bucket),
+            "Hierarchical": (None, Hierarchical(inside, across)),
+        }
         rows = range(4 * group.rank(), 4 * group.rank() + 4)
-        psi = sum(p.numel() for p in parameters.values())
-        for rung in ("naive", "flat", "bucketed", "hierarchical"):
-            seen = measure.Collectives({"dp": group, "inside": inside, "across": across})
-            mine, g, p, sync, _ = train(rows, rung, seen=seen)
-            for loss in mine:
-                dist.all_reduce(loss)  # its share of the batch's mean, from each rank
-            report.losses(rung, mine, losses)
-            report.close(f"{rung} max |d gradient|", g, gradients)
-            report.close(f"{rung} max |d parameter|", p, parameters)
-            if sync and group.size() == 1:
-                continue  # nothing was sent
-            if rung == "hierarchical":
-                buckets = [flat.numel() for flat in sync.buckets]
-                predicted = predicted_hierarchical_payload(buckets, inside.size())
-                measured = {key: seen.total(*key).payload for key in predicted}
-                both = [{" ".join(k): n for k, n in x.items()} for x in (predicted, measured)]
-                report.costs("elements by group", rung, *both)
-                continue
-            exposed = psi
-            if sync:  # all but the buckets that wait for one of these: below is no matrix
-                last = [
-                    i
-                    for i, (n, _) in enumerate(sync.parameters)
-                    if n.startswith(("wte", "wpe", "h.0.ln_1", "h.0.attn.c_attn"))
-                ]
-                late = {sync.bucket_of[i] for i in last}
-                exposed = sum(sync.buckets[i].numel() for i in range(min(late), len(sync.buckets)))
-            calls = {"naive": len(p), "flat": 1, "bucketed": sync and len(sync.buckets)}[rung]
-            total, hidden = (seen.total("dp", "all_reduce", hidden=h) for h in (None, True))
-            measured = (total.calls, total.payload - hidden.payload, hidden.payload)
-            predicted = (calls, exposed, predicted_payload(psi) - exposed)
-            kinds = ("calls", "exposed", "hidden")
-            report.costs(
-                "a step, elements",
-                f"{rung} all_reduce",
-                *(dict(zip(kinds, x, strict=True)) for x in (predicted, measured)),
-            )
-        for table, *dtypes in (
-            ("bytes, float64", torch.float64, None), ("bytes, bf16", torch.bfloat16, None),
-            ("bytes, bf16 gradients", torch.bfloat16, torch.bfloat16),
-        ):  # fmt: skip
-            *_, held = train(rows, "bucketed", dtypes[0], grad_dtype=dtypes[1])
-            report.costs(table, "bucketed", predicted_bytes(psi, *dtypes), held)
+        for name, (all_reduce, reduce) in versions.items():
+            with measure.Collectives({"dp": group, "inside": inside, "across": across}) as seen:
+                losses, parameters, sync = train(rows, group, all_reduce, reduce)
+            dist.all_reduce(losses)
+            gradients = {name: p.grad for name, p in parameters.items()}
+            report.losses(name, [*losses], [*expected_losses])
+            report.close(f"{name} max |d gradient|", gradients, expected_gradients)
+            report.close(f"{name} max |d parameter|", parameters, expected)
+            payloads = {("dp", "all_reduce"): predicted_payload(psi)}
+            if name == "Hierarchical":
+                sizes = [bucket.numel() for bucket in sync.buckets]
+                payloads = predicted_hierarchical_payload(sizes, inside.size())
+            for (axis, operation), payload in payloads.items() if d > 1 else ():
+                measured = seen.total(axis, operation).payload // len(losses)
+                report.equal(f"{name} {operation} payload", payload, measured)
 
 
 if __name__ == "__main__":

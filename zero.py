@@ -174,7 +174,8 @@ class Unit:
             self.gradient_shard = self.gradients[self.mine]
             for p, here in self.place.items():
                 self.gradient_of[p] = self.gradients[here].view_as(p)
-                # Autograd adds the two gradients of a tied matrix in the dtype of the buffer.
+                # None lets autograd store a `.grad` of any dtype. A tied matrix is used twice.
+                # Autograd sums its two gradients in grad_dtype, before it calls the hook.
                 p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None
         else:
             self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
@@ -273,7 +274,7 @@ class Unit:
         if self.reducing is not None:
             self.reducing.wait()
         if self.sum is not None:
-            add(self.sum, self.gradient_shard, self.first)
+            accumulate(self.sum, self.gradient_shard, self.first)
         self.sum = self.reducing = None
 
 
@@ -339,7 +340,8 @@ class Zero1:
 
     tokens: the number of targets in the global batch.
 
-    model: equal on all ranks of `group`, including the values.
+    model: must have the same parameters, with the same values, on all ranks of `group`. Buffers are
+        neither checked nor synchronized.
     group: the ranks over which state is sharded. Default: all ranks.
     accumulations: the number of backward passes per step that reach a parameter, which is the
         number of microbatches m. Pass a dict {parameter: count} if it differs between parameters.
@@ -368,6 +370,7 @@ class Zero1:
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("there is no process group: call dist.init_process_group() first")
+        # The copies of a tied matrix on the first and the last pipeline stage have one tied_name.
         self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
         self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
         self.name_of = {p: name for name, p in self.named}
@@ -434,8 +437,8 @@ class Zero1:
         """Call before the first backward of a step. Until finish(), every `.grad` is None or a
         gradient of this rank.
 
-        If the last step was interrupted by an exception, at the same place on all ranks, start()
-        waits for its collectives and discards its gradients."""
+        If an exception interrupted the previous step before the optimizer update, at the same point
+        on all ranks, start() waits for the pending collectives and discards the gradients."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip
@@ -463,28 +466,30 @@ class Zero1:
         self.phase = "backward"
 
     def _accumulated(self, p: nn.Parameter) -> None:
-        """Autograd calls this after it has stored a gradient of p in p.grad. Starts the
-        reduce-scatter of p's unit if its gradients of this round are complete."""
+        """Hook: a backward pass has stored its gradient of p in p.grad. Start the reduce-scatter of
+        the unit if all its gradients of this round are complete."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
-            raise ValueError("backward outside of start() and finish(): call start() first. If "
-                             "this is the loss of another model, freeze this one")  # fmt: skip
-        unit, n = self.unit_of[p], self.accumulations[p]
+            raise ValueError("backward() ran outside of start() and finish(): call start() before "
+                             "the first backward. If the loss trains another model, call "
+                             "backward(inputs=[*other.parameters()])")  # fmt: skip
+        unit, count = self.unit_of[p], self.accumulations[p]
+        if self.missing[p] == 0:
+            raise ValueError(f"{self.name_of[p]} received {count + 1} gradients in one step, "
+                             f"but accumulations is {count}: pass accumulations=m for m "
+                             "microbatches")  # fmt: skip
         if self.stage == 1:
-            add(p.grad, unit.gradient_of[p], first=self.missing[p] == n)
+            accumulate(p.grad, unit.gradient_of[p], first=self.missing[p] == count)
             p.grad = None
         self.missing[p] -= 1
-        if self.missing[p] < 0:
-            raise ValueError(f"more than {n} accumulations in a step: pass accumulations=m for m "
-                             "microbatches")  # fmt: skip
         # In a pipeline, a tied matrix can have two accumulations per round.
-        done = n - self.missing[p]
-        rounds, rounds_before = done * self.rounds // n, (done - 1) * self.rounds // n
+        done = count - self.missing[p]
+        rounds, rounds_before = done * self.rounds // count, (done - 1) * self.rounds // count
         if rounds > rounds_before:
             self.waiting[rounds_before * len(self.order) + self.position[unit]] -= 1
-        # Collectives are matched by call order, so all ranks launch in the order of `waiting`. A
-        # later unit that is complete waits for the earlier ones.
+        # Ranks may complete units in different orders, but collectives are matched by call order.
+        # So units are launched in order, and a complete unit waits for all earlier ones.
         while (self.overlap and self.launched < len(self.waiting)
                and self.waiting[self.launched] == 0):  # fmt: skip
             self._launch()
@@ -540,8 +545,9 @@ class Zero1:
         runs optimizer.step() and after_step(). Returns the norm before clipping; None without clip.
 
         Raises ValueError if clip is given and a gradient is distributed over tensor-parallel ranks.
-        In that case, and with pipeline stages, make the four calls yourself, as train_3d.py does:
-        the norm needs a sum over those ranks."""
+        In that case call before_step(), clip by the norm over all ranks, then call optimizer.step()
+        and after_step(), as train_3d.py does. Do the same with pipeline stages, where no error is
+        raised, but the norm covers only the stages of this rank."""
         if clip is not None:
             check_norm_is_local(self.parameters)
         self.before_step()
@@ -614,7 +620,7 @@ class Zero1:
 
     def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Wait for the updated parameters of layer i."""
-        if layer in self.layers:  # not a copy of the model, which has the same hooks
+        if layer in self.layers:  # not the hooks of a deep copy of the model
             for unit in self.needs[i]:
                 unit.wait()
 
@@ -623,7 +629,7 @@ class Zero1:
 
     def _loaded(self, module: nn.Module) -> None:
         """Update the shards after load_state_dict() has written to the parameters of `module`."""
-        if module not in self.modules:  # a copy of the model, which has the same hooks
+        if module not in self.modules:  # the hooks of a deep copy of the model
             return
         for name, p in module.named_parameters(recurse=False):
             if p not in self.name_of:
@@ -633,12 +639,13 @@ class Zero1:
                 self.unit_of[p].refresh()
 
 
-# add() and is_unused() are equal to the functions of ddp.py.
+# accumulate() and is_unused() are equal to the functions of ddp.py.
 
 
-def add(gradient: Tensor, total: Tensor, first: bool) -> None:
+def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
     """Set `total` to the gradient if `first`, else add the gradient to it. Dtypes may differ."""
-    # backward(create_graph=True) returns gradients with a graph, nn.Embedding(sparse=True) sparse.
+    # Gradients from backward(create_graph=True) require grad.
+    # Those from nn.Embedding(sparse=True) are sparse.
     if gradient.requires_grad or gradient.is_sparse:
         gradient = gradient.detach().to_dense()
     if first:
@@ -767,7 +774,7 @@ class Zero3(Zero2):
 
     def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Gather layer i, and start to gather layer i + 1."""
-        if layer not in self.layers:  # a copy of the model, which has the same hooks
+        if layer not in self.layers:  # the hooks of a deep copy of the model
             return
         # Recomputation of activations runs the forward in backward, which needs layer i - 1 next.
         is_last = i + 1 in self.starts or in_backward()
@@ -884,14 +891,17 @@ def tensors_in(value) -> Iterator[Tensor]:
 STAGES = {1: Zero1, 2: Zero2, 3: Zero3}
 
 # --- checks ---------------------------------------------------------------------------------------
-# Equal to the functions of ddp.py.
+# Equal to the functions of ddp.py. Without them, most of these mistakes would train a wrong model
+# without an error.
 
 
 def check_same_parameters(
     parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
 ) -> None:
     """Raise ValueError on every rank unless all ranks of `group` have the same parameters, in the
-    same order and with equal values. The message names the first difference."""
+    same order and with equal values. The message names the first difference.
+
+    Values are compared by checksum. A permutation of the elements is not detected."""
     if group.size() == 1:
         return
     mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
@@ -927,10 +937,11 @@ def check_accumulations(model: nn.Module, accumulations: dict[nn.Parameter, int]
 def check_optimizer(
     optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Piece], ready: bool
 ) -> None:
-    """Raise ValueError if the optimizer holds a parameter whose Piece has a different tensor, or if
-    the gradients are not `ready`. Runs before the step of every optimizer in the process.
+    """Raise ValueError if the optimizer holds a model parameter instead of its fp32 copy or shard,
+    or if the gradients are not `ready`. Runs before the step of every optimizer in the process.
 
-    pieces: by parameter and by tensor."""
+    pieces: maps each parameter, and the tensor that the optimizer must hold for it, to its Piece.
+    ready: whether before_step() has been called."""
     for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
         piece = pieces.get(p)
         if piece is not None and p is not piece.tensor:
@@ -938,8 +949,8 @@ def check_optimizer(
                              "construct the optimizer over "
                              "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
         if piece is not None and not ready:
-            raise ValueError("optimizer.step() was called before the gradients were reduced: "
-                             "call finish() and then step(optimizer)")  # fmt: skip
+            raise ValueError("optimizer.step() was called without before_step(): call finish() "
+                             "and then sync.step(optimizer)")  # fmt: skip
 
 
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:

@@ -1,3 +1,4 @@
+import functools
 import gc
 
 import pytest
@@ -5,7 +6,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
 import ddp
+import gpt
 import measure
 import zero
 from tools.oracle import Case, judge, launch
@@ -20,6 +23,138 @@ def model() -> torch.nn.Sequential:
 def rows(rank: int, microbatch: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(10 * rank + microbatch)
     return torch.randn(4, 5, dtype=torch.float64, generator=generator)
+
+
+class Uneven(torch.nn.Module):
+    """Layers of odd sizes. No rank uses `unused`, and only the last rank uses `spare`."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.frozen = torch.nn.Linear(5, 7).double(), torch.nn.Linear(7, 7).double()
+        self.last, self.spare = torch.nn.Linear(7, 3).double(), torch.nn.Linear(5, 3).double()
+        self.unused = torch.nn.Linear(2, 1).double()
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+        y = self.last(torch.tanh(self.frozen(torch.tanh(self.first(x)))))
+        return y + self.spare(x) if rank == ranks - 1 else y
+
+
+def uneven_batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """3 rows for rank 0, 5 for rank 1, 7 for rank 2. Some targets are -1."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    x = torch.randn(3 + 2 * rank, 5, dtype=torch.float64, generator=generator)
+    return x, torch.randint(-1, 3, (len(x),), generator=generator)
+
+
+def version_and_one_process(version):
+    """Three steps of AdamW with three microbatches, of this rank's rows and of all rows."""
+    group, m = dist.group.WORLD, 3
+    d = group.size()
+    net, reference = Uneven(), Uneven()
+    sync = ddp.DDP(net, group, m, bucket_bytes=100) if version is ddp.DDP else None
+    adamw = functools.partial(torch.optim.AdamW, lr=0.1, weight_decay=0.1, eps=1e-4)
+    optimizer, reference_optimizer = adamw(net.parameters()), adamw(reference.parameters())
+    found, expected = {}, {}
+
+    def backward(model, step: int, rank: int, count: int) -> torch.Tensor:
+        total, (x, y) = torch.zeros((), dtype=torch.float64), uneven_batch(step, rank)
+        for xs, ys in zip(x.tensor_split(m), y.tensor_split(m), strict=True):
+            loss = gpt.cross_entropy(model(xs, rank, d)[None], ys[None]) / count
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    for step in range(3):
+        optimizer.zero_grad()
+        reference_optimizer.zero_grad()
+        if sync:
+            sync.start()
+        count = sum((uneven_batch(step, r)[1] >= 0).sum().item() for r in range(d))
+        assert ddp.global_count(uneven_batch(step, group.rank())[1], group) == count
+        loss = found[f"loss {step}"] = backward(net, step, group.rank(), count)
+        expected[f"loss {step}"] = sum(backward(reference, step, r, count) for r in range(d))
+        reference_optimizer.step()
+        if sync:
+            sync.finish()
+            sync.step(optimizer)
+        else:
+            with measure.Collectives() as seen:
+                version(net.parameters(), group)
+            trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+            assert seen.total().payload == ddp.predicted_payload(trained)
+            optimizer.step()
+        dist.all_reduce(loss)
+        for (name, p), q in zip(net.named_parameters(), reference.parameters(), strict=True):
+            assert (p.grad is None) == (q.grad is None), name
+            found[f"{name} {step}"], expected[f"{name} {step}"] = p.detach().clone(), q.clone()
+            if q.grad is not None:
+                found[f"{name}.grad {step}"] = p.grad.clone()
+                expected[f"{name}.grad {step}"] = q.grad.clone()
+    return max((error, what) for what, error in measure.relative_errors(found, expected).items())
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+@pytest.mark.parametrize("version", [ddp.all_reduce_gradients, ddp.all_reduce_flat, ddp.DDP])
+def test_each_version_equals_one_process(version, d):
+    """In float64, with uneven sizes, rows and microbatches, masked targets, a frozen parameter, one
+    that no rank uses and one that only the last rank uses."""
+    for error, what in launch(d, version_and_one_process, version):
+        assert error <= measure.TOLERANCE, (error, what)
+
+
+def gpt_step(version, dtype=torch.float64, grad_dtype=None):
+    """The second step of a small GPT. Returns (calls, exposed payload, hidden payload): predicted
+    and measured; and the bytes held after finish(): predicted and measured."""
+    group, m, config = dist.group.WORLD, 2, gpt.GPTConfig(2, 2, 32, 256, 32)
+    net, tokens = gpt.build(config, seed=0, dtype=dtype), data.example()
+    psi = sum(p.numel() for p in net.parameters())
+    sync = None
+    if version is ddp.DDP:
+        sync = ddp.DDP(net, group, m, bucket_bytes=2**16, grad_dtype=grad_dtype)
+    tensors = [piece.tensor for piece in sync.pieces()] if sync else net.parameters()
+    optimizer = torch.optim.AdamW(tensors)
+    rows = range(4 * group.rank(), 4 * group.rank() + 4)
+    for step in range(2):
+        with measure.Collectives({"dp": group}) as seen:
+            if sync:
+                sync.start()
+            x, y = data.batch(tokens, step, rows, config.seq_len, seed=0)
+            for xs, ys in zip(x.chunk(m), y.chunk(m), strict=True):
+                gpt.cross_entropy(net(xs), ys).backward()
+            if sync:
+                sync.finish()
+                held = measure.bytes_by_kind(sync.held(), optimizer)
+                sync.step(optimizer)
+            else:
+                version(net.parameters(), group)
+                optimizer.step()
+    calls, exposed = {ddp.all_reduce_gradients: len([*net.parameters()])}.get(version, 1), psi
+    if sync:
+        # Exposed: the buckets that wait for a parameter of which no matmul follows in backward.
+        late = ("wte", "wpe", "h.0.ln_1", "h.0.attn.c_attn")
+        first = min(sync.bucket_of[i] for i, (n, _) in enumerate(sync.parameters)
+                    if n.startswith(late))  # fmt: skip
+        calls, exposed = len(sync.buckets), sum(flat.numel() for flat in sync.buckets[first:])
+    total, hidden = (seen.total("dp", "all_reduce", hidden=hidden) for hidden in (None, True))
+    costs = ((calls, exposed, ddp.predicted_payload(psi) - exposed),
+             (total.calls, total.payload - hidden.payload, hidden.payload))  # fmt: skip
+    return costs, sync and (ddp.predicted_bytes(psi, dtype, grad_dtype), held)
+
+
+@pytest.mark.parametrize("version", [ddp.all_reduce_gradients, ddp.all_reduce_flat, ddp.DDP])
+def test_which_gradients_are_reduced_during_backward(version):
+    for (predicted, measured), _ in launch(2, gpt_step, version):
+        assert measured == predicted
+        assert (measured[2] > measured[1]) == (version is ddp.DDP)
+
+
+@pytest.mark.parametrize("dtype, grad_dtype", [(torch.float64, None), (torch.float32, None),
+                         (torch.bfloat16, None), (torch.bfloat16, torch.bfloat16)])  # fmt: skip
+def test_bytes_held_are_predicted(dtype, grad_dtype):
+    for _, (predicted, measured) in launch(2, gpt_step, ddp.DDP, dtype, grad_dtype):
+        assert measured == predicted
 
 
 def naive_and_bucketed():
@@ -138,7 +273,7 @@ def too_many(kind):
 
 @pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero3])
 def test_an_accumulation_too_many_is_an_error(kind):
-    with pytest.raises(RuntimeError, match="more than 1 accumulations in a step"):
+    with pytest.raises(RuntimeError, match="received 2 gradients in one step"):
         launch(1, too_many, kind)
 
 

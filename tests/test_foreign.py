@@ -1016,7 +1016,7 @@ def mistake(how: str, kind, dtype):
     "how, message",
     [
         ("optimizer", r"the optimizer holds .*over \[piece.tensor for piece in sync.pieces\(\)\]"),
-        ("accumulations", "more than 1 accumulations in a step: .*accumulations=m"),
+        ("accumulations", "received 2 gradients in one step, but .* is 1: .*accumulations=m"),
         ("start", r"call (sync\.)?start\(\)"),
         ("finish", "without finish()"),
         ("finish, parts", "call finish()"),

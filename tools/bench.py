@@ -95,7 +95,7 @@ def backward(model: nn.Module, x: Tensor, y: Tensor, valid: int) -> Tensor:
 
 
 def ladder(model: nn.Module, meet: Callable) -> Callable:
-    """ddp.py's first two rungs: meet(parameters, group) after backward."""
+    """all_reduce_gradients or all_reduce_flat of ddp.py: meet(parameters, group) after backward."""
     optimizer = adamw(model.parameters())
 
     def step(batch: list, valid: int) -> Tensor:

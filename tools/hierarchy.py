@@ -5,7 +5,7 @@
 Hosts are network namespaces of this machine (tools/hosts.py) with 2 ranks each; what leaves a host
 goes at --mbit megabits a second, what stays in it as fast as this machine copies. Then
 
-(a) an all-reduce, flat, and as ddp.py's fourth rung: summed inside first, then across;
+(a) an all-reduce, flat, and by ddp.Hierarchical: summed inside first, then across;
 (b) one model on two ranks, of which tp keeps both on a host or has one on each, and on all of them,
     with tp inside and pp or dp across, or the other way round (ranks are dealt out to hosts then);
 (c) its replicas, with gradients summed flat or by host; and ZeRO-3, sharded over all or inside.
@@ -176,8 +176,7 @@ def compare_all_reduces(net: hosts.Hosts, mbit: float, repeats: int) -> list[dic
         flat, by_host = launch(n * PER_HOST, all_reduces, n, size, repeats,
                                before=lambda rank: net.enter(rank // PER_HOST))[0]  # fmt: skip
         numel = size // 4
-        crosses = (ddp.predicted_wire_bytes(numel, n * PER_HOST, 4),
-                   ddp.predicted_hierarchical_wire_bytes(numel, n, 4))  # fmt: skip
+        crosses = [ddp.predicted_wire_bytes(numel, k, 4) for k in (n * PER_HOST, n)]
         rows.append({"bytes": size, "flat_s": flat[0], "by_host_s": by_host[0],
                      "flat_bytes": (crosses[0], flat[1]),
                      "by_host_bytes": (crosses[1], by_host[1])})  # fmt: skip

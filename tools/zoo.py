@@ -166,8 +166,7 @@ ZOO = [
         ("pipeline.py", "program[-1] += (event,)", "program.append((event,))")],
         "tests/test_pipeline.py -k never_deadlock", "ValueError: deadlock: rank"),
     Bug(19, "bf16 weights without an fp32 copy", [
-        ("ddp.py", "p.detach().float().requires_grad_() if p.dtype.itemsize < 4 else p",
-         "p.detach().clone().requires_grad_() if p.dtype.itemsize < 4 else p")],
+        ("ddp.py", "p.detach().float().requires_grad_()", "p.detach().clone().requires_grad_()")],
         "tests/test_zero.py::test_small_updates_of_bf16_weights_add_up",
         r"\[\[1\.0\], \[1\.0\]\] == \[\[0\.9375\]"),
     Bug(19, "bf16 shards without an fp32 copy", [
@@ -220,8 +219,7 @@ ZOO = [
          "start_sum(grad.clone(), ctx.group)\n        return whole(), None, None")],
         "tests/test_tensor_parallel.py::test_conjugates", r"assert torch\.equal\(part\.grad"),
     Bug(26, "a buffer keeps the last step's gradients", [
-        ("ddp.py", "total.copy_(gradient) if first else total.add_(gradient)",
-         "total.add_(gradient)")],
+        ("ddp.py", "        total.copy_(gradient)", "        total.add_(gradient)")],
         "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward",
         r"assert torch\.equal\(a\.grad"),
     Bug(26, "a shard begins with the last step's gradients", [
@@ -288,6 +286,10 @@ ZOO = [
     Bug(38, "1F1B forwards one microbatch too many", [
         ("pipeline.py", '[(p - 1 - r, "F"), (m, "FB")]', '[(p - r, "F"), (m, "FB")]')],
         "tests/test_pipeline.py::test_bubble_and_memory_are_as_predicted", r"assert \(2 == 1"),
+    Bug(55, "a parameter that no rank used is updated", [
+        ("ddp.py", "p.grad = torch.full_like(p, -0.0)", "p.grad = torch.zeros_like(p)")],
+        "tests/test_ddp.py::test_each_version_equals_one_process",
+        r"AssertionError: unused\.weight"),
     Bug(56, "version 1 of ZeRO does not sum its shard of the gradients", [
         ("zero.py", "reduce_scatter(self.shard.grad, self.gradients, group=self.group)", "pass")],
         "tests/test_zero.py::test_version_1_equals_one_process", "Tensor-likes are not close"),
