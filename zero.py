@@ -1,29 +1,33 @@
-"""ZeRO: data parallelism in which each rank owns a share of the state, and keeps only that.
+"""ZeRO: data parallelism in which the ranks shard the optimizer state, gradients and parameters.
 
-              flat gradients of a unit              flat parameters of the same unit
-      rank 0  [ g0 | .. | .. | .. ] --reduce-scatter--> sum in shard 0 -> optimizer -> [ w0 |    ]
-      rank 1  [ .. | g1 | .. | .. ] --reduce-scatter--> sum in shard 1 -> optimizer -> [    | w1 ]
-                                                           all-gather: everyone has  [ w0 | w1 ]
+                gradients                          sums                      parameters
+        rank 0  [a0|b0] -+                  +-> [a] -> optimizer -> [a] -+              +-> [a|b]
+                         +- reduce-scatter -+                            +- all-gather -+
+        rank 1  [a1|b1] -+                  +-> [b] -> optimizer -> [b] -+              +-> [a|b]
 
-An all-reduce is a reduce-scatter and then an all-gather. Between the two each rank holds the sum of
-one shard of the gradients; ZeRO-1 puts the optimizer there. So its moments are sharded, and the
-payload is what ddp.py's was: the second half carries parameters in place of gradients.
+The all-reduce of ddp.py is a reduce-scatter followed by an all-gather. After the reduce-scatter,
+each rank has the sum of one shard of the gradients. ZeRO-1 runs the optimizer at this point, on one
+shard of the parameters, and then all-gathers parameters instead of gradients. Each rank stores
+optimizer state for its shard only, and the communication volume does not change. ZeRO-2 also shards
+the gradients. ZeRO-3 also shards the parameters.
 
-    per rank    bytes held after the last backward    payload per step
-    and step    parameters  gradients  optimizer      reduce-scatter  all-gather
-    ddp.py      2 Psi       4 Psi      12 Psi         (Psi all-reduced: both in one)
-    ZeRO-1      2 Psi       4 Psi      12 Psi / d     Psi             Psi
-    ZeRO-2      2 Psi       4 Psi / d  12 Psi / d     m Psi           Psi
-    ZeRO-3      2 Psi / d   4 Psi / d  12 Psi / d     m Psi           about 2 m Psi; or Psi, if
-                                                                      kept from F to the last B
-    (bf16 parameters, gradients added up in fp32, AdamW on fp32 copies: 18 bytes in all; ZeRO's 16
-    with bf16 gradients. In fp32: 4, 4, 8. m microbatches. Hybrid, `replicas`: d is the size of the
-    group that shards; each shard of the gradients is all-reduced over the ranks that replicate it.)
+Psi is the number of parameters, d the number of ranks that shard them, m the number of microbatches
+per step. A payload is the number of elements of the full tensors of a collective.
 
-A unit is a block, or a layer outside of the blocks. Its parameters lie in a flat buffer, which is
-split into d shards of equal length: a matrix may span several ranks. Parameters and shards start at
-multiples of 8 elements (`aligned`). The optimizer gets *pieces*: a view for each parameter that
-overlaps my shard. Padding belongs to no piece, so it enters neither the norm nor weight decay.
+    per rank  bytes after the last backward           payload per step
+              parameters  gradients  optimizer state  reduce-scatter  all-gather
+    ddp.py    2 Psi       4 Psi      12 Psi           Psi, as an all-reduce
+    ZeRO-1    2 Psi       4 Psi      12 Psi / d       Psi             Psi
+    ZeRO-2    2 Psi       4 Psi / d  12 Psi / d       m Psi           Psi
+    ZeRO-3    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           2 m Psi less the last layer
+      kept    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           Psi
+
+The bytes are for bf16 parameters, gradients accumulated in fp32, and AdamW, which stores two
+moments and an fp32 copy of the parameters. In fp32 they are 4, 4 and 8 Psi. ZeRO-3 gathers each
+layer twice per microbatch, except the last layer, whose backward follows its forward. Embedding
+tables are not gathered for backward either. "kept" is ZeRO-3 with reshard_after_forward=False. In
+hybrid sharding there are several groups of d ranks, with equal shards. It adds an all-reduce of
+Psi / d elements.
 
     torchrun --standalone --nproc-per-node 2 zero.py
 
@@ -31,7 +35,6 @@ Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054), sections 3.1, 5 and 7; Zhao et
 FSDP (arXiv 2304.11277), sections 3.2 (flat, padded buffers; hybrid) and 3.3 (prefetching).
 """
 
-import contextlib
 import functools
 import itertools
 import sys
@@ -44,51 +47,115 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-# --- collectives ----------------------------------------------------------------------------------
-# torch 2.13 gave the two halves of an all-reduce new names and warns at the old; 2.11 has the old.
-
+# PyTorch 2.13 renamed these functions and warns about the old names. 2.11 has only the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# --- strategy -------------------------------------------------------------------------------------
-# The same words in the same order as in ddp.py: read them side by side. Rung 1: ZeRO-1.
+# --- version 1: the whole idea --------------------------------------------------------------------
+
+
+class MinimalZero1:
+    """ZeRO-1 with two flat buffers. The parameters become views of one, and their gradients of the
+    other. The optimizer updates this rank's shard of the parameters, so that it stores 1/d of the
+    moments.
+
+        zero1 = MinimalZero1(model.parameters(), group)
+        optimizer = AdamW([zero1.shard])
+        zero1.start()                     # instead of optimizer.zero_grad()
+        for x, y in microbatches:         # gradients accumulate in the flat buffer
+            (F.cross_entropy(model(x), y, reduction="sum") / tokens).backward()
+        zero1.step(optimizer)             # instead of optimizer.step()
+
+    tokens: the number of targets in the global batch. Every rank divides its loss by it, so that
+    gradients are summed over the ranks and not averaged.
+
+    parameters: equal on all ranks, and of one dtype. Frozen parameters are left unchanged."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup):
+        trainable = [p for p in parameters if p.requires_grad]
+        d, rank, self.group = group.size(), group.rank(), group
+        n = -(-sum(p.numel() for p in trainable) // d)  # elements per shard
+        self.parameters = trainable[0].detach().new_zeros(n * d)  # may end with padding
+        self.gradients = torch.zeros_like(self.parameters)
+        start = 0
+        for p in trainable:
+            end = start + p.numel()
+            self.parameters[start:end] = p.detach().flatten()
+            p.data = self.parameters[start:end].view_as(p)
+            p.grad = self.gradients[start:end].view_as(p)
+            start = end
+        mine = slice(rank * n, (rank + 1) * n)
+        self.shard = self.parameters[mine].requires_grad_()
+        self.shard.grad = self.gradients[mine]
+
+    def start(self) -> None:
+        self.gradients.zero_()
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Both collectives work in place: the shard is a slice of the buffer.
+        reduce_scatter(self.shard.grad, self.gradients, group=self.group)  # payload: Psi
+        optimizer.step()
+        all_gather(self.parameters, self.shard.detach(), group=self.group)  # payload: Psi
+
+
+# --- the full version -----------------------------------------------------------------------------
+# ZeRO-2 and ZeRO-3 communicate the same tensors at other times.
+#
+# ZeRO-2 does not store full gradients. As soon as backward has computed the gradients of a layer,
+# they are reduce-scattered, added to a stored shard, and freed. This saves (1 - 1/d) of the
+# gradient memory. It costs one reduce-scatter per microbatch instead of one per step.
+#
+# ZeRO-3 does not store full parameters either. The parameters of a layer are all-gathered before
+# its forward, freed, all-gathered a second time before its backward, and freed. This saves
+# (1 - 1/d) of the parameter memory. It costs up to 2 m all-gathers per step instead of one.
+#
+# The full version has one flat buffer per layer instead of one per model. The collective of one
+# layer then overlaps with the computation of others. The optimizer gets a tensor per parameter, so
+# that parameter groups work. Also supported: bf16 with fp32 master weights, unused and tied
+# parameters, gradient clipping, load_state_dict(), hybrid sharding. Misuse raises an error.
 
 
 class Piece(NamedTuple):
-    """The range of one parameter that this rank's optimizer updates, 1-D."""
+    """A range of one flattened parameter, which this rank's optimizer updates."""
 
     name: str
-    tensor: Tensor
+    tensor: Tensor  # 1-D
     parameter: nn.Parameter
-    start: int  # of the tensor in the flattened parameter
+    start: int  # offset of `tensor` in the flattened parameter
 
 
 class Unit:
-    """Parameters that travel together: flat, padded to d shards of equal length, one of them mine.
-    Without `full_parameters` or `full_gradients` only my shard of them is held for good. A
-    unit's parameters have one dtype and are all trainable or all frozen. A frozen unit has no
-    gradients and no pieces."""
+    """Parameters that are communicated together, in one flat buffer.
+
+        parameters  [ p0 | p1      | p2  | padding ]       d * n elements
+        shards      [ rank 0 | rank 1 | .. | rank d-1 ]    n elements each
+
+    A shard may contain several parameters, and a parameter may span several shards. Both start at
+    multiples of 8 elements, see aligned(). A piece is a range of a parameter in this rank's shard.
+    Padding is in no piece, so it has no effect on the gradient norm.
+
+    Between uses, a rank stores only its shard of the gradients (from ZeRO-2 on) and of the
+    parameters (ZeRO-3). The parameters of a unit have one dtype, and are all trainable or all
+    frozen. A frozen unit has no gradients and no pieces."""
 
     def __init__(
-        self, members: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup,
-        full_parameters: bool, full_gradients: bool, grad_dtype: torch.dtype | None,
-        reduce_dtype: torch.dtype | None,
+        self, members: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup, stage: int,
+        grad_dtype: torch.dtype | None, reduce_dtype: torch.dtype | None,
     ):  # fmt: skip
-        self.group, like = group, members[0][1].detach()
-        self.trainable = members[0][1].requires_grad
-        narrow = like.dtype.itemsize < 4
-        grad_dtype = (grad_dtype or torch.float32) if narrow else like.dtype
-        self.reduce_dtype = reduce_dtype if narrow and reduce_dtype else like.dtype
+        like = members[0][1].detach()
+        self.group, self.trainable = group, members[0][1].requires_grad
+        self.is_sharded = stage == 3 and group.size() > 1  # stores only a shard of the parameters
+        is_narrow = like.dtype.itemsize < 4  # bf16
+        grad_dtype = (grad_dtype or torch.float32) if is_narrow else like.dtype
+        self.reduce_dtype = reduce_dtype if is_narrow and reduce_dtype else like.dtype
+
         size = padded([p.numel() for _, p in members], group.size())
         n = size // group.size()
-        mine = self.mine = slice(group.rank() * n, (group.rank() + 1) * n)
+        self.mine = slice(group.rank() * n, (group.rank() + 1) * n)  # this rank's shard
+
+        # The parameters become views of a flat buffer.
         self.parameters = like.new_zeros(size)
-        self.gradients = None
-        if full_gradients and self.trainable:
-            self.gradients = like.new_zeros(size, dtype=grad_dtype)
-        self.place: dict[nn.Parameter, slice] = {}
-        self.gradient_of: dict[nn.Parameter, Tensor] = {}  # views of `gradients`
-        self.reduced: dict[nn.Parameter, Tensor] = {}  # what `.grad` is after finish()
+        self.place: dict[nn.Parameter, slice] = {}  # in the flat buffer
         end = 0
         for _, p in members:
             here = self.place[p] = slice(end, end + p.numel())
@@ -96,57 +163,69 @@ class Unit:
             self.parameters[here] = p.detach().flatten()
             p.data = self.parameters[here].view_as(p)
             p.grad = None
-            if self.gradients is not None:
-                p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None  # see ddp.py
+        shard = self.parameters[self.mine]
+        self.parameter_shard = shard.clone() if self.is_sharded else shard
+
+        # ZeRO-1 has a flat buffer for gradients too. ZeRO-2 and ZeRO-3 only have a shard.
+        self.gradients: Tensor | None = None
+        self.gradient_of: dict[nn.Parameter, Tensor] = {}  # views of `gradients`
+        if self.trainable and stage == 1:
+            self.gradients = like.new_zeros(size, dtype=grad_dtype)
+            self.gradient_shard = self.gradients[self.mine]
+            for p, here in self.place.items():
                 self.gradient_of[p] = self.gradients[here].view_as(p)
-            zero = like.new_zeros((), dtype=p.grad_dtype or p.dtype).expand(p.shape)
-            self.reduced[p] = Tensor._make_subclass(ReducedGradient, zero)
-        shard = self.parameters[mine]
-        kept = full_parameters or group.size() == 1
-        self.parameter_shard = shard if kept else shard.clone()
-        if self.gradients is not None:
-            self.gradient_shard = self.gradients[mine]
+                # None lets autograd store a `.grad` of any dtype. A tied matrix is used twice.
+                # Autograd sums its two gradients in grad_dtype, before it calls the hook.
+                p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None
         else:
             self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
-        # What the optimizer updates: in bf16 a small update, added to a weight, is rounded away.
+        self.placeholder_of = {p: ReducedGradient.like(p) for p in self.place}
+
+        # The optimizer updates pieces of `master`. With fp32 parameters this is the shard. With
+        # bf16 it is an fp32 copy, because bf16 rounding would lose small updates.
         self.master = self.parameter_shard
-        if narrow and self.trainable:
+        if is_narrow and self.trainable:
             self.master = self.parameter_shard.float()
         self.pieces: list[Piece] = []
+        self.place_in_shard: list[slice] = []  # of each piece
         for name, p in members if self.trainable else ():
-            start = max(self.place[p].start, mine.start)
-            stop = min(self.place[p].stop, mine.stop)
+            start = max(self.place[p].start, self.mine.start)
+            stop = min(self.place[p].stop, self.mine.stop)
             if start < stop:
-                here = slice(start - mine.start, stop - mine.start)  # in my shard
+                here = slice(start - self.mine.start, stop - self.mine.start)
                 self.add_piece(name, p, here, start - self.place[p].start)
-        self.gathered, self.gathering, self.reducing, self.sum = True, None, None, None
-        self.readable = True
+
+        self.gathered = True  # `parameters` is complete, or being filled by `gathering`
+        self.gathering: dist.Work | None = None
+        self.sum: Tensor | None = None  # written by `reducing`, not yet added to the shard
+        self.reducing: dist.Work | None = None
+        self.is_readable = True
 
     def add_piece(self, name: str, p: nn.Parameter, here: slice, start: int) -> None:
-        piece = self.master[here].detach().requires_grad_()
-        piece.place = here
-        self.pieces.append(Piece(name, piece, p, start))
+        self.pieces.append(Piece(name, self.master[here].detach().requires_grad_(), p, start))
+        self.place_in_shard.append(here)
 
     def allow_reads(self, allowed: bool) -> None:
-        """Switch the class of the parameters, so that reading them works or raises."""
-        if allowed == self.readable:
+        """Make reads of the parameters raise an error, or allow them."""
+        if allowed == self.is_readable:
             return
-        self.readable = allowed
+        self.is_readable = allowed
         for p in self.place:
-            if type(p) in (nn.Parameter, ShardedParameter):  # not a subclass of the user's
+            if type(p) in (nn.Parameter, ShardedParameter):  # leave other subclasses unchanged
                 p.__class__ = nn.Parameter if allowed else ShardedParameter
 
     def unshard(self) -> None:
-        """Start to fill `parameters` from all shards, unless that is done; wait() before use."""
-        if not self.gathered:
-            self.allow_reads(False)
-            storage = self.parameters.untyped_storage()
-            if not storage.nbytes():
-                storage.resize_(self.parameters.numel() * self.parameters.itemsize)
-            self.gathering = all_gather(  # payload: the unit
-                self.parameters, self.parameter_shard, group=self.group, async_op=True
-            )
-            self.gathered = True
+        """Start the all-gather of the parameters, unless they are gathered. Call wait() next."""
+        if self.gathered:
+            return
+        self.allow_reads(False)
+        storage = self.parameters.untyped_storage()
+        if not storage.nbytes():
+            storage.resize_(self.parameters.numel() * self.parameters.itemsize)
+        self.gathering = all_gather(  # payload: the unit
+            self.parameters, self.parameter_shard, group=self.group, async_op=True
+        )
+        self.gathered = True
 
     def wait(self) -> None:
         if self.gathering is not None:
@@ -155,22 +234,26 @@ class Unit:
             self.allow_reads(True)
 
     def reshard(self) -> None:
-        """Give the memory back, but not the storage: the parameters and what autograd has saved of
-        them are views of it, and see it filled again."""
-        if self.group.size() > 1:
-            self.wait()
+        """Mark the full parameters as out of date, and free their memory in stage 3. The storage
+        object remains: the parameters and tensors saved for backward are views of it, and unshard()
+        makes them valid."""
+        if self.group.size() == 1:
+            return
+        self.wait()
+        if self.is_sharded:
             self.parameters.untyped_storage().resize_(0)
-            self.gathered = False
-            self.allow_reads(False)
+        self.gathered = False
+        self.allow_reads(False)
 
     def refresh(self) -> None:
-        """load_state_dict wrote to the full parameters: copy my range to my shard."""
+        """Copy this rank's slice of the full parameters to the shard, after load_state_dict()."""
         if self.gathered and self.gathering is None:
             self.parameter_shard.copy_(self.parameters[self.mine])
             self.master.detach().copy_(self.parameter_shard)
 
     def reduce(self, flat: Tensor, first: bool) -> None:
-        """Start the reduce-scatter of `flat` in reduce_dtype. Call wait_reduce() before another."""
+        """Start the reduce-scatter of `flat`. Call wait_reduce() before the next one. first: the
+        sum replaces the stored shard instead of being added to it."""
         if self.group.size() > 1:
             flat = flat.to(self.reduce_dtype)
         self.sum, self.first = flat[self.mine], first
@@ -179,99 +262,103 @@ class Unit:
                 self.sum, flat, group=self.group, async_op=True
             )
 
-    def wait_reduce(self, replicas: dist.ProcessGroup | None = None) -> None:
-        """Add to my shard what arrived, or begin it; then, with `replicas`, start to sum the shard
-        over these, which lands in its turn."""
-        if self.sum is None:
-            return
+    def reduce_over_replicas(self, replicas: dist.ProcessGroup) -> None:
+        """Start the all-reduce of the gradient shard. Call wait_reduce() next."""
+        self.sum, self.first = self.gradient_shard.to(self.reduce_dtype), True
+        self.reducing = dist.all_reduce(  # payload: the shard
+            self.sum, group=replicas, async_op=True
+        )
+
+    def wait_reduce(self) -> None:
+        """Wait for the sum that was started last, and store it in the gradient shard."""
         if self.reducing is not None:
             self.reducing.wait()
-        (self.gradient_shard.copy_ if self.first else self.gradient_shard.add_)(self.sum)
+        if self.sum is not None:
+            accumulate(self.sum, self.gradient_shard, self.first)
         self.sum = self.reducing = None
-        if replicas is not None and replicas.size() > 1:
-            self.sum, self.first = self.gradient_shard.to(self.reduce_dtype), True
-            self.reducing = dist.all_reduce(  # payload: my shard
-                self.sum, group=replicas, async_op=True
-            )
 
 
 def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dict:
-    """{module: its parameters}, in the order in which the model lists them. The parameters are
-    gathered before the module's forward.
+    """{module: its parameters}, in the order of model.modules(). ZeRO gathers the parameters before
+    the module's forward.
 
-    A block is listed once, with all its parameters. Blocks are the entries of each nn.ModuleList or
-    nn.ModuleDict that are not containers themselves, or, if given, `blocks` instead. Any other
-    module that has parameters of its own is listed with all its parameters too, unless it contains
-    a container, is the model itself, or `blocks` is given: then with its own alone. Raises
-    ValueError for a listed module without a forward()."""
+    A block is one entry, with the parameters of all its submodules. By default the blocks are the
+    elements of every nn.ModuleList and nn.ModuleDict, and every other module with parameters,
+    unless it is the model or contains such a list. If `blocks` is given, they are the only blocks.
+    Parameters outside of blocks belong to the module that holds them.
+
+    Raises ValueError if an entry has no forward()."""
     containers = (nn.ModuleDict, nn.ModuleList)
     found: dict[nn.Module, list[nn.Parameter]] = {}
-    if lost := set(blocks or ()) - set(model.modules()):
-        raise ValueError(f"blocks: the model does not contain {lost.pop()}")
+    if unknown := set(blocks or ()) - set(model.modules()):
+        raise ValueError(f"blocks: the model does not contain {unknown.pop()}")
 
     def visit(name: str, module: nn.Module, is_block: bool) -> None:
         own = list(module.parameters(recurse=False))
-        outer = module is model or any(isinstance(m, containers) for m in module.modules())
-        if own and blocks is None and not outer:
-            is_block = True
-        if is_block or own:
-            parameters = list(module.parameters()) if is_block else own
-            if parameters and getattr(module.forward, "__func__", None) is nn.Module.forward:
+        if blocks is None and own and module is not model:
+            is_block |= not any(isinstance(m, containers) for m in module.modules())
+        parameters = list(module.parameters()) if is_block else own
+        if parameters:
+            if getattr(module.forward, "__func__", None) is nn.Module.forward:
                 raise ValueError(
-                    f"{name} has parameters and no forward() to gather them before: pass blocks=[] "
-                    "with the module that uses them and all other blocks"
+                    f"{name} has parameters and no forward() before which to gather them: pass "
+                    "blocks= with all blocks, one of which is the module that uses them"
                 )
-            if parameters:
-                found[module] = parameters
+            found[module] = parameters
         for child_name, child in module.named_children() if not is_block else ():
-            entry = isinstance(module, containers) and not isinstance(child, containers)
-            visit(f"{name}.{child_name}", child, entry if blocks is None else child in blocks)
+            is_element = isinstance(module, containers) and not isinstance(child, containers)
+            is_child_block = is_element if blocks is None else child in blocks
+            visit(f"{name}.{child_name}", child, is_child_block)
 
     visit(type(model).__name__, model, model in (blocks or ()))
     return found
 
 
+def unit_key(p: nn.Parameter, layer: list[nn.Parameter]) -> tuple:
+    """Parameters of a layer with equal keys form one unit.
+
+    Two kinds of gradients are also summed outside of `group`, where the shards must match. A tied
+    matrix is shared by two pipeline stages. A partial gradient is summed over tensor-parallel
+    ranks, whose buffers differ if the layer's matrices are sharded unevenly."""
+    shardings = [q.sharding for q in layer if hasattr(q, "sharding")]
+    is_uneven = any(n % sharding.size for sharding in shardings for n in sharding.sizes)
+    is_partial = is_uneven and getattr(p, "partial", False)
+    return getattr(p, "tied_name", None), p.dtype, p.requires_grad, is_partial
+
+
 class Zero1:
-    """Attaches to the model by hooks; its parameters now live in flat buffers.
+    """ZeRO-1: each rank's optimizer updates one shard of every unit, and stores optimizer state for
+    it only. The model is not wrapped: Zero1 attaches hooks to its layers and parameters.
 
         sync = Zero1(model, accumulations=m)
         optimizer = AdamW([piece.tensor for piece in sync.pieces()])
         sync.start()                      # instead of optimizer.zero_grad()
         for x, y in microbatches:         # m of them
-            (loss_sum(model(x), y) / tokens).backward()  # tokens: of the global batch
+            (F.cross_entropy(model(x), y, reduction="sum") / tokens).backward()
         sync.finish()                     # this rank's shards of the gradients are sums
-        sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_ and optimizer.step()
+        sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_() and optimizer.step()
 
-    model: the same on every rank of `group`, values included.
-    group: over which state is sharded; default: all ranks.
-    accumulations: how many times per step a gradient is added to each parameter: the number of
-        microbatches (several uses in one backward count once), or a dict by parameter.
-    replicas: hybrid: the ranks that hold the same shard in other groups.
-    grad_dtype: the dtype in which bf16 gradients are summed over microbatches (default: fp32).
-    reduce_dtype: the dtype in which bf16 gradients are reduced over ranks (default: the
-        parameters'; fp32 sends twice the bytes). It has no effect with one rank. Both do nothing
-        for fp32 parameters.
-    blocks: modules to gather at a time, instead of the default; see `layers`.
-    overlap: False: finish() reduces all units, see DDP. ZeRO-2 and 3 then hold full gradients until
-        finish(), and sum them over microbatches in the parameters' dtype.
+    tokens: the number of targets in the global batch.
 
-    step() runs before_step(), clipping, optimizer.step() and after_step(). Call these yourself to
-    do something in between, or with several optimizers. If no rank uses a parameter in a step, its
-    pieces have no gradient. If this rank does not use one, its unit and all later ones in backward
-    are reduced by finish() only, with no overlap, and ZeRO-2 and 3 keep the full gradients of those
-    units until then. ZeRO-1 and 2 do not touch frozen parameters; ZeRO-3 shards them.
+    model: must have the same parameters, with the same values, on all ranks of `group`. Buffers are
+        neither checked nor synchronized.
+    group: the ranks over which state is sharded. Default: all ranks.
+    accumulations: the number of backward passes per step that reach a parameter, which is the
+        number of microbatches m. Pass a dict {parameter: count} if it differs between parameters.
+    replicas: for hybrid sharding, the ranks of other groups that store the same shards.
+    grad_dtype: the dtype in which gradients of bf16 parameters are accumulated over microbatches.
+        Default: fp32. No effect on fp32 parameters.
+    reduce_dtype: the dtype in which gradients of bf16 parameters are sent. Default: bf16; fp32
+        sends twice the bytes. No effect on fp32 parameters, or with one rank.
+    blocks: the modules to gather as one unit. Default: see layers().
+    overlap: False reduces all gradients in finish(), without overlap, see DDP. ZeRO-2 and ZeRO-3
+        then hold full gradients until finish(), accumulated in the dtype of the parameters.
 
-    To read parameters outside of the model's forward, call gather() on every rank first. They stay
-    readable until the next call of the model or of this object. Values that you write to them by
-    hand are lost in bf16 and under ZeRO-3: use load_state_dict(). load_state_dict() and
-    model.state_dict() call gather(), so every rank must call them. The optimizer must update
-    element by element (AdamW, SGD; not Muon, LAMB or Adafactor). Its state covers this rank's
-    shards only: every rank saves its own.
+    Raises ValueError if ranks have different parameters or values, if requires_grad changes later,
+    if a call is missing or out of order, or if the optimizer holds a parameter instead of its
+    pieces."""
 
-    Raises ValueError if ranks have different parameters or values; if requires_grad changes later;
-    if a call is missing or out of order; or if the optimizer holds parameters instead of pieces."""
-
-    full_parameters = full_gradients = True
+    stage = 1
 
     def __init__(
         self, model: nn.Module, group: dist.ProcessGroup | None = None,
@@ -282,185 +369,193 @@ class Zero1:
     ):  # fmt: skip
         group = dist.group.WORLD if group is None else group
         if group is None:
-            raise ValueError("ZeRO needs a process group: call dist.init_process_group() first")
+            raise ValueError("there is no process group: call dist.init_process_group() first")
+        # The copies of a tied matrix on the first and the last pipeline stage have one tied_name.
+        self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
+        self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
+        self.name_of = {p: name for name, p in self.named}
         self.group, self.replicas, self.overlap = group, replicas, overlap
         if isinstance(accumulations, int):
             accumulations = dict.fromkeys(model.parameters(), accumulations)
-        self.accumulations = accumulations
         check_accumulations(model, accumulations)
-        names = self.names = {
-            p: getattr(p, "tied_name", name) for name, p in model.named_parameters()
-        }
-        self.was_trainable = {p: p.requires_grad for p in names}
+        self.accumulations = {p: accumulations[p] for _, p in self.parameters}
         for ranks in (group,) if replicas is None else (group, replicas):
-            check_same_parameters([(name, p) for p, name in names.items()], ranks)
+            check_same_parameters(self.named, ranks)
         self.layers, self.modules = layers(model, blocks), {*model.modules()}
-        self.units: list[Unit] = []  # in forward order
-        self.unit_of: dict[nn.Parameter, Unit] = {}
-        self.needs: list[list[Unit]] = []  # by layer
-        me = self.me = weakref.ref(self)  # a hook that held self would keep it for ever
-        for i, (layer, parameters) in enumerate(self.layers.items()):
-            new: dict[tuple, list] = {}
-            for p in parameters:  # ZeRO-1 and 2 leave frozen ones alone
-                if p not in self.unit_of and (p.requires_grad or not self.full_parameters):
-                    new.setdefault(self._kind(p, parameters), []).append((names[p], p))
-            for members in new.values():
-                unit = Unit(
-                    members, group, self.full_parameters, self.full_gradients, grad_dtype,
-                    reduce_dtype,
-                )  # fmt: skip
-                self.units.append(unit)
-                self.unit_of.update((p, unit) for _, p in members)
-            needs = [self.unit_of[p] for p in parameters if p in self.unit_of]
-            self.needs.append(list(dict.fromkeys(needs)))
-            layer.register_forward_pre_hook(
-                not_compiled(lambda *args, i=i: alive(me)._before_forward(i, *args)),
-                with_kwargs=True,
-            )
-        trainable = [unit for unit in self.units if unit.trainable]
-        if trainable and not self.pieces():  # torch's optimizers refuse an empty list
-            p = next(iter(trainable[0].place))
-            trainable[0].add_piece(names[p], p, slice(0, 0), 0)
-        for unit in trainable:
-            for p in unit.place:
-                p.register_post_accumulate_grad_hook(lambda p: alive(me)._accumulated(p))
-        owned = self.pieces()  # other ranks own other parameters, and all must refuse alike
-        self.piece_of = {p: Piece(names[p], owned[0].tensor, p, 0)
-                         for unit in trainable for p in unit.place}  # fmt: skip
-        self.piece_of |= {piece.tensor: piece for piece in owned}
-        check = register_optimizer_step_pre_hook(
-            lambda optimizer, *_: me() and me()._before_optimizer(optimizer)
-        )
-        weakref.finalize(self, check.remove)
-        model.register_state_dict_pre_hook(lambda *_: alive(me).gather())
-        model.register_load_state_dict_pre_hook(lambda *_: alive(me).gather())
-        for module in model.modules():
-            module.register_load_state_dict_post_hook(lambda module, _: alive(me)._loaded(module))
-        # How often gradients travel in a step: once, or m times (a tied matrix may be added to 2 m
-        # times). In this order and no other, though another unit may fill first on some rank:
-        # collectives are matched by order, and the ranks must agree on it.
-        counts = [accumulations[p] for unit in trainable for p in unit.place]
-        rounds = self.rounds = 1 if self.full_gradients else min(counts, default=1)
-        self.launches = [(i + 1, unit) for i in range(rounds) for unit in reversed(trainable)]
-        self.place_in_round = {unit: i for i, unit in enumerate(reversed(trainable))}
-        self.last_round = len(self.launches) - len(trainable)
-        self.phase = "idle"  # then "backward", "finished" and "update"
+        self._make_units(grad_dtype, reduce_dtype)
+        self._attach_hooks(model)
+
+        # Gradients are reduced in rounds: one per step in ZeRO-1, one per microbatch in ZeRO-2 and
+        # ZeRO-3. Backward usually reaches the last unit first.
+        self.rounds = 1 if self.stage == 1 else min(self.accumulations.values(), default=1)
+        self.order = [unit for unit in reversed(self.units) if unit.trainable]
+        self.position = {unit: i for i, unit in enumerate(self.order)}
+        self.phase = "idle"  # then "backward", "finished", "update", "idle"
         self.start()
 
-    @staticmethod
-    def _kind(p: nn.Parameter, parameters: list[nn.Parameter]) -> tuple:
-        """Parameters of a layer that are equal in this share a unit. A tied matrix has its own:
-        both pipeline stages then shard it the same way and can add their shards. So have parameters
-        whose gradient is partial over tensor-parallel ranks, if the layer's matrices differ in size
-        between these ranks: in one buffer, their shards would begin at different places."""
-        shardings = [q.sharding for q in parameters if hasattr(q, "sharding")]
-        uneven = any(n % sharding.size for sharding in shardings for n in sharding.sizes)
-        partial = uneven and getattr(p, "partial", False)
-        return getattr(p, "tied_name", None), p.dtype, p.requires_grad, partial
+    def _make_units(self, *dtypes: torch.dtype | None) -> None:
+        self.units: list[Unit] = []  # in the order of the layers
+        self.unit_of: dict[nn.Parameter, Unit] = {}
+        self.needs: list[list[Unit]] = []  # by layer
+        for parameters in self.layers.values():
+            # A frozen parameter has no gradient or optimizer state. Only ZeRO-3 shards it.
+            sharded = [p for p in parameters if p.requires_grad or self.stage == 3]
+            key_of = {p: unit_key(p, parameters) for p in sharded if p not in self.unit_of}
+            for key in dict.fromkeys(key_of.values()):
+                members = [(self.name_of[p], p) for p in key_of if key_of[p] == key]
+                unit = Unit(members, self.group, self.stage, *dtypes)
+                self.units.append(unit)
+                self.unit_of.update((p, unit) for _, p in members)
+            self.needs.append(list(dict.fromkeys(self.unit_of[p] for p in sharded)))
+        if self.parameters and not self.pieces():  # PyTorch's optimizers reject an empty list
+            name, p = self.parameters[0]
+            self.unit_of[p].add_piece(name, p, slice(0, 0), 0)
+
+    def _attach_hooks(self, model: nn.Module) -> None:
+        for i, layer in enumerate(self.layers):
+            hook = not_compiled(weak(self._before_forward, i))
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
+        for _, p in self.parameters:
+            p.register_post_accumulate_grad_hook(weak(self._accumulated))
+        gather, loaded = weak(self.gather), weak(self._loaded)
+        model.register_state_dict_pre_hook(lambda *_: gather())
+        model.register_load_state_dict_pre_hook(lambda *_: gather())
+        for module in self.modules:
+            module.register_load_state_dict_post_hook(lambda module, _: loaded(module))
+        # This rank may have no piece of a parameter that the optimizer holds by mistake. All ranks
+        # must raise the error.
+        pieces = self.pieces()
+        self.piece_of = {p: Piece(name, pieces[0].tensor, p, 0) for name, p in self.parameters}
+        self.piece_of |= {piece.tensor: piece for piece in pieces}
+        me = weakref.ref(self)
+        check = register_optimizer_step_pre_hook(
+            lambda optimizer, *_: me() and me()._check(optimizer)
+        )
+        weakref.finalize(self, check.remove)
 
     def start(self) -> None:
-        """Before the first backward of a step: clears gradients and counters. If an exception
-        interrupted the last step, at the same place on all ranks, this completes its collectives
-        and drops its gradients."""
+        """Call before the first backward of a step. Until finish(), every `.grad` is None or a
+        gradient of this rank.
+
+        If an exception interrupted the previous step before the optimizer update, at the same point
+        on all ranks, start() waits for the pending collectives and discards the gradients."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
-                             "optimizer.step(), to write the update to the model")  # fmt: skip
+                             "optimizer.step(), to update the model")  # fmt: skip
         with not_intercepted():
-            for p, trainable in self.was_trainable.items():
-                if p.requires_grad != trainable:
+            for name, p in self.named:
+                if p.requires_grad != (p in self.accumulations):
                     change = "unfrozen" if p.requires_grad else "frozen"
-                    raise ValueError(f"{self.names[p]} was {change} after ZeRO was set up, and its "
-                                     "units are fixed: rebuild the model and ZeRO")  # fmt: skip
+                    raise ValueError(f"{name} was {change} after ZeRO was constructed: construct a "
+                                     "new model and ZeRO after each change of "
+                                     "requires_grad")  # fmt: skip
             for unit in self.units:
                 unit.wait_reduce()
                 storage = unit.parameters.untyped_storage()._cdata
                 for p in unit.place:
                     if p.untyped_storage()._cdata != storage:
-                        raise ValueError(f"{self.names[p]}: its data was replaced and is not in "
-                                         "the buffer: call model.to() before ZeRO")  # fmt: skip
+                        raise ValueError(f"{self.name_of[p]}: its data was replaced and is not in "
+                                         "the flat buffer: call model.to() first")  # fmt: skip
                     p.grad = None
                 for piece in unit.pieces:
                     piece.tensor.grad = None
-            self.done = {p: 0 for p in self.unit_of if p.requires_grad}  # accumulations
-        # By launch: the number of parameters whose gradients it still waits for.
-        self.waiting = [len(unit.place) for _, unit in self.launches]
-        self.launched = 0
+        self.missing = self.accumulations.copy()  # by parameter: accumulations still to come
+        # By reduce-scatter, in the order of the launches: parameters whose gradient is to come.
+        self.waiting = [len(unit.place) for unit in self.order] * self.rounds
+        self.launched = 0  # reduce-scatters started in this step
         self.phase = "backward"
 
-    def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Layer i is about to run: parameters that other ranks have updated must be here."""
-        for unit in self.needs[i] if layer in self.layers else ():  # it may be a copy of the model
-            unit.wait()
-
     def _accumulated(self, p: nn.Parameter) -> None:
+        """Hook: a backward pass has stored its gradient of p in p.grad. Start the reduce-scatter of
+        the unit if all its gradients of this round are complete."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
-            raise ValueError("backward outside of start() and finish(): call start() first, or "
-                             "freeze this model while the loss of another one uses it")  # fmt: skip
-        unit, n = self.unit_of[p], self.accumulations[p]
-        if self.full_gradients:
-            add(p.grad, unit.gradient_of[p], first=self.done[p] == 0)
-            p.grad = None
-        before = self.done[p] * self.rounds // n  # rounds that were complete for p
-        self.done[p] += 1
-        if self.done[p] > n:
-            raise ValueError(f"more than {n} accumulations in a step: pass accumulations=m for m "
+            raise ValueError("backward() ran outside of start() and finish(): call start() before "
+                             "the first backward. If the loss trains another model, call "
+                             "backward(inputs=[*other.parameters()])")  # fmt: skip
+        unit, count = self.unit_of[p], self.accumulations[p]
+        if self.missing[p] == 0:
+            raise ValueError(f"{self.name_of[p]} received {count + 1} gradients in one step, "
+                             f"but accumulations is {count}: pass accumulations=m for m "
                              "microbatches")  # fmt: skip
-        if self.done[p] * self.rounds // n > before:
-            self.waiting[before * len(self.place_in_round) + self.place_in_round[unit]] -= 1
-            while (self.overlap and self.launched < len(self.launches)
-                   and self.waiting[self.launched] == 0):  # fmt: skip
-                self._launch()
+        if self.stage == 1:
+            accumulate(p.grad, unit.gradient_of[p], first=self.missing[p] == count)
+            p.grad = None
+        self.missing[p] -= 1
+        # In a pipeline, a tied matrix can have two accumulations per round.
+        done = count - self.missing[p]
+        rounds, rounds_before = done * self.rounds // count, (done - 1) * self.rounds // count
+        if rounds > rounds_before:
+            self.waiting[rounds_before * len(self.order) + self.position[unit]] -= 1
+        # Ranks may complete units in different orders, but collectives are matched by call order.
+        # So units are launched in order, and a complete unit waits for all earlier ones.
+        while (self.overlap and self.launched < len(self.waiting)
+               and self.waiting[self.launched] == 0):  # fmt: skip
+            self._launch()
 
     def _launch(self) -> None:
+        """Start the next reduce-scatter. The previous one must complete first, so that at most one
+        temporary buffer is in use."""
         self._wait_reduce()
-        round_, unit = self.launches[self.launched]
-        unit.reduce(self._take_gradients(unit), first=round_ == 1)
+        round_, i = divmod(self.launched, len(self.order))
+        unit = self.order[i]
+        unit.reduce(self._take_gradients(unit), first=round_ == 0)
         self.launched += 1
 
     def _wait_reduce(self) -> None:
-        """What was launched last arrives before the next: its buffer can go."""
-        if self.launched:
-            in_last_round = self.last_round < self.launched
-            unit = self.launches[self.launched - 1][1]
-            unit.wait_reduce(self.replicas if in_last_round else None)
+        """Wait for the reduce-scatter that was started last. In the last round, then start the
+        all-reduce over the replicas."""
+        if self.launched == 0:
+            return
+        round_, i = divmod(self.launched - 1, len(self.order))
+        unit = self.order[i]
+        unit.wait_reduce()
+        if round_ == self.rounds - 1 and self.replicas is not None and self.replicas.size() > 1:
+            unit.reduce_over_replicas(self.replicas)
 
     def _take_gradients(self, unit: Unit) -> Tensor:
+        """The flat gradients to reduce. An unused parameter contributes -0.0, see is_unused()."""
         for p, gradient in unit.gradient_of.items():
-            if not self.done[p]:
-                gradient.fill_(-0.0)  # see is_unused
+            if self.missing[p] == self.accumulations[p]:
+                gradient.fill_(-0.0)
         return unit.gradients
 
     def finish(self) -> None:
-        """After the last backward: when this returns, my shards of the gradients are sums. Reading
-        the `.grad` of a parameter raises ValueError from here to the next start()."""
+        """Call after the last backward of a step. On return, this rank's shards of the gradients
+        are sums over all ranks. Until the next start(), reading the `.grad` of a parameter raises
+        ValueError.
+
+        Units that are still incomplete, because of unused parameters, are reduced here."""
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
-        while self.launched < len(self.launches):
+        while self.launched < len(self.waiting):
             self._launch()
         self._wait_reduce()
-        for unit in self.units:
+        for unit in self.order:
             unit.wait_reduce()
             with not_intercepted():
-                for p in unit.place if unit.trainable else ():
-                    p.grad = unit.reduced[p]
+                for p, placeholder in unit.placeholder_of.items():
+                    p.grad = placeholder
         self.phase = "finished"
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
-        """After finish(): updates the model. clip: the maximum norm, as in clip_grad_norm_. Returns
-        the norm before clipping, or None without clip. Raises ValueError if clip is given and
-        tensor-parallel ranks hold a part of the norm. There, and with pipeline stages, call the
-        four parts and compute the norm as train_3d.py does."""
+        """Call after finish(). Runs before_step(), clips the gradients to the global norm `clip`,
+        runs optimizer.step() and after_step(). Returns the norm before clipping; None without clip.
+
+        Raises ValueError if clip is given and a gradient is distributed over tensor-parallel ranks.
+        In that case call before_step(), clip by the norm over all ranks, then call optimizer.step()
+        and after_step(), as train_3d.py does. Do the same with pipeline stages, where no error is
+        raised, but the norm covers only the stages of this rank."""
         if clip is not None:
-            check_norm_is_local([(self.names[p], p) for p in self.done])
+            check_norm_is_local(self.parameters)
         self.before_step()
         norm = None
         if clip is not None:
             pieces = [piece.tensor for piece in self.pieces()]
-            mine = nn.utils.get_total_norm([t.grad for t in pieces if t.grad is not None])
-            square = mine.to(pieces[0].device, torch.float64).square()
+            local = nn.utils.get_total_norm([t.grad for t in pieces if t.grad is not None])
+            square = local.to(pieces[0].device, torch.float64).square()
             if self.group.size() > 1:
                 dist.all_reduce(square, group=self.group)  # payload: 1
             norm = square.sqrt()
@@ -469,29 +564,53 @@ class Zero1:
         self.after_step()
         return norm
 
-    def _before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        check_optimizer(optimizer, self.piece_of, ready=self.phase == "update")
+    def before_step(self) -> None:
+        """Set the `.grad` of each piece, in the dtype of the piece. It is None if no rank used the
+        parameter in this step."""
+        if self.phase != "finished":
+            raise ValueError("before_step() or step() without finish(): call finish() first, to "
+                             "reduce the gradients")  # fmt: skip
+        for unit in self.order:
+            for piece, here in zip(unit.pieces, unit.place_in_shard, strict=True):
+                p, gradient = piece.parameter, unit.gradient_shard[here]
+                unused = self.missing[p] == self.accumulations[p] and is_unused(gradient)
+                piece.tensor.grad = None if unused else gradient.to(piece.tensor.dtype)
+        self.phase = "update"
 
-    def _loaded(self, module: nn.Module) -> None:
-        """load_state_dict wrote to the parameters of `module`: update this rank's shards."""
-        if module not in self.modules:  # a copy of the model
-            return
-        for name, p in module.named_parameters(recurse=False):
-            if p not in self.names:
-                raise ValueError(f"load_state_dict(assign=True) replaced {name}, and the new "
-                                 "tensor is not in ZeRO's buffer: load without assign")  # fmt: skip
-            if p in self.unit_of:
-                self.unit_of[p].refresh()
+    def after_step(self) -> None:
+        """Start to all-gather the updated parameters. Call after optimizer.step(). The gathers
+        overlap with the next forward, in which each layer waits for its own parameters."""
+        for unit in self.units:
+            unit.reshard()
+        copied = [unit for unit in self.units if unit.master is not unit.parameter_shard]
+        if copied:
+            shards = [unit.parameter_shard for unit in copied]
+            torch._foreach_copy_(shards, [unit.master for unit in copied])
+        for unit in self.units if self.stage < 3 else ():
+            unit.unshard()
+        self.phase = "idle"
+
+    def gather(self) -> None:
+        """All-gather all parameters. Call on all ranks before you read a parameter outside of the
+        model's forward. model.state_dict() and load_state_dict() call it, so call these on all
+        ranks too.
+
+        Manual writes to a bf16 parameter, or to any parameter under ZeRO-3, are lost: use
+        load_state_dict()."""
+        for unit in self.units:
+            unit.unshard()
+            unit.wait()
 
     def pieces(self) -> list[Piece]:
-        """What this rank's optimizer updates: ranges of flattened parameters, or fp32 copies of
-        those in bf16. At least one, empty if this rank owns nothing: torch's optimizers refuse an
-        empty list."""
+        """What this rank's optimizer updates. The optimizer must be element-wise, like AdamW and
+        SGD. Its state_dict() contains this rank's shards only.
+
+        If this rank's shards contain padding only, there is one piece with 0 elements."""
         return [piece for unit in self.units for piece in unit.pieces]
 
     def held(self) -> dict[str, list[Tensor]]:
-        """What is kept from step to step, by kind; the optimizer has its moments besides."""
-        held = {"parameters": list(self.names), "gradients": [], "optimizer": []}
+        """The tensors that are stored between steps, by kind. Moments are in the optimizer."""
+        held = {"parameters": [p for _, p in self.named], "gradients": [], "optimizer": []}
         for unit in self.units:
             held["parameters"].append(unit.parameter_shard)
             held["gradients"].append(unit.gradient_shard)
@@ -499,96 +618,116 @@ class Zero1:
                 held["optimizer"].append(unit.master)
         return held
 
-    def before_step(self) -> None:
-        """Pieces get their `.grad`, in their own dtype: with bf16 gradients, a copy in fp32."""
-        if self.phase != "finished":
-            raise ValueError("before_step() or step() without finish(): gradients are not yet "
-                             "summed over the ranks")  # fmt: skip
-        for unit in self.units:
-            for piece in unit.pieces:
-                gradient = unit.gradient_shard[piece.tensor.place]
-                unused = not self.done[piece.parameter] and is_unused(gradient)
-                piece.tensor.grad = None if unused else gradient.to(piece.tensor.dtype)
-        self.phase = "update"
+    def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Wait for the updated parameters of layer i."""
+        if layer in self.layers:  # not the hooks of a deep copy of the model
+            for unit in self.needs[i]:
+                unit.wait()
 
-    def after_step(self) -> None:
-        """After the optimizer: everyone gets the parameters that the others have updated, while the
-        next forward begins; a layer waits for its own."""
-        for unit in self.units:
-            unit.wait()  # no forward may have used it since the last step
-            unit.parameter_shard.copy_(unit.master)  # itself, unless in bf16
-            unit.gathered = self.group.size() == 1
-            unit.unshard()
-        self.phase = "idle"
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        check_optimizer(optimizer, self.piece_of, ready=self.phase == "update")
 
-    def gather(self) -> None:
-        """Every parameter whole, for who reads them outside of the model's forward."""
-        for unit in self.units:
-            unit.unshard()
-            unit.wait()
+    def _loaded(self, module: nn.Module) -> None:
+        """Update the shards after load_state_dict() has written to the parameters of `module`."""
+        if module not in self.modules:  # the hooks of a deep copy of the model
+            return
+        for name, p in module.named_parameters(recurse=False):
+            if p not in self.name_of:
+                raise ValueError(f"load_state_dict(assign=True) replaced {name}: ZeRO would train "
+                                 "the old tensor. Load with assign=False")  # fmt: skip
+            if p in self.unit_of:
+                self.unit_of[p].refresh()
 
 
-def add(gradient: Tensor, total: Tensor, first: bool) -> None:
-    """As in ddp.py: total = gradient if first, else total += gradient."""
+# accumulate() and is_unused() are equal to the functions of ddp.py.
+
+
+def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
+    """Set `total` to the gradient if `first`, else add the gradient to it. Dtypes may differ."""
+    # Gradients from backward(create_graph=True) require grad.
+    # Those from nn.Embedding(sparse=True) are sparse.
     if gradient.requires_grad or gradient.is_sparse:
         gradient = gradient.detach().to_dense()
-    total.copy_(gradient) if first else total.add_(gradient)
+    if first:
+        total.copy_(gradient)
+    else:
+        total.add_(gradient)
 
 
+# One case is not handled: a used parameter whose gradient sums to -0.0 in every element. A rank
+# that did not use it skips the update of its piece.
 def is_unused(gradient: Tensor) -> bool:
-    """As in ddp.py. True if no rank used the parameter: every rank sent -0.0, so the sum is -0.0
-    too. The gradient is then None, and the optimizer skips the parameter."""
+    """Whether no rank used the parameter, given its reduced gradient.
+
+    A rank that did not use the parameter contributes -0.0. A floating-point sum is -0.0 only if
+    every term is -0.0."""
     return bool((gradient == 0).all() and gradient.signbit().all())
 
 
-# Rung 2: ZeRO-2. A gradient that was summed is needed on its owner only, so the buffer can go.
-# Measured (`make memory`, 28.6 M parameters in fp32 on 4 ranks): 457 MB of ddp.py, 286 of ZeRO-1
-# become 200.
+def weak(method: Callable, *bound) -> Callable:
+    """A hook that calls method(*bound, *args). It has only a weak reference to the ZeRO object:
+    otherwise the model would keep the object and its process group alive."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*args):
+        if (alive := reference()) is None:
+            raise ValueError("the ZeRO object of this model was deleted, and the shards with it: "
+                             "keep it in a variable as long as you use the model")  # fmt: skip
+        return alive(*bound, *args)
+
+    return hook
+
+
+def not_compiled(hook: Callable) -> Callable:
+    """Keeps torch.compile(layer) from tracing the hook."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 class Zero2(Zero1):
-    """ZeRO-1, and gradients are held as shards: a unit's are reduce-scattered as soon as backward
-    has them, and dropped. The price is a reduce-scatter for each microbatch, where ZeRO-1 has one a
-    step, and a buffer of Psi to add up in."""
+    """ZeRO-2: gradients are sharded too. This saves (1 - 1/d) of the gradient memory.
 
-    full_gradients = False
+    As soon as backward has computed the gradients of a unit, they are copied to a temporary buffer,
+    which is reduce-scattered, added to this rank's shard and freed. This costs m reduce-scatters
+    per step, where ZeRO-1 needs one."""
+
+    stage = 2
 
     def _take_gradients(self, unit: Unit) -> Tensor:
         flat, views, gradients = torch.zeros_like(unit.parameters), [], []
         with not_intercepted():
             for p, here in unit.place.items():
                 if p.grad is None:
-                    flat[here] = -0.0  # see is_unused
+                    flat[here] = -0.0  # unused, see is_unused()
                 else:
                     views.append(flat[here].view(p.shape))
-                    gradients.append(p.grad.detach().to_dense())  # see add()
+                    gradients.append(p.grad.detach().to_dense())
                 p.grad = None
             if views:
                 torch._foreach_copy_(views, gradients)
         return flat
 
 
-# Rung 3: ZeRO-3. The same for parameters: whole when a layer needs them, and only then.
-# Measured (the same): 114 MB.
-
-
 class Zero3(Zero2):
-    """ZeRO-2, and parameters are held as shards: a layer is unsharded before its forward and again
-    before its backward, one ahead of time, and resharded after each.
+    """ZeRO-3: parameters are sharded too. This saves (1 - 1/d) of the parameter memory.
 
-    With m microbatches that is nearly 2 m all-gathers of each layer. `reshard_after_forward=False`
-    is the middle way: whole from the first forward of a step to the last backward, one all-gather,
-    whatever the schedule; between steps a shard. Gathers and sums are matched by order, so ranks
-    must run the same layers in the same order.
+    The parameters of a layer are all-gathered before its forward and before its backward, and freed
+    after each. The all-gather of the next layer overlaps with the computation of this one. This
+    costs up to 2 m all-gathers per step, where ZeRO-1 needs one.
 
-    A layer is gathered again when a gradient reaches a tensor that its forward returned, in tuples,
-    lists and dicts. The loss must not use a tensor that a layer stored in an attribute. A layer
-    that returns other objects, or is in a backward with create_graph=True, stays whole until
-    finish(). So do parameters of a module that contains other layers (a position table on the
-    model). starts: the first layer of each chunk of a pipeline; no layer is gathered ahead across
-    the boundary of a chunk."""
+    reshard_after_forward: False keeps the parameters from the first forward of a step to the last
+        backward. This costs one all-gather per step, and between steps the memory is free.
+    starts: the first layer of each pipeline stage on this rank. Stages run independently, so no
+        layer is gathered ahead across their boundaries.
 
-    full_parameters = False
+    All ranks must run the same layers in the same order, since collectives match by order.
+
+    The all-gather for backward starts when a gradient reaches a tensor that the layer's forward has
+    returned, directly or in tuples, lists and dicts. Do not use in the loss a tensor that a layer
+    has stored in an attribute: this raises ValueError. Parameters stay gathered until finish() if
+    the layer returns other objects, if it contains other layers, or if backward runs with
+    create_graph=True."""
+
+    stage = 3
 
     def __init__(
         self, model: nn.Module, *args, reshard_after_forward: bool = True,
@@ -597,114 +736,129 @@ class Zero3(Zero2):
         super().__init__(model, *args, **kwargs)
         self.reshard_after_forward = reshard_after_forward
         self.starts = {i for i, layer in enumerate(self.layers) if layer in starts}
-        self.starts |= {0, len(self.needs)}
-        me = self.me
-        model.register_state_dict_post_hook(lambda _, *args: alive(me)._copy_out(*args))
-        # By layer: does it contain other layers? Is it a table, whose backward reads no weight?
+        self.starts |= {0, len(self.layers)}
+        copy_out = weak(self._copy_out)
+        model.register_state_dict_post_hook(lambda _, *args: copy_out(*args))
+        # By layer. An outer layer contains other layers. The backward of a table, an nn.Embedding,
+        # does not read its weight.
         self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
         self.is_table = [type(layer) is nn.Embedding for layer in self.layers]
-        # Parameters whose gradient is complete while their unit is unsharded: not those of tables,
-        # and not those whose gradient a pipeline's W computes later.
+        # Parameters that must be gathered when their gradient is computed. Exceptions are tables,
+        # see _after_forward, and linear layers whose weight gradient pipeline.py defers.
         deferred = {module.weight for module in self.modules
                     if getattr(module, "weight_grad_queue", None) is not None}  # fmt: skip
-        self.unsharded = self.done.keys() - deferred
+        self.must_be_gathered = self.accumulations.keys() - deferred
         for i, layer in enumerate(self.layers):
-            layer.register_forward_hook(
-                not_compiled(lambda *args, i=i: alive(me)._after_forward(i, *args)),
-                with_kwargs=True,
-            )
+            hook = not_compiled(weak(self._after_forward, i))
+            layer.register_forward_hook(hook, with_kwargs=True)
 
     def start(self) -> None:
         super().start()
-        self.create_graph, self.keeps = False, set()  # keeps: layers that stay whole in this step
+        self.create_graph = False  # whether a backward of this step has create_graph=True
+        self.kept: set[int] = set()  # layers that stay gathered until finish()
         for unit in self.units:
             unit.reshard()
 
-    def _use(self, i: int, following: int | None) -> None:
-        for unit in self.needs[i]:
-            unit.unshard()
-        if following is not None:
-            for unit in self.needs[following]:
-                unit.unshard()  # arrives while layer i computes
+    def _gather_layer(self, i: int, ahead: int | None) -> None:
+        """Wait for the parameters of layer i, and start to gather those of layer `ahead`."""
+        for layer in (i,) if ahead is None else (i, ahead):
+            for unit in self.needs[layer]:
+                unit.unshard()
         for unit in self.needs[i]:
             unit.wait()
 
+    def _reshard_layer(self, i: int) -> None:
+        if i not in self.kept and not self.create_graph:
+            for unit in self.needs[i]:
+                unit.reshard()
+
     def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        if layer not in self.layers:  # a copy of the model
+        """Gather layer i, and start to gather layer i + 1."""
+        if layer not in self.layers:  # the hooks of a deep copy of the model
             return
-        last = i + 1 in self.starts or in_backward()
-        self._use(i, following=None if last else i + 1)
-        if in_backward() or self.is_outer[i] or not torch.is_grad_enabled():
-            return
-        # Hooks before the layer may write to an input in place. Autograd runs newer nodes first: at
-        # the node that made an input, all nodes of this layer have run.
-        me, xs = self.me, [x for x in tensors_in((args, kwargs)) if x.requires_grad]
-        made = [x for x in xs if not x.is_leaf]
-        for x in made:
-            x.register_hook(lambda _: alive(me)._after_backward(i))
-        if xs and not made:  # a leaf's gradient may be complete before: wait for the whole backward
+        # Recomputation of activations runs the forward in backward, which needs layer i - 1 next.
+        is_last = i + 1 in self.starts or in_backward()
+        self._gather_layer(i, ahead=None if is_last else i + 1)
+        if torch.is_grad_enabled() and not in_backward() and not self.is_outer[i]:
+            self._hook_inputs(i, [x for x in tensors_in((args, kwargs)) if x.requires_grad])
+
+    def _hook_inputs(self, i: int, inputs: list[Tensor]) -> None:
+        """Reshard layer i after its backward, when the gradient of an input is complete. The hooks
+        are registered before the forward, which may modify an input in place."""
+        # Autograd runs nodes in reverse order of their creation. When it reaches the node that
+        # computed an input, all nodes of this layer have run.
+        computed = [x for x in inputs if not x.is_leaf]
+        for x in computed:
+            x.register_hook(weak(self._after_backward, i))
+        # The gradient of a leaf can be complete before the nodes of this layer have run. If all
+        # inputs are leaves, reshard at the end of the whole backward.
+        if inputs and not computed:
+            after_backward = weak(self._after_backward, i)
 
             def leaf_complete(_) -> None:
                 handle.remove()
-                engine = torch.autograd.Variable._execution_engine
-                engine.queue_callback(lambda: alive(me)._after_backward(i))
+                torch.autograd.Variable._execution_engine.queue_callback(after_backward)
 
-            handle = xs[0].register_hook(leaf_complete)
+            handle = inputs[0].register_hook(leaf_complete)
 
     def _after_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        if layer not in self.layers or in_backward():
-            return  # a copy; or activation recomputation, and the backward of this layer follows
-        me, inputs, outputs = self.me, [*tensors_in((args, kwargs))], [*tensors_in(output)]
-        ys = [y for y in outputs if y.requires_grad]
-        if self.is_outer[i]:
-            if not ys and self.phase != "backward":
-                self._reshard(i)
+        """Reshard layer i, unless its backward is next."""
+        if layer not in self.layers or in_backward():  # a copy, or recomputation
             return
-        # In this call the module indexes its only parameter by token ids.
+        inputs, parameters = [*tensors_in((args, kwargs))], self.layers[layer]
+        outputs = [y for y in tensors_in(output) if y.requires_grad]
+        if self.is_outer[i]:
+            if not outputs and self.phase != "backward":
+                self._reshard_layer(i)
+            return
+        # A layer is a table if it indexes its only parameter by token ids. A tied module can be a
+        # table in one call and a matrix in the next.
         ids = (torch.int32, torch.int64)
         takes_ids = len(inputs) > 0 and all(x.dtype in ids for x in inputs)
-        self.is_table[i] = takes_ids and len(self.layers[layer]) == 1
+        self.is_table[i] = takes_ids and len(parameters) == 1
         if self.is_table[i]:
-            self.unsharded -= {*self.layers[layer]}
-        for y in ys if not self.is_table[i] else ():
-            # Not a hook of y: those of the next input run first, and y may be that. An in-place
-            # operation on a view replaces its node, but not that of its base.
+            self.must_be_gathered -= {*parameters}
+        else:
+            self._hook_outputs(i, inputs, outputs)
+        # No known output, but a backward will follow: the output is another kind of object.
+        needs_backward = any(x.requires_grad for x in (*inputs, *parameters))
+        if needs_backward and not outputs and torch.is_grad_enabled():
+            self.kept.add(i)
+        storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
+        is_view = any(y.untyped_storage()._cdata in storages for y in outputs)  # of a parameter
+        backward_is_next = i + 1 in self.starts or not self.reshard_after_forward
+        if not is_view and not (outputs and backward_is_next):
+            self._reshard_layer(i)
+
+    def _hook_outputs(self, i: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Gather layer i before its backward, when a gradient reaches an output."""
+        for y in outputs:
+            # The hook is on the node that computed y. A hook on y could run after that of the next
+            # layer's input, which may be y. An in-place operation on a view replaces the node of
+            # the view, but not the node of its base.
             node = (y._base if y._is_view() else y).grad_fn
             if node is not None and not any(y is x for x in inputs):
-                node.register_prehook(lambda _: alive(me)._before_backward(i))
-        storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
-        is_view = any(y.untyped_storage()._cdata in storages for y in ys)  # of a parameter
-        wants = any(x.requires_grad for x in (*inputs, *self.layers[layer]))
-        if wants and not ys and torch.is_grad_enabled():  # outputs in another kind of object
-            self.keeps.add(i)
-        last = i + 1 in self.starts  # backward begins with it
-        if not is_view and not (ys and (last or not self.reshard_after_forward)):
-            self._reshard(i)
+                node.register_prehook(weak(self._before_backward, i))
 
-    def _before_backward(self, i: int) -> None:
-        # A backward with create_graph=True makes a graph that reads parameters at other times.
+    def _before_backward(self, i: int, _) -> None:
+        """Gather layer i, and start to gather layer i - 1."""
+        # The graph of a backward with create_graph=True reads parameters at unknown times.
         self.create_graph |= torch.is_grad_enabled()
-        # Nothing to gather ahead if a chunk begins here, or the backward before reads no weight.
-        first = i in self.starts or self.is_table[i - 1]
-        self._use(i, following=None if first else i - 1)
+        is_first = i in self.starts or self.is_table[i - 1]
+        self._gather_layer(i, ahead=None if is_first else i - 1)
 
-    def _after_backward(self, i: int) -> None:
+    def _after_backward(self, i: int, *_) -> None:
         if self.reshard_after_forward:
-            self._reshard(i)
-
-    def _reshard(self, i: int) -> None:
-        for unit in self.needs[i] if i not in self.keeps and not self.create_graph else ():
-            unit.reshard()
+            self._reshard_layer(i)
 
     def _accumulated(self, p: nn.Parameter) -> None:
         super()._accumulated(p)
         unit = self.unit_of[p]
-        if p in self.unsharded and (not unit.gathered or unit.gathering is not None):
-            raise ValueError(f"the gradient of {self.names[p]} was computed while its layer was "
-                             "not gathered, and is wrong: return every tensor that the loss uses "
-                             "from the layer's forward")  # fmt: skip
-        done = all(self.done[q] == self.accumulations[q] for q in unit.place)
-        if done and not self.create_graph:
+        if p in self.must_be_gathered and (not unit.gathered or unit.gathering is not None):
+            raise ValueError(f"the gradient of {self.name_of[p]} is wrong, because its layer was "
+                             "not gathered: return every tensor that the loss uses from the "
+                             "layer's forward")  # fmt: skip
+        if not self.create_graph and all(self.missing[q] == 0 for q in unit.place):
             unit.reshard()  # the last use in this step
 
     def finish(self) -> None:
@@ -712,27 +866,13 @@ class Zero3(Zero2):
         for unit in self.units:
             unit.reshard()
 
-    def after_step(self) -> None:
-        narrow = [unit for unit in self.units if unit.master is not unit.parameter_shard]
-        if narrow:
-            torch._foreach_copy_([unit.parameter_shard for unit in narrow],
-                                 [unit.master for unit in narrow])  # fmt: skip
-        for unit in self.units:
-            unit.reshard()  # if somebody has gathered it since
-        self.phase = "idle"
-
     def _copy_out(self, state: dict, prefix: str, _) -> None:
-        """model.state_dict() gave views of memory that is freed here: replace them by copies."""
+        """Replace the tensors in model.state_dict() by copies, and free the full parameters."""
         for name, value in state.items():
             if name.startswith(prefix) and isinstance(value, Tensor):
                 state[name] = value.clone()
         for unit in self.units:
             unit.reshard()
-
-
-def not_compiled(hook: Callable) -> Callable:
-    """torch.compile(block) traces the block's hooks too."""
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def in_backward() -> bool:
@@ -751,30 +891,34 @@ def tensors_in(value) -> Iterator[Tensor]:
 STAGES = {1: Zero1, 2: Zero2, 3: Zero3}
 
 # --- checks ---------------------------------------------------------------------------------------
-# Mistakes that would otherwise train the wrong thing silently.
+# Equal to the functions of ddp.py. Without them, most of these mistakes would train a wrong model
+# without an error.
 
 
 def check_same_parameters(
     parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
 ) -> None:
-    """Raises ValueError, on every rank and naming the first difference, if the ranks do not have
-    the same parameters, with the same values, in the same order."""
+    """Raise ValueError on every rank unless all ranks of `group` have the same parameters, in the
+    same order and with equal values. The message names the first difference.
+
+    Values are compared by checksum. A permutation of the elements is not detected."""
     if group.size() == 1:
         return
     mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
             for name, p in parameters]  # fmt: skip
-    everyone: list = [None] * group.size()
-    dist.all_gather_object(everyone, mine, group=group)
-    for rank, theirs in enumerate(everyone):
-        for i, (a, b) in enumerate(itertools.zip_longest(everyone[0], theirs)):
+    by_rank: list = [None] * group.size()
+    dist.all_gather_object(by_rank, mine, group=group)
+    for rank, theirs in enumerate(by_rank):
+        for i, (a, b) in enumerate(itertools.zip_longest(by_rank[0], theirs)):
             if a != b:
                 raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on rank "
-                                 f"{rank}: every rank must build the same model with the same "
-                                 "values (set the same seed, or load one file)")  # fmt: skip
+                                 f"{rank}: build the same model on every rank, with the same seed "
+                                 "or from the same checkpoint")  # fmt: skip
 
 
 def checksum(p: Tensor) -> int:
-    """Sum of the elements' bit patterns as integers: the order of addition does not matter."""
+    """The sum of the elements' bit patterns as integers. It does not depend on the order of
+    summation, so equal tensors always have equal checksums."""
     if p.is_meta:
         return 0
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
@@ -782,53 +926,54 @@ def checksum(p: Tensor) -> int:
 
 
 def check_accumulations(model: nn.Module, accumulations: dict[nn.Parameter, int]) -> None:
+    """Raise ValueError unless every trainable parameter has a count of at least 1."""
     for name, p in model.named_parameters():
         if p.requires_grad and not accumulations.get(p, 0) >= 1:
-            raise ValueError("accumulations must be an int >= 1, or a dict with one for each "
-                             f"parameter; for {name} it is {accumulations.get(p)}")  # fmt: skip
+            raise ValueError("accumulations must be an int >= 1, or a dict with an int >= 1 for "
+                             f"every trainable parameter: for {name} it is "
+                             f"{accumulations.get(p)}")  # fmt: skip
 
 
 def check_optimizer(
     optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Piece], ready: bool
 ) -> None:
-    """Runs before the step of every optimizer in the process. pieces: by tensor and by parameter.
-    ready: gradients are summed. Raises ValueError if the optimizer holds a parameter instead of its
-    piece, or steps too early."""
+    """Raise ValueError if the optimizer holds a model parameter instead of its fp32 copy or shard,
+    or if the gradients are not `ready`. Runs before the step of every optimizer in the process.
+
+    pieces: maps each parameter, and the tensor that the optimizer must hold for it, to its Piece.
+    ready: whether before_step() has been called."""
     for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
         piece = pieces.get(p)
         if piece is not None and p is not piece.tensor:
-            raise ValueError(f"the optimizer holds {piece.name}, whose shard must be "
-                             "updated instead: build the optimizer over "
+            raise ValueError(f"the optimizer holds {piece.name} instead of its fp32 copy or shard: "
+                             "construct the optimizer over "
                              "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
         if piece is not None and not ready:
-            raise ValueError("optimizer.step() before the gradients are summed over the ranks: "
-                             "call finish() and step(optimizer)")  # fmt: skip
+            raise ValueError("optimizer.step() was called without before_step(): call finish() "
+                             "and then sync.step(optimizer)")  # fmt: skip
 
 
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
-    """Raises ValueError if tensor-parallel ranks hold a part of a gradient's norm."""
+    """Raise ValueError if the gradient norm depends on other tensor-parallel ranks."""
     for name, p in parameters:
         sharded = hasattr(p, "sharding") and p.sharding.size > 1
         if sharded or getattr(p, "partial", False):
-            raise ValueError(f"clip: the gradient of {name} is spread over tensor-parallel ranks, "
-                             "and so is the norm: call before_step(), clip by the norm over all of "
-                             "them, optimizer.step() and after_step()")  # fmt: skip
+            raise ValueError(f"clip: the gradient of {name} is distributed over tensor-parallel "
+                             "ranks, so one rank cannot compute the norm: call before_step(), "
+                             "clip by the norm over all ranks, then call optimizer.step() and "
+                             "after_step()")  # fmt: skip
 
 
-def alive(reference: weakref.ref) -> Zero1:
-    if (sync := reference()) is None:
-        raise ValueError(
-            "the ZeRO object of this model was deleted, and with it the shards: keep "
-            "it in a variable as long as the model is used, or rebuild both"
-        )
-    return sync
+# --- parameters and gradients that must not be read -----------------------------------------------
+
+not_intercepted = torch._C.DisableTorchFunctionSubclass  # a context in which metadata is read
 
 
 class ShardedParameter(nn.Parameter):
-    """The class of a parameter while its memory is freed, or an all-gather fills it. Reading its
-    values raises ValueError. Its shape, gradient and other metadata can be read."""
+    """The class of a parameter while its memory is freed or being filled. Reading its values raises
+    ValueError. Its shape, gradient and other metadata can be read."""
 
-    TENSORS = ("data", "T", "mT", "H", "mH", "real", "imag")  # attributes that expose values
+    TENSORS = ("data", "T", "mT", "H", "mH", "real", "imag")  # attributes that return values
     METHODS = ("size", "numel", "nelement", "dim", "stride", "storage_offset", "element_size",
                "is_contiguous", "get_device", "is_floating_point", "is_complex",
                "untyped_storage", "requires_grad_", "register_hook",
@@ -836,31 +981,34 @@ class ShardedParameter(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        attribute = function.__name__ in ("__get__", "__set__")
-        name = function.__self__.__name__ if attribute else function.__name__
-        metadata = name not in cls.TENSORS if attribute else name in cls.METHODS
-        if metadata:
+        is_attribute = function.__name__ in ("__get__", "__set__")
+        name = function.__self__.__name__ if is_attribute else function.__name__
+        is_metadata = name not in cls.TENSORS if is_attribute else name in cls.METHODS
+        if is_metadata:
             with not_intercepted():
                 return function(*args, **(kwargs or {}))
         raise ValueError(
-            f"{name}: this parameter is sharded by ZeRO, or its all-gather is not complete. Read "
-            "it in the forward of its own layer, or call sync.gather() on all ranks first. If the "
-            "forward of another layer reads it, pass blocks= with a module that contains both"
+            f"{name}: ZeRO has not gathered this parameter. Outside of the model's forward, call "
+            "sync.gather() on all ranks before you read it. If the forward of another layer reads "
+            "it, pass blocks= with a module that contains both layers"
         )
 
 
-not_intercepted = torch._C.DisableTorchFunctionSubclass  # for our own reads of metadata: faster
-
-
 class ReducedGradient(Tensor):
-    """The class of a parameter's `.grad` after finish(). Reading and accumulating raise."""
+    """The class of a parameter's `.grad` after finish(). Reading it and adding to it raise
+    ValueError."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
+    def like(cls, p: nn.Parameter) -> "ReducedGradient":
+        zero = p.detach().new_zeros((), dtype=p.grad_dtype or p.dtype)
+        return Tensor._make_subclass(cls, zero.expand(p.shape))
+
+    @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         raise ValueError(
-            f"{function}: ZeRO has summed this gradient into the shards of the ranks. Clip with "
+            f"{function}: this gradient was reduced, and each rank stores a shard of it. Clip with "
             "sync.step(optimizer, clip=...), read piece.tensor.grad after sync.before_step(), and "
             "call sync.start() before the next backward"
         )
@@ -869,73 +1017,29 @@ class ReducedGradient(Tensor):
 # --- cost -----------------------------------------------------------------------------------------
 
 
-class Use(NamedTuple):
-    """A layer of the forward: the unit it needs, whether it multiplies matrices, is a table."""
-
-    unit: int
-    matmul: bool
-    table: bool = False
-
-
-class Payload(NamedTuple):
-    """Calls, and elements in calls that a matrix multiplication runs beside, and in the others."""
-
-    calls: int
-    exposed: int
-    hidden: int
-
-
 def aligned(numel: int) -> int:
-    """numel, rounded up to a multiple of 8 (16 bytes in bf16): GPU kernels use slower loads for
-    tensors that are not aligned to 16 bytes."""
+    """numel, rounded up to a multiple of 8. GPU kernels are slower on unaligned tensors."""
     return -(-numel // 8) * 8
 
 
 def padded(numels: Iterable[int], d: int) -> int:
-    """Elements of a unit's flat buffer: parameters of `numels` elements, each aligned, in d aligned
-    shards of equal length."""
+    """Elements of a unit's flat buffer. numels: the sizes of its parameters."""
     return d * aligned(-(-sum(map(aligned, numels)) // d))
 
 
 def predicted_payload(
-    sizes: list[int], d: int, uses: list[Use], stage: int = 1, m: int = 1, replicas: int = 1,
-    reshard: bool = True,
-) -> dict[str, Payload]:  # fmt: skip
-    """Per rank and step, by collective. sizes: of the units' buffers (`padded`). Time is counted in
-    layers: m times forward and backward. Under another schedule nothing changes but what is hidden:
-    the last layer stays whole from a forward to a backward, whichever microbatch's that is, and
-    each backward consumes it, so that a naive 2 m all-gathers of it are m."""
-    n = len(uses)
-    work = [use.matmul for use in (*uses, *reversed(uses))] * m
-    first = {use.unit: k for k, use in reversed([*enumerate(uses)])}  # in forward; last in backward
-    calls = {"reduce_scatter": [], "all_gather": [], "all_reduce": []}  # (elements, start, end)
-    order = range(len(sizes))[::-1]
-    rounds = range(1, m + 1) if stage >= 2 else [m]
-    full = [2 * n * i - first[unit] for i in rounds for unit in order] + [len(work)]
-    for j, start in enumerate(full[:-1]):
-        unit, landed = order[j % len(order)], full[j + 1]  # before the next is launched
-        calls["reduce_scatter"].append((sizes[unit], start, landed))
-        if replicas > 1 and j >= len(full) - 1 - len(order):
-            calls["all_reduce"].append((sizes[unit] // d, landed, len(work)))
-    if stage < 3:  # after the optimizer, until the layer runs
-        calls["all_gather"] = [(sizes[unit], 0, k) for unit, k in first.items()]
-    for i in range(m) if stage == 3 else ():
-        for k, use in enumerate(uses):  # while the layer before computes
-            if reshard or (i == 0 and first[use.unit] == k):
-                now = 2 * n * i + k
-                calls["all_gather"].append((sizes[use.unit], now - (k > 0), now))
-            if reshard and k + 1 < n and not use.table:
-                now = 2 * n * (i + 1) - 1 - k
-                calls["all_gather"].append((sizes[use.unit], now - 1, now))
-    if d == 1:  # only replicas communicate
-        calls |= {"reduce_scatter": [], "all_gather": []}
+    sizes: list[int], d: int, stage: int = 1, m: int = 1, replicas: int = 1,
+    reshard: bool = True, skipped: int | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Elements communicated per rank and step. sizes: padded sizes of the units, in forward order.
+    skipped: elements that ZeRO-3 does not gather for backward. Default: those of the last unit."""
+    psi, gathered = sum(sizes), sum(sizes)
+    if stage == 3 and reshard:
+        gathered = m * (2 * psi - (sizes[-1] if skipped is None else skipped))
     return {
-        operation: Payload(
-            len(spans),
-            sum(size for size, start, end in spans if not any(work[start:end])),
-            sum(size for size, start, end in spans if any(work[start:end])),
-        )
-        for operation, spans in calls.items()
+        "reduce_scatter": (d > 1) * (psi if stage == 1 else m * psi),
+        "all_gather": (d > 1) * gathered,
+        "all_reduce": (replicas > 1) * psi // d,
     }
 
 
@@ -943,109 +1047,99 @@ def predicted_bytes(
     units: list[list[int]], d: int, rank: int, stage: int = 1,
     dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None,
 ) -> dict[str, int]:  # fmt: skip
-    """Bytes held per rank after the last backward, with AdamW: two moments, and for bf16 an fp32
-    master copy, for each element that this rank owns (padding has no moments). units: for each
-    unit, the sizes of its parameters. ZeRO, section 3.1."""
+    """Bytes stored per rank after the last backward, with AdamW. units: per unit, the sizes of its
+    parameters. Padding has no moments."""
     grad_dtype = grad_dtype or torch.promote_types(dtype, torch.float32)
-    whole = owned = 0
+    psi = owned = 0
     for numels in units:
         size, start = padded(numels, d), 0
-        mine = range(size // d * rank, size // d * (rank + 1))
-        for n in numels:
-            owned += max(0, min(start + n, mine.stop) - max(start, mine.start))
-            start += aligned(n)
-        whole += size
+        shard = range(rank * size // d, (rank + 1) * size // d)
+        for numel in numels:
+            owned += max(0, min(start + numel, shard.stop) - max(start, shard.start))
+            start += aligned(numel)
+        psi += size
+    masters = 4 * psi // d if dtype.itemsize < 4 else 0
     return {
-        "parameters": whole // (d if stage >= 3 else 1) * dtype.itemsize,
-        "gradients": whole // (d if stage >= 2 else 1) * grad_dtype.itemsize,
-        "optimizer": 2 * owned * max(4, dtype.itemsize)
-        + (whole // d * 4 if dtype.itemsize < 4 else 0),
+        "parameters": psi // (d if stage == 3 else 1) * dtype.itemsize,
+        "gradients": psi // (d if stage >= 2 else 1) * grad_dtype.itemsize,
+        "optimizer": 2 * owned * max(4, dtype.itemsize) + masters,
     }
 
 
 # --- demo -----------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def train(rows: range, world: dist.ProcessGroup, kind: type | None = None, **options):
+    """Train on `rows` of each batch, in float64, with `kind` if it is given. A batch has 4 rows per
+    rank of `world`."""
     import data
     import gpt
     import measure
 
-    config, m, steps = gpt.GPTConfig(3, 2, 32, 251, 32), 2, 3  # an odd vocabulary: uneven shards
+    config, m, steps, tokens = gpt.GPTConfig(3, 2, 32, 251, 32, tied=False), 2, 3, data.example()
+    model = gpt.build(config, seed=0, dtype=torch.float64)
+    tensors, sync = [*model.parameters()], None
+    if kind is MinimalZero1:
+        sync = MinimalZero1(model.parameters(), world)
+        tensors = [sync.shard]
+    elif kind is not None:
+        sync = kind(model, accumulations=m, **options)
+        tensors = [piece.tensor for piece in sync.pieces()]
+    optimizer = torch.optim.AdamW(tensors, lr=1e-2, eps=1e-4)
+    start = sync.start if sync else optimizer.zero_grad
+    update = functools.partial(sync.step, optimizer) if sync else optimizer.step
+    losses = torch.zeros(steps, dtype=torch.float64)
+    with measure.Collectives() as seen:
+        for step in range(steps):
+            start()
+            x, y = data.batch(tokens, step, rows, config.seq_len, seed=0)
+            for xs, ys in zip(x.chunk(m), y.chunk(m), strict=True):
+                loss = gpt.cross_entropy(model(xs), ys) / (4 * world.size() * config.seq_len)
+                loss.backward()
+                losses[step] += loss.detach()
+            if isinstance(sync, Zero1):
+                sync.finish()
+            update()
+    if isinstance(sync, Zero1):
+        sync.gather()
+    return losses, dict(model.named_parameters()), sync, seen
+
+
+def main() -> None:
+    """Compare each version with one process that has all rows."""
+    import measure
+
     with measure.Report("zero.py") as report:
-        world, tokens = report.group.size(), data.example()
-        k = max(k for k in range(1, max(2, world)) if world % k == 0)  # the hybrid's shard size
-        mesh = dist.init_device_mesh("cpu", (world // k, k), mesh_dim_names=("replica", "shard"))
-        across, within = mesh["replica"].get_group(), mesh["shard"].get_group()
-
-        def train(rows: range, attach: Callable | None, dtype=torch.float64, seen=None):
-            """Train on `rows` of each batch, in m microbatches. One process has all of them."""
-            model = gpt.build(config, seed=0, dtype=dtype)
-            named = dict(gpt.named_parameters(model))
-            sync = attach(model) if attach else None
-            pieces = [piece.tensor for piece in sync.pieces()] if sync else named.values()
-            optimizer, losses, held = torch.optim.AdamW(pieces, lr=1e-2, eps=1e-4), [], None
-            for step in range(steps):
-                # The last step is watched, from the update before it on: its layers wait for that.
-                with seen if seen and step + 1 == steps else contextlib.nullcontext():
-                    if sync and step > 0:
-                        sync.after_step()
-                    sync.start() if sync else optimizer.zero_grad()
-                    x, y = data.batch(tokens, step, rows, config.seq_len, seed=0)
-                    losses.append(torch.zeros((), dtype=torch.float64))
-                    for xs, ys in zip(x.chunk(m), y.chunk(m), strict=True):
-                        loss = gpt.cross_entropy(model(xs), ys) / (4 * world * config.seq_len)
-                        loss.backward()
-                        losses[-1] += loss.detach()
-                    if sync:
-                        sync.finish()
-                        held = measure.bytes_by_kind(sync.held(), optimizer)
-                        sync.before_step()
-                    optimizer.step()
-            if sync:
-                sync.after_step()
-                sync.gather()
-            return losses, named, model, sync, held
-
-        losses, whole, *_ = train(range(4 * world), None)
-        rows = range(4 * report.group.rank(), 4 * report.group.rank() + 4)
-        for what, stage, d, options in (
-            ("ZeRO-1", 1, world, {}), ("ZeRO-2", 2, world, {}), ("ZeRO-3", 3, world, {}),
-            ("ZeRO-3 kept", 3, world, {"reshard_after_forward": False}),
-            (f"ZeRO-3 {world // k} x {k}", 3, k, {"replicas": across}),
+        group, world = report.group, report.group.size()
+        k = max(k for k in range(1, max(2, world)) if world % k == 0)
+        mesh = dist.init_device_mesh("cpu", (world // k, k), mesh_dim_names=("replicas", "group"))
+        hybrid = {name: mesh[name].get_group() for name in mesh.mesh_dim_names}
+        expected_losses, expected, _, _ = train(range(4 * world), group)
+        rows = range(4 * group.rank(), 4 * group.rank() + 4)
+        for name, kind, options in (
+            ("version 1", MinimalZero1, {}), ("ZeRO-1", Zero1, {}), ("ZeRO-2", Zero2, {}),
+            ("ZeRO-3", Zero3, {}), ("ZeRO-3 kept", Zero3, {"reshard_after_forward": False}),
+            (f"ZeRO-3 hybrid {world // k} x {k}", Zero3, hybrid),
         ):  # fmt: skip
-            group = within if "replicas" in options else report.group
-            attach = functools.partial(STAGES[stage], group=group, accumulations=m, **options)
-            seen = measure.Collectives({"shard": group, "replica": across})
-            mine, named, model, sync, held = train(rows, attach, seen=seen)
-            for loss in mine:
-                dist.all_reduce(loss)
-            report.losses(what, mine, losses)
-            cut = {n: whole[n].grad.flatten()[at : at + t.numel()] for n, t, _, at in sync.pieces()}
-            gradients = {n: t.grad for n, t, _, _ in sync.pieces()}
-            report.close(f"{what} max |d gradient|, my pieces", gradients, cut)
-            report.close(f"{what} max |d parameter|", named, whole)
-
-            uses = [
-                Use(sync.units.index(unit), "Linear" in str(layer), type(layer) is nn.Embedding)
-                for (unit,), layer in zip(sync.needs, layers(model), strict=True)
-            ]
-            reshard = options.get("reshard_after_forward", True)
-            units = [[p.numel() for p in unit.place] for unit in sync.units]
-            sizes = [padded(numels, d) for numels in units]
-            payload = predicted_payload(sizes, d, uses, stage, m, world // d, reshard)
-            for operation, predicted in payload.items():
-                total, hidden = (seen.total(None, operation, hidden=h) for h in (None, True))
-                measured = Payload(total.calls, total.payload - hidden.payload, hidden.payload)
-                if predicted.calls or measured.calls:
-                    report.costs("a step, elements", f"{what} {operation}", predicted, measured)
-            for table, *dtypes in (
-                ("bytes, float64", torch.float64, None), ("bytes, bf16", torch.bfloat16, None),
-                ("bytes, bf16 gradients", torch.bfloat16, torch.bfloat16),
-            ):  # fmt: skip
-                *_, held = train(rows, functools.partial(attach, grad_dtype=dtypes[1]), dtypes[0])
-                predicted = predicted_bytes(units, d, group.rank(), stage, *dtypes)
-                report.costs(table, what, predicted, held)
+            losses, parameters, sync, seen = train(rows, group, kind, **options)
+            dist.all_reduce(losses)
+            report.losses(name, [*losses], [*expected_losses])
+            report.close(f"{name} max |d parameter|", parameters, expected)
+            if kind is MinimalZero1:
+                n = sync.parameters.numel()
+                predicted = {"reduce_scatter": n, "all_gather": n, "all_reduce": 0}
+            else:
+                gradients, true = {}, {}
+                for name_, tensor, _, start in sync.pieces():
+                    gradients[name_] = tensor.grad
+                    true[name_] = expected[name_].grad.flatten()[start : start + tensor.numel()]
+                report.close(f"{name} max |d gradient|", gradients, true)
+                d, reshard = sync.group.size(), options.get("reshard_after_forward", True)
+                sizes = [padded([p.numel() for p in unit.place], d) for unit in sync.units]
+                skipped = sizes[0] + sizes[-1]  # the token table and the last layer
+                predicted = predicted_payload(sizes, d, kind.stage, 2, world // d, reshard, skipped)
+            measured = {op: seen.total(None, op).payload // len(losses) for op in predicted}
+            report.costs("payload per step", name, predicted, measured)
 
 
 if __name__ == "__main__":

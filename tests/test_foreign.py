@@ -868,7 +868,7 @@ class Escape(nn.Module):
 
 
 def test_an_output_that_leaves_by_an_attribute_is_refused():
-    with pytest.raises(RuntimeError, match="was computed while its layer was not gathered"):
+    with pytest.raises(RuntimeError, match="is wrong, because its layer was not gathered"):
         launch(2, chain, zero.Zero3, {}, Escape)
 
 

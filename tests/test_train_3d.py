@@ -438,9 +438,7 @@ def accumulations_left(case: Case) -> tuple[int, int]:
     finish = sync.finish
 
     def look() -> None:
-        counted = sync.missing if case.zero == 0 else [
-            sync.accumulations[p] - n for p, n in sync.done.items()
-        ]  # fmt: skip
+        counted = sync.missing if case.zero == 0 else sync.missing.values()
         left.append((sum(counted), len(counted)))
         finish()
 

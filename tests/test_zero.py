@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import ddp
 import gpt
 import measure
 import zero
+from tools import cost
 from tools.oracle import launch
 
 SIZES = [((3, 5), (8,)), ((7,),), ((1,), (6, 3))]  # by layer: 23, 7, 19; no d divides a prime
@@ -109,9 +111,11 @@ def test_pieces_own_every_element_once_and_padding_never(world, hybrid, stage, o
                         owned[i] += 1
         assert owned == [world // d] * p.numel(), name
     for rank, result in enumerate(results):
-        units, uses = result["units"], [zero.Use(i, matmul=False) for i in range(len(SIZES))]
+        units, uses = result["units"], [cost.Use(i, matmul=False) for i in range(len(SIZES))]
         sizes = [zero.padded(numels, d) for numels in units]
-        predicted = zero.predicted_payload(sizes, d, uses, stage, M, world // d, not options)
+        predicted = cost.predicted_zero_payload(sizes, d, uses, stage, M, world // d, not options)
+        totals = zero.predicted_payload(sizes, d, stage, M, world // d, not options)
+        assert totals == {op: payload.exposed for op, payload in predicted.items()}
         for op, payload in predicted.items():
             assert payload.hidden == 0  # nothing is multiplied here
             total = (2 * payload.calls, 2 * payload.exposed)
@@ -141,6 +145,44 @@ def test_parameters_and_shards_begin_at_multiples_of_16_bytes(stage, dtype):
     """The sizes are odd."""
     for rank in launch(3, addresses, stage, dtype):
         assert set(rank) == {0}
+
+
+def minimal_zero1(optimizer, options: dict):
+    """MinimalZero1 next to one process that has all rows."""
+    rank, d = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    net[2].bias.requires_grad_(False)
+    plain, frozen = copy.deepcopy(net), net[2].bias.detach().clone()
+    sync = zero.MinimalZero1(net.parameters(), dist.group.WORLD)
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    assert sync.shard.numel() == -(-sum(p.numel() for p in trained) // d)
+    mine, plain_optimizer = optimizer([sync.shard], **options), optimizer(trained, **options)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(d, M, 4, 5, dtype=torch.float64, generator=generator)
+        plain_optimizer.zero_grad()
+        sync.start()
+        for rows in x.flatten(0, 1):
+            (plain(rows).square().sum() / len(x)).backward()
+        for rows in x[rank]:
+            (net(rows).square().sum() / len(x)).backward()
+        plain_optimizer.step()
+        sync.step(mine)
+        assert (sync.parameters[63:] == 0).all(), "padding"
+    assert torch.equal(net[2].bias, frozen) and net[2].bias.grad is None
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("d", [1, 2, 4, 5])
+@pytest.mark.parametrize(
+    "optimizer, options",
+    [(torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.01})],
+)
+def test_version_1_equals_one_process(optimizer, options, d):
+    """63 trainable elements: no d but 1 divides them."""
+    launch(d, minimal_zero1, optimizer, options)
 
 
 BF16 = torch.bfloat16
@@ -217,6 +259,64 @@ def test_bf16_is_bitwise_one_process_that_adds_in_the_same_order(
 ):
     for held, predicted in launch(2, bf16_steps, stage, options, grad_dtype, replicate):
         assert held == predicted
+
+
+DTYPES = [(torch.float64, None), (BF16, None), (BF16, BF16)]
+
+
+def gpt_steps(stage: int, options: dict, hybrid: bool, dtype, grad_dtype):
+    """(predicted, measured) payload of the second of two steps of a GPT with a tied table, and
+    (predicted, measured) bytes that are stored after its last backward."""
+    config = gpt.GPTConfig(3, 2, 32, 251, 32)  # an odd vocabulary: uneven shards
+    net = gpt.build(config, seed=0, dtype=dtype)
+    options = options | {"grad_dtype": grad_dtype}
+    sync, group = attach(net, stage, options, hybrid, M)
+    optimizer = torch.optim.AdamW([piece.tensor for piece in sync.pieces()], lr=1e-2)
+    names = {"shard": group} | ({"replica": sync.replicas} if hybrid else {})
+    tokens = torch.arange(4 * 32).view(4, 32) % 251
+
+    def to_the_optimizer():
+        sync.start()
+        for x in tokens.chunk(M):
+            gpt.cross_entropy(net(x), x).backward()
+        sync.finish()
+        held = measure.bytes_by_kind(sync.held(), optimizer)
+        sync.before_step()
+        optimizer.step()
+        return held
+
+    to_the_optimizer()
+    with measure.Collectives(names) as seen:  # from after_step(), since layers wait for its gathers
+        sync.after_step()
+        held = to_the_optimizer()
+    uses = [
+        cost.Use(sync.units.index(unit), "Linear" in str(layer), type(layer) is nn.Embedding)
+        for (unit,), layer in zip(sync.needs, zero.layers(net), strict=True)
+    ]
+    d, reshard = group.size(), options.get("reshard_after_forward", True)
+    units = [[p.numel() for p in unit.place] for unit in sync.units]
+    sizes = [zero.padded(numels, d) for numels in units]
+    replicas = dist.get_world_size() // d
+    payload = cost.predicted_zero_payload(sizes, d, uses, stage, M, replicas, reshard)
+    measured = {}
+    for operation in payload:
+        total, hidden = (seen.total(None, operation, hidden=h) for h in (None, True))
+        split = total.payload - hidden.payload, hidden.payload
+        measured[operation] = cost.Payload(total.calls, *split)
+    predicted_held = zero.predicted_bytes(units, d, group.rank(), stage, dtype, grad_dtype)
+    return (payload, measured), (predicted_held, held)
+
+
+@pytest.mark.parametrize("world, hybrid", [(1, 0), (2, 0), (3, 0), (4, 1)])
+@pytest.mark.parametrize("stage, options", VARIANTS)
+def test_what_is_exposed_hidden_and_stored_in_a_step_of_a_gpt(world, hybrid, stage, options):
+    dtypes = DTYPES if world in (2, 4) else DTYPES[:1]
+    for dtype, grad_dtype in dtypes:
+        results = launch(world, gpt_steps, stage, options, bool(hybrid), dtype, grad_dtype)
+        for (predicted, measured), (predicted_held, held) in results:
+            assert predicted == measured
+            assert predicted_held == held
+            assert world == 1 or predicted["reduce_scatter"].hidden > 0
 
 
 def small_updates(kind):

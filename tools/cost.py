@@ -736,3 +736,69 @@ def predicted_queue_bytes(
     column = tokens // t if sequence else tokens
     block = 2 * column + 2 * tokens + 12 * tokens // t
     return itemsize * (n_layer * block + (column + b * s * head if head else 0))
+
+
+# --- ZeRO: payload by collective, and what hides it -----------------------------------------------
+
+
+class Use(NamedTuple):
+    """One layer of the forward."""
+
+    unit: int  # index of the unit that contains its parameters
+    matmul: bool  # whether it runs a matrix multiplication
+    table: bool = False  # an embedding table, whose backward does not read the parameter
+
+
+class Payload(NamedTuple):
+    """One kind of collective, per rank and step."""
+
+    calls: int
+    exposed: int  # elements in calls that complete before the next matrix multiplication starts
+    hidden: int  # elements in the other calls
+
+
+def predicted_zero_payload(
+    sizes: list[int], d: int, uses: list[Use], stage: int = 1, m: int = 1, replicas: int = 1,
+    reshard: bool = True,
+) -> dict[str, Payload]:  # fmt: skip
+    """The collectives of ZeRO by kind. sizes: elements of each unit's buffer, in forward order
+    (zero.padded). uses: the layers in forward order.
+
+    The timeline has one tick per layer: n ticks for a forward, n for its backward, m times. Each
+    call has a start and an end, and it is hidden if a layer with a matrix multiplication runs
+    between them. Other schedules change what is hidden, but not the totals."""
+    n = len(uses)
+    work = [use.matmul for use in (*uses, *reversed(uses))] * m
+    # The first layer that uses a unit in forward is the last one in backward.
+    first = {use.unit: k for k, use in reversed([*enumerate(uses)])}
+    calls = {"reduce_scatter": [], "all_gather": [], "all_reduce": []}  # (elements, start, end)
+    order = range(len(sizes))[::-1]
+    rounds = range(1, m + 1) if stage >= 2 else [m]
+    starts = [2 * n * i - first[unit] for i in rounds for unit in order]
+    ends = [*starts[1:], len(work)]  # each reduce-scatter is waited for before the next one starts
+    for j, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        unit = order[j % len(order)]
+        calls["reduce_scatter"].append((sizes[unit], start, end))
+        if replicas > 1 and j >= len(starts) - len(order):  # last round
+            calls["all_reduce"].append((sizes[unit] // d, end, len(work)))
+    if stage < 3:  # from the optimizer step until the layer runs
+        calls["all_gather"] = [(sizes[unit], 0, k) for unit, k in first.items()]
+    for i in range(m) if stage == 3 else ():
+        for k, use in enumerate(uses):  # while the previous layer computes
+            if reshard or (i == 0 and first[use.unit] == k):
+                now = 2 * n * i + k
+                calls["all_gather"].append((sizes[use.unit], now - (k > 0), now))
+            # The last layer stays gathered between its forward and its backward.
+            if reshard and k + 1 < n and not use.table:
+                now = 2 * n * (i + 1) - 1 - k
+                calls["all_gather"].append((sizes[use.unit], now - 1, now))
+    if d == 1:  # only replicas communicate
+        calls |= {"reduce_scatter": [], "all_gather": []}
+    return {
+        operation: Payload(
+            len(spans),
+            sum(size for size, start, end in spans if not any(work[start:end])),
+            sum(size for size, start, end in spans if any(work[start:end])),
+        )
+        for operation, spans in calls.items()
+    }

@@ -358,19 +358,19 @@ def predicted_bytes(trainer: train_3d.Trainer) -> dict[str, int]:
     return held
 
 
-def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
+def predicted_zero(trainer: train_3d.Trainer) -> dict[str, cost.Payload]:
     """Payload by collective: "all_reduce" over the replica group, the others over the shards."""
     sync, args = trainer.sync, trainer.args
     tables = (nn.Embedding, tensor_parallel.VocabParallelEmbedding)
     uses = [
-        zero.Use(sync.units.index(unit), matmul=True, table=isinstance(layer, tables))
+        cost.Use(sync.units.index(unit), matmul=True, table=isinstance(layer, tables))
         for (unit,), layer in zip(sync.needs, zero.layers(trainer.model), strict=True)
     ]
     k = trainer.shard_group.size()
     sizes = [zero.padded([p.numel() for p in unit.place], k) for unit in sync.units]
     more = (args.zero, trainer.m, trainer.replica_group.size(),
             args.zero_reshard_after_forward == 1)  # fmt: skip
-    predicted = zero.predicted_payload(sizes, k, uses, *more)
+    predicted = cost.predicted_zero_payload(sizes, k, uses, *more)
     if args.zero == 3 and args.zero_reshard_after_forward:  # each chunk gathers separately
         of_layer = dict(zip(zero.layers(trainer.model), uses, strict=True))
         each = []
@@ -378,9 +378,9 @@ def predicted_zero(trainer: train_3d.Trainer) -> dict[str, zero.Payload]:
             mine = [of_layer[layer] for layer in zero.layers(chunk)]
             its = sorted({use.unit for use in mine})
             mine = [use._replace(unit=its.index(use.unit)) for use in mine]
-            payload = zero.predicted_payload([sizes[i] for i in its], k, mine, *more)
+            payload = cost.predicted_zero_payload([sizes[i] for i in its], k, mine, *more)
             each.append(payload["all_gather"])
-        predicted["all_gather"] = zero.Payload(*(sum(kind) for kind in zip(*each, strict=True)))
+        predicted["all_gather"] = cost.Payload(*(sum(kind) for kind in zip(*each, strict=True)))
     return predicted
 
 
