@@ -365,6 +365,11 @@ def read_schedule(path: str, p: int, m: int) -> pipeline.Schedule:
 # --- the first lines of output --------------------------------------------------------------------
 
 
+# torch.compile 2.13 cannot trace asynchronous collectives in a backward (t > 1), or a backward that
+# queues weight gradients (zero bubble). Number of graphs per block, by (t > 1, zero bubble):
+GRAPHS_PER_BLOCK = {(False, False): 1, (True, False): 7, (False, True): 9, (True, True): 11}
+
+
 def describe(
     args: argparse.Namespace, config: gpt.GPTConfig, world_size: int, device: torch.device
 ) -> list[str]:
@@ -380,6 +385,12 @@ def describe(
         f"{m} microbatches of {b} x {config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, "
         f"recompute {args.recompute}{', compiled' if args.compile else ''}"
     ]
+    zero_bubble = any(map(pipeline.splits_backward, make_schedule(args, m)))
+    graphs = GRAPHS_PER_BLOCK[t > 1, zero_bubble]
+    if args.compile and graphs > 1:
+        reason = "weight gradients that are queued" if zero_bubble else "asynchronous collectives"
+        more = " or more" * (args.dropout > 0 or args.recompute == "selective")
+        lines.append(f"--compile: {graphs}{more} graphs per block, because of {reason} in backward")
     if args.zero and d == 1:
         lines.append(f"--zero {args.zero} has no effect: d is 1, so there are no other replicas")
     if args.sequence_parallel and t == 1:
