@@ -6,22 +6,23 @@
     rank 1   x --f--> [W1b] ----gelu----> [W2b] --+
           [b,s,h]          [b,s,4h/t]           [b,s,h]
 
-Every rank holds the full x. W1 is split by columns, so a rank computes 1/t of the hidden units, and
-the nonlinearity needs no communication. W2 is split by rows, so a rank computes a partial sum of y.
-g completes y: it is an all-reduce in forward and the identity in backward. f is the identity in
-forward, and in backward it all-reduces the gradient of x. Attention is split in the same way, by
-heads. The embedding and the head are split by the vocabulary.
+Every rank holds the full x. W1 is split by columns, so each rank computes 1/t of the hidden units,
+and the nonlinearity needs no communication. W2 is split by rows, so each rank computes a partial
+sum of y. g sums over the ranks: it is an all-reduce in forward and the identity in backward. f is
+the identity in forward, and in backward it all-reduces the gradient of x. Attention is split in the
+same way, by attention heads. The embedding and the output layer (lm_head) are split by vocabulary.
 
-Sequence parallelism also shards the activations between the matrices, along the sequence:
+Sequence parallelism also shards the activations outside attention and MLP, along the sequence:
 
     [b,s/t,h] --norm--> f: all-gather --> W1, gelu, W2 --> g: reduce-scatter --> [b,s/t,h]
 
 In backward, f is a reduce-scatter and g is an all-gather. Backward also gathers x a second time,
-because only the shard of x is saved.
+because forward saves only the shard of x.
 
 Symbols: microbatch size b, sequence length s, hidden size h, vocabulary size v. The payload of a
-collective is the number of elements of its full tensor. In a ring, each rank sends 2 (t-1)/t of the
-payload of an all-reduce, and (t-1)/t of that of an all-gather or a reduce-scatter.
+collective is the number of elements of its full tensor. With ring algorithms, each rank sends
+2 (t-1)/t times the payload for an all-reduce, and (t-1)/t times the payload for an all-gather or a
+reduce-scatter.
 
     per block and microbatch   forward            backward           elements sent per rank
     tensor parallel            2 all-reduce       2 all-reduce        8 (t-1)/t b s h
@@ -50,8 +51,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # --- version 1: the whole idea --------------------------------------------------------------------
-# An MLP without biases. mlp(x, w1, w2, group) returns the full y on every rank. The weights are
-# [out, in], as in nn.Linear, so w1 is split along dim 0. The shards may have different sizes:
+# An MLP without biases. mlp(x, w1, w2, group) returns the full y on every rank. x must be equal on
+# all ranks. The weights are [out, in], as in nn.Linear, so the columns of W1 are dim 0 of w1. Any
+# split of the hidden units works, even or not, if w1 and w2 are split alike. For example:
 #
 #     w1 = full_w1.tensor_split(t, dim=0)[rank]    w2 = full_w2.tensor_split(t, dim=1)[rank]
 
@@ -101,9 +103,9 @@ def mlp(x: Tensor, w1: Tensor, w2: Tensor, group: dist.ProcessGroup) -> Tensor:
 # Version 1 is complete and correct. The full version adds four things.
 #   1. f is fused with its matmul. In backward, the all-reduce of the gradient of x then overlaps
 #      with the matmul for the weight gradient.
-#   2. Sequence parallelism. Without it, every rank computes the norms, dropouts and residual
-#      additions of all tokens and stores their activations. With it, each rank does so for 1/t of
-#      the tokens. An all-gather and a reduce-scatter together send as much as an all-reduce.
+#   2. Sequence parallelism. Each rank computes the norms, dropouts and residual additions of 1/t of
+#      the tokens instead of all, and stores only those activations. An all-gather and a
+#      reduce-scatter together send as much as an all-reduce. Only the second gather of x is extra.
 #   3. parallelize() replaces the layers of a model by parallel layers, according to a plan.
 #   4. The cross-entropy is computed without gathering the logits.
 
@@ -111,12 +113,13 @@ def mlp(x: Tensor, w1: Tensor, w2: Tensor, group: dist.ProcessGroup) -> Tensor:
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Each start_* function launches a collective and returns a function that waits for the result and
-# returns it. async_op is set only where the collective overlaps with a matmul. A synchronous NCCL
-# call runs on the current stream, so it needs no events, and torch.compile can trace it.
+# Each start_* function launches a collective and returns a function that waits for it and returns
+# the result. ColumnLinear.backward passes async_op=True to overlap the collective with a matmul.
+# All other calls are synchronous: start_all_gather(x, group)(). NCCL then runs on the current CUDA
+# stream, which avoids synchronizing two streams, and torch.compile can trace the call.
 #
-# all_gather concatenates along dim 0, and reduce_scatter splits dim 0, but the sequence is dim 1 of
-# [b, s, h]. Therefore the output of the one and the input of the other are permuted.
+# all_gather concatenates along dim 0 and reduce_scatter splits dim 0, but the sequence is dim 1 of
+# [b, s, h]. So the output of all_gather and the input of reduce_scatter are permuted.
 
 
 def start_all_reduce(x: Tensor, group, async_op: bool = False) -> Callable[[], Tensor]:
@@ -138,8 +141,8 @@ def start_reduce_scatter(x: Tensor, group, async_op: bool = False) -> Callable[[
     t, (b, s, h) = group.size(), x.shape
     if s % t:
         raise ValueError(
-            f"sequence parallelism splits the sequence, but {s} tokens are not divisible by "
-            f"t = {t}: pad the sequence, or change t"
+            f"sequence parallelism needs a sequence length divisible by t: got {s} with t = {t}. "
+            "Pad the sequence, or change t"
         )
     stacked = x.unflatten(1, (t, -1)).movedim(1, 0).flatten(0, 1).contiguous()  # [t b, s/t, h]
     shard = x.new_empty(b, s // t, h)
@@ -154,7 +157,8 @@ def finish(handle: dist.Work | None, output: Tensor) -> Tensor:
 
 
 class ColumnLinear(torch.autograd.Function):
-    """f and its matmul. x [b, s, in], or with `sequence` [b, s/t, in] -> [b, s, out/t]."""
+    """f and its matmul. x is [b, s, in], or [b, s/t, in] if `sequence` (sequence parallelism) is
+    on. Returns [b, s, out/t]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group, sequence: bool):
@@ -165,23 +169,22 @@ class ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        # Under autocast, grad has a lower dtype than the saved tensors.
+        # Under autocast, grad can have lower precision than the saved tensors.
         x, weight = (None if t is None else t.to(grad.dtype) for t in ctx.saved_tensors)
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-        wait_x, wait_d_x = lambda: x, lambda: None
-        if ctx.sequence and need_weight:
-            wait_x = start_all_gather(x, ctx.group, async_op=need_x)
-        # [b, s, in], a partial sum over this rank's columns. Overlaps with the gather of x.
-        d_x = grad @ weight if need_x else None
-        full_x = wait_x()
-        if need_x:
-            start = start_reduce_scatter if ctx.sequence else start_all_reduce
-            wait_d_x = start(d_x, ctx.group, async_op=need_weight)
         d_weight = None
-        if need_weight:  # [out/t, in]. Overlaps with the reduction of d_x.
-            d_weight = grad.flatten(0, -2).T @ full_x.flatten(0, -2)
+        gather = ctx.sequence and need_weight
+        if gather:  # overlaps with the matmul for d_x
+            wait_x = start_all_gather(x, ctx.group, async_op=need_x)
+        if need_x:
+            d_x = grad @ weight  # [b, s, in], a partial sum over this rank's columns
+            start = start_reduce_scatter if ctx.sequence else start_all_reduce
+            wait_d_x = start(d_x, ctx.group, async_op=need_weight)  # overlaps with the next matmul
+        if need_weight:
+            full_x = wait_x() if gather else x
+            d_weight = grad.flatten(0, -2).T @ full_x.flatten(0, -2)  # [out/t, in]
         d_bias = grad.flatten(0, -2).sum(0) if need_bias else None
-        return wait_d_x(), d_weight, d_bias, None, None
+        return wait_d_x() if need_x else None, d_weight, d_bias, None, None
 
 
 class ReduceScatterFromGroup(torch.autograd.Function):
@@ -198,8 +201,8 @@ class ReduceScatterFromGroup(torch.autograd.Function):
 
 
 def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:
-    """g. It saves no tensors and is separate from its matmul, so that activation checkpointing,
-    which recomputes a block up to its last saved tensor, does not repeat the last g."""
+    """g, separate from its matmul. It saves nothing for backward, so that activation checkpointing,
+    which recomputes a block up to its last saved tensor, can skip the last g of a block."""
     if group.size() == 1:
         return x
     return (ReduceScatterFromGroup if sequence else ReduceFromGroup).apply(x, group)
@@ -224,8 +227,8 @@ class Sharding:
         return torch.cat([full.narrow(self.dim, i, n) for _, i, n in self.slices()], self.dim)
 
     def slices(self) -> Iterator[tuple[int, int, int]]:
-        """For each fused matrix, its slice on this rank: (start in the shard, start in the full
-        parameter, length)."""
+        """For each fused matrix, the slice that this rank holds: (start in the shard, start in the
+        full parameter, length). checkpoint.py uses all three."""
         local = offset = 0
         for n in self.sizes:
             start, stop = self.bounds(n)
@@ -233,10 +236,14 @@ class Sharding:
             local, offset = local + stop - start, offset + n
 
     def bounds(self, n: int) -> tuple[int, int]:
-        """(start, stop) of this rank's chunk of n rows or columns, as in torch.chunk: the last
-        chunk may be smaller than the others."""
-        chunk = -(-n // self.size)
+        """(start, stop) of this rank's chunk of n rows or columns."""
+        chunk = chunk_size(n, self.size)
         return min(n, self.rank * chunk), min(n, (self.rank + 1) * chunk)
+
+
+def chunk_size(n: int, t: int) -> int:
+    """Rows or columns per rank, as in torch.chunk: n/t rounded up. The last ranks may get fewer."""
+    return -(-n // t)
 
 
 def shard_parameter(p: nn.Parameter, dim: int, fused: int | tuple[int, ...], group) -> nn.Parameter:
@@ -245,28 +252,29 @@ def shard_parameter(p: nn.Parameter, dim: int, fused: int | tuple[int, ...], gro
     sizes = (p.size(dim) // fused,) * fused if isinstance(fused, int) else fused
     if sum(sizes) != p.size(dim):
         raise ValueError(
-            f"the plan's fused sizes {sizes} add up to {sum(sizes)}, and the matrix has "
-            f"{p.size(dim)} {('rows', 'columns')[dim]}: correct the sizes in the plan"
+            f"the fused sizes {sizes} add up to {sum(sizes)}, but dimension {dim} of the weight "
+            f"has size {p.size(dim)}: correct the sizes in the plan"
         )
     sharding = Sharding(p.shape, dim, sizes, group.rank(), group.size())
     shard = nn.Parameter(sharding.shard(p.detach()), requires_grad=p.requires_grad)
-    shard.__dict__.update(p.__dict__, sharding=sharding)
+    shard.__dict__.update(p.__dict__, sharding=sharding)  # keeps attributes such as tied_name
     return shard
 
 
-# Styles. A style is a class or a function (module, fused, group, sequence) -> the module that takes
-# the place of `module`. `sequence` says whether sequence parallelism is on.
+# Styles. A style is a class or a function: style(module, fused, group, sequence) returns the module
+# that replaces `module`. Only "column" and "row" use `fused` (see shard_parameter).
 #
-# pipeline.defer_weight_gradients computes the weight gradients of the first two styles later than
-# the rest of backward. It replaces multiply(x, bias) on the instance, and calls gather_input and
-# reduce_input_gradient where f communicates.
+# ColumnParallelLinear and RowParallelLinear work with pipeline.defer_weight_gradients, which
+# computes their weight gradients later than the rest of backward. It overrides multiply() on each
+# layer, and performs the communication of f by gather_input() and reduce_input_gradient().
 
 
 class ColumnParallelLinear(nn.Module):
     """x [b, s, in], or with `sequence` [b, s/t, in] -> this rank's columns, [b, s, out/t].
 
-    Fuse matrices that have the same input, because they then share one f. The columns are split
-    without regard to heads. The model must check that each rank has complete heads."""
+    Fuse matrices that have the same input, because they then share one f. The split ignores heads:
+    the model must check that each rank gets complete heads. gpt.Attention also requires equal
+    numbers. If there are fewer key/value heads than ranks, add a style that replicates them."""
 
     def __init__(self, linear: nn.Linear, fused: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
@@ -312,8 +320,8 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """tokens [b, s] -> [b, s, h], or with `sequence` [b, s/t, h]. A rank looks up the tokens of its
-    vocabulary shard. The others have 0 there, and g computes the sum."""
+    """tokens [b, s] -> [b, s, h], or with `sequence` [b, s/t, h]. Each rank looks up the tokens in
+    its vocabulary shard and outputs 0 for all other tokens. g sums over the ranks."""
 
     def __init__(self, embedding: nn.Embedding, fused: int, group, sequence: bool):
         super().__init__()
@@ -325,7 +333,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens - self.start
         outside = (local < 0) | (local >= self.weight.size(0))
-        valid = (tokens >= 0) & (tokens < self.v)  # F.embedding raises for the invalid tokens
+        valid = (tokens >= 0) & (tokens < self.v)  # F.embedding raises for the others
         x = F.embedding(local.masked_fill(outside & valid, 0), self.weight)
         x = x.masked_fill(outside.unsqueeze(-1), 0.0)
         return reduce_output(x, self.group, self.sequence)
@@ -333,7 +341,7 @@ class VocabParallelEmbedding(nn.Module):
 
 class PositionShard(nn.Module):
     """Adds the position embedding to x [b, s, h], or with `sequence` [b, s/t, h]. The table is
-    replicated."""
+    replicated. The model must call wpe(x), as with gpt.PositionEmbedding, not wpe(positions)."""
 
     def __init__(self, embedding: nn.Embedding, fused: int, group, sequence: bool):
         super().__init__()
@@ -346,7 +354,8 @@ class PositionShard(nn.Module):
 
 
 def shard_heads(dropout: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
-    """For gpt.Dropout on [b, heads/t, s, s]. It draws masks for all heads and applies a shard."""
+    """For gpt.Dropout on [b, heads/t, s, s]. Every rank draws the masks of all heads from the same
+    seed, splits them into `shards` shards, and applies number `shard`."""
     dropout.shard, dropout.shards = group.rank(), group.size()
     return dropout
 
@@ -358,15 +367,16 @@ def shard_tokens(dropout: nn.Module, fused: int, group, sequence: bool) -> nn.Mo
 
 def mark_partial(module: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
     """For a module between a column- and a row-parallel layer, such as the norm of each query and
-    key head in Qwen3. It sees this rank's heads only, so its gradient is partial. A norm over all
-    heads (OLMo 2) needs a different style, because its forward must communicate too."""
+    key head in Qwen3. Each rank applies it to its own heads only, so its gradient is a partial sum.
+    A norm over all heads (OLMo 2) needs another style, because its forward must communicate."""
     for p in module.parameters():
         p.partial = True
     return module
 
 
 def keep_replicated(module: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
-    """For a module that computes the same on every rank, such as a norm of the residual stream."""
+    """For a module whose parameters stay replicated, such as a norm on the residual stream. With
+    `sequence`, each rank applies it to its own tokens."""
     return module
 
 
@@ -381,7 +391,7 @@ STYLES = {
     "replicated": keep_replicated,
 }
 
-# A plan: {pattern of module names: style, or (style, fused)}. Each model needs its own plan.
+# A plan maps patterns of module names to a style or to (style, fused). Each model needs its own.
 GPT_PLAN = {
     "wte": "vocab",
     "wpe": "position",
@@ -400,30 +410,33 @@ def parallelize(
     model: nn.Module, plan: dict, group: dist.ProcessGroup, sequence: bool = False
 ) -> nn.Module:
     """Replaces modules of `model` in place, according to `plan`, and returns the model. The first
-    pattern that matches a module's name applies. Works on the meta device. Tied weights stay tied.
+    pattern that matches a module's name applies. The model may be on the meta device. Tied weights
+    stay tied. Raises ValueError if one of the checks below fails.
 
     The attention of the model must take the number of heads and the sequence length from the shape
-    of its queries. With `sequence`, the modules outside the plan process [b, s/t, h].
+    of its queries. Weights may be split unevenly. With `sequence`, the sequence length must be
+    divisible by t, and the modules that the plan does not name get [b, s/t, h].
+
+    All ranks must call the model with the same tokens, which is not checked. If one rank raises an
+    exception, the others wait in their next collective until it times out.
 
     Every parameter gets the attribute `partial`: whether its gradient must be all-reduced by
     all_reduce_partial. Do not use clip_grad_norm_, because it would scale the gradients differently
-    on each rank. Compute the norm from all shards, as train_3d.py does.
-
-    Raises ValueError if one of the checks below fails."""
+    on each rank. Compute the norm from all shards, as train_3d.py does."""
     modules = list(model.named_modules())
     plan = {p: style if isinstance(style, tuple) else (style, 1) for p, style in plan.items()}
     check_plan(plan, [name for name, _ in modules])
     check_same_values(model, group)
     sequence = sequence and group.size() > 1
-    names: dict[nn.Parameter, list[str]] = {}  # several names: the parameter is tied
+    names: dict[nn.Parameter, list[str]] = {}  # a tied parameter has several names
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)
-    shards: dict[tuple[nn.Parameter, Sharding | None], nn.Parameter] = {}  # tied weights: one shard
-    styled: set[nn.Parameter] = set()
+    shards: dict[tuple[nn.Parameter, Sharding | None], nn.Parameter] = {}  # keeps weights tied
+    styled: set[nn.Parameter] = set()  # the parameters of the modules that the plan names
     for name, module in modules:
         pattern = next((pattern for pattern in plan if fnmatch(name, pattern)), None)
         style, fused = plan.get(pattern, (None, 1))
-        if isinstance(module, nn.Identity):  # a layer of another pipeline stage
+        if isinstance(module, nn.Identity):  # pipeline.take_stages: a layer of another stage
             continue
         check_module(name, module, style, sequence)
         if style is None:
@@ -441,16 +454,16 @@ def parallelize(
         for n in sharding.sizes if sharding else ():
             check_width(name, n, group.size())
         if sharding and partial:
-            raise ValueError(f"{name} is sharded, so it cannot be 'partial': drop that style")
+            raise ValueError(f"{name} is sharded, so it cannot be 'partial': remove that style")
         p.partial = group.size() > 1 and (partial or (sequence and not sharding))
     return model
 
 
 def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup) -> None:
-    """All-reduces, in place, the gradients of the parameters for which .partial is True. Each rank
-    has computed such a gradient from its tokens (sequence parallelism) or its heads (the style
-    "partial"). Called once per step, after the last backward: one collective then serves all layers
-    and microbatches. A gradient that is None must be None on all ranks."""
+    """All-reduces `gradients` in place. Pass the gradients of all parameters for which .partial is
+    True. Each rank has computed them from its own tokens (sequence parallelism) or its own heads
+    (the style "partial"). Call it once per step, after the last backward, so that one collective
+    serves all layers and microbatches. A gradient that is None must be None on all ranks."""
     gradients = [g for g in gradients if g is not None]
     if gradients and group.size() > 1:
         flat = torch.cat([g.flatten() for g in gradients])
@@ -460,8 +473,8 @@ def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup)
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
-    """The sum of -log softmax(logits)[target] over the valid targets. For each token the ranks
-    exchange three numbers: the maximum, the sum of exponentials and the logit of the target."""
+    """The sum of -log softmax(logits)[target] over the valid targets. For each token, the ranks
+    all-reduce three numbers: the maximum, the sum of exponentials and the logit of the target."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, start: int, v: int, group) -> Tensor:
@@ -470,7 +483,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         shifted = logits - highest.unsqueeze(-1)  # [b, s, v/t]
         local = targets - start
         outside = (local < 0) | (local >= logits.size(-1))  # on another rank, or ignored
-        local = local.masked_fill(outside & (targets < v), 0).unsqueeze(-1)  # >= v: gather raises
+        # A target >= v keeps an index that is out of range, so that gather raises.
+        local = local.masked_fill(outside & (targets < v), 0).unsqueeze(-1)
         at_target = shifted.gather(-1, local).squeeze(-1).masked_fill(outside, 0.0)
         exponentials = shifted.exp_()
         sums = torch.stack([exponentials.sum(dim=-1), at_target])  # [2, b, s]
@@ -482,8 +496,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         probabilities, local, outside, valid = ctx.saved_tensors
-        one = (~outside).to(probabilities.dtype).unsqueeze(-1)
-        d_logits = probabilities.scatter_add(-1, local, -one)  # p - 1 at the target, else p
+        here = (~outside).to(probabilities.dtype).unsqueeze(-1)  # 1 if this rank has the target
+        d_logits = probabilities.scatter_add(-1, local, -here)  # p - 1 at the target, else p
         return d_logits.mul_(valid.unsqueeze(-1) * grad), None, None, None, None
 
 
@@ -491,19 +505,20 @@ def vocab_parallel_cross_entropy(
     logits: Tensor, targets: Tensor, head: nn.Module, group: dist.ProcessGroup
 ) -> Tensor:
     """The cross-entropy summed over the targets: a scalar, equal on all ranks. logits [b, s, v/t]:
-    the output of the column-parallel layer `head`. targets [b, s]: 0..v-1, or < 0 to be ignored.
-    Computed in fp32 at least, like gpt.cross_entropy."""
+    the output of the column-parallel layer `head`. targets [b, s]: 0 to v-1, or negative to be
+    ignored. Computed in fp32, or in float64 for float64 logits."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if group.size() == 1:  # F.cross_entropy reads and writes the logits fewer times
-        flat = targets.flatten().clamp(min=-1)  # a copy, because autograd saves it
+        # Negative targets become -1. A copy: the caller may overwrite targets before backward.
+        flat = targets.flatten().clamp(min=-1)
         return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
     v = head.weight.sharding.shape[0]
     start, _ = head.weight.sharding.bounds(v)
     return VocabParallelCrossEntropy.apply(logits, targets, start, v, group)
 
 
-# Checks. Each raises ValueError for a mistake that would otherwise train a wrong model, or train a
-# correct one with more memory or communication than necessary.
+# Checks. Each raises ValueError for a mistake that would otherwise silently give wrong results, or
+# waste memory or communication.
 
 
 def check_plan(plan: dict[str, tuple], names: list[str]) -> None:
@@ -512,11 +527,11 @@ def check_plan(plan: dict[str, tuple], names: list[str]) -> None:
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(f"{pattern}: the plan names a module that the model does not have")
         if style not in STYLES:
-            raise ValueError(f"{pattern}: style {style!r} is none of {', '.join(STYLES)}")
+            raise ValueError(f"{pattern}: unknown style {style!r}; use one of {', '.join(STYLES)}")
 
 
 def check_same_values(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Parameters must be equal on all ranks. Meta parameters are skipped."""
+    """Compares the shapes and byte sums of the parameters of all ranks. Skips meta parameters."""
     named = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
     local = {n: (p.shape, p.detach().flatten().view(torch.uint8).sum().item()) for n, p in named}
     by_rank = [local] * group.size()
@@ -525,44 +540,46 @@ def check_same_values(model: nn.Module, group: dist.ProcessGroup) -> None:
     for name in dict.fromkeys(itertools.chain(*by_rank)):
         if any(other.get(name) != by_rank[0].get(name) for other in by_rank):
             raise ValueError(
-                f"{name} differs between the ranks: set one seed on all ranks before the model is "
-                "built, or load one file"
+                f"{name} differs between the ranks: set the same seed on all ranks before the "
+                "model is built, or load the same checkpoint on all ranks"
             )
 
 
 def check_tied(model: nn.Module, names: Iterable[list[str]]) -> None:
-    """names: for each parameter that the model had, its names. They must still name one tensor."""
+    """names: for each original parameter, its names. They must still refer to one parameter."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for first, *others in names:
         for name in others:
             if parameters.get(name) is not parameters.get(first):
                 raise ValueError(
-                    f"{name} is tied to {first}, and the plan shards them differently: give both "
+                    f"{name} is tied to {first}, but the plan shards them differently: give both "
                     "modules the same style, or untie the weights"
                 )
 
 
 def check_module(name: str, module: nn.Module, style: str | None, sequence: bool) -> None:
-    """The module must fit its style (None: the plan does not name it). Dropout in a function call,
-    as in scaled_dot_product_attention, is not detected."""
-    draws = isinstance(module, nn.Dropout) and style != "replicated" or style in ("heads", "tokens")
+    """The module must fit its style. style is None if the plan does not name the module. Dropout in
+    a function call, as in scaled_dot_product_attention, is not detected."""
+    draws = isinstance(module, nn.Dropout) and style != "replicated"
+    draws = draws or style in ("heads", "tokens")
     if draws and not hasattr(module, "shards") and getattr(module, "p", None) != 0:
         raise ValueError(
-            f"{name}: {module} draws from this rank's random generator, so the masks of replicated "
-            "activations would differ: set p to 0, or use gpt.Dropout. If the generators of all "
-            "ranks have the same state, give it the style 'replicated'"
+            f"{name}: {module} uses this rank's random generator, so ranks would apply different "
+            "masks to equal activations: set p to 0, or use gpt.Dropout. If the generators of all "
+            "ranks have the same state, and without sequence parallelism, use style 'replicated'"
         )
     kind = {"column": nn.Linear, "row": nn.Linear, "vocab": nn.Embedding}.get(style)
     options = dict(padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
     if kind and (
+        # A subclass may have another forward, like gpt.PositionEmbedding.
         getattr(module.forward, "__func__", None) is not kind.forward
         or {n for n, _ in module.named_parameters()} - {"weight", "bias"}
         or any(getattr(module, option, off) is not off for option, off in options.items())
     ):
         raise ValueError(
-            f"{name}: style {style!r} replaces a plain nn.{kind.__name__}, and this "
-            f"{type(module).__name__} is not one: name the plain layer inside it, remove its "
-            "options (padding_idx, ...), or add a style to STYLES"
+            f"{name}: style {style!r} needs a plain nn.{kind.__name__}, but this "
+            f"{type(module).__name__} has another forward, more parameters, or options such as "
+            "padding_idx: name the plain layer inside it, or add a style to STYLES"
         )
     if style is None and sequence and isinstance(module, nn.Embedding):
         raise ValueError(
@@ -573,31 +590,33 @@ def check_module(name: str, module: nn.Module, style: str | None, sequence: bool
 
 def check_between(model: nn.Module, styled: set[nn.Parameter]) -> None:
     """A parameter between a column- and a row-parallel layer has a partial gradient, so the plan
-    must name it. This finds modules that have a child with only column-parallel layers and another
-    child with only row-parallel layers, and checks their other parameters."""
+    must name its module. Looks for a module with a child whose parallel layers are all
+    column-parallel and a child whose parallel layers are all row-parallel. Checks the other
+    parameters of that module."""
     both = {ColumnParallelLinear, RowParallelLinear}
     for path, module in model.named_modules():
         kinds = {n: both & set(map(type, child.modules())) for n, child in module.named_children()}
         if not all({kind} in kinds.values() for kind in both):
             continue
         for name, p in module.named_parameters():
-            decided = p in styled or hasattr(p, "partial") or kinds.get(name.split(".")[0]) == both
-            if p.requires_grad and not decided:
+            if kinds.get(name.split(".")[0]) == both:
+                continue  # the outer loop reaches this child later
+            if p.requires_grad and p not in styled and not hasattr(p, "partial"):
                 raise ValueError(
-                    f"{f'{path}.{name}'.lstrip('.')} has a column- and a row-parallel layer as "
-                    "siblings. If it is applied between them, its gradient is partial: give its "
-                    "module the style 'partial' in the plan. If it is applied to the residual "
-                    "stream, give it 'replicated'. (For a bare nn.Parameter, set .partial.)"
+                    f"{f'{path}.{name}'.lstrip('.')} is next to a column- and a row-parallel layer."
+                    " If it is applied between them, its gradient is partial: give its module the "
+                    "style 'partial' in the plan. If it is applied to the residual stream, give it "
+                    "'replicated'. (For a bare nn.Parameter, set its .partial to True or False.)"
                 )
 
 
 def check_width(name: str, n: int, t: int) -> None:
     """Each of t ranks must get at least one of n rows or columns."""
-    chunk = -(-n // t)
+    chunk = chunk_size(n, t)
     if chunk * (t - 1) >= n:
         raise ValueError(
-            f"{name}: {n} rows or columns in chunks of {chunk} leave one of t = {t} ranks with "
-            "none: lower --tp or widen the model"
+            f"{name}: splitting {n} rows or columns over t = {t} ranks in chunks of {chunk} leaves "
+            "at least one rank empty: lower --tp, or use a larger dimension"
         )
 
 
@@ -609,10 +628,10 @@ def predicted_collectives(
     first: bool = True, last: bool = True,
 ) -> dict[tuple[str, str], tuple[int, int]]:  # fmt: skip
     """(phase, operation) -> (calls, payload in elements) per rank and step of m microbatches, for a
-    pipeline stage with n_layer blocks. first: with the embedding. last: with the head and the loss.
-    all_reduce_partial is not included."""
-    f = 2 * n_layer + last  # attention, MLP; the head
-    g = 2 * n_layer + first  # attention, MLP; the embedding
+    pipeline stage with n_layer blocks. first: the stage has the embedding. last: it has lm_head and
+    the loss. all_reduce_partial is not included."""
+    f = 2 * n_layer + last  # attention and MLP of each block, and lm_head
+    g = 2 * n_layer + first  # attention and MLP of each block, and the embedding
     if sequence:
         calls = {("forward", "all_gather"): f, ("forward", "reduce_scatter"): g,
                  ("backward", "all_gather"): f + g, ("backward", "reduce_scatter"): f}  # fmt: skip
@@ -620,16 +639,16 @@ def predicted_collectives(
         calls = {("forward", "all_reduce"): g, ("backward", "all_reduce"): f}
     costs = {key: (m * n, m * n * b * s * h) for key, n in calls.items()}
     n, payload = costs.get(("forward", "all_reduce"), (0, 0))
-    loss = (2 * m * last, 3 * m * b * s * last)  # [b, s] and [2, b, s]
+    loss = (2 * m * last, 3 * m * b * s * last)  # payloads [b, s] and [2, b, s]
     return costs | {("forward", "all_reduce"): (n + loss[0], payload + loss[1])}
 
 
 # --- demo -----------------------------------------------------------------------------------------
-# Each train_* function returns (losses, parameters). group: None for one process.
+# Each train_* function returns (losses, parameters). If group is None, it uses one process.
 
 
 def train_mlp(group: dist.ProcessGroup | None) -> tuple[list[Tensor], dict[str, nn.Parameter]]:
-    """One step of version 1. 37 hidden units: the shards have two sizes."""
+    """One backward of version 1. The 37 hidden units are split unevenly."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 6, 8), (37, 8), (8, 37))
     x, w1, w2 = (nn.Parameter(torch.randn(n, generator=generator).double()) for n in shapes)
@@ -644,23 +663,22 @@ def train_mlp(group: dist.ProcessGroup | None) -> tuple[list[Tensor], dict[str, 
 def train_gpt(
     config, b: int, steps: int, group: dist.ProcessGroup | None, sequence: bool = False
 ) -> tuple[list[Tensor], dict[str, nn.Parameter]]:
-    """The full version, trained with SGD. Every rank uses the same b rows in a step."""
+    """The full version, trained with SGD. All ranks use the same b rows in each step."""
     import data
     import gpt
 
     model, loss_of = gpt.build(config, seed=0, dtype=torch.float64), gpt.cross_entropy
     if group:
         parallelize(model, GPT_PLAN, group, sequence)
-        head = dict(head=model.lm_head, group=group)
-        loss_of = functools.partial(vocab_parallel_cross_entropy, **head)
+        loss_of = functools.partial(vocab_parallel_cross_entropy, head=model.lm_head, group=group)
     optimizer, losses, tokens = torch.optim.SGD(model.parameters(), lr=0.5), [], data.example()
     for step in range(steps):
         optimizer.zero_grad()
         x, y = data.batch(tokens, step, range(b), config.seq_len, seed=0)
         loss = loss_of(model(x), y) / y.numel()
         loss.backward()
-        partial = [p.grad for p in model.parameters() if getattr(p, "partial", False)]
-        all_reduce_partial(partial, group)
+        if group:
+            all_reduce_partial([p.grad for p in model.parameters() if p.partial], group)
         losses.append(loss.detach())
         optimizer.step()
     return losses, dict(gpt.named_parameters(model))
@@ -670,7 +688,8 @@ def main() -> None:
     import gpt
     import measure
 
-    config, b, steps = gpt.GPTConfig(2, 12, 48, 257, 36), 4, 3  # 257: shards of two sizes
+    config = gpt.GPTConfig(n_layer=2, n_head=12, n_embd=48, vocab_size=257, seq_len=36)
+    b, steps = 4, 3
 
     def compare(name: str, expected: tuple, trained: tuple) -> None:
         (expected_losses, full), (losses, local) = expected, trained
@@ -686,17 +705,16 @@ def main() -> None:
         with measure.Collectives({"tp": group}) as seen:
             losses, local = train_mlp(group)
         compare("version 1", train_mlp(None), (losses, local))
-        f_and_g = (2, 2 * local["x"].numel())
+        f_and_g = (2, 2 * local["x"].numel())  # (calls, payload)
         report.equal("version 1 all_reduce", f_and_g, tuple(seen.total("tp", "all_reduce")))
         expected = train_gpt(config, b, steps, None)
         for name, sequence in (("TP", False), ("TP+SP", True)):
             with measure.Collectives({"tp": group}) as seen:
                 losses, local = train_gpt(config, b, steps, group, sequence)
             compare(name, expected, (losses, local))
-            costs = predicted_collectives(
-                config.n_layer, b, config.seq_len, config.n_embd, steps, sequence
-            )
-            if sequence:
+            s, h = config.seq_len, config.n_embd  # one microbatch per step, so m = steps
+            costs = predicted_collectives(config.n_layer, b, s, h, m=steps, sequence=sequence)
+            if sequence:  # all_reduce_partial, once per step; "forward" means outside of backward
                 calls, payload = costs["forward", "all_reduce"]
                 partial = sum(p.numel() for p in local.values() if p.partial)
                 costs["forward", "all_reduce"] = calls + steps, payload + steps * partial

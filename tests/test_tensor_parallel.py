@@ -272,9 +272,9 @@ def parallelize_with(plan: dict):
 @pytest.mark.parametrize(
     "plan, message",
     [
-        ({"h.*.mlp.c_fc": "columns"}, "style 'columns' is none of column, row, vocab, position"),
+        ({"h.*.mlp.c_fc": "columns"}, "unknown style 'columns'; use one of column, row, vocab"),
         ({"h.*.mlp.fc": "column"}, "the plan names a module that the model does not have"),
-        ({"wte": "vocab"}, "wte.weight: 5 rows or columns in chunks of 2 leave one of t = 4 ranks"),
+        ({"wte": "vocab"}, "wte.weight: splitting 5 rows or columns over t = 4 ranks in"),
     ],
 )
 def test_bad_plans(plan, message):
@@ -409,7 +409,7 @@ def nest_the_norm(net: nn.Module) -> None:
     ],
 )
 def test_a_parameter_that_may_lie_between_column_and_row_must_be_named(plan, change, name):
-    with pytest.raises(ValueError, match=rf"^{name} has .* 'partial' in the plan"):
+    with pytest.raises(ValueError, match=rf"^{name} is next to .* 'partial' in the plan"):
         parallelize_net(plan, change)
 
 
@@ -441,7 +441,7 @@ def give_dropout(net: nn.Module, p: float = 0.1) -> None:
 
 @pytest.mark.parametrize("style", [{"drop": "heads"}, {"drop": "tokens"}, {}], ids=str)
 def test_torchs_dropout_must_not_draw(style):
-    with pytest.raises(ValueError, match=r"^drop: Dropout\(p=0.1.* draws .* set p to 0, or use"):
+    with pytest.raises(ValueError, match=r"^drop: Dropout\(p=0.1.* uses .* set p to 0, or use"):
         parallelize_net(QK_PLAN | style, give_dropout)
     parallelize_net(QK_PLAN | style, functools.partial(give_dropout, p=0.0))
     parallelize_net(QK_PLAN | {"drop": "replicated"}, give_dropout)
@@ -622,8 +622,8 @@ def one_forward(n_head: int, head_size: int, s: int, sequence: bool):
     [
         (2, 3, 8, 8, False, "n_head 3 .* 36 of 72 columns .* heads of 8"),
         (3, 5, 2, 8, False, "n_head 5 .* 12 of 30 columns .* heads of 2"),  # 2, 2 and 1 heads
-        (2, 4, 2, 7, True, "7 tokens are not divisible by t = 2"),
-        (3, 3, 2, 8, True, "8 tokens are not divisible by t = 3"),
+        (2, 4, 2, 7, True, "divisible by t: got 7 with t = 2"),
+        (3, 3, 2, 8, True, "divisible by t: got 8 with t = 3"),
     ],
 )
 def test_sizes_that_t_does_not_divide(t, n_head, head_size, s, sequence, message):
@@ -653,13 +653,13 @@ def change_layer(name: str, make, net: nn.Module) -> None:
     ],
 )
 def test_a_module_that_computes_something_else_is_not_replaced(name, make):
-    with pytest.raises(ValueError, match=f"^{name}: style .* replaces a plain nn.(Linear|Embedd)"):
+    with pytest.raises(ValueError, match=f"^{name}: style .* needs a plain nn.(Linear|Embedd)"):
         parallelize_net(QK_PLAN, functools.partial(change_layer, name, make))
 
 
 def test_parts_that_do_not_add_up_are_refused():
     for parts in (5, (12, 11)):
-        with pytest.raises(ValueError, match=r"sizes \([0-9, ]+\) add up to 2[03], .* 24 rows"):
+        with pytest.raises(ValueError, match=r"sizes \([0-9, ]+\) add up to 2[03], .* size 24"):
             parallelize_net({"attn.q": ("column", parts)} | QK_PLAN)
 
 

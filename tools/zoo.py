@@ -191,7 +191,7 @@ ZOO = [
         "tests/test_pipeline.py::test_200_random_schedules_run",
         r"assert counted == pipe\.accumulations"),
     Bug(22, "the last rows of an uneven split are lost", [
-        ("tensor_parallel.py", "chunk = -(-n // self.size)", "chunk = n // self.size")],
+        ("tensor_parallel.py", "return -(-n // t)", "return n // t")],
         "tests/test_tensor_parallel.py::test_cuts_are_torch_chunks_and_cover_the_whole",
         "assert False"),
     Bug(23, "a reduction over the wrong group", [
