@@ -1,4 +1,4 @@
-"""Pipeline parallelism: the layers are split over ranks, and microbatches pass from rank to rank.
+"""Pipeline parallelism: the layers are split over ranks, which process each microbatch in turn.
 
 A stage is a contiguous slice of the layers. Stages are numbered in model order. Each rank holds one
 or more stages, which are called its chunks. The batch is split into microbatches. In a forward (F),
@@ -298,7 +298,7 @@ class Span(NamedTuple):
 
 class ScheduleError(ValueError):
     """The schedule is wrong at schedule[rank][place]. `place` is the length of the row if an action
-    is missing. Both are 0 if the stages are wrong. options.py reports the place in a file."""
+    is missing. Both are 0 if the stages are wrong. options.py reports them as line and column."""
 
     def __init__(self, rank: int, place: int, message: str):
         super().__init__(message)
@@ -496,8 +496,8 @@ def receive_ahead(program: Program, rank: int) -> Program:
 
 
 def split_layers(n_layer: int, n_stages: int, first: float = 0, last: float = 0) -> list[range]:
-    """Assigns at least one block to each stage, such that the most expensive stage costs as little
-    as possible. first, last: costs of the embedding and of the head, in units of a block. Raises
+    """Assigns at least one block to each stage so that the most expensive stage costs as little as
+    possible. first, last: costs of the embedding and of the head, if a block costs 1. Raises
     ValueError if there are more stages than blocks."""
     if n_stages > n_layer:
         raise ValueError(
@@ -703,7 +703,7 @@ class Pipeline:
     def _connect(self, program: Program) -> None:
         """Exchanges one element with each peer of `program`. All ranks sort their pairs in the same
         way, so this cannot deadlock. The all-reduce comes first, because NCCL requires that all
-        ranks of a group take part in its first call."""
+        ranks of a group take part in its first operation."""
         zero, rank = torch.zeros(1, device=self.device), self.group.rank()
         dist.all_reduce(zero, group=self.group)  # payload: 1 element, once per Pipeline
         transfers = [t for step in program if not isinstance(step, Action) for t in step]
@@ -993,7 +993,7 @@ def main() -> None:
                 dist.all_reduce(loss)  # payload: 1 element. The loss is 0 on all ranks but one.
             report.losses(name, losses, expected_losses)
             report.close(f"{name} largest error", found, {n: expected[n] for n in found})
-            sent = tuple(n // 2 for n in seen.total("pp", "send"))  # of two steps
+            sent = tuple(n // 2 for n in seen.total("pp", "send"))  # `seen` counts two steps
             rows = costs(kind, schedule, rank, m, boundary.shape, sent)
             for cost, (predicted, actual) in rows.items():
                 report.equal(f"{name} {cost}", predicted, actual)
