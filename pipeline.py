@@ -1,13 +1,13 @@
-"""Pipeline parallelism: the layers are split over ranks, and microbatches pass from rank to rank.
+"""Pipeline parallelism: the layers are split over ranks, which process each microbatch in turn.
 
 A stage is a contiguous slice of the layers. Stages are numbered in model order. Each rank holds one
-stage, or several, which are called its chunks. The batch is split into microbatches. In a forward
-(F), a stage sends its output to the next stage. In a backward (B), it sends the gradient of its
-input to the previous stage. A schedule is the order of these actions on each rank. It determines
-how long ranks are idle (the bubble) and how many microbatches a rank holds in memory.
+or more stages, which are called its chunks. The batch is split into microbatches. In a forward (F),
+a stage sends its output to the next stage. In a backward (B), it sends its input gradient to the
+previous stage. A schedule is the order of these actions on each rank. It determines how long ranks
+are idle (the bubble) and how much memory they need for activations.
 
-The first timeline is 1F1B on 3 ranks with 4 microbatches. F0 is the forward of microbatch 0, B0 its
-backward, which takes twice as long, and dots are idle time. The second is ZB-H1, which splits each
+The first timeline is 1F1B on 3 ranks with 4 microbatches. F0 is the forward of microbatch 0. B0 is
+its backward, which takes twice as long. Dots are idle time. The second is ZB-H1, which splits each
 backward: B computes the input gradient, which the previous stage needs, and W computes the weight
 gradients. No other rank needs these, so W can run later and fill idle time.
 
@@ -20,19 +20,19 @@ gradients. No other rank needs these, so W can run later and fill idle time.
     rank 1 |.  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3
     rank 2 |.  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3
 
-p ranks, numbered r = 0..p-1; c chunks per rank; m microbatches:
+p ranks r = 0..p-1; c chunks per rank; m microbatches of b rows and s tokens per row; hidden size h:
 
     schedule      c    bubble         held by rank r      sends per microbatch
     gpipe         1    (p-1) / m      m                   2
     1f1b          1    (p-1) / m      p - r               2
-    interleaved   any  (p-1) / (c m)  p + (p-1-2r) / c    2 c
+    interleaved   >=2  (p-1) / (c m)  p + (p-1-2r) / c    2 c
     zb-h1         1    (p-1) / (3 m)  p                   2
     zb-v          2    (p-1) / (6 m)  p                   4
 
-Bubble: idle time / busy time over all ranks, if F, B and W take equal time. Held: the most
-microbatches whose F has run and whose last B or W has not; on one of c chunks, a microbatch counts
-1/c. Sends: the most tensors [microbatch size, sequence length, hidden size] that a rank sends. The
-formulas need m >= p; zb-v needs m >= 2p - 1, and "held" of interleaved that p divides m.
+Bubble: idle / busy time of all ranks; an unsplit B takes 2 time units, other actions take 1. Held:
+the most microbatches whose activations a rank stores, from F to B, or to W if there is one; each of
+c chunks counts 1/c. Sends: tensors [b, s, h] sent by a middle rank; end ranks send fewer. The
+formulas hold if m >= p, for zb-v if m >= 2p - 1, and "held" of interleaved if m = 2p, 3p, ...
 
     torchrun --standalone --nproc-per-node 2 pipeline.py
 
@@ -44,6 +44,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -62,10 +63,12 @@ def train_step(
     """Runs one step of this rank's stage and adds the gradients to `.grad`. GPipe runs all forwards
     before the first backward. 1F1B runs each backward as early as possible, which saves memory.
 
-    inputs: one tensor per microbatch, used by rank 0. loss_of(output, microbatch) -> scalar, used
-    by the last rank. boundary: a tensor with the shape, dtype and device of all tensors sent
-    between stages, [b, s, h]: rows of a microbatch, tokens per row, hidden size. Returns the sum of
-    the losses on the last rank, 0 on the others."""
+    inputs: one tensor per microbatch, all of one shape; only rank 0 reads them. loss_of(output,
+    microbatch) -> scalar, used by the last rank: the loss of this microbatch divided by the size of
+    the full batch. boundary: a tensor with the shape [b, s, h], dtype and device of all tensors
+    sent between stages. Returns the sum of the losses on the last rank and 0 on the others, so an
+    all-reduce gives the loss to all ranks. Under NCCL, neighbours must have exchanged a tensor
+    before the first step (see Pipeline)."""
     rank, last, m = group.rank(), group.size() - 1, len(inputs)
     in_flight = collections.deque()  # (input, output) of each microbatch between its F and its B
     total = boundary.new_zeros(())
@@ -120,8 +123,9 @@ def train_step(
 #
 # - Without its exchanges, version 1 executes a list of actions, such as F F B F B F B B. So each
 #   schedule is written as data: one list of actions per rank.
-# - Pairing sends with receives by hand does not scale to several chunks per rank, to stages placed
-#   in a V, or to W. So all transfers are derived from one global order of the actions.
+# - Pairing sends with receives by hand does not scale to several chunks per rank, to V-shaped stage
+#   placement (zb_v), or to split backwards. So all transfers are derived from one global order of
+#   the actions.
 # - `forward`, `backward` and `exchange` become methods of one executor, `Pipeline`.
 #
 # A list of actions with its transfers is called a program. This one is derived for rank 1 of 3 in
@@ -133,9 +137,9 @@ def train_step(
 #     [>B2 <B3] B3 [>B3]
 
 
-# 1. Schedules as data: the same code then draws, simulates, checks and runs every schedule. To add
-# one, write a function that returns its lists for p ranks, m microbatches and a number of chunks
-# per rank, and add it to SCHEDULES.
+# 1. Schedules as data: the same code draws, simulates, checks and runs every schedule. To add one,
+# write a function that returns its lists for p ranks, m microbatches and a number of chunks per
+# rank, and add it to SCHEDULES. The demo also needs its predicted_bubble and predicted_held.
 
 
 class Action(NamedTuple):
@@ -158,7 +162,7 @@ def stages_of(schedule: Schedule) -> list[list[int]]:
 
 
 def splits_backward(actions: list[Action]) -> bool:
-    """Whether backwards are split into B and W: on all ranks of a schedule, or on none."""
+    """Whether these actions include W. A schedule splits backwards on all ranks or on none."""
     return any(action.kind == "W" for action in actions)
 
 
@@ -185,10 +189,10 @@ def from_phases(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) ->
 
 
 def require_chunks(name: str, chunks: int, expected: int) -> None:
-    """Raises ValueError if a schedule that has `expected` chunks per rank is asked for others."""
+    """Raises ValueError if `chunks` is not the number that the schedule `name` requires."""
     if chunks != expected:
-        each = f"{expected} chunk{'s' * (expected > 1)} per rank"
-        raise ValueError(f"{name} has {each}, not {chunks}: use interleaved for other numbers")
+        remedy = "use interleaved for other numbers of chunks"
+        raise ValueError(f"{name} requires chunks = {expected}, not {chunks}: {remedy}")
 
 
 def gpipe(p: int, m: int, chunks: int = 1) -> Schedule:
@@ -209,17 +213,19 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
     has fewer layers than in 1F1B, so later ranks start sooner and the bubble is smaller.
 
     Microbatches are processed in groups: all of a group on the first chunk, then all of it on the
-    second, and so on. A group has at least p microbatches, because its first microbatch reaches the
-    second chunk of rank 0 after p forwards. If p does not divide m, groups have up to 2 p - 1."""
-    n = max(1, m // p)
-    groups = [range(-(-m * j // n), -(-m * (j + 1) // n)) for j in range(n)]
+    second, and so on. A group has p microbatches, because the first one reaches the second chunk of
+    rank 0 after p forwards. If p does not divide m, some groups have more, up to 2p - 1. If m < p,
+    there is one group of m."""
+    n = max(1, m // p)  # number of groups
+    groups = [range(math.ceil(m * j / n), math.ceil(m * (j + 1) / n)) for j in range(n)]
     schedule = []
     for r in range(p):
         order = [(group, c) for group in groups for c in range(chunks)]
         forwards = [Action("F", i, c * p + r) for group, c in order for i in group]
         backwards = [Action("B", i, (chunks - 1 - c) * p + r) for group, c in order for i in group]
-        # Forwards before the first backward: those of the first group on all chunks but the last,
-        # then two for each later rank (with a single chunk, one).
+        # Forwards before the steady phase, which itself starts with a forward: those of the first
+        # group on all chunks but the last, then two for each later rank, so that transfers can
+        # overlap with compute. With one chunk it is one for each later rank, as in 1F1B.
         warmup = (chunks - 1) * len(groups[0]) + (p - 1 - r) * min(chunks, 2)
         warmup = min(warmup, len(forwards))
         steady = itertools.chain(*zip(forwards[warmup:], backwards, strict=False))
@@ -229,8 +235,8 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
 
 
 def zb_h1(p: int, m: int, chunks: int = 1) -> Schedule:
-    """1F1B with split backwards. Rank r defers each W by r microbatches. So every rank holds up to
-    p microbatches, as rank 0 does in 1F1B."""
+    """1F1B with split backwards. On rank r, the W of a microbatch runs after the B of the next r
+    microbatches. So every rank holds up to p microbatches, as rank 0 does in 1F1B."""
     require_chunks("zb-h1", chunks, 1)
     return [
         from_phases(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
@@ -246,7 +252,7 @@ def zb_v(p: int, m: int, chunks: int = 2) -> Schedule:
     weights as soon as it has finished. Clipping by the global gradient norm prevents that, because
     all ranks must wait for the last one."""
     require_chunks("zb-v", chunks, 2)
-    n = max(m, 2 * p - 1)
+    n = max(m, 2 * p - 1)  # the phases need this many; microbatches m and above are removed
     schedule = []
     for r in range(p):
         phases = [
@@ -273,7 +279,7 @@ SCHEDULES = {
 
 
 def forward_only(schedule: Schedule, m: int) -> Schedule:
-    """The forwards of the first m microbatches, for validation and sampling."""
+    """The forwards of the first m microbatches. train_3d.py validates and samples with it."""
     return [[a for a in row if a.kind == "F" and a.microbatch < m] for row in schedule]
 
 
@@ -291,8 +297,8 @@ class Span(NamedTuple):
 
 
 class ScheduleError(ValueError):
-    """The schedule is wrong at schedule[rank][place]. If an action is missing, `place` is the
-    length of that row."""
+    """The schedule is wrong at schedule[rank][place]. `place` is the length of the row if an action
+    is missing. Both are 0 if the stages are wrong. options.py reports them as line and column."""
 
     def __init__(self, rank: int, place: int, message: str):
         super().__init__(message)
@@ -301,7 +307,7 @@ class ScheduleError(ValueError):
 
 def dependency(action: Action, last: int) -> Action | None:
     """The action whose result this one needs, None for F on stage 0. F needs F of the previous
-    stage. B needs B of the next stage, and on the last stage F of the same stage. W needs B of the
+    stage. B needs B of the next stage or, on the last stage, F of the same stage. W needs B of the
     same stage. last: the number of the last stage."""
     kind, microbatch, stage = action
     if kind == "F":
@@ -317,8 +323,8 @@ def consumer(action: Action) -> Action:
 
 
 def unit_time(schedule: Schedule) -> Callable[[Action], float]:
-    """The default durations: 1 for F, B and W. A B that is not split takes 2, because it has twice
-    as many matmuls as F."""
+    """The default durations: 1 for F, W and a split B. A B that is not split takes 2, because it
+    has twice as many matmuls as F."""
     backward = 1.0 if any(map(splits_backward, schedule)) else 2.0
     return lambda action: backward if action.kind == "B" else 1.0
 
@@ -337,9 +343,9 @@ def simulate(
     """The span of every action, sorted by start. An action starts when its rank is free and its
     dependency has finished.
 
-    time(action): the duration, by default that of unit_time. transfer: how long a tensor takes to
-    another rank. No action may be missing, see check(). Raises ScheduleError if ranks wait for each
-    other in a cycle."""
+    time(action): the duration, by default that of unit_time. transfer: the time to send a tensor to
+    another rank. Every microbatch must have all its actions, which check() verifies. Raises
+    ScheduleError if ranks wait for each other in a cycle."""
     time, stages = time or unit_time(schedule), stages_of(schedule)
     rank_of = {stage: rank for rank, row in enumerate(stages) for stage in row}
     remaining = [collections.deque(row) for row in schedule]
@@ -375,12 +381,12 @@ def simulate(
 
 def check(schedule: Schedule, m: int) -> None:
     """Raises ScheduleError unless each stage is on one rank and has one F and one B (and one W, if
-    the schedule has any) of each of m microbatches, in an order that can run."""
+    the schedule has W) for each of the m microbatches, in an order that can run."""
     stages = stages_of(schedule)
     n = sum(map(len, stages))
     if not n or sorted(itertools.chain(*stages)) != [*range(n)]:
-        what = f"stages by rank are {stages}: each of 0..{n - 1} must be on exactly one rank"
-        raise ScheduleError(0, 0, what)
+        remedy = "number them 0, 1, 2, ... without gaps, each on exactly one rank"
+        raise ScheduleError(0, 0, f"stages by rank are {stages}: {remedy}")
     kinds = "FBW" if any(map(splits_backward, schedule)) else "FB"
     for rank, row in enumerate(schedule):
         missing = {Action(*action) for action in itertools.product(kinds, range(m), stages[rank])}
@@ -403,11 +409,10 @@ def bubble(spans: list[Span]) -> float:
 
 
 def mean_times(spans: Iterable[Span]) -> dict[tuple[str, int], float]:
-    """(kind, stage) -> mean duration."""
-    durations: dict[tuple[str, int], list[float]] = {}
+    """(kind, stage) -> mean duration. train_3d.py applies it to measured spans."""
+    durations = collections.defaultdict(list)
     for span in spans:
-        key = (span.action.kind, span.action.stage)
-        durations.setdefault(key, []).append(span.end - span.start)
+        durations[span.action.kind, span.action.stage].append(span.end - span.start)
     return {key: sum(times) / len(times) for key, times in durations.items()}
 
 
@@ -447,13 +452,13 @@ def derive_programs(schedule: Schedule) -> list[Program]:
     start, and a transfer at the end of the action whose result it sends. A program consists of the
     events of one rank in this order, so both ranks of a transfer post it at the same point of the
     order. This cannot deadlock, even if a rank had to wait at each transfer until the other rank
-    posts it too: the first unfinished event of the order is the next event of all its ranks."""
+    posts it too: the first unfinished event of the order is the next event on each of its ranks."""
     rank_of = {stage: rank for rank, row in enumerate(stages_of(schedule)) for stage in row}
     events = []  # (sort key, ranks, event). At equal times, transfers come before actions.
     for n, (rank, action, start, end) in enumerate(simulate(schedule)):
         events.append(((start, 1, n), (rank,), action))
-        dst = rank if action.kind == "W" else rank_of.get(consumer(action).stage, rank)
-        if dst != rank:
+        dst = None if action.kind == "W" else rank_of.get(consumer(action).stage)
+        if dst not in (None, rank):  # None: W, F of the last stage or B of the first
             events.append(((end, 0, n), (rank, dst), Transfer(action, rank, dst)))
     programs: list[Program] = [[] for _ in schedule]
     for _, ranks, event in sorted(events):
@@ -471,12 +476,12 @@ def derive_programs(schedule: Schedule) -> list[Program]:
 def receive_ahead(program: Program, rank: int) -> Program:
     """The program of `rank` with each receive posted one batch earlier. This is faster under gloo,
     where a tensor sent to a rank that has not posted the receive waits for that rank's gloo thread
-    to be scheduled. The order of the transfers between two ranks does not change.
+    to be scheduled. In each direction, the order of transfers between two ranks does not change.
 
-    Not for NCCL, which runs all transfers of a group in one queue: if two ranks both received
-    early, each could block the send that the other waits for."""
-    result: Program = [()]
-    previous = 0  # position of the previous batch
+    Do not use this with NCCL, which runs all transfers of a group in one queue: if two ranks both
+    posted receives early, each receive could block the send that the other rank waits for."""
+    result: Program = [()]  # receives of the first batch, then the program without them
+    previous = 0  # position of the previous batch in result
     for step in program:
         if isinstance(step, Action):
             result.append(step)
@@ -491,12 +496,13 @@ def receive_ahead(program: Program, rank: int) -> Program:
 
 
 def split_layers(n_layer: int, n_stages: int, first: float = 0, last: float = 0) -> list[range]:
-    """The blocks of each stage, at least one, such that the largest cost of a stage is as small as
-    possible. A block costs 1. first, last: costs of the embedding and of the head. Raises
+    """Assigns at least one block to each stage so that the most expensive stage costs as little as
+    possible. first, last: costs of the embedding and of the head, if a block costs 1. Raises
     ValueError if there are more stages than blocks."""
     if n_stages > n_layer:
         raise ValueError(
-            f"{n_stages} stages for {n_layer} blocks: lower --pp or --chunks, or raise --n-layer"
+            f"{n_stages} stages for {n_layer} blocks: use fewer ranks or chunks, or more blocks "
+            "(--pp, --chunks, --n-layer)"
         )
     cost, blocks = [1.0] * n_stages, [1] * n_stages
     cost[0] += first
@@ -521,23 +527,25 @@ def take_stages(
     keys are the block numbers. Children of other stages are replaced by nn.Identity and blocks of
     other stages are removed, so that the model's own forward runs the remaining layers.
 
-    This forward must call these children in order and iterate over `blocks`. If it computes
-    anything else, every stage computes it; if it numbers the blocks, they start at 0 on every
-    stage. Raises ValueError for parameters outside these children and for blocks in no stage."""
+    The model's forward must be a chain: each child is applied to the output of the previous one.
+    Any other computation is repeated on every stage. If the forward enumerates the blocks, the
+    count restarts at 0 on every stage. Raises ValueError for parameters outside these children and
+    for blocks in no stage."""
     container = getattr(model, blocks)
     known = {*first, blocks, *last}
     others = [name for name, _ in model.named_parameters() if name.split(".")[0] not in known]
     if others:
         raise ValueError(
-            f"{', '.join(others)} of {type(model).__name__} would be on every stage: name their "
-            "child in `first` or `last`"
+            f"{', '.join(others)} of {type(model).__name__} would be on every stage: each "
+            "parameter must be in a child that `first`, `blocks` or `last` names"
         )
     numbers = {str(i) for stage in split for i in stage}
     kept = {str(i) for k in stages for i in split[k]}
+    # The model may lack blocks that are not kept: chunks_of passes a model of several stages.
     if not kept <= {*container._modules} <= numbers:
         raise ValueError(
-            f"{blocks} has blocks {', '.join(container._modules)}, but split is {split}: block "
-            "names must be numbers, and each number must be in one stage of split"
+            f"{blocks} has blocks {', '.join(container._modules)}, but split is {split}: the names "
+            "of blocks must be numbers, and each number must be in one stage of split"
         )
     for name in (() if 0 in stages else first) + (() if len(split) - 1 in stages else last):
         setattr(model, name, nn.Identity())
@@ -551,10 +559,10 @@ def chunks_of(
     model: nn.Module, stages: Sequence[int], split: list[range], **names
 ) -> dict[int, nn.Module]:
     """{stage: module that runs it}, from a model that has all stages of a rank. The modules share
-    layers, parameters and hooks with `model`, and the flag `training`, so model.eval() applies to
-    them. names: the arguments `first`, `blocks` and `last` of take_stages."""
+    layers, parameters, hooks and the `training` flag with `model`, so model.eval() applies to all
+    of them. names: the arguments `first`, `blocks` and `last` of take_stages."""
 
-    class Chunk(type(model)):
+    class Chunk(type(model)):  # copy.copy would copy the current value of `training`
         @property
         def training(self) -> bool:
             return model.training
@@ -567,7 +575,7 @@ def chunks_of(
     for k in stages:
         chunks[k] = copy.copy(model)
         chunks[k].__class__ = Chunk
-        chunks[k]._modules = dict(model._modules)
+        chunks[k]._modules = dict(model._modules)  # take_stages changes it
         take_stages(chunks[k], [k], split, **names)
     return chunks
 
@@ -575,59 +583,59 @@ def chunks_of(
 def all_reduce_tied(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
     """Sums the gradients of a tied embedding, in place. The first stage uses the matrix as the
     embedding and the last stage uses it as the head, so each computes one term of its gradient.
-    group: the ranks of these two stages. If one rank holds both, this is a no-op, because autograd
-    has added the terms. Call it after the gradients are reduced over data-parallel replicas."""
+    The two copies must start equal and get equal updates, and a global gradient norm must count
+    only one of them. group: the ranks of these two stages. If one rank holds both, this is a no-op,
+    because autograd has added the terms. train_3d.py calls it after data-parallel reduction."""
     if group.size() > 1:
         for gradient in gradients:
             dist.all_reduce(gradient, group=group)  # payload: the matrix, vocabulary x h
 
 
-# 5. Split backward: B computes the input gradients of the linear layers and puts the rest of their
-# work, the weight gradients, into a queue that W empties. Embeddings, norms and biases finish in B,
-# because their gradients are cheap.
+# 5. Split backward: for linear layers, B computes the input gradients and appends the work for the
+# weight gradients to a queue, and W does this work. B computes all gradients of embeddings, norms
+# and biases, because they are cheap.
 
 
 class DeferredLinear(torch.autograd.Function):
-    """F.linear whose backward does not compute the gradient of layer.weight: it appends that work
-    to layer.weight_grad_queue, as a function without arguments.
+    """F.linear whose backward does not compute the gradient of layer.weight. It appends a function
+    that computes it to layer.weight_grad_queue.
 
     The weight is not an input of this Function. Otherwise autograd would call the weight's hooks in
-    B, before its gradient exists. `layer` is an nn.Linear or a layer as in defer_weight_gradients.
-    """
+    B, before its gradient exists. layer: see defer_weight_gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:
         ctx.layer = layer
-        ctx.save_for_backward(x)  # before gather_input, so that a shard of the sequence is saved
-        return F.linear(gather_input(layer, x), layer.weight, bias)
+        # Tensor parallelism: x may be this rank's shard of the sequence. Only the shard is saved.
+        ctx.save_for_backward(x)
+        return F.linear(call_if_defined(layer, "gather_input", x), layer.weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,), layer = ctx.saved_tensors, ctx.layer
-        # Detached: the queue must not keep the graph that computed x. Under autocast the gradient
-        # has a lower dtype than x and the weight.
+        # Detached, because the queue must not keep the graph that computed x. Under autocast, the
+        # gradient has lower precision than x and the weight, so both are cast to its dtype.
         work = functools.partial(add_weight_gradient, layer, x.detach().to(grad.dtype), grad)
         layer.weight_grad_queue.append(work)
         d_x = grad @ layer.weight.to(grad.dtype)
-        if hasattr(layer, "reduce_input_gradient"):
-            d_x = layer.reduce_input_gradient(d_x)
+        d_x = call_if_defined(layer, "reduce_input_gradient", d_x)
         d_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return d_x, d_bias, None
 
 
-def gather_input(layer: nn.Module, x: Tensor) -> Tensor:
-    return layer.gather_input(x) if hasattr(layer, "gather_input") else x
+def call_if_defined(layer: nn.Module, method: str, x: Tensor) -> Tensor:
+    return getattr(layer, method)(x) if hasattr(layer, method) else x
 
 
 def add_weight_gradient(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
     """The work of W. x: the saved input. grad: the gradient of the output. backward() is called on
     the weight, because assigning to .grad would not call the hooks of DDP and ZeRO."""
-    x = gather_input(layer, x)
+    x = call_if_defined(layer, "gather_input", x)
     layer.weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))
 
 
 def deferred_multiply(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ layer.weight.T + bias. Not deferred if x or the weight needs no gradient."""
+    """x @ layer.weight.T + bias. Deferred only if x and the weight both require gradients."""
     if x.requires_grad and layer.weight.requires_grad:
         return DeferredLinear.apply(x, bias, layer)
     if type(layer) is nn.Linear:
@@ -640,15 +648,14 @@ def deferred_forward(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def defer_weight_gradients(model: nn.Module, queue: list) -> None:
-    """From now on, backward appends the weight gradients of the model's linear layers to `queue`,
-    as functions to be called.
+    """Makes the backward of each linear layer append a function that computes the weight gradient
+    to `queue`. A second call replaces the queue.
 
-    This replaces the forward of each nn.Linear. A layer of another class takes part if it has a
-    method multiply(x, bias) -> x @ weight.T + bias, which is replaced. Such a layer may communicate
-    its input: gather_input(x) returns the input of the matmul, and reduce_input_gradient(d_x)
-    returns the gradient of x from that of the gathered input. tensor_parallel.py has two such
-    layers. A forward or multiply that was replaced on the instance before is left alone. Calling
-    this a second time replaces the queue."""
+    This overrides the forward of each nn.Linear, and the method multiply(x, bias) -> x @ weight.T +
+    bias of layers that have one, such as those of tensor_parallel.py. Such a layer may also define
+    gather_input(x), which returns the input of the matmul, and reduce_input_gradient(d_x), which
+    returns the gradient of x from the gradient of that input. Layers whose forward or multiply is
+    already overridden on the instance are skipped."""
     for module in model.modules():
         if "weight_grad_queue" in vars(module):
             module.weight_grad_queue = queue
@@ -660,9 +667,9 @@ def defer_weight_gradients(model: nn.Module, queue: list) -> None:
             module.weight_grad_queue = queue
 
 
-# 6. The executor: it runs the programs of every schedule. On two ranks, interleaved and zb-v take a
-# few percent less time per step than 1f1b. With a split backward, part of the gain is lost, because
-# W reads inputs and gradients that are no longer in the cache.
+# 6. The executor: it runs the programs of every schedule. On two CPU ranks (gloo), interleaved and
+# zb-v take a few percent less time per step than 1f1b. A split backward gains less than its smaller
+# bubble suggests, because W reads inputs and gradients that are no longer in the CPU cache.
 
 
 class Pipeline:
@@ -672,10 +679,10 @@ class Pipeline:
     ranks. Tensors sent between stages have this dtype and device. split_backward: whether the
     programs have W. program: the training program, needed under NCCL, which connects two ranks at
     their first transfer and can hang if that happens in the middle of a schedule (pytorch#160210).
-    The constructor therefore exchanges one element with each rank that the program sends to.
+    The constructor therefore exchanges one element with each rank that the program names.
 
-    The attribute `watch` can be replaced by a function of an action that returns a context manager.
-    The action's computation runs under it, for example as a span of a trace."""
+    The attribute `watch` can be set to a function watch(action) that returns a context manager. The
+    action's computation then runs under it, for example to trace it."""
 
     def __init__(
         self, chunks: dict[int, nn.Module], n_stages: int, group: dist.ProcessGroup,
@@ -686,7 +693,7 @@ class Pipeline:
         self.dtype, self.device, self.split_backward = dtype, device, split_backward
         self.is_gloo = group.size() > 1 and dist.get_backend(group) == "gloo"  # see receive_ahead
         self.watch: Callable = lambda action: contextlib.nullcontext()
-        self.running = False  # still True after a run that raised
+        self.running = False  # stays True if a run raises
         self.queue: list[Callable] = []  # weight gradients deferred by the current B
         for chunk in chunks.values() if split_backward else ():
             defer_weight_gradients(chunk, self.queue)
@@ -696,21 +703,21 @@ class Pipeline:
     def _connect(self, program: Program) -> None:
         """Exchanges one element with each peer of `program`. All ranks sort their pairs in the same
         way, so this cannot deadlock. The all-reduce comes first, because NCCL requires that all
-        ranks of a group take part in its first call."""
+        ranks of a group take part in its first operation."""
         zero, rank = torch.zeros(1, device=self.device), self.group.rank()
-        dist.all_reduce(zero, group=self.group)  # payload: 1, once
+        dist.all_reduce(zero, group=self.group)  # payload: 1 element, once per Pipeline
         transfers = [t for step in program if not isinstance(step, Action) for t in step]
-        for pair in sorted({(min(t.src, t.dst), max(t.src, t.dst)) for t in transfers}):
-            peer = dict(group=self.group, group_peer=sum(pair) - rank)
+        for low, high in sorted({(min(t.src, t.dst), max(t.src, t.dst)) for t in transfers}):
+            peer = dict(group=self.group, group_peer=high if rank == low else low)
             send = dist.P2POp(dist.isend, zero, **peer)
             receive = dist.P2POp(dist.irecv, torch.empty_like(zero), **peer)
-            for handle in dist.batch_isend_irecv([send, receive]):  # payload: 1 each way, once
+            for handle in dist.batch_isend_irecv([send, receive]):  # payload: 1 element each
                 handle.wait()
 
     def accumulations(self, actions: list[Action]) -> dict[nn.Parameter, int]:
-        """How often the gradient of each trainable parameter is accumulated per step, which DDP and
-        ZeRO need to know: once per B of its stage, or once per W if its layer defers it. A tied
-        matrix may have both kinds, and may be in two stages."""
+        """How often the gradient of each trainable parameter is accumulated per step: once per B of
+        its stage, or once per W if its layer defers it. train_3d.py passes this to DDP or ZeRO. A
+        tied matrix can be accumulated in B and in W, and in two stages."""
         kinds: dict[nn.Parameter, set] = {}
         for stage, chunk in self.chunks.items():
             for module in chunk.modules():
@@ -730,13 +737,13 @@ class Pipeline:
         of the last stage, and 0 on the others.
 
         inputs: one tensor per microbatch, used by the first stage. loss_of(output, microbatch) ->
-        scalar, used by the last stage. shape: that of each tensor sent between stages, (b, s, h).
-        before(microbatch) is called before each forward.
+        scalar, used by the last stage. shape: (b, s, h), the same for all tensors sent between
+        stages. before(microbatch) is called before each forward.
 
         Raises ValueError before any transfer if the program does not match the chunks, the inputs,
-        the grad mode or `split_backward`; and later if a stage returns another shape or dtype. Only
-        the ranks that detect the mistake raise, and the others wait until the timeout. With p > 1,
-        raises RuntimeError if an exception interrupted the previous run."""
+        the grad mode or `split_backward`, and later if a stage's output has another shape or dtype
+        or does not depend on its input. Only ranks that detect the mistake raise; the others wait
+        until the timeout. If p > 1, raises RuntimeError after a run that raised an exception."""
         if self.running and self.group.size() > 1:
             raise RuntimeError(
                 "the last pipeline run was interrupted, and its messages may still be in flight "
@@ -744,14 +751,14 @@ class Pipeline:
             )
         self._check([step for step in program if isinstance(step, Action)], len(inputs))
         self.running = True
-        self.queue.clear()
+        self.queue.clear()  # an interrupted run may have left functions in it
         self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, tuple(shape), before
-        dtype = torch.promote_types(self.dtype, torch.float32)
+        dtype = torch.promote_types(self.dtype, torch.float32)  # at least float32
         self.loss = torch.zeros((), dtype=dtype, device=self.device)
         self.inbox: dict = {}  # action that needs a tensor -> (tensor, handle or None)
         self.outbox: dict = {}  # action that computed a tensor -> tensor to send
         self.sending: dict = {}  # (kind, stage) -> (tensor, handle) of the latest send
-        self.in_flight: dict = {}  # (microbatch, stage), between F and B -> (input, graph root)
+        self.in_flight: dict = {}  # (microbatch, stage), between F and B -> (input, root)
         self.pending: dict = {}  # (microbatch, stage), between B and W -> deferred functions
         execute = {"F": self._forward, "B": self._backward, "W": self._weights}
         if self.is_gloo:
@@ -783,7 +790,8 @@ class Pipeline:
         elif trains and ("W" in kinds) != self.split_backward:
             found = "W" if "W" in kinds else "no W"
             wrong = (f"has {found} actions, but split_backward of the Pipeline is "
-                     f"{self.split_backward}: pass splits_backward(actions)")  # fmt: skip
+                     f"{self.split_backward}: construct the Pipeline with "
+                     "split_backward=splits_backward(actions)")  # fmt: skip
         if wrong:
             raise ValueError(f"the program {wrong}")
 
@@ -791,8 +799,8 @@ class Pipeline:
         """Starts these transfers. Before a send, waits for the previous send of the same stage, to
         free its tensor. That send is earlier in the global order, so the wait cannot deadlock.
 
-        NCCL has one handle for a batch, and wait() makes the compute stream wait, not the host. In
-        simulation (tools/waits.py) these waits increase the bubble only slightly."""
+        Under NCCL, a batch has one handle, and wait() blocks the compute stream, not the host. In
+        simulation (tools/waits.py), all these waits increase the bubble only slightly."""
         operations, slots = [], []
         for transfer in batch:
             action = transfer.action
@@ -810,7 +818,7 @@ class Pipeline:
             slots.append((box, key, tensor))
             operations.append(dist.P2POp(operation, tensor, group=self.group, group_peer=peer))
         handles = dist.batch_isend_irecv(operations)  # payload: b s h per transfer
-        if len(handles) < len(operations):  # NCCL: one handle for the batch
+        if len(handles) < len(operations):  # NCCL: one handle, shared by all transfers of the batch
             handles = handles[:1] * len(operations)
         for (box, key, tensor), handle in zip(slots, handles, strict=True):
             box[key] = (tensor, handle)
@@ -825,12 +833,13 @@ class Pipeline:
     def _deliver(self, action: Action, tensor: Tensor) -> None:
         """Stores the result of this F or B for its consumer: in `inbox` if the consumer is on this
         rank, else in `outbox`, from which the next _post sends it."""
-        found = (getattr(tensor, "shape", type(tensor)), getattr(tensor, "dtype", None))
+        found = (getattr(tensor, "shape", None), getattr(tensor, "dtype", None))
         if found != (self.shape, self.dtype):
             raise ValueError(
-                f"{action.kind}{action.microbatch} of stage {action.stage} made {found}, not "
-                f"{self.shape, self.dtype}: a stage must return one tensor, of run()'s shape and "
-                "the Pipeline's dtype, that depends on its input"
+                f"{action.kind}{action.microbatch} of stage {action.stage} returned "
+                f"{type(tensor).__name__} of shape {found[0]}, dtype {found[1]}; expected shape "
+                f"{self.shape}, dtype {self.dtype}. A stage must return one tensor with the shape "
+                "given to run() and the dtype of the Pipeline"
             )
         if consumer(action).stage in self.chunks:
             self.inbox[consumer(action)] = (tensor.detach(), None)
@@ -851,10 +860,11 @@ class Pipeline:
         if stage < self.last:
             self._deliver(action, y)
         if torch.is_grad_enabled():
-            root = y if stage == self.last else None
-            if stage < self.last and y.requires_grad:  # False if the first stage is frozen
-                # An edge keeps the graph but not the values of y, which backward does not need.
-                root = torch.autograd.graph.get_gradient_edge(y)
+            root = y  # what B starts from: the loss, or the gradient edge of the output
+            if stage < self.last:
+                # An edge keeps the graph but not the values of y, which backward does not need. A
+                # first stage without trainable parameters has no graph.
+                root = torch.autograd.graph.get_gradient_edge(y) if y.requires_grad else None
             self.in_flight[microbatch, stage] = x, root
 
     def _backward(self, action: Action) -> None:
@@ -866,32 +876,34 @@ class Pipeline:
                 torch.autograd.backward(root, gradient)
         if self.queue:
             self.pending[microbatch, stage] = self.queue[:]
-            self.queue.clear()
+            self.queue.clear()  # in place, because the layers append to this list
         if stage > 0:
+            if x.grad is None:
+                what = "has no input gradient: the output of a stage must depend on its input"
+                raise ValueError(f"B{microbatch} of stage {stage} {what}")
             self._deliver(action, x.grad)
 
     def _weights(self, action: Action) -> None:
         with self.watch(action):
             functions = self.pending.pop((action.microbatch, action.stage), [])
             while functions:
-                functions.pop(0)()  # and frees its input and output gradient
+                functions.pop(0)()  # pop, so that its tensors are freed after the call
 
 
 # --- cost -----------------------------------------------------------------------------------------
 
 
 def predicted_bubble(name: str, p: int, m: int, chunks: int = 1) -> float:
-    """Idle time / busy time over all ranks, if F, B and W take equal time. Valid for m >= p, and
-    for zb-v if m >= 2p - 1."""
+    """Idle time / busy time, in unit_time. Valid if m >= p, and for zb-v if m >= 2p - 1."""
     divisor = {"gpipe": 1, "1f1b": 1, "interleaved": chunks, "zb-h1": 3, "zb-v": 6}[name]
     return (p - 1) / (divisor * m)
 
 
 def predicted_held(name: str, p: int, m: int, chunks: int, rank: int) -> int:
-    """The most microbatches that a rank holds between F and the last B or W. One that is held by
-    two chunks counts twice. Valid for every m, and for zb-v if m >= 2p - 1."""
+    """`chunks` times the "held" of the table: a microbatch that two chunks hold counts twice. Valid
+    for every m, except that zb-v requires m >= 2p - 1."""
     if name == "interleaved":
-        group = -(-m // max(1, m // p))  # the size of the first group of microbatches
+        group = math.ceil(m / max(1, m // p))  # the size of the first group of microbatches
         return min(chunks * m, (chunks - 1) * group + (p - 1 - rank) * min(chunks, 2) + 1)
     return {"gpipe": m, "1f1b": min(m, p - rank), "zb-h1": min(m, p), "zb-v": 2 * p}[name]
 
@@ -912,8 +924,8 @@ def predicted_sends(
 
 
 def train(model: nn.Module, step: Callable[[], Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Two steps of SGD. step() runs forwards and backwards and returns the loss. Returns (losses,
-    parameters and last gradients by name)."""
+    """Two steps of SGD. step() runs forwards and backwards and returns the loss. Returns the
+    losses, and by name the parameters and the gradients of the last step."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
     for _ in range(2):
         optimizer.zero_grad()
@@ -946,7 +958,7 @@ def main() -> None:
     with measure.Report("pipeline.py") as report:
         group, p, rank = report.group, report.group.size(), report.group.rank()
         m = n_layer = 2 * p + 1  # p does not divide it, so stages have different sizes
-        config = gpt.GPTConfig(n_layer, 2, 32, 251, 32, tied=False)
+        config = gpt.GPTConfig(n_layer, n_head=2, n_embd=32, vocab_size=251, seq_len=32, tied=False)
         boundary = torch.empty(2, config.seq_len, config.n_embd, dtype=torch.float64)
         x, y = data.batch(data.example(), 0, range(2 * m), config.seq_len, seed=0)
 
@@ -958,11 +970,6 @@ def main() -> None:
             loss.backward()
             return loss.detach()
 
-        def pipelined() -> Tensor:
-            if name in SCHEDULES:
-                return pipe.run(program, x.chunk(m), loss_of, boundary.shape)
-            return train_step(model, x.chunk(m), loss_of, boundary, group, kind == "gpipe")
-
         full_model = gpt.build(config, dtype=torch.float64)
         expected_losses, expected = train(full_model, one_process)
         for name in ("version 1, 1f1b", "version 1, gpipe", *SCHEDULES):
@@ -971,16 +978,22 @@ def main() -> None:
             stages, program = stages_of(schedule), derive_programs(schedule)[rank]
             split = split_layers(n_layer, sum(map(len, stages)))
             model = take_stages(gpt.build(config, dtype=torch.float64), stages[rank], split)
-            chunks = chunks_of(model, stages[rank], split)
-            split_backward = splits_backward(schedule[rank])
-            pipe = Pipeline(chunks, len(split), group, torch.float64, "cpu", split_backward)
+            if name == kind:
+                chunks = chunks_of(model, stages[rank], split)
+                split_backward = splits_backward(schedule[rank])
+                pipe = Pipeline(chunks, len(split), group, torch.float64, "cpu", split_backward)
+                step = functools.partial(pipe.run, program, x.chunk(m), loss_of, boundary.shape)
+            else:
+                step = functools.partial(
+                    train_step, model, x.chunk(m), loss_of, boundary, group, gpipe=kind == "gpipe"
+                )
             with measure.Collectives({"pp": group}) as seen:
-                losses, found = train(model, pipelined)
+                losses, found = train(model, step)
             for loss in losses:
-                dist.all_reduce(loss)  # payload: 1. The loss is 0 on all ranks but one.
+                dist.all_reduce(loss)  # payload: 1 element. The loss is 0 on all ranks but one.
             report.losses(name, losses, expected_losses)
             report.close(f"{name} largest error", found, {n: expected[n] for n in found})
-            sent = tuple(n // 2 for n in seen.total("pp", "send"))  # of two steps
+            sent = tuple(n // 2 for n in seen.total("pp", "send"))  # `seen` counts two steps
             rows = costs(kind, schedule, rank, m, boundary.shape, sent)
             for cost, (predicted, actual) in rows.items():
                 report.equal(f"{name} {cost}", predicted, actual)

@@ -99,7 +99,7 @@ def measure(name: str, h: int, folder: str) -> dict[str, float]:
         disk.save(2 * i, mine, about)
         timed("step during a save", functools.partial(trainer.step, i))
         disk.wait()
-        seconds["pause"].append(disk.news()[-1].pause)
+        seconds["pause"].append(disk.completed()[-1].pause)
         timed("save", lambda i=i: (disk.save(2 * i + 1, mine, about), disk.wait()))
         assert disk.failed is None, disk.failed
     return {"bytes": size.item()} | {

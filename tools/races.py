@@ -249,7 +249,7 @@ def train(case: Case, seed: int | None, late: bool, longest: float, folder: str)
         disk.save(step + 1, states, {"optimizer": numbers})
     disk.wait()
     dist.barrier()  # rank 0 has renamed the last checkpoint
-    assert all(save.failed is None for save in disk.news()), disk.failed
+    assert all(save.failed is None for save in disk.completed()), disk.failed
     pieces = trainer.sync.pieces()
     gradients = {f"{piece.name} {piece.start}": piece.tensor.grad for piece in pieces}
     trainer.sync.gather()
