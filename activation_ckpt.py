@@ -1,31 +1,34 @@
 """Activation checkpointing: save fewer tensors in forward, recompute or reload them in backward.
 
 Autograd saves the tensors that backward needs: "saved tensors", or activations. Their size grows
-with batch size, sequence length and depth, and often exceeds the size of the model. This file saves
-fewer of them in each transformer block. Losses and gradients stay bitwise the same.
+with batch size, sequence length and depth, and often exceeds the size of the model. The policies
+below keep fewer of them on the device in each transformer block. Losses and gradients are bitwise
+identical to those without checkpointing.
 
-    x0 x1 x2 x3: inputs and outputs of three blocks. a b c: tensors inside a block.
+    x0 x1 x2 x3: inputs and outputs of three blocks. u w z: tensors inside a block.
     [ ]: saved on the device from forward to backward.
 
-    none        [x0 a b c] [x1 a b c] [x2 a b c] x3    everything
+    none        [x0 u w z] [x1 u w z] [x2 u w z] x3    everything
     full        [x0      ] [x1      ] [x2      ] x3    inputs: backward reruns each block's forward
-    selective   [x0 a   c] [x1 a   c] [x2 a   c] x3    all but the attention weights b, which are
+    selective   [x0 u   z] [x1 u   z] [x2 u   z] x3    all but the attention weights w, which are
                                                        large and cheap to recompute
     offload     [        ] [        ] [        ] x3    nothing: all is copied to host memory
 
 b microbatch size, s sequence length, h hidden size, a attention heads. F = 24 b s h^2 + 4 b s^2 h
 and B = 2 F are the FLOPs of a block's forward and backward.
 
-    policy       elements saved per block    FLOPs per block           recomputed
-    none         16 b s h + b a s^2          F + B                     nothing
-    full         b s h                       F + B + F - 8 b s h^2     all but the last matmul
-    selective    16 b s h                    F + B + 2 b s^2 h         q k^T and softmax
-    offload      0                           F + B                     nothing, but copied twice
+    policy     elements saved per block  FLOPs per block        recomputed
+    none       16 b s h + b a s^2        F + B                  nothing
+    full       b s h                     F + B + F - 8 b s h^2  all but the last matmul
+    selective  16 b s h                  F + B + 2 b s^2 h      q k^T and softmax
+    offload    0                         F + B                  nothing (copied to host and back)
 
-The table is for a GPT-2 block with explicit attention, without dropout. Fused attention does not
-store the attention weights, so "selective" saves little memory there. While a block's backward
-runs, its recomputed tensors are in memory too (offload: the reloaded tensors of two blocks).
-Recomputation repeats the collectives of a block, and it must draw the same dropout masks.
+The table is for a GPT-2 block without dropout, in which attention is matmul, softmax, matmul. Fused
+attention does not store the attention weights, so "selective" saves little memory there. While a
+block's backward runs, its recomputed tensors are in memory too (offload: the reloaded tensors of
+two blocks). A second forward must draw the same dropout masks. It repeats all collectives up to the
+last saved tensor, which is the same one on all ranks. In a tensor-parallel block without dropout,
+"full" skips only the last collective. "selective" repeats none.
 
     torchrun --standalone --nproc-per-node 2 activation_ckpt.py
 
@@ -38,7 +41,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +51,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class CheckpointFunction(torch.autograd.Function):
-    """The textbook version: CheckpointFunction.apply(function, x). It reruns the complete function,
-    and it needs an x that requires a gradient: otherwise autograd never calls backward."""
+    """The textbook version, called as CheckpointFunction.apply(function, x). Backward reruns the
+    complete function. x must require a gradient, or autograd never calls backward."""
 
     @staticmethod
     def forward(ctx, function: Callable, x: Tensor) -> Tensor:
@@ -67,17 +70,17 @@ class CheckpointFunction(torch.autograd.Function):
 
 
 class EarlyStop(BaseException):
-    """Raised in the second forward when all saved tensors have been recomputed. A BaseException, so
-    that an `except Exception` in the function does not catch it."""
+    """Ends the second forward when all saved tensors have been recomputed. A BaseException, so that
+    `except Exception` in the function does not catch it."""
 
 
 def checkpoint(function: Callable, *inputs: Tensor) -> Tensor:
-    """function(*inputs), with saved-tensor hooks: autograd builds the graph as usual, but stores an
-    index in place of each saved tensor. When backward unpacks the first of them, the function runs
-    a second time, until the last saved tensor has been recomputed.
+    """Call function(*inputs) under saved-tensor hooks. Autograd stores an index in place of each
+    saved tensor. When backward needs one, unpack() reruns the function to recompute all of them.
 
-    This is torch.utils.checkpoint(use_reentrant=False) without RNG state, autocast, keyword
-    arguments, checks that both forwards agree, and freeing of tensors that are never unpacked."""
+    Unlike torch.utils.checkpoint(use_reentrant=False), it does not restore RNG or autocast state,
+    accept keyword arguments, detect in-place changes to inputs, check that both forwards agree, or
+    free tensors that are never unpacked."""
     count = 0  # tensors saved by the first forward
     recomputed: dict[int, Tensor] = {}  # by index
     detached = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
@@ -113,9 +116,9 @@ def checkpoint(function: Callable, *inputs: Tensor) -> Tensor:
 def save_torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
     """1. RNG state: random numbers, such as dropout masks, must be the same in both forwards.
 
-    Saves the states of torch's CPU generator and, if CUDA is in use, the current GPU's. Returns a
-    function that opens a context in which random numbers repeat from the saved states. On exit the
-    generators return to the states that they had on entry."""
+    Saves the states of torch's CPU generator and, if CUDA is in use, the current GPU's. Returns
+    a function that returns a context manager in which the generators restart from the saved states.
+    On exit they return to the states that they had on entry."""
     cuda = torch.cuda.is_initialized()
     cpu_state = torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state() if cuda else None
@@ -139,12 +142,12 @@ def current_autocast(device: str) -> torch.autocast:
 
 
 class SaveInputs(torch.autograd.Function):
-    """3. Inputs are saved by autograd. It raises an error if an input was modified in place, and
-    outer saved-tensor hooks (an enclosing recompute, measure.py) apply to the inputs.
+    """3. Inputs are saved by an autograd node. Autograd raises an error if one was modified in
+    place, and outer saved-tensor hooks (an enclosing recompute, measure.py) apply to them.
 
-    The node is not connected to the function's graph. If it were, backward would free the inputs
-    when it reaches the node, which may be before the last unpack. `leaf` requires a gradient, so
-    that autograd creates the node even if no input requires one."""
+    No other node uses the output, so the backward of this node never runs and cannot free the
+    inputs too early. Recompute holds the node. Both are freed when autograd has released the last
+    Holder. `leaf` requires a gradient, so that the node exists even if no input requires one."""
 
     @staticmethod
     def forward(ctx, leaf: Tensor, *inputs: Tensor) -> Tensor:
@@ -154,8 +157,8 @@ class SaveInputs(torch.autograd.Function):
 
 class Holder:
     """4. Freeing: autograd stores a Holder in place of each saved tensor, and the Holder refers to
-    the recomputed tensor. After the backward of a node autograd frees both, even if the node never
-    unpacked the tensor. A node that unpacks it twice does not recompute it twice."""
+    the recomputed tensor. Once a node's backward has run, autograd frees both, even if the node
+    never unpacked the tensor. A node that unpacks it twice does not recompute it twice."""
 
     def __init__(self, t: Tensor):
         self.kind = (t.shape, t.dtype, t.device)
@@ -163,7 +166,7 @@ class Holder:
 
 
 class Recompute:
-    """One call of recompute(). `pack` and `unpack` are the hooks of the first forward, `store` is
+    """One call of recompute(). `pack` and `unpack` are the hooks of the first forward; `store` is
     the pack hook of the second.
 
     5. Checks: both forwards must save tensors of the same shapes, dtypes and devices."""
@@ -173,7 +176,6 @@ class Recompute:
         self.autocasts = current_autocast("cpu"), current_autocast("cuda")
         self.inputs = SaveInputs.apply(torch.empty(0, requires_grad=True), *inputs)
         self.holders: list[weakref.ref[Holder]] = []  # weak: only autograd keeps a Holder alive
-        self.stored = 0  # tensors saved so far by the second forward
 
     def pack(self, t: Tensor) -> Holder:
         holder = Holder(t)
@@ -184,21 +186,20 @@ class Recompute:
         if holder.tensor is None:
             saved = self.inputs.grad_fn.saved_tensors
             inputs = [x.detach().requires_grad_(x.requires_grad) for x in saved]
-            hooks = saved_tensors_hooks(self.store, lambda t: t)
-            rng, grad = self.restore_rng(), torch.enable_grad()
+            self.stored = 0  # tensors saved so far by the second forward
             cpu, cuda = self.autocasts
-            self.stored = 0
-            with contextlib.suppress(EarlyStop), cpu, cuda, grad, rng, hooks:
-                self.function(*inputs)
+            with cpu, cuda, self.restore_rng(), torch.enable_grad():
+                with contextlib.suppress(EarlyStop), saved_tensors_hooks(self.store, lambda t: t):
+                    self.function(*inputs)
             if self.stored < len(self.holders):
                 self.refuse(f"the first saved {len(self.holders)} and the second {self.stored}")
         return holder.tensor
 
     def store(self, t: Tensor) -> Tensor:
         t = t.detach()  # see store() in version 1
-        holder, kind = self.holders[self.stored](), (t.shape, t.dtype, t.device)
-        if holder is not None:  # otherwise the node has been freed
-            if kind != holder.kind:
+        holder = self.holders[self.stored]()
+        if holder is not None:  # None: autograd has already released this saved tensor
+            if (kind := Holder(t).kind) != holder.kind:
                 self.refuse(f"tensor {self.stored} was {holder.kind} and is now {kind}")
             holder.tensor = t
         self.stored += 1
@@ -206,7 +207,7 @@ class Recompute:
             raise EarlyStop
         return t
 
-    def refuse(self, difference: str) -> None:
+    def refuse(self, difference: str) -> NoReturn:
         raise ValueError(
             f"recompute: both forwards must save the same tensors, but {difference}. The function "
             "must not depend on state that changes between forward and backward"
@@ -214,26 +215,26 @@ class Recompute:
 
 
 def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **kwargs) -> Any:
-    """function(*args, **kwargs). Only tensor arguments are saved for backward; all other saved
-    tensors are recomputed. Tensors inside tuples, lists and dicts are passed to both forwards
+    """Call function(*args, **kwargs). Only its tensor arguments are saved for backward; all other
+    saved tensors are recomputed. Tensors inside tuples, lists and dicts are passed to both forwards
     unchanged. With retain_graph=True, recomputed tensors stay in memory until the graph is freed.
 
-    save_rng() is called before the first forward. It returns a function that opens a context in
-    which the second forward draws the same random numbers. train_3d.py passes Draws.save of gpt.py,
-    whose dropout masks depend on the training position and not on a generator's state.
+    save_rng() is called before the first forward. It returns a function that returns a context
+    manager for the second forward, in which the same random numbers are drawn. train_3d.py passes
+    Draws.save from gpt.py, where a mask is a function of (seed, step, row, module name).
 
     Raises ValueError in backward if the second forward saves fewer tensors, or a tensor of another
-    shape, dtype or device. Other differences are not detected: if the function reads state that has
-    changed since the first forward (a counter, a buffer), its gradients are wrong."""
+    shape, dtype or device. Gradients can be wrong without an error if the function reads state that
+    has changed since the first forward, or modifies a saved tensor in place."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    others = dict(enumerate(args)) | kwargs  # by position or keyword
-    keys = [key for key, x in others.items() if isinstance(x, Tensor)]
-    inputs = [others.pop(key) for key in keys]
-    n = len(args)
+    arguments = dict(enumerate(args)) | kwargs  # keys: positions and keywords
+    keys = [key for key, x in arguments.items() if isinstance(x, Tensor)]
+    inputs = [arguments.pop(key) for key in keys]  # `arguments` keeps the others
+    n = len(args)  # call() must not refer to args, which would keep the inputs in memory
 
     def call(*inputs: Tensor) -> Any:
-        values = others | dict(zip(keys, inputs, strict=True))
+        values = arguments | dict(zip(keys, inputs, strict=True))
         return function(*[values.pop(i) for i in range(n)], **values)
 
     state = Recompute(call, inputs, save_rng)
@@ -242,19 +243,19 @@ def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **
 
 
 # --- the full version: offload --------------------------------------------------------------------
-# Nothing is recomputed. On a GPU the copies of a block overlap with the compute of the next one. On
-# a CPU they are synchronous and save no memory; "offload" runs there for the tests.
+# Nothing is recomputed. On a GPU, copying one block's tensors overlaps with the computation of the
+# block after it. On a CPU the copies are synchronous and save no memory.
 
 
 class HostMemory:
-    """What the offloaded blocks of a model share: one stream for all copies, and the host buffers
-    that are not in use. The stream runs the copies in order. So a buffer can be reused as soon as
-    it is freed: a new copy into it runs after the last copy that reads it."""
+    """One stream for all copies of a model, and the host buffers that are not in use. The stream
+    runs copies in order, so a copy into a free buffer waits for the last copy from it. All blocks
+    are on one device, so either all buffers are pinned or none is."""
 
     def __init__(self):
         self.stream = None  # created by the first copy
         self.free_buffers: dict[tuple, list[Tensor]] = collections.defaultdict(list)
-        self.latest: Callable[[], Offload | None] = lambda: None  # weak reference
+        self.latest: Callable[[], Offload | None] = lambda: None  # weakref to the newest Offload
 
     def copy(self, targets: list[Tensor], sources: list[Tensor]) -> Any:
         """Queue the copies after the current work of the compute stream. Returns an event."""
@@ -270,11 +271,12 @@ class HostMemory:
 
 
 class Offload:
-    """The saved tensors of one forward of a block. They are copied to the host while the next
-    block's forward runs, and back while the next block's backward runs. So the device holds the
-    saved tensors of at most two blocks (more on a rank that alternates between pipeline stages).
+    """The saved tensors of one forward of a block. They are copied to the host during the forward
+    of the next offloaded block, and back during that block's backward. So the device holds the
+    tensors of at most two blocks. With most pipeline schedules it holds more, because the tensors
+    of the latest forward stay on the device until the next forward.
 
-    Parameters are not copied. The block must not modify a saved tensor in place."""
+    Parameters are not copied. A block must not modify a saved tensor in place (not checked)."""
 
     def __init__(self, module: nn.Module, memory: HostMemory):
         self.parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -282,14 +284,14 @@ class Offload:
         self.on_device: list[Tensor] | None = []  # None: on the host only
         self.devices: list[torch.device] = []
         self.copied = None  # event of the latest copies
-        self.memory, self.previous = memory, memory.latest
+        self.memory, self.previous = memory, memory.latest  # weakref to the preceding Offload
         memory.latest = weakref.ref(self)
 
     def pack(self, t: Tensor) -> Tensor | int:
         if t.untyped_storage().data_ptr() in self.parameters:
             return t
         free = self.memory.free_buffers[t.shape, t.dtype]
-        # Contiguous: CUDA copies to any other layout through pageable memory, and the host waits.
+        # Contiguous: a copy to another layout is staged in pageable memory and blocks the host.
         host = free.pop() if free else torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
         self.on_host.append(host)
         self.on_device.append(t.detach())
@@ -297,12 +299,11 @@ class Offload:
         return len(self.on_host) - 1
 
     def copy_to_host(self) -> None:
-        """Called after the block's forward. It also frees the previous block's tensors on the
-        device. Those of a model's last block stay, as its backward comes next."""
+        """Called after the block's forward. Frees the previous block's tensors on the device."""
         if self.on_host:
             self.copied = self.memory.copy(self.on_host, self.on_device)
         if previous := self.previous():
-            previous.wait()
+            previous.wait()  # the next kernel may be given the memory that is freed here
             previous.on_device = None
 
     def copy_to_device(self) -> None:
@@ -326,13 +327,13 @@ class Offload:
             self.copied.wait()
 
     def __del__(self):
-        self.wait()  # the allocator may give the memory of on_device to the next kernel
+        self.wait()  # as in copy_to_host(): on_device is freed
         for host in self.on_host:
             self.memory.free_buffers[host.shape, host.dtype].append(host)
 
 
 def offload(function: Callable, module: nn.Module, memory: HostMemory, *args, **kwargs) -> Any:
-    """function(*args, **kwargs), the forward of `module`, with its saved tensors on the host."""
+    """Call `function`, the forward of `module`, and keep its saved tensors in host memory."""
     run = Offload(module, memory)
     with saved_tensors_hooks(run.pack, run.unpack):
         output = function(*args, **kwargs)
@@ -353,12 +354,12 @@ def checkpoint_blocks(
     save_rng: Callable = save_torch_rng,
     core: str = "attn.core",
 ) -> None:
-    """Apply the policy to every `every`-th of the first `layers` blocks (default: to all), in
-    place. Fewer blocks need less recomputation and more memory.
+    """Apply the policy to every `every`-th of the first `layers` blocks (default: all), in place.
+    Checkpointing fewer blocks costs less recomputation but more memory. save_rng: see recompute().
 
     Only forward methods are replaced: those of the blocks or, for "selective", of their submodules
-    `core`. Names, parameters and hooks do not change. save_rng: see recompute(). Raises ValueError
-    for an unknown policy."""
+    `core`, which compute attention from q, k and v. Hooks on these modules do not run in the second
+    forward; hooks on modules inside them do. Raises ValueError for an unknown policy."""
     if policy not in POLICIES:
         raise ValueError(f"recompute policy {policy!r} is unknown: use {', '.join(POLICIES)}")
     if policy == "none":
@@ -374,15 +375,15 @@ def checkpoint_blocks(
 
 
 # --- cost -----------------------------------------------------------------------------------------
-# For one GPT-2 block with explicit attention, without dropout, in fp32 or fp64, on one process.
+# Cost of one GPT-2 block with explicit attention, without dropout, in fp32 or fp64, in one process.
 # tools/cost.py has the other cases.
 
 
 def saved_bytes(policy: str, b: int, s: int, h: int, a: int, itemsize: int) -> int:
     """Bytes saved from forward to backward; itemsize is that of the activations. The 16 b s h
     elements are the inputs of ln_1, c_attn, ln_2 and c_fc (4), q, k and v (3), the input of
-    attn.c_proj (1), and GELU's input (4) and output (4). The docstring's table omits two small
-    terms: 4 b s elements of the layer norms (mean and 1/std), and s^2 bytes of the causal mask."""
+    attn.c_proj (1), and GELU's input (4) and output (4). The table in the module docstring omits
+    4 b s elements (mean and 1/std of the layer norms) and s^2 bytes (the causal mask)."""
     return {
         "none": (16 * b * s * h + b * a * s * s + 4 * b * s) * itemsize + s * s,
         "selective": (16 * b * s * h + 4 * b * s) * itemsize,
@@ -395,22 +396,21 @@ def flops(policy: str, b: int, s: int, h: int) -> int:
     """FLOPs of the matmuls in forward, backward and second forward, 2 per multiply-add."""
     forward = 24 * b * s * h * h + 4 * b * s * s * h
     full = forward - 8 * b * s * h * h  # early stop skips mlp.c_proj
-    selective = 2 * b * s * s * h  # scores = q k^T; early stop skips attention weights x v
+    selective = 2 * b * s * s * h  # q k^T; early stop skips weights @ v
     return 3 * forward + {"none": 0, "offload": 0, "selective": selective, "full": full}[policy]
 
 
 # --- demo -----------------------------------------------------------------------------------------
 # Each rank trains a separate model on separate rows. Checkpointing itself does not communicate.
 
-VERSION_1 = {"textbook": CheckpointFunction.apply, "version 1": checkpoint}
+FIRST_VERSIONS = {"textbook": CheckpointFunction.apply, "checkpoint()": checkpoint}
 
 
-def apply_policy(policy: str, blocks: nn.ModuleDict) -> None:
-    if policy in POLICIES:
-        checkpoint_blocks(blocks, policy)
-    elif policy in VERSION_1:
-        for block in blocks.values():
-            block.forward = functools.partial(VERSION_1[policy], block.forward)
+def apply(name: str, blocks: nn.ModuleDict) -> None:
+    if name in POLICIES:
+        return checkpoint_blocks(blocks, name)
+    for block in blocks.values():
+        block.forward = functools.partial(FIRST_VERSIONS[name], block.forward)
 
 
 def measured_cost(model: nn.Module, x: Tensor) -> tuple[int, int]:
@@ -434,10 +434,10 @@ def main() -> None:
     b, s, h, a, n_layer = 2, 32, 48, 3, 5
     config = gpt.GPTConfig(n_layer, a, h, vocab_size=256, seq_len=s, attention="explicit")
 
-    def train(policy: str, rows: range) -> tuple[list[Tensor], dict[str, Tensor], nn.Module]:
+    def train(name: str, rows: range) -> tuple[list[Tensor], dict[str, Tensor], nn.Module]:
         """Three steps of SGD. Returns losses, gradients of the last step, and the model."""
         model = gpt.build(config, dtype=torch.float64)
-        apply_policy(policy, model.h)
+        apply(name, model.h)
         optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
         for step in range(3):
             optimizer.zero_grad()
@@ -450,19 +450,19 @@ def main() -> None:
 
     with measure.Report("activation_ckpt.py") as report:
         rows = range(b * report.group.rank(), b * (report.group.rank() + 1))
-        expected_losses, expected, _ = train("no checkpointing", rows)
-        for policy in (*VERSION_1, *POLICIES):
-            losses, gradients, model = train(policy, rows)
-            report.losses(policy, losses, expected_losses)
-            report.close(f"{policy} max |d gradient|", gradients, expected)
+        expected_losses, expected, _ = train("none", rows)
+        for name in (*FIRST_VERSIONS, *POLICIES):
+            losses, gradients, model = train(name, rows)
+            report.losses(name, losses, expected_losses)
+            report.close(f"{name} max |d gradient|", gradients, expected)
             x = torch.randn(b, s, h, dtype=torch.float64, requires_grad=True)
             nbytes, count = measured_cost(model, x)
-            same = policy if policy in POLICIES else "full"
-            if policy != "version 1":  # its inputs are in a closure, which measure.py cannot see
-                predicted = n_layer * saved_bytes(same, b, s, h, a, itemsize=8)
-                report.equal(f"{policy} bytes saved", predicted, nbytes)
-            not_skipped = 8 * b * s * h * h if policy == "textbook" else 0  # no early stop
-            report.equal(f"{policy} FLOPs", n_layer * (flops(same, b, s, h) + not_skipped), count)
+            policy = "full" if name in FIRST_VERSIONS else name
+            if name != "checkpoint()":  # measure.py does not count the inputs in its closure
+                predicted = n_layer * saved_bytes(policy, b, s, h, a, itemsize=8)
+                report.equal(f"{name} bytes saved", predicted, nbytes)
+            not_skipped = 8 * b * s * h * h if name == "textbook" else 0  # no early stop
+            report.equal(f"{name} FLOPs", n_layer * (flops(policy, b, s, h) + not_skipped), count)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """Text as tokens, and the batch of each training step.
 
-Row r of step s is a function of (seed, s, r). There is no sampler with state. Any number of
-processes, each asking for different rows, read the same batch as one process. A run that resumes at
-step s reads the tokens that it would have read without the interruption.
+Row r of a step's batch is a function of (seed, step, r), and no state is kept between steps. Any
+number of processes, each reading different rows, read the same batch as one process. A run that
+resumes reads the tokens that it would have read without the interruption. s is the sequence length.
 
     corpus:  [------------------------- train ------------------------|--- validation ---]
     row:            [x0 x1 x2 ... x(s-1)]            s + 1 tokens from a random start:
                        [y0 y1 ...     y(s-1)]        inputs x, and targets y, shifted by one
 
-A corpus is one of: a text file or a folder of text files, read as bytes (tokens 0..255); token ids
-in a `.npy` file or in a `.bin` file of uint16; by default, the source code of Python's standard
-library (about 30 MB, on every machine).
+A corpus is a text file or a folder of text files, read as bytes (tokens 0..255). It can also be a
+`.npy` file of token ids, or a `.bin` file of token ids in uint16. The default corpus is the source
+code of Python's standard library (about 30 MB), which needs no download.
 
     python data.py         prints the size and the first lines of the default corpus
 """
@@ -30,7 +30,7 @@ VALIDATION_FRACTION = 0.02  # of the corpus, taken from its end; at most 1 M tok
 
 def read(path: str | None) -> np.ndarray:
     """All tokens of a corpus, 1-D; path None is the default corpus. Raises ValueError if the path
-    does not exist, is empty, cannot be read, or does not hold integers in one dimension."""
+    does not exist, is an empty file, cannot be read, or is an array that is not 1-D integers."""
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [f for f in root.rglob("*.py") if "site-packages" not in f.parts]
@@ -68,7 +68,7 @@ def load(
     path: str | None, seq_len: int = 128, vocab_size: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
     """(train, validation) tokens. The validation set has at least seq_len + 1 tokens. Raises
-    ValueError if the corpus is too short for one row each, or if a token id is not in the
+    ValueError if the corpus is too short for one row of each, or if a token id is not in the
     vocabulary."""
     tokens = read(path)
     held_out = max(seq_len + 1, min(int(len(tokens) * VALIDATION_FRACTION), 1_000_000))
@@ -124,8 +124,8 @@ def validation_batch(
 
 
 def decode(tokens: list[int], path: str | None) -> str:
-    """Tokens as text. For a `.npy` or `.bin` corpus the tokenizer is unknown, so this returns the
-    ids as decimal numbers."""
+    """Tokens as text; ids above 255 are skipped. For a `.npy` or `.bin` corpus the tokenizer is
+    unknown, so this returns the ids as decimal numbers."""
     if (path or "").endswith((".npy", ".bin")):
         return " ".join(map(str, tokens))
     return bytes(t for t in tokens if t < 256).decode("utf-8", "replace")

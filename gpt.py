@@ -1,13 +1,14 @@
-"""GPT-2 (Radford et al. 2019) for one process. This file does not mention parallelism.
+"""GPT-2 (Radford et al. 2019) for one process. The model itself does not communicate.
 
     tokens [b, s] -> wte -> wpe -> drop -> h.0 -> h.1 -> ... -> ln_f -> lm_head -> logits [b, s, v]
 
-b batch size, s sequence length, h hidden size, a attention heads, v vocabulary size, l layers.
+b batch size, s sequence length (seq_len), h hidden size (n_embd), a attention heads (n_head),
+v vocabulary size.
 
-Between wte and lm_head, every layer maps [b, s, h] to [b, s, h], so other files can replace single
-layers. Tensor parallelism replaces a layer by a shard of it. Pipeline parallelism replaces a layer
-by nn.Identity if another process holds it. `GPT.forward` does not change. Parameters have the names
-of the published GPT-2 checkpoints.
+Between wte and lm_head, every layer maps [b, s, h] to [b, s, h], so other files can change single
+layers. Tensor parallelism replaces a layer by a shard of it. A pipeline stage removes the blocks
+that other stages hold, and replaces its other missing layers by nn.Identity. `GPT.forward` does not
+change. Parameters have the names used in the published GPT-2 checkpoints.
 
     python gpt.py          trains a small model for 30 steps
 """
@@ -125,14 +126,15 @@ class Dropout(nn.Module):
 
 
 class Core(nn.Module):
-    """The core of attention, which has no parameters: softmax(q k^T / sqrt(h/a)) v, causal."""
+    """The core of attention, without parameters: softmax(q k^T / sqrt(h/a)) v with a causal mask.
+    q, k, v and the output have the shape [b, a, s, h/a]."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.explicit = config.attention == "explicit" or config.dropout > 0
         self.drop = Dropout(config.dropout)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # 3 x [b, a, s, h/a] -> the same
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not self.explicit:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # [b, a, s, s]
@@ -194,7 +196,7 @@ class Block(nn.Module):
 
 
 class PositionEmbedding(nn.Embedding):
-    """Adds row i of its weight [seq_len, h] to token i."""
+    """Adds row i of its weight [seq_len, h] to the vector of token i."""
 
     def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
         return x + self.weight[: x.size(1)]
@@ -233,9 +235,8 @@ class GPT(nn.Module):
 
 
 def flops_per_token(config: GPTConfig) -> tuple[int, int, int]:
-    """FLOPs per token in forward: (embedding, one block, head). A multiply-add counts as 2. Only
-    matmuls are counted in a block and in the head, and the addition of token and position in the
-    embedding."""
+    """FLOPs per token in forward: (embedding, one block, head). The counts of a block and the head
+    include only matmuls, with 2 FLOPs per multiply-add. The embedding has h additions."""
     h, s, v = config.n_embd, config.seq_len, config.vocab_size
     return h, 24 * h * h + 4 * s * h, 2 * h * v
 
@@ -248,7 +249,7 @@ def forward_flops_per_token(config: GPTConfig) -> int:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum (not mean) of -log p(target) over valid tokens. Targets < 0 (-1, -100) are ignored.
+    """Sum (not mean) of -log p(target) over valid tokens: those with a target >= 0.
     logits [b, s, v], targets [b, s] -> scalar, in fp32 if the logits are bf16.
 
     The caller divides by the number of valid tokens in the global batch. The losses of microbatches
@@ -277,9 +278,9 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def gpt2_draw(name: str, shape: torch.Size, generator: torch.Generator, n_layer: int) -> Tensor:
-    """Initial value of the full tensor `name` as in GPT-2, in float64 on the CPU. Matrices are
-    N(0, 0.02). The two matrices per block that write to the residual stream (c_proj) are scaled by
-    1/sqrt(2 n_layer). Biases are 0, weights of layer norms are 1."""
+    """Initial value of the full tensor `name`, in float64 on the CPU. Biases are 0, and weights of
+    layer norms are 1. Matrices are normal with standard deviation 0.02; the two c_proj matrices of
+    a block, which write to the residual stream, are scaled by 1/sqrt(2 n_layer)."""
     if len(shape) == 1:
         value = 1.0 if name.endswith("weight") else 0.0
         return torch.full(shape, value, dtype=torch.float64)
@@ -296,7 +297,7 @@ def init_weights(
     seeded from (seed, name) only, so initial values do not depend on how the model is split. A
     parameter that is a shard has an attribute `sharding` with `shape`, that of the full tensor, and
     `shard(full)`, which returns this process's shard. One full tensor is in memory at a time."""
-    new: dict[int, nn.Parameter] = {}  # by id of the old: a tied matrix is drawn once, stays tied
+    new: dict[int, nn.Parameter] = {}  # by id of the old parameter, so that tied ones stay tied
     for module_name, module in model.named_modules():
         for key, old in module.named_parameters(recurse=False):
             if id(old) not in new:
