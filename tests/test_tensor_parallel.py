@@ -620,8 +620,8 @@ def one_forward(n_head: int, head_size: int, s: int, sequence: bool):
 @pytest.mark.parametrize(
     "t, n_head, head_size, s, sequence, message",
     [
-        (2, 3, 8, 8, False, "n_head 3 .* 36 of 72 columns .* heads of 8"),
-        (3, 5, 2, 8, False, "n_head 5 .* 12 of 30 columns .* heads of 2"),  # 2, 2 and 1 heads
+        (2, 3, 8, 8, False, "n_head 3 .* 36 of 72 columns .* needs 3 x 8"),
+        (3, 5, 2, 8, False, "n_head 5 .* 12 of 30 columns .* needs 3 x 2"),  # 2, 2 and 1 heads
         (2, 4, 2, 7, True, "divisible by t: got 7 with t = 2"),
         (3, 3, 2, 8, True, "divisible by t: got 8 with t = 3"),
     ],
