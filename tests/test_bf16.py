@@ -43,7 +43,7 @@ class OneProcess:
     def __init__(self, case: Case, masters: list[dict[str, Tensor]]):
         self.case, self.t = case, case.t
         self.shards = case.t if case.sequence else 1  # of the sequence
-        self.fused = case.t == 1 and not case.schedule.startswith("zb")  # matmul and bias of a row
+        self.fused = case.t == 1  # matmul and bias of a row-parallel layer in one call
         self.held: list[dict[str, Tensor]] = []
         self.sums: dict[Tensor, Tensor] = {}  # the gradient of a leaf, summed over dp ranks
         for mine in masters:
