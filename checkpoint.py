@@ -1,8 +1,8 @@
 """Checkpoints that can be loaded in any layout.
 
-Each rank writes its shards of the full tensors and records where in the full tensor each one lies.
-The mesh, the ranks and the schedule are not recorded. To load, a rank in any other layout asks for
-its own shards, and reads the stored ones that overlap them. No rank ever gathers a full tensor.
+Each rank writes its shards and records the position of each in its full tensor. The layout (groups,
+ranks, schedule) is not recorded. In any other layout, a rank reads the stored shards that overlap
+its own. No rank gathers a full tensor.
 
 Example: the fused qkv weight, [3 h, h] with hidden size h, on tp rank 0 of 2:
 
@@ -23,10 +23,10 @@ torch.distributed.checkpoint reads and writes the files:
         .metadata           which slice of which tensor is in which file        (torch's format)
         checkpoint.json     step, options of the run, size and crc32 of each file
 
-Saving blocks training only while the state is copied to host memory, which takes bytes of the state
-/ memory bandwidth. A thread writes the copy while training continues. The copy is as large as what
-this rank writes. For a GPU it is in pinned memory, whose size torch rounds up to a power of two.
-Replicas hold the same state, and each writes a part of it.
+Saving blocks training only while the state is copied to host memory, which takes (bytes of the
+state) / (memory bandwidth). A thread writes the copy while training continues. Replicas hold the
+same state. Each copies and writes a similar amount of it. For a GPU, the copy is in pinned memory,
+whose size torch rounds up to a power of two.
 
 A run can resume in another --dtype: weights and moments are converted when they are read. bf16 runs
 save their fp32 master weights, so switching between float32 and bf16 does not round the state.
@@ -167,7 +167,7 @@ def init_state(pieces: Pieces, optimizer: torch.optim.Optimizer, numbers: dict) 
 
 def split_between_replicas(slices: list[TensorSlice], rank: int, size: int) -> list[TensorSlice]:
     """The slices that replica `rank` of `size` writes. All replicas hold the same `slices`. Each
-    slice is written once, and all write about the same number of bytes."""
+    slice is written once, and all replicas write about the same number of bytes."""
     loads, mine = [0] * size, []
     for s in sorted(slices, key=lambda s: -s.tensor.nbytes):
         least = loads.index(min(loads))
@@ -261,7 +261,7 @@ class Writer(dcp.FileSystemWriter):
     """After a save, `files` is {name: [size, crc32]} of the files that this rank has written."""
 
     def storage_meta(self) -> None:
-        """None: .metadata contains no path of this machine, and no class to read a path."""
+        """Returns None, so that .metadata contains no path of this machine and no path class."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner):
         try:
@@ -355,8 +355,7 @@ def _size_and_crc(path: Path) -> list[int]:
 
 
 def verify(found: Found, rank: int, ranks: int) -> None:
-    """Check every ranks-th file, beginning with number `rank`, and .metadata. Raises
-    CorruptCheckpoint."""
+    """Check .metadata, and every ranks-th file from number `rank` on. Raises CorruptCheckpoint."""
     files = found.about["files"]
     for name, expected in sorted(files.items())[rank::ranks]:
         path = found.path / Path(name).name  # a name cannot lead out of the folder
@@ -381,9 +380,9 @@ def verify(found: Found, rank: int, ranks: int) -> None:
 def newest_complete(
     candidates: list[Found], group: dist.ProcessGroup
 ) -> tuple[Found | None, list[str]]:
-    """(the newest undamaged checkpoint of `candidates`, a message for each damaged one before it).
-    (None, []) without candidates. The ranks of `group` divide the files among them and get the same
-    result. Raises ValueError if every checkpoint is damaged, or if the ranks have different
+    """(the newest undamaged checkpoint of `candidates`, a message for each newer, damaged one), or
+    (None, []) without candidates. Each rank of `group` checks some of the files, and all get the
+    same result. Raises ValueError if every checkpoint is damaged, or if the ranks have different
     candidates."""
     everyone: list = [None] * group.size()
     dist.all_gather_object(everyone, [found.path.name for found in candidates], group=group)
@@ -459,8 +458,7 @@ class Checkpoints:
 
     def save(self, step: int, slices: list[TensorSlice], about: dict) -> None:
         """Copy `slices`, the state after `step` steps, and start to write the copies. First waits
-        for the previous save. The buffers of the copies are reused. about: goes to
-        checkpoint.json."""
+        for the previous save, whose buffers are reused. about: more entries of checkpoint.json."""
         start = time.perf_counter()
         self.wait()
         tensors = [s.tensor for s in slices]

@@ -2,7 +2,7 @@
 
     source = GPT2Folder(directory)              --init-from: any GPT-2 saved by `transformers`
     gpt.init_weights(model, .., source.draw)    loads them into any layout
-    export_gpt2(found, directory, group)        --export: writes a checkpoint of any layout
+    export_gpt2(found, directory, group)        --export: converts the newest checkpoint
 
 Needs the package safetensors.
 """
@@ -19,7 +19,7 @@ import checkpoint
 
 # Linear weights that Hugging Face stores as [in, out].
 GPT2_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-# Entries of config.json that gpt.py does not vary, with the values that mean the same as gpt.py.
+# Entries of config.json for which gpt.py has no option, with the values that gpt.py implements.
 GPT2_FIXED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -32,9 +32,9 @@ GPT2_FIXED = {
 
 class GPT2Folder:
     """A folder with config.json and model.safetensors of a GPT-2, as `transformers` saves it.
-    Raises ValueError if it is not one.
+    Raises ValueError if files are missing or gpt.py does not implement the model.
 
-    sizes: the arguments of gpt.GPTConfig."""
+    sizes: arguments for gpt.GPTConfig."""
 
     def __init__(self, directory: str):
         self.path = Path(directory)
@@ -73,7 +73,7 @@ class GPT2Folder:
         return path
 
     def _key(self, name: str) -> str:
-        """The file's name of a parameter. A tied lm_head.weight is stored as wte.weight."""
+        """The name of a parameter in the file. A tied lm_head.weight is stored as wte.weight."""
         for key in (f"transformer.{name}", name):
             if key in self.keys:
                 return key
@@ -91,16 +91,25 @@ class GPT2Folder:
                 raise self._error(f"{name} is {shape}: expected {expected}")
 
     def draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """For gpt.init_weights: the full tensor, read from the file."""
+        """The `draw` of gpt.init_weights(): reads the full tensor from the file."""
         full = self.file.get_tensor(self._key(name))
         full = full.T if name.endswith(GPT2_TRANSPOSED) else full
-        return full[: shape[0]]
+        return full[: shape[0]]  # wpe.weight can have more positions than the model
 
 
-def export_gpt2(found: checkpoint.Found, directory: str, group: dist.ProcessGroup) -> None:
-    """Write the parameters of a checkpoint, saved in any layout, as a folder for
-    `transformers.GPT2LMHeadModel.from_pretrained`. group: this process alone."""
-    save_file, sizes = safetensors("--export").torch.save_file, found.about["sizes"]
+def export_gpt2(
+    candidates: list[checkpoint.Found], directory: str, group: dist.ProcessGroup
+) -> None:
+    """Write the parameters of the newest undamaged checkpoint as a folder that
+    `transformers.GPT2LMHeadModel.from_pretrained` can load. Any layout may have saved it.
+
+    candidates: from checkpoint.find(). group: this process alone. Raises ValueError if all
+    checkpoints are damaged, or if the folder cannot be written."""
+    save_file = safetensors("--export").torch.save_file
+    found, wrong = checkpoint.newest_complete(candidates, group)
+    for line in wrong:
+        print(f"--export: skipped a damaged checkpoint: {line}")
+    sizes = found.about["sizes"]
     stored = checkpoint.Reader(found.path).read_metadata().state_dict_metadata
     slices = [
         checkpoint.TensorSlice(name, tuple(s.size), (0,) * len(s.size), torch.empty(s.size))
@@ -119,9 +128,16 @@ def export_gpt2(found: checkpoint.Found, directory: str, group: dist.ProcessGrou
         "n_positions": sizes["seq_len"], "bos_token_id": None, "eos_token_id": None,
         **{key: sizes[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
     }  # fmt: skip
-    os.makedirs(directory, exist_ok=True)
-    save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
-    (Path(directory) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    try:
+        os.makedirs(directory, exist_ok=True)
+        save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+        (Path(directory) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"--export {directory} cannot be written: {error.strerror}") from None
+    print(
+        f"--export: wrote {found.path} to {directory}. Load it with "
+        "transformers.GPT2LMHeadModel.from_pretrained."
+    )
 
 
 def safetensors(flag: str):

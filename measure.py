@@ -1,7 +1,7 @@
 """Instruments: count collectives, memory and saved activations, record timelines, compare tensors.
 
-They observe from outside. The strategy files do not call them except in their demos, and they
-change no result. They provide the measured side of each `predicted | measured`.
+They change no result. The strategy files use them only in their demos, to compare predicted with
+measured costs.
 
     with Collectives({"tp": tp_group}) as seen:         every call of torch.distributed
         step()
@@ -9,7 +9,7 @@ change no result. They provide the measured side of each `predicted | measured`.
 
     with SavedActivations(model) as saved:              what autograd stores for backward
         loss = model(x)
-    saved.bytes(), saved.peak                           now, and at most
+    saved.bytes(), saved.peak                           bytes now, and the maximum so far
 
     bytes_held(model.parameters())                      bytes of the distinct storages
 
@@ -112,9 +112,9 @@ class Collectives(TorchDispatchMode):
 
     @staticmethod
     def _is_async(func, args) -> bool:
-        """torch 2.11 has no async_op argument, so every call counts as asynchronous there. The
-        result of a synchronous call is used before the next matmul, so it is still not hidden.
-        Arguments that have their default value are not in args."""
+        """torch 2.11 has no async_op argument, so every call counts as asynchronous there. A
+        synchronous call is still not hidden if its result is used before the next matmul. args
+        omits arguments that have their default value."""
         names = [argument.name for argument in func._schema.arguments]
         position = names.index("async_op") if "async_op" in names else len(args)
         return args[position] if position < len(args) else True
@@ -159,7 +159,7 @@ def _storage(t: Tensor) -> int:
 
 def bytes_held(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages of these tensors. Two views of one buffer count once, and a
-    view of a part counts the full buffer."""
+    view counts its full buffer."""
     storages = {_storage(t): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
@@ -297,7 +297,7 @@ class Logger:
     peak: TFLOP/s of a rank's device. If given, the MFU is reported: achieved / peak TFLOP/s
         (Chowdhery et al. 2022, PaLM, appendix B).
     stop: number of steps after which this process ends. Default: `steps`.
-    append: keep the rows of the file. Steps that are repeated after a crash are there twice."""
+    append: keep the rows of the file. Steps that are repeated after a crash appear twice."""
 
     def __init__(self, path: str | None, steps: int, print_every: int, tokens_per_step: int,
                  tflop: float, peak: float | None = None, stop: int | None = None,
@@ -464,9 +464,9 @@ def relative_errors(
     """max|a - b| / max|b| of each tensor, or inf if a or b has a NaN or Inf.
 
     max|b| is replaced by `floor` times the largest entry of all expected tensors, if that is
-    larger: some gradients are exactly 0, and what is computed for them is rounding. An example is
-    the bias of attention keys, which shifts all scores of a row by the same amount. Raises
-    ValueError as check_alike() does."""
+    larger. Some gradients are 0 in exact arithmetic, so their computed values are rounding errors.
+    An example is the bias of attention keys, which shifts all scores of a row by the same amount.
+    Raises ValueError as check_alike() does."""
     check_alike(actual, expected, dtype)
     floor *= max((t.abs().max().item() for t in expected.values() if t.numel()), default=1.0)
     errors = {}

@@ -1,4 +1,4 @@
-"""The command line of train_3d.py: its options, the checks of their values, and resumed runs.
+"""The command line of train_3d.py: options, checks of their values, and options of resumed runs.
 
     args, found, notes = parse_args()            options, completed from a checkpoint with --resume
     config = check(args, world_size)             the model's configuration
@@ -9,7 +9,8 @@ The checks use only the options, the world size and files that every rank can re
 the same result, so an error ends the run before the first communication. An error is a ValueError
 with one line: what is wrong, both numbers, and a remedy.
 
-t, p, d: sizes of tensor, pipeline and data parallelism. m: microbatches per step.
+t, p, d: sizes of tensor, pipeline and data parallelism. m: microbatches per step. Stage:
+consecutive layers on one pipeline-parallel rank. Chunk: one of the stages of a rank.
 """
 
 import argparse
@@ -34,8 +35,8 @@ import zero
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len")
-# Options that determine the losses of a run. If they are not given, a resumed run takes them from
-# its checkpoint. The other options determine only the layout and the output.
+# Options that affect the losses of a run, in addition to SIZES. A resumed run takes those that are
+# not given from its checkpoint. Other options affect only the layout, the output or the start.
 RUN = ("untied", "attention", "dropout", "data", "global_batch_size", "steps", "lr", "warmup_steps",
        "optimizer", "weight_decay", "clip", "seed", "dtype", "grad_dtype",
        "reduce_dtype")  # fmt: skip
@@ -69,7 +70,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def at_least(low: int, kind: type = int) -> Callable[[str], float]:
-    """An argparse type: finite numbers from `low` on."""
+    """An argparse type for finite numbers that are at least `low`."""
 
     def number(text: str):
         if not low <= (value := kind(text)) < math.inf:
@@ -203,7 +204,7 @@ def parser() -> Parser:
 
 
 def flag(name: str) -> str:
-    """The option of an attribute of args: "--zero-shard-size" of "zero_shard_size"."""
+    """The option that sets an attribute of args: "--zero-shard-size" sets "zero_shard_size"."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -219,8 +220,10 @@ def check(
     args: argparse.Namespace, world_size: int, source: huggingface.GPT2Folder | None = None
 ) -> gpt.GPTConfig:
     """The model's configuration: that of `source`, if given, else that of --model, changed by the
-    options of SIZES. Raises ValueError if options do not fit together. Later, such options would
-    fail on some ranks and leave the others waiting. Sets args.untied if `source` is untied."""
+    options of SIZES. Sets args.untied if that model is untied.
+
+    Raises ValueError if options do not fit together. Without this check, some ranks would fail
+    later, and the others would wait for them."""
     given = {size: n for size in SIZES if (n := getattr(args, size)) is not None}
     base = source.sizes if source else dataclasses.asdict(gpt.MODELS[args.model or "nano"])
     for size, n in given.items() if source else ():
@@ -267,7 +270,7 @@ def check(
     if args.compile and args.recompute == "offload":
         raise ValueError(
             "--compile with --recompute offload: compiled kernels expect saved tensors in their "
-            "original strides; leave out one"
+            "original strides; leave out one of the two"
         )
     for name in ("grad_dtype", "reduce_dtype"):
         if (value := getattr(args, name)) and args.dtype != "bf16":
@@ -312,9 +315,10 @@ def read_schedule(path: str, p: int, m: int) -> pipeline.Schedule:
         0 2: F0 F1 f0 b0 w0 ...
         1:   F0 F1 B0 W0 ...
 
-    An action is a kind (F, B or W), a microbatch, and the chunk if it is not chunk 0: F0.1, or f0
-    for chunk 1. The numbers before the colon are the stages of the rank's chunks. Without them,
-    chunk c of rank r is stage c p + r. Raises ValueError with the line and the column."""
+    An action is a kind, a microbatch, and the chunk if it is not chunk 0: F0.1, or f0 for chunk 1.
+    The kinds are F (forward), B (backward) and W (weight gradients, if B leaves them out). The
+    numbers before the colon are the stages of the rank's chunks. Without them, chunk c of rank r is
+    stage c p + r. Raises ValueError with the line and the column."""
 
     def wrong(number: int, column: int, what: str) -> ValueError:
         return ValueError(f"--schedule {path}, line {number}, column {column}: {what}")
@@ -411,9 +415,9 @@ def describe(
 def parse_args(
     argv: list[str] | None = None,
 ) -> tuple[argparse.Namespace, list[checkpoint.Found], list[str]]:
-    """(options, checkpoints to resume from, messages about unreadable checkpoints). With --resume,
-    options of RUN and SIZES that are not given have the values of the newest checkpoint. The
-    checkpoints are sorted, newest first. Raises ValueError."""
+    """(options, checkpoints to resume from, newest first, messages about unreadable checkpoints).
+    With --resume, options of RUN and SIZES that are not given have the values of the newest
+    checkpoint. Raises ValueError."""
     args = parser().parse_args(argv)
     folder = args.checkpoint_dir or ("checkpoints" if args.resume or args.export else None)
     found, wrong = [], []
@@ -421,8 +425,8 @@ def parse_args(
         if folder:
             found, wrong = checkpoint.find(folder)
     except FileNotFoundError as error:
-        # torchrun --max-restarts starts the same command again, so --resume is given from the
-        # first start on, when there is no checkpoint yet.
+        # torchrun --max-restarts repeats the same command, so the first start, when there is no
+        # checkpoint yet, has --resume too.
         if args.resume and not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise ValueError(f"--resume: {error}; leave out --resume to start a new run") from None
     if found and not args.resume:
@@ -434,6 +438,7 @@ def parse_args(
         raise ValueError("--export writes a checkpoint in another format: give --resume too")
     if found:
         saved, completed = found[0].about, parser()
+        # --model sets all sizes, so the saved ones are not used.
         values = saved["arguments"] | ({} if args.model else saved["sizes"])
         names = [name for name in (*RUN, *SIZES) if name in values]
         completed.set_defaults(**{name: values[name] for name in names})

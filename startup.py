@@ -4,7 +4,7 @@
     join_ranks(device)                      the default process group, from torchrun's environment
     check_same(vars(args))                  all ranks must have the same arguments and data
 
-Without torchrun, a process is the only rank.
+Without torchrun, the process is the only rank. Local ranks are the ranks on one node.
 """
 
 import datetime
@@ -57,8 +57,8 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_tflops(device: torch.device, dtype: str) -> float | None:
-    """The peak of this device, or None if it is unknown: for other dtypes than "bf16", for a slice
-    of a GPU (MIG), for the NVL variants, and for devices that are not in PEAKS."""
+    """The peak TFLOP/s of this device. None if it is unknown: for dtypes other than "bf16", a slice
+    of a GPU (MIG), the NVL variants, and devices that are not in PEAKS."""
     name = device_name(device)
     if dtype != "bf16" or re.search("MIG|NVL", name):
         return None
@@ -75,8 +75,9 @@ def join_ranks(device: torch.device, timeout: int = 600) -> None:
         if "RANK" in os.environ:
             store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
             if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # torchrun's store outlives a restart and still has the addresses of dead ranks
-                # (pytorch#135712). On several nodes this count can differ between nodes: README.
+                # After a restart, torchrun's store still has the addresses of dead ranks
+                # (pytorch#135712), so each start uses its own prefix. Not on several nodes, whose
+                # restart counts can differ, see README.
                 restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(restart, store)
         if rank == 0:
@@ -123,5 +124,5 @@ def check_same(values: dict) -> None:
             file=sys.stderr,
             flush=True,
         )
-    dist.barrier()  # torchrun stops all ranks when one exits: rank 0 must have printed
+    dist.barrier()  # torchrun stops all ranks when one exits, so rank 0 must print first
     sys.exit(2)

@@ -1,19 +1,21 @@
 """Train a GPT with tensor, pipeline and data parallelism (TP x PP x DP).
 
-The strategies of the other files transform one plain model, in this order:
+Each strategy transforms a plain model. They are applied in this order:
 
     build on the meta device   gpt.py                the full model: shapes only, no memory
     take_stages                pipeline.py           keep the layers of this rank's pipeline stages
     parallelize                tensor_parallel.py    keep this rank's shard of each weight matrix
-    init_weights               gpt.py                allocate the remaining weights and draw them
-    checkpoint_blocks          activation_ckpt.py    recompute or offload activations in backward
+    init_weights               gpt.py                allocate and initialise the remaining weights
+    checkpoint_blocks          activation_ckpt.py    recompute activations, or offload them
     DDP, Zero1, Zero2, Zero3   ddp.py, zero.py       reduce gradients; shard the training state
 
-No strategy depends on another. This file assigns ranks to groups, applies the strategies and runs
-the training loop. It also contains what involves several groups: the sum of a tied embedding's
-gradients, the global gradient norm, clipping, checkpoints, validation and sampling.
+No strategy requires another: each can be left out. This file assigns ranks to groups, applies the
+strategies and runs the training loop. It also implements operations that span several groups: the
+sum of a tied embedding's gradients, the global gradient norm, checkpoints, validation and sampling.
 
-t, p, d: sizes of tp, pp and dp; d = world size / (t p). World size 8 with t = p = d = 2:
+tp, pp, dp: tensor, pipeline and data parallelism. t, p, d: their sizes; d = world size / (t p).
+Stage: consecutive layers, on one pp rank. Replica: the t p ranks that hold one copy of the model.
+World size 8 with t = p = d = 2:
 
                     stage 0                 stage 1
                  +-----------+           +-----------+      tp (0-1, 2-3, ..): shards of each layer
@@ -24,15 +26,16 @@ t, p, d: sizes of tp, pp and dp; d = world size / (t p). World size 8 with t = p
     replica 1    |  2     3  |  -------> |  6     7  |          gradients are summed
                  +-----------+           +-----------+
 
-tp communicates most, so it is the innermost axis: its ranks are neighbours and belong on one node.
+tp communicates most, so it is the innermost axis: its ranks are consecutive, usually on one node.
 pp communicates least, so it is the outermost axis.
 
 b: rows of a microbatch. s: tokens per row. h: hidden size. v: vocabulary size. m: microbatches per
-step of one replica, m = global batch size / (d b). They accumulate gradients and fill the pipeline.
+step of one replica, m = global batch size / (d b). Gradients accumulate over the m microbatches,
+which also keep the stages busy.
 
     python train_3d.py                                                          one process
     torchrun --standalone --nproc-per-node 8 -- train_3d.py --tp 2 --pp 2 --zero 1
-    (The `--` keeps torchrun from reading our --log as its own --log-dir.)
+    (Without `--`, torchrun would take our --log for an abbreviation of its --log-dir.)
 
 Narayanan et al. 2021, Megatron-LM on GPU clusters (arXiv 2104.04473), sections 2 and 3.
 """
@@ -71,16 +74,19 @@ import zero
 class Trainer:
     """The model, optimizer and process groups of one rank. Call init_process_group() first.
 
-    args, config: from options.parse_args() and options.check().
+    args, config: from options.parse_args() and options.check(), which raises an error unless d b
+        divides the batch and, with sequence parallelism, t divides s.
     read: read(step, rows) -> (x, y): token ids and targets of these rows of the step's global
         batch, each [len(rows), s]. Targets below 0 are ignored.
 
-    A fork can replace a component:
-    draw: initial values, as in gpt.init_weights. Default: GPT-2's.
-    model: a function without arguments, called on the meta device. Default: gpt.GPT(config).
-    plan: how each layer is split over tp, as in tensor_parallel.parallelize.
+    Optional arguments replace a component:
+    draw: the function that returns a parameter's initial values, see gpt.init_weights(). Default:
+        GPT-2's initialisation.
+    model: a function that builds the model; called on the meta device. Default: gpt.GPT(config).
+    plan: how each layer is sharded over tp, see tensor_parallel.parallelize().
     schedule: schedule(p, m) -> pipeline.Schedule. Default: --schedule.
-    sync: a class with the interface of ddp.DDP, used in place of DDP or ZeRO."""
+    sync: a class with the interface of ddp.DDP, used instead of DDP or ZeRO. If it shards the
+        training state over dp, set --zero, so that the norm and checkpoints include every shard."""
 
     def __init__(
         self, args: argparse.Namespace, config: gpt.GPTConfig, read: Callable, device: torch.device,
@@ -105,7 +111,7 @@ class Trainer:
         split = self._take_stages()
         tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
         self._init_weights(draw)
-        self._checkpoint_blocks()
+        self._wrap_blocks()
         self._make_pipeline(split)
         self.sync = self._make_sync(sync)
         self.optimizer = self._make_optimizer()
@@ -123,24 +129,27 @@ class Trainer:
         return split
 
     def _init_weights(self, draw: Callable | None) -> None:
-        """Allocate this rank's parameters. Their values do not depend on the layout."""
+        """Allocate and initialise this rank's parameters. Values do not depend on the layout."""
         draw = draw or functools.partial(gpt.gpt2_draw, n_layer=self.config.n_layer)
         gpt.init_weights(self.model, self.args.seed, self.dtype, self.device, draw)
-        # Dropout masks depend on the seed, step and rows in `draws`. A fork may have no dropout.
+        # The seed, step and rows that determine dropout masks. A model without dropout may lack it.
         self.draws = getattr(self.model, "draws", gpt.Draws())
         self.draws.seed = self.args.seed
 
-    def _checkpoint_blocks(self) -> None:
-        """Apply --compile and --recompute to the blocks."""
+    def _wrap_blocks(self) -> None:
+        """Apply --compile and --recompute to the blocks. Only the forward of a block is compiled:
+        its hooks, and an attention core that is recomputed on its own, are not."""
         args, blocks = self.args, self.model.h
-        if args.compile:
-            compile_blocks(blocks, args.recompute)
+        for block in blocks.values() if args.compile else ():
+            if args.recompute == "selective":
+                block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
+            block.forward = torch.compile(block.forward)
         activation_ckpt.checkpoint_blocks(
             blocks, args.recompute, args.recompute_every, args.recompute_layers, self.draws.save
         )
 
     def _make_pipeline(self, split: list[range]) -> None:
-        """Make self.pipe, which runs self.program: this rank's actions and transfers."""
+        """Make self.pipe, which runs self.program: the actions and transfers of this rank."""
         chunks = pipeline.chunks_of(self.model, self.stages, split)
         split_backward = pipeline.splits_backward(self.schedule[self.pp_rank])
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
@@ -152,6 +161,7 @@ class Trainer:
         """Attach DDP or ZeRO, which reduces gradients over dp. Its pieces() are the tensors that
         the optimizer updates on this rank: parameters, or ZeRO's shards of them."""
         args = self.args
+        # How often each parameter's gradient is accumulated per step, before it is reduced.
         accumulations = self.pipe.accumulations(self.schedule[self.pp_rank])
         how = {
             "grad_dtype": options.DTYPES.get(args.grad_dtype),
@@ -166,9 +176,10 @@ class Trainer:
             if args.zero == 3:
                 how["reshard_after_forward"] = args.zero_reshard_after_forward == 1
                 chunks = self.pipe.chunks.values()
+                # ZeRO-3 gathers the next layer ahead of its use, but not across stage boundaries.
                 how["starts"] = [next(iter(zero.layers(chunk))) for chunk in chunks]
             result = zero.STAGES[args.zero](self.model, self.shard_group, accumulations, **how)
-        # step() sums the gradients of these pieces over tp: all tp ranks must have the same ones.
+        # step() sums the gradients of partial pieces over tp, so all tp ranks must hold the same.
         partial = [piece for piece in result.pieces() if piece.parameter.partial]
         named = [(f"{piece.name}[{piece.start}:]", piece.tensor) for piece in partial]
         ddp.check_same_parameters(named, self.tp_group)
@@ -177,15 +188,12 @@ class Trainer:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of self.sync.pieces(). Weight decay applies to matrices, embeddings
         included, but not to biases and norms."""
-        groups = [
-            {"params": [], "weight_decay": self.args.weight_decay},
-            {"params": [], "weight_decay": 0.0},
-        ]
+        groups = [{"params": [], "weight_decay": decay} for decay in (self.args.weight_decay, 0.0)]
         for piece in self.sync.pieces():
-            is_vector = piece.parameter.ndim < 2  # of the parameter: ZeRO's shards are 1-D
+            is_vector = piece.parameter.ndim < 2  # not of piece.tensor: ZeRO's shards are 1-D
             groups[int(is_vector)]["params"].append(piece.tensor)
-        # A rank without pieces needs an optimizer too: torch refuses an empty list of parameters.
-        groups = [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}]
+        placeholder = torch.zeros(0)  # for a rank without pieces: torch rejects an empty list
+        groups = [g for g in groups if g["params"]] or [{"params": [placeholder]}]
         # A dry run is on meta, which has no fused kernels.
         how = {"fused": True} if self.device.type != "meta" else {"foreach": True}
         if self.args.optimizer == "sgd":
@@ -197,9 +205,9 @@ class Trainer:
     def step(self, step: int) -> Tensor:
         """One optimizer step on the global batch `step`. Returns [loss, gradient norm, stop
         requests], the same on every rank. The loss is the mean over the valid tokens of the batch,
-        computed with the parameters before the update. The norm is not clipped. If it is inf or
-        nan, the update is skipped: parameters, moments and the optimizer's step count do not
-        change. Stop requests: the number of ranks that have received a signal."""
+        computed with the parameters before the update. The norm is measured before clipping. If it
+        is inf or nan, the update is skipped: parameters, moments and the optimizer's step count do
+        not change. Stop requests: the number of ranks that have received a signal."""
         self.current_step = step
         self.sync.start()  # zero the gradients
 
@@ -208,20 +216,21 @@ class Trainer:
         loss = self._run(self.program, self.read, step)
 
         with self.span("reduce gradients"):
-            # Over dp, because replicas process different rows. Waits until the reductions are done.
+            # Sum over dp, because replicas process different rows. Waits for all reductions.
             self.sync.finish()
-            self.sync.before_step()  # sets piece.tensor.grad; for bf16 parameters, in fp32
+            self.sync.before_step()  # sets piece.tensor.grad; both are fp32 for a bf16 parameter
             # A parameter that no rank used in this step has no gradient.
             pieces = [piece for piece in self.sync.pieces() if piece.tensor.grad is not None]
-            # Over tp, for replicated parameters whose gradient on each tp rank is a partial sum.
+            # Sum over tp the gradients of which each tp rank has computed one term.
             # Example: with sequence parallelism, a norm is applied to this rank's tokens only.
             partial = [piece.tensor.grad for piece in pieces if piece.parameter.partial]
             tensor_parallel.all_reduce_partial(partial, self.tp_group)
-            # Over the first and the last stage, if the embedding is tied. Each holds a copy of it
-            # and has the gradient of one use: as input embedding, or as output head.
+            # Sum over the first and the last stage if the embedding is tied. Each has a copy and
+            # the gradient of one use: as embedding, or as output head. Their pieces match, because
+            # ZeRO shards a tied embedding separately from all other parameters.
             tied = [piece.tensor.grad for piece in pieces if hasattr(piece.parameter, "tied_name")]
             pipeline.all_reduce_tied(tied, self.tied_group)
-            # Over all ranks, so that the norm is that of the full model's gradient.
+            # Sum over all ranks, so that the norm is that of the full model's gradient.
             stats = self._global_stats(loss, pieces)
 
         with self.span("optimizer"):  # no communication, except ZeRO's all-gather at the end
@@ -232,10 +241,10 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
             if self.optimizer.defaults.get("fused"):
-                # The kernel reads this flag and skips the update, so the host need not wait for it.
+                # The kernel skips the update if this is 1. The host does not wait for the value.
                 self.optimizer.found_inf = (~norm.isfinite()).float()
             self.optimizer.step()
-            self.sync.after_step()  # ZeRO: all-gather the updated parameters
+            self.sync.after_step()  # ZeRO: start to all-gather the updated parameters
         return stats
 
     def _run(self, program: pipeline.Program, read: Callable, step: int) -> Tensor:
@@ -260,15 +269,15 @@ class Trainer:
         return self.pipe.run(program, x.split(b), loss_of, shape, before)
 
     def _boundary_shape(self, b: int, s: int) -> tuple[int, int, int]:
-        """The shape of a tensor that is sent between stages."""
+        """The shape of the activations that are sent between stages."""
         shards = self.tp_group.size() if self.args.sequence_parallel else 1
         return b, s // shards, self.config.n_embd
 
     def _global_stats(self, loss: Tensor, pieces: list) -> Tensor:
-        """[loss, gradient norm, stop requests], from one sum over all ranks to which each value is
-        added once. The loss is 0 except on the last stage. There all tp ranks have the same value,
-        and tp rank 0 adds it. The ranks of replica_group have equal gradients, and the first of
-        them adds the squared norm of those that it owns, see _owns()."""
+        """[loss, gradient norm, stop requests], computed with one all-reduce over the world. No
+        value is counted twice. The loss is nonzero only on the last stage, where all tp ranks have
+        the same value and tp rank 0 adds it. Gradients are equal within replica_group, whose first
+        rank adds the squared norm of the gradients that it owns, see _owns()."""
         first_tp, first_replica = self.tp_group.rank() == 0, self.replica_group.rank() == 0
         owned = [piece.tensor.grad for piece in pieces if self._owns(piece.parameter)]
         owned = owned if first_replica else []
@@ -282,10 +291,10 @@ class Trainer:
         return stats
 
     def _owns(self, p: nn.Parameter) -> bool:
-        """True if this rank counts its elements of p in the global norm and writes them to
-        checkpoints. Ranks of tp and pp can hold the same elements, but only one of them owns them.
-        A parameter that is sharded over tp is owned where it is, a replicated one by tp rank 0, and
-        a tied embedding, which two stages hold, by the first stage."""
+        """True if this rank's replica_group counts its elements of p in the global norm and writes
+        them to checkpoints. Several tp or pp ranks can hold the same elements, but only one owns
+        them. Each tp rank owns its shards. tp rank 0 owns replicated parameters. The first stage
+        owns a tied embedding, of which the last stage has a copy."""
         sharded = hasattr(p, "sharding")
         duplicate = hasattr(p, "tied_name") and 0 not in self.stages
         return (sharded or self.tp_group.rank() == 0) and not duplicate
@@ -294,7 +303,7 @@ class Trainer:
         return gpt.learning_rate(step, self.args.steps, self.args.warmup_steps, self.args.lr)
 
     def watch(self, trace: measure.Trace) -> None:
-        """Record what this rank does in `trace`: pipeline actions, reductions, optimizer."""
+        """Record in `trace` the pipeline actions, reductions and optimizer steps of this rank."""
 
         def span(action: pipeline.Action):
             step = {"step": self.current_step} if self.model.training else {}
@@ -305,12 +314,13 @@ class Trainer:
     # --- process groups ---
 
     def _make_groups(self, t: int, p: int, d: int) -> None:
-        """Make this rank's process group of each axis. Ranks are numbered with tp innermost, then
-        dp, then pp. dp has two parts: k consecutive replicas shard one copy of the training state
-        (shard_group), and d / k ranks hold equal shards (replica_group). k is 1 for DDP.
+        """Make this rank's process group for each axis. Ranks are numbered with tp innermost, then
+        dp, then pp. With ZeRO, k consecutive dp ranks shard one copy of the training state: they
+        form shard_group. The d / k ranks with equal shards form replica_group. k is 1 for DDP.
 
         Axes with the same ranks share one group, which saves communicators. Axes of size 1 use
         single_group, which never communicates."""
+        # table of ranks -> group. If the world is one rank, every axis has this table.
         self.groups = {str([[*range(dist.get_world_size())]]): dist.group.WORLD}
         # gloo instead of NCCL, whose communicators cost GPU memory. None: the world's backend.
         backend, mine = "gloo" if self.device.type == "cuda" else None, [dist.get_rank()]
@@ -318,7 +328,7 @@ class Trainer:
             mine, backend=backend, group_desc="one rank", use_local_synchronization=True
         )
         k = self.args.zero_shard_size or (d if self.args.zero else 1)
-        ranks = torch.arange(p * d * t).view(p, d // k, k, t)
+        ranks = torch.arange(p * d * t).view(p, d // k, k, t)  # [pp, replica, shard, tp]
         self.tp_group = self._make_group("tp", ranks, 3)
         self.dp_group = self._make_group("dp", ranks, 1, 2)
         self.pp_group = self._make_group("pp", ranks, 0)
@@ -328,7 +338,8 @@ class Trainer:
             by_node = ranks.view(p, nodes, d // nodes, t)
             self.inside_group = self._make_group("inside", by_node, 2)
             self.across_group = self._make_group("across", by_node, 1)
-        # A tied embedding is on two pp ranks (or one, in a V schedule): first and last stage.
+        # A tied embedding is on the pp ranks that hold the first and the last stage. In a V-shaped
+        # schedule, one rank holds both.
         stages = pipeline.stages_of(self.schedule)
         last = max(map(max, stages))
         ends = [rank for rank in range(p) if {0, last} & {*stages[rank]}]
@@ -347,21 +358,23 @@ class Trainer:
                 group = dist.split_group(split_ranks=table, timeout=limit, group_desc=name)
             else:
                 group, _ = dist.new_subgroups_by_enumeration(table, limit, group_desc=name)
+            # None: this rank is not in the table, as it has no tied embedding.
             self.groups[key] = self.single_group if group is None else group
         return self.groups[key]
 
     # --- checkpoints, validation, sampling ---
 
     def state_to_save(self) -> tuple[list[checkpoint.TensorSlice], dict]:
-        """(the slices of parameters and moments that this rank writes, the optimizer's scalars).
-        Replicas hold the same slices, and each writes a part of them."""
+        """(slices of parameters and moments that this rank writes, scalars of the optimizer). The
+        ranks of replica_group hold the same slices, and each writes some of them."""
         owned = [piece for piece in self.sync.pieces() if self._owns(piece.parameter)]
         slices, numbers = checkpoint.state_slices(owned, self.optimizer)
         replica, replicas = self.replica_group.rank(), self.replica_group.size()
         return checkpoint.split_between_replicas(slices, replica, replicas), numbers
 
     def state_to_load(self, numbers: dict) -> list[checkpoint.TensorSlice]:
-        """The slices that this rank needs. Fill them in place, then call loaded()."""
+        """The slices that this rank needs. Fill them in place, then call loaded(). numbers: the
+        saved scalars, from state_to_save()."""
         checkpoint.init_state(self.sync.pieces(), self.optimizer, numbers)
         return checkpoint.state_slices(self.sync.pieces(), self.optimizer)[0]
 
@@ -374,12 +387,13 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, read: Callable) -> Tensor:
-        """Mean loss of --val-batches global batches read(index, rows), the same on every rank."""
+        """Mean loss over --val-batches global batches, equal on all ranks. read: see Trainer."""
         program = self._forward_program(self.m)
         self.model.eval()
         loss = sum(self._run(program, read, index) for index in range(self.args.val_batches))
         self.model.train()
-        loss = loss * (self.tp_group.rank() == 0)  # equal on all tp ranks
+        if self.tp_group.rank() > 0:
+            loss.zero_()  # all tp ranks have the same value, so only tp rank 0 adds it
         dist.all_reduce(loss)  # payload: 1, over the world
         return loss / self.args.val_batches
 
@@ -387,9 +401,9 @@ class Trainer:
     def sample(
         self, prompt: Tensor, n: int, temperature: float = 0.8, top_k: int | None = None
     ) -> Tensor:
-        """`prompt` [k] followed by n generated tokens, the same on every rank. Each token takes one
-        forward pass over the last s tokens. top_k: draw from the k most likely tokens only.
-        temperature 0: take the most likely token."""
+        """The token ids `prompt`, a vector, followed by n generated ones, the same on every rank.
+        Each takes one forward pass over the last s tokens. top_k: draw from this number of most
+        likely tokens. temperature 0: take the most likely token."""
         program, generator = self._forward_program(1), torch.Generator()
         generator.manual_seed(self.args.seed)
         tokens, v = prompt.to(self.device), self.config.vocab_size
@@ -413,34 +427,26 @@ class Trainer:
 
         def store(output: Tensor, _: int) -> Tensor:  # [1, s, v/t]
             """On the last stage of one replica: store this tp rank's shard of the logits."""
-            start, stop = self.model.lm_head.weight.sharding.bounds(len(logits))
-            logits[start:stop] = output[0, last] * (self.dp_group.rank() == 0)
-            return output.new_zeros(())
+            if self.dp_group.rank() == 0:
+                start, stop = self.model.lm_head.weight.sharding.bounds(len(logits))
+                logits[start:stop] = output[0, last]
+            return output.new_zeros(())  # in place of a loss
 
         self.pipe.run(program, [x], store, self._boundary_shape(*x.shape))
         dist.all_reduce(logits)  # payload: v, over the world
         return logits
 
 
-def compile_blocks(blocks: nn.ModuleDict, recompute: str) -> None:
-    """Compile the forward of each block. Hooks and whatever wraps the block later stay outside the
-    compiled graph. So does the attention core, if it is recomputed separately."""
-    for block in blocks.values():
-        if recompute == "selective":
-            block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
-        block.forward = torch.compile(block.forward)
-
-
 def to_device(t: Tensor, device: torch.device) -> Tensor:
-    """An asynchronous copy. From pageable memory it would block the host, so t is pinned first."""
+    """Copy t asynchronously. It is pinned first: a copy from pageable memory blocks the host."""
     if t.device.type != device.type:
         t = t.pin_memory()
     return t.to(device, non_blocking=True)
 
 
 def start_to_host(t: Tensor) -> Callable[[], Tensor]:
-    """Start to copy t to the host. Returns a function that waits for this copy only, not for work
-    that is queued after it."""
+    """Start to copy t to the host. Returns a function that waits for this copy only, not for later
+    work on the device, and returns the copy."""
     host = torch.empty_like(t, device="cpu", pin_memory=t.is_cuda).copy_(t, non_blocking=True)
     event = torch.get_device_module(t.device).Event()
     event.record()
@@ -459,8 +465,8 @@ def resume(
     trainer: Trainer, found: list[checkpoint.Found], group: dist.ProcessGroup, run: dict,
     logger: measure.Logger,
 ) -> int:  # fmt: skip
-    """Load the newest undamaged checkpoint. Returns the number of steps that are done: 0 if there
-    is no checkpoint."""
+    """Load the newest undamaged checkpoint. Returns its number of completed steps, or 0 if no
+    checkpoint exists. If all are damaged, exits with a message that names each."""
     try:
         newest, wrong = checkpoint.newest_complete(found, group)
         if newest is None:
@@ -481,7 +487,7 @@ def train(
     args: argparse.Namespace, config: gpt.GPTConfig, corpus: tuple, device: torch.device,
     logger: measure.Logger, draw: Callable | None, found: list[checkpoint.Found],
 ) -> bool:  # fmt: skip
-    """Train, validate, save and sample. Returns False if the last checkpoint was not written."""
+    """Train, validate, save and sample. Returns False if the last save failed."""
     tokens, held_out = corpus
 
     def read(step: int, rows: range) -> tuple[Tensor, Tensor]:
@@ -513,21 +519,23 @@ def train(
         signal.signal(number, lambda *_: setattr(trainer, "stop_requested", True))
     end = min(args.steps, args.stop_after or args.steps)
     stop_requests = start_to_host(torch.zeros(()))
-    gc.freeze()  # exclude all present objects from garbage collection, which takes time
+    gc.freeze()  # exclude existing objects from garbage collection: scanning them takes time
+    stopped = False
     logger.start()
     for step in range(first, end):
         stats = trainer.step(step)
         logger.step(step, stats, trainer.learning_rate(step))
         # Read the count of the previous step: the current one may still be running on the device.
         stopped = step + 1 < end and stop_requests().item() > 0
-        stop_requests, last = start_to_host(stats[2]), stopped or step + 1 == end
+        stop_requests = start_to_host(stats[2])
+        last = stopped or step + 1 == end
         if is_due(args.val_every, step) or (args.val_every and step + 1 == args.steps):
             logger.flush()
             val_loss = trainer.validate(read_held_out)
             logger.validation(step, val_loss)
         if disk:
             if last or is_due(args.save_every, step):
-                logger.flush()
+                logger.flush()  # the log then has every step that the checkpoint includes
                 slices, numbers = trainer.state_to_save()
                 disk.save(step + 1, slices, run | {"optimizer": numbers})
             if last:
@@ -537,40 +545,30 @@ def train(
         if stopped:
             logger.flush()
             logger.say(f"stopped by a signal after step {step + 1}")
-            return disk is None or disk.failed is None
+            break
     if first >= end:
         logger.say(f"step {first} of {end} is done: nothing to train")
     if trace:
-        t, p, d = (g.rank() for g in (trainer.tp_group, trainer.pp_group, trainer.dp_group))
-        trace.write(args.trace, f"pp {p}, dp {d}, tp {t}")
-        logger.say(f"--trace: wrote {args.trace}; its bubble: python -m tools.bubble {args.trace}")
-    if args.sample:
+        pp, dp, tp = trainer.pp_rank, trainer.dp_group.rank(), trainer.tp_group.rank()
+        trace.write(args.trace, f"pp {pp}, dp {dp}, tp {tp}")
+        command = f"python -m tools.bubble {args.trace}"
+        logger.say(f"--trace: wrote {args.trace}. To measure the bubble, run: {command}")
+    if args.sample and not stopped:
         prompt = torch.from_numpy(held_out[:16].astype("int64"))
-        tokens = trainer.sample(prompt, args.sample).tolist()
-        prompt, text = data.decode(tokens[:16], args.data), data.decode(tokens[16:], args.data)
-        logger.say(f"--- sample after {prompt!r} ---\n{text}\n--------------")
-    if val_loss is not None:
+        ids = trainer.sample(prompt, args.sample).tolist()
+        before, after = data.decode(ids[:16], args.data), data.decode(ids[16:], args.data)
+        logger.say(f"--- sample after {before!r} ---\n{after}\n--------------")
+    if val_loss is not None and not stopped:
         logger.say(f"val loss {val_loss.item():.2f}")
     return disk is None or disk.failed is None
 
 
-def export(args: argparse.Namespace, found: list[checkpoint.Found]) -> None:
-    """--export: write the newest undamaged checkpoint as a Hugging Face folder."""
-    startup.join_ranks(torch.device("cpu"), args.timeout)
-    try:
-        newest, wrong = checkpoint.newest_complete(found, dist.group.WORLD)
-        huggingface.export_gpt2(newest, args.export, dist.group.WORLD)
-    except (OSError, ValueError) as error:
-        options.parser().error(f"--export: {error}")
-    print(*wrong, f"--export: wrote {newest.path} to {args.export}, for GPT2LMHeadModel", sep="\n")
-
-
 def main() -> None:
-    if "--dry-run" in sys.argv:
+    if "--dry-run" in sys.argv:  # before parse_args(): tools/dry_run.py parses the options itself
         runpy.run_module("tools.dry_run", run_name="__main__")
         return
     try:
-        # Everything that can be checked before the ranks communicate.
+        # Checks that need no communication.
         args, found, notes = options.parse_args()
         source = huggingface.GPT2Folder(args.init_from) if args.init_from else None
         world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -579,14 +577,16 @@ def main() -> None:
             notes += options.compare(options.run_of(args, config), found[0].about)
         if args.export:
             if world_size > 1:
-                raise ValueError(f"--export with {world_size} ranks: start one process")
-            return export(args, found)
+                raise ValueError(f"--export runs in one process, but WORLD_SIZE is {world_size}")
+            startup.join_ranks(torch.device("cpu"), args.timeout)
+            return huggingface.export_gpt2(found, args.export, dist.group.WORLD)
         device, device_line = startup.pick_device(args.device)
         corpus = data.load(args.data, config.seq_len, config.vocab_size)
         measure.check_writable("--trace", args.trace)
         checkpoint.check_writable(args.checkpoint_dir)
         tokens = args.global_batch_size * config.seq_len
-        tflop = 3e-12 * gpt.forward_flops_per_token(config) * tokens / world_size
+        # A backward has twice the operations of a forward. 1e-12: from FLOP to TFLOP.
+        tflop = 1e-12 * 3 * gpt.forward_flops_per_token(config) * tokens / world_size
         peak = args.peak_tflops or startup.peak_tflops(device, args.dtype)
         logger = measure.Logger(
             args.log, args.steps, args.print_every, tokens, tflop, peak, args.stop_after,
@@ -602,12 +602,12 @@ def main() -> None:
         startup.check_same(vars(args) | seen)
         draw = source.draw if source else None
         saved = train(args, config, corpus, device, logger, draw, found)
-        # Free the trainer and its groups now: gloo's threads must not outlive the interpreter.
+        # Free the trainer's groups now: gloo's threads must end before the interpreter does.
         gc.unfreeze()
         gc.collect()
         dist.barrier()  # a rank that exits early would close connections that others still use
     except RuntimeError as error:
-        if (line := measure.lost_collective(error)) is None:
+        if (line := measure.lost_collective(error)) is None:  # not the error of a collective
             raise
         rank = os.environ.get("RANK", 0)
         print(f"train_3d.py: rank {rank}: {line}", file=sys.stderr, flush=True)

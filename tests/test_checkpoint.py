@@ -567,7 +567,8 @@ def test_a_signal_ends_the_run_saved(ranks, number, to, text, tmp_path):  # noqa
     """torchrun passes the signal on, and returns 1 itself. One rank alone tells the others."""
     folder = tmp_path / "saves"
     flags = [*TINY, "--data", text, "--steps", 100_000, "--val-every", 0, "--print-every", 1,
-             "--checkpoint-dir", folder, "--save-every", 0]  # fmt: skip
+             "--checkpoint-dir", folder, "--save-every", 0,
+             "--trace", tmp_path / "trace"]  # fmt: skip
     if to == "torchrun":
         out, errors, code = signalled_under_torchrun(ranks, number, *flags)
     else:
@@ -579,6 +580,8 @@ def test_a_signal_ends_the_run_saved(ranks, number, to, text, tmp_path):  # noqa
         assert "Traceback" not in errors
     stopped = int(re.search(r"stopped by a signal after step (\d+)", out)[1])
     assert os.listdir(folder) == [f"step-{stopped}"]
+    events = json.loads((tmp_path / "trace").read_text())["traceEvents"]
+    assert max(event["args"].get("step", 0) for event in events) + 1 == stopped
     assert code == (1 if to == "torchrun" else 0), errors
     assert "FAILED" not in errors  # no rank has
 

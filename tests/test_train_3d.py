@@ -111,7 +111,7 @@ def text(tmp_path) -> str:
          "eckpoint has adamw: leave out --optimizer"),
         ("--resume --checkpoint-dir {saves}/good --untied", 1, "untied is True, but .* has False"),
         ("--export out", 1, "--export writes a checkpoint in another format: give --resume"),
-        ("--export out --resume --checkpoint-dir {saves}/good", 2, "--export with 2 ranks: start"),
+        ("--export out --resume --checkpoint-dir {saves}/good", 2, "--export runs in one process"),
         ("--init-from {saves}", 1, "--init-from .* config.json cannot be read"),
     ],
 )
