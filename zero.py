@@ -12,22 +12,26 @@ optimizer state for its shard only, and the communication volume does not change
 the gradients. ZeRO-3 also shards the parameters.
 
 Psi is the number of parameters, d the number of ranks that shard them, m the number of microbatches
-per step. A payload is the number of elements of the full tensors of a collective.
+per step. The payload of a collective is the number of elements of its full tensor: the input of a
+reduce-scatter, the output of an all-gather.
 
     per rank  bytes after the last backward           payload per step
               parameters  gradients  optimizer state  reduce-scatter  all-gather
     ddp.py    2 Psi       4 Psi      12 Psi           Psi, as an all-reduce
     ZeRO-1    2 Psi       4 Psi      12 Psi / d       Psi             Psi
     ZeRO-2    2 Psi       4 Psi / d  12 Psi / d       m Psi           Psi
-    ZeRO-3    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           2 m Psi less the last layer
+    ZeRO-3    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           m (2 Psi - last layer)
       kept    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           Psi
 
-The bytes are for bf16 parameters, gradients accumulated in fp32, and AdamW, which stores two
-moments and an fp32 copy of the parameters. In fp32 they are 4, 4 and 8 Psi. ZeRO-3 gathers each
-layer twice per microbatch, except the last layer, whose backward follows its forward. Embedding
-tables are not gathered for backward either. "kept" is ZeRO-3 with reshard_after_forward=False. In
-hybrid sharding there are several groups of d ranks, with equal shards. It adds an all-reduce of
-Psi / d elements.
+The bytes are for bf16 parameters and gradients accumulated in fp32. The optimizer state is an fp32
+master copy of the parameters, kept by this file, and the two moments of AdamW. In fp32, the factors
+are 4, 4 and 8. During a step, ZeRO-2 and ZeRO-3 also store the gradients that are not reduced yet
+and one flat buffer for the gradients of a layer. ZeRO-3 also stores two gathered layers.
+
+ZeRO-3 gathers each layer twice per microbatch, except the last layer, whose backward immediately
+follows its forward, and embedding tables, whose backward does not read them. "kept" is ZeRO-3 with
+reshard_after_forward=False. In hybrid sharding, each of several groups of d ranks stores a complete
+set of shards. The ranks that store the same shard all-reduce its Psi / d gradients.
 
     torchrun --standalone --nproc-per-node 2 zero.py
 
@@ -56,20 +60,22 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 class MinimalZero1:
     """ZeRO-1 with two flat buffers. The parameters become views of one, and their gradients of the
-    other. The optimizer updates this rank's shard of the parameters, so that it stores 1/d of the
-    moments.
+    other. The optimizer updates this rank's shard, so it stores 1/d of the moments.
 
         zero1 = MinimalZero1(model.parameters(), group)
         optimizer = AdamW([zero1.shard])
-        zero1.start()                     # instead of optimizer.zero_grad()
+        zero1.start()                     # not zero_grad(): each .grad must stay a view
         for x, y in microbatches:         # gradients accumulate in the flat buffer
             (F.cross_entropy(model(x), y, reduction="sum") / tokens).backward()
         zero1.step(optimizer)             # instead of optimizer.step()
 
-    tokens: the number of targets in the global batch. Every rank divides its loss by it, so that
-    gradients are summed over the ranks and not averaged.
+    tokens: the number of targets in the global batch. Every rank divides its loss by it, so the
+    sum of the ranks' gradients is the gradient of the global mean loss.
 
-    parameters: equal on all ranks, and of one dtype. Frozen parameters are left unchanged."""
+    parameters: equal on all ranks, and of one dtype. Frozen parameters are left unchanged.
+
+    Not supported: fp32 master copies of bf16 parameters, and clipping: clip_grad_norm_([shard], 1)
+    would use the norm of one shard. The gradient of an unused parameter is 0 instead of None."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup):
         trainable = [p for p in parameters if p.requires_grad]
@@ -99,19 +105,19 @@ class MinimalZero1:
 
 
 # --- the full version -----------------------------------------------------------------------------
-# ZeRO-2 and ZeRO-3 communicate the same tensors at other times.
+# ZeRO-2 and ZeRO-3 communicate the same tensors, but layer by layer and more often.
 #
-# ZeRO-2 does not store full gradients. As soon as backward has computed the gradients of a layer,
-# they are reduce-scattered, added to a stored shard, and freed. This saves (1 - 1/d) of the
-# gradient memory. It costs one reduce-scatter per microbatch instead of one per step.
+# ZeRO-2 saves (1 - 1/d) of the gradient memory. As soon as backward has computed the gradients of a
+# layer, they are reduce-scattered, added to a stored shard, and freed. This costs m reduce-scatters
+# per layer and step instead of one.
 #
-# ZeRO-3 does not store full parameters either. The parameters of a layer are all-gathered before
-# its forward, freed, all-gathered a second time before its backward, and freed. This saves
-# (1 - 1/d) of the parameter memory. It costs up to 2 m all-gathers per step instead of one.
+# ZeRO-3 also saves (1 - 1/d) of the parameter memory. The parameters of a layer are all-gathered
+# before its forward and before its backward, and freed after each. This costs up to 2 m all-gathers
+# per layer and step instead of one.
 #
-# The full version has one flat buffer per layer instead of one per model. The collective of one
-# layer then overlaps with the computation of others. The optimizer gets a tensor per parameter, so
-# that parameter groups work. Also supported: bf16 with fp32 master weights, unused and tied
+# The full version has one flat buffer per layer instead of one per model, so the collective of one
+# layer overlaps with the computation of other layers. The optimizer gets one tensor per parameter,
+# so parameter groups work. Also supported: bf16 with fp32 master weights, unused and tied
 # parameters, gradient clipping, load_state_dict(), hybrid sharding. Misuse raises an error.
 
 
@@ -125,16 +131,17 @@ class Piece(NamedTuple):
 
 
 class Unit:
-    """Parameters that are communicated together, in one flat buffer.
+    """Parameters of one layer that are communicated together, in one flat buffer. A layer usually
+    has one unit, see unit_key().
 
         parameters  [ p0 | p1      | p2  | padding ]       d * n elements
         shards      [ rank 0 | rank 1 | .. | rank d-1 ]    n elements each
 
-    A shard may contain several parameters, and a parameter may span several shards. Both start at
-    multiples of 8 elements, see aligned(). A piece is a range of a parameter in this rank's shard.
-    Padding is in no piece, so it has no effect on the gradient norm.
+    A shard may contain several parameters, and a parameter may span several shards. Parameters and
+    shards start at multiples of 8 elements, see aligned(). A piece is a range of a parameter in
+    this rank's shard. Padding is in no piece, so it has no effect on the gradient norm.
 
-    Between uses, a rank stores only its shard of the gradients (from ZeRO-2 on) and of the
+    Between uses, a rank stores only its shard of the gradients (ZeRO-2 and ZeRO-3) and of the
     parameters (ZeRO-3). The parameters of a unit have one dtype, and are all trainable or all
     frozen. A frozen unit has no gradients and no pieces."""
 
@@ -175,14 +182,14 @@ class Unit:
             for p, here in self.place.items():
                 self.gradient_of[p] = self.gradients[here].view_as(p)
                 # None lets autograd store a `.grad` of any dtype. A tied matrix is used twice.
-                # Autograd sums its two gradients in grad_dtype, before it calls the hook.
+                # Autograd sums its two gradients before it calls the hook, in grad_dtype if set.
                 p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None
         else:
             self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
         self.placeholder_of = {p: ReducedGradient.like(p) for p in self.place}
 
-        # The optimizer updates pieces of `master`. With fp32 parameters this is the shard. With
-        # bf16 it is an fp32 copy, because bf16 rounding would lose small updates.
+        # The optimizer updates pieces of `master`. For fp32 parameters, this is the shard. For bf16
+        # parameters, it is an fp32 copy, because bf16 rounding would lose small updates.
         self.master = self.parameter_shard
         if is_narrow and self.trainable:
             self.master = self.parameter_shard.float()
@@ -195,30 +202,26 @@ class Unit:
                 here = slice(start - self.mine.start, stop - self.mine.start)
                 self.add_piece(name, p, here, start - self.place[p].start)
 
-        self.gathered = True  # `parameters` is complete, or being filled by `gathering`
+        self.gathered = True  # `parameters` is complete, or `gathering` is filling it
         self.gathering: dist.Work | None = None
         self.sum: Tensor | None = None  # written by `reducing`, not yet added to the shard
         self.reducing: dist.Work | None = None
-        self.is_readable = True
 
     def add_piece(self, name: str, p: nn.Parameter, here: slice, start: int) -> None:
         self.pieces.append(Piece(name, self.master[here].detach().requires_grad_(), p, start))
         self.place_in_shard.append(here)
 
     def allow_reads(self, allowed: bool) -> None:
-        """Make reads of the parameters raise an error, or allow them."""
-        if allowed == self.is_readable:
-            return
-        self.is_readable = allowed
+        """Make reads of the parameters raise an error, see ShardedParameter, or allow them."""
         for p in self.place:
             if type(p) in (nn.Parameter, ShardedParameter):  # leave other subclasses unchanged
                 p.__class__ = nn.Parameter if allowed else ShardedParameter
 
     def unshard(self) -> None:
-        """Start the all-gather of the parameters, unless they are gathered. Call wait() next."""
+        """Start the all-gather of the parameters, unless they are already gathered. Call wait()
+        before using them."""
         if self.gathered:
             return
-        self.allow_reads(False)
         storage = self.parameters.untyped_storage()
         if not storage.nbytes():
             storage.resize_(self.parameters.numel() * self.parameters.itemsize)
@@ -235,8 +238,8 @@ class Unit:
 
     def reshard(self) -> None:
         """Mark the full parameters as out of date, and free their memory in stage 3. The storage
-        object remains: the parameters and tensors saved for backward are views of it, and unshard()
-        makes them valid."""
+        object is kept, because the parameters and the tensors that autograd saved are views of it.
+        unshard() fills it. No-op with one rank."""
         if self.group.size() == 1:
             return
         self.wait()
@@ -246,14 +249,14 @@ class Unit:
         self.allow_reads(False)
 
     def refresh(self) -> None:
-        """Copy this rank's slice of the full parameters to the shard, after load_state_dict()."""
+        """Copy this rank's slice of the full parameters to the shard and to `master`."""
         if self.gathered and self.gathering is None:
             self.parameter_shard.copy_(self.parameters[self.mine])
             self.master.detach().copy_(self.parameter_shard)
 
     def reduce(self, flat: Tensor, first: bool) -> None:
-        """Start the reduce-scatter of `flat`. Call wait_reduce() before the next one. first: the
-        sum replaces the stored shard instead of being added to it."""
+        """Start the reduce-scatter of `flat`. Call wait_reduce() before the next one. If `first`,
+        the sum replaces the stored shard, else it is added to it."""
         if self.group.size() > 1:
             flat = flat.to(self.reduce_dtype)
         self.sum, self.first = flat[self.mine], first
@@ -263,14 +266,14 @@ class Unit:
             )
 
     def reduce_over_replicas(self, replicas: dist.ProcessGroup) -> None:
-        """Start the all-reduce of the gradient shard. Call wait_reduce() next."""
+        """Start the all-reduce of the gradient shard. Call wait_reduce() before using it."""
         self.sum, self.first = self.gradient_shard.to(self.reduce_dtype), True
         self.reducing = dist.all_reduce(  # payload: the shard
             self.sum, group=replicas, async_op=True
         )
 
     def wait_reduce(self) -> None:
-        """Wait for the sum that was started last, and store it in the gradient shard."""
+        """Wait for the pending reduction, if any, and store its result in the gradient shard."""
         if self.reducing is not None:
             self.reducing.wait()
         if self.sum is not None:
@@ -279,15 +282,15 @@ class Unit:
 
 
 def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dict:
-    """{module: its parameters}, in the order of model.modules(). ZeRO gathers the parameters before
-    the module's forward.
+    """{layer: its parameters}, in the order of model.modules(). A layer is a module before whose
+    forward ZeRO gathers parameters. It is a block or a module with parameters outside of blocks. A
+    block includes the parameters of all its submodules.
 
-    A block is one entry, with the parameters of all its submodules. By default the blocks are the
-    elements of every nn.ModuleList and nn.ModuleDict, and every other module with parameters,
-    unless it is the model or contains such a list. If `blocks` is given, they are the only blocks.
-    Parameters outside of blocks belong to the module that holds them.
+    By default, the blocks are (1) the elements of every nn.ModuleList and nn.ModuleDict and (2)
+    every other module that directly holds parameters, except the model itself and modules that
+    contain an nn.ModuleList or nn.ModuleDict. If `blocks` is given, they are the only blocks.
 
-    Raises ValueError if an entry has no forward()."""
+    Raises ValueError if a layer has no forward()."""
     containers = (nn.ModuleDict, nn.ModuleList)
     found: dict[nn.Module, list[nn.Parameter]] = {}
     if unknown := set(blocks or ()) - set(model.modules()):
@@ -301,8 +304,8 @@ def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dic
         if parameters:
             if getattr(module.forward, "__func__", None) is nn.Module.forward:
                 raise ValueError(
-                    f"{name} has parameters and no forward() before which to gather them: pass "
-                    "blocks= with all blocks, one of which is the module that uses them"
+                    f"{name} has parameters but no forward(), so ZeRO cannot tell when to gather "
+                    "them: pass blocks= with every block, including the module that uses them"
                 )
             found[module] = parameters
         for child_name, child in module.named_children() if not is_block else ():
@@ -317,9 +320,10 @@ def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dic
 def unit_key(p: nn.Parameter, layer: list[nn.Parameter]) -> tuple:
     """Parameters of a layer with equal keys form one unit.
 
-    Two kinds of gradients are also summed outside of `group`, where the shards must match. A tied
-    matrix is shared by two pipeline stages. A partial gradient is summed over tensor-parallel
-    ranks, whose buffers differ if the layer's matrices are sharded unevenly."""
+    Parameters whose gradients are also summed outside of the sharding group have a separate unit,
+    so that the ranks that sum them have identical shards. These are a matrix tied across two
+    pipeline stages, to which gpt.py gives a tied_name, and parameters that tensor_parallel.py marks
+    as partial, if it shards other matrices of the layer unevenly."""
     shardings = [q.sharding for q in layer if hasattr(q, "sharding")]
     is_uneven = any(n % sharding.size for sharding in shardings for n in sharding.sizes)
     is_partial = is_uneven and getattr(p, "partial", False)
@@ -340,23 +344,24 @@ class Zero1:
 
     tokens: the number of targets in the global batch.
 
-    model: must have the same parameters, with the same values, on all ranks of `group`. Buffers are
-        neither checked nor synchronized.
+    model: must have the same parameters, with the same values, on all ranks of `group` and
+        `replicas`. Buffers are neither checked nor synchronized. Frozen parameters are not updated.
     group: the ranks over which state is sharded. Default: all ranks.
-    accumulations: the number of backward passes per step that reach a parameter, which is the
-        number of microbatches m. Pass a dict {parameter: count} if it differs between parameters.
-    replicas: for hybrid sharding, the ranks of other groups that store the same shards.
+    accumulations: the number of gradients that a parameter receives per step, which is the number
+        of microbatches m. Pass a dict {parameter: count} if it differs between parameters. A
+        parameter that receives fewer is reduced in finish(), without an error.
+    replicas: for hybrid sharding, the process group of all ranks, including this one, that store
+        the same shards.
     grad_dtype: the dtype in which gradients of bf16 parameters are accumulated over microbatches.
         Default: fp32. No effect on fp32 parameters.
     reduce_dtype: the dtype in which gradients of bf16 parameters are sent. Default: bf16; fp32
         sends twice the bytes. No effect on fp32 parameters, or with one rank.
     blocks: the modules to gather as one unit. Default: see layers().
-    overlap: False reduces all gradients in finish(), without overlap, see DDP. ZeRO-2 and ZeRO-3
-        then hold full gradients until finish(), accumulated in the dtype of the parameters.
+    overlap: False reduces all gradients in finish(). DDP in ddp.py explains when to use it. ZeRO-2
+        and ZeRO-3 then store full gradients until finish(), in the dtype of the parameters.
 
     Raises ValueError if ranks have different parameters or values, if requires_grad changes later,
-    if a call is missing or out of order, or if the optimizer holds a parameter instead of its
-    pieces."""
+    if a call is missing or out of order, or if the optimizer holds a model parameter."""
 
     stage = 1
 
@@ -370,7 +375,8 @@ class Zero1:
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("there is no process group: call dist.init_process_group() first")
-        # The copies of a tied matrix on the first and the last pipeline stage have one tied_name.
+        # The first and the last pipeline stage have copies of a tied matrix, to which gpt.py gives
+        # the same tied_name. Inside one rank, named_parameters() lists a tied matrix once.
         self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
         self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
         self.name_of = {p: name for name, p in self.named}
@@ -385,13 +391,14 @@ class Zero1:
         self._make_units(grad_dtype, reduce_dtype)
         self._attach_hooks(model)
 
-        # Gradients are reduced in rounds: one per step in ZeRO-1, one per microbatch in ZeRO-2 and
-        # ZeRO-3. Backward usually reaches the last unit first.
-        self.rounds = 1 if self.stage == 1 else min(self.accumulations.values(), default=1)
+        # A round reduce-scatters every unit once. ZeRO-2 and ZeRO-3 have a round per microbatch.
+        one_round = self.stage == 1 or not overlap
+        self.rounds = 1 if one_round else min(self.accumulations.values(), default=1)
+        # The order in a round. Backward usually completes the last unit first.
         self.order = [unit for unit in reversed(self.units) if unit.trainable]
         self.position = {unit: i for i, unit in enumerate(self.order)}
         self.phase = "idle"  # then "backward", "finished", "update", "idle"
-        self.start()
+        self.start()  # so that the call may be omitted before the first step
 
     def _make_units(self, *dtypes: torch.dtype | None) -> None:
         self.units: list[Unit] = []  # in the order of the layers
@@ -422,15 +429,13 @@ class Zero1:
         model.register_load_state_dict_pre_hook(lambda *_: gather())
         for module in self.modules:
             module.register_load_state_dict_post_hook(lambda module, _: loaded(module))
-        # This rank may have no piece of a parameter that the optimizer holds by mistake. All ranks
-        # must raise the error.
+        # If the optimizer holds a model parameter by mistake, every rank must raise, even a rank
+        # without a piece of it. So each parameter is mapped to a Piece with a different tensor.
         pieces = self.pieces()
         self.piece_of = {p: Piece(name, pieces[0].tensor, p, 0) for name, p in self.parameters}
         self.piece_of |= {piece.tensor: piece for piece in pieces}
         me = weakref.ref(self)
-        check = register_optimizer_step_pre_hook(
-            lambda optimizer, *_: me() and me()._check(optimizer)
-        )
+        check = register_optimizer_step_pre_hook(lambda o, *_: me() and me()._check(o))
         weakref.finalize(self, check.remove)
 
     def start(self) -> None:
@@ -454,20 +459,21 @@ class Zero1:
                 storage = unit.parameters.untyped_storage()._cdata
                 for p in unit.place:
                     if p.untyped_storage()._cdata != storage:
-                        raise ValueError(f"{self.name_of[p]}: its data was replaced and is not in "
-                                         "the flat buffer: call model.to() first")  # fmt: skip
+                        raise ValueError(f"{self.name_of[p]}: its data was replaced after ZeRO was "
+                                         "constructed, for example by model.to(): call model.to() "
+                                         "before constructing ZeRO")  # fmt: skip
                     p.grad = None
                 for piece in unit.pieces:
                     piece.tensor.grad = None
-        self.missing = self.accumulations.copy()  # by parameter: accumulations still to come
-        # By reduce-scatter, in the order of the launches: parameters whose gradient is to come.
+        self.missing = self.accumulations.copy()  # gradients to come, per parameter
+        # Gradients to come, per reduce-scatter of the step, in launch order (round by round).
         self.waiting = [len(unit.place) for unit in self.order] * self.rounds
         self.launched = 0  # reduce-scatters started in this step
         self.phase = "backward"
 
     def _accumulated(self, p: nn.Parameter) -> None:
-        """Hook: a backward pass has stored its gradient of p in p.grad. Start the reduce-scatter of
-        the unit if all its gradients of this round are complete."""
+        """Autograd calls this after it has stored a gradient of p in p.grad. Launch the unit of p
+        if its gradients of this round are complete."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
@@ -483,7 +489,8 @@ class Zero1:
             accumulate(p.grad, unit.gradient_of[p], first=self.missing[p] == count)
             p.grad = None
         self.missing[p] -= 1
-        # In a pipeline, a tied matrix can have two accumulations per round.
+        # p completes a round with every count / self.rounds gradients. In a pipeline, a tied matrix
+        # can receive two per microbatch.
         done = count - self.missing[p]
         rounds, rounds_before = done * self.rounds // count, (done - 1) * self.rounds // count
         if rounds > rounds_before:
@@ -504,7 +511,7 @@ class Zero1:
         self.launched += 1
 
     def _wait_reduce(self) -> None:
-        """Wait for the reduce-scatter that was started last. In the last round, then start the
+        """Wait for the reduce-scatter that was started last. In the last round, also start the
         all-reduce over the replicas."""
         if self.launched == 0:
             return
@@ -515,7 +522,7 @@ class Zero1:
             unit.reduce_over_replicas(self.replicas)
 
     def _take_gradients(self, unit: Unit) -> Tensor:
-        """The flat gradients to reduce. An unused parameter contributes -0.0, see is_unused()."""
+        """The flat gradients to reduce. Those of an unused parameter are -0.0, see is_unused()."""
         for p, gradient in unit.gradient_of.items():
             if self.missing[p] == self.accumulations[p]:
                 gradient.fill_(-0.0)
@@ -523,10 +530,8 @@ class Zero1:
 
     def finish(self) -> None:
         """Call after the last backward of a step. On return, this rank's shards of the gradients
-        are sums over all ranks. Until the next start(), reading the `.grad` of a parameter raises
-        ValueError.
-
-        Units that are still incomplete, because of unused parameters, are reduced here."""
+        are sums over all ranks. Units with unused parameters are reduced here. Until the next
+        start(), reading the `.grad` of a parameter raises ValueError."""
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
@@ -591,25 +596,25 @@ class Zero1:
         self.phase = "idle"
 
     def gather(self) -> None:
-        """All-gather all parameters. Call on all ranks before you read a parameter outside of the
+        """All-gather all parameters. Call on all ranks before reading a parameter outside of the
         model's forward. model.state_dict() and load_state_dict() call it, so call these on all
-        ranks too.
-
-        Manual writes to a bf16 parameter, or to any parameter under ZeRO-3, are lost: use
-        load_state_dict()."""
+        ranks too. Manual writes to a bf16 parameter, or to any parameter under ZeRO-3, are lost:
+        use load_state_dict()."""
         for unit in self.units:
             unit.unshard()
             unit.wait()
 
     def pieces(self) -> list[Piece]:
-        """What this rank's optimizer updates. The optimizer must be element-wise, like AdamW and
-        SGD. Its state_dict() contains this rank's shards only.
+        """The tensors that this rank's optimizer must update. The optimizer must be element-wise,
+        like AdamW and SGD. If all shards of this rank are padding, there is one empty piece.
 
-        If this rank's shards contain padding only, there is one piece with 0 elements."""
+        To resume a run, save the pieces and the optimizer state of every rank. In bf16, the values
+        in model.state_dict() are rounded. checkpoint.py saves pieces by name and start, so that
+        another number of ranks can load them."""
         return [piece for unit in self.units for piece in unit.pieces]
 
     def held(self) -> dict[str, list[Tensor]]:
-        """The tensors that are stored between steps, by kind. Moments are in the optimizer."""
+        """The tensors stored between steps, by kind, without the moments. Some share memory."""
         held = {"parameters": [p for _, p in self.named], "gradients": [], "optimizer": []}
         for unit in self.units:
             held["parameters"].append(unit.parameter_shard)
@@ -620,7 +625,7 @@ class Zero1:
 
     def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Wait for the updated parameters of layer i."""
-        if layer in self.layers:  # not the hooks of a deep copy of the model
+        if layer in self.layers:  # not a deep copy of the model, which keeps these hooks
             for unit in self.needs[i]:
                 unit.wait()
 
@@ -629,7 +634,7 @@ class Zero1:
 
     def _loaded(self, module: nn.Module) -> None:
         """Update the shards after load_state_dict() has written to the parameters of `module`."""
-        if module not in self.modules:  # the hooks of a deep copy of the model
+        if module not in self.modules:  # a deep copy of the model, which keeps these hooks
             return
         for name, p in module.named_parameters(recurse=False):
             if p not in self.name_of:
@@ -639,9 +644,7 @@ class Zero1:
                 self.unit_of[p].refresh()
 
 
-# accumulate() and is_unused() are equal to the functions of ddp.py.
-
-
+# accumulate() and is_unused() are identical to those in ddp.py.
 def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
     """Set `total` to the gradient if `first`, else add the gradient to it. Dtypes may differ."""
     # Gradients from backward(create_graph=True) require grad.
@@ -654,8 +657,8 @@ def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
         total.add_(gradient)
 
 
-# One case is not handled: a used parameter whose gradient sums to -0.0 in every element. A rank
-# that did not use it skips the update of its piece.
+# Limitation: if some ranks used the parameter, but every element of the sum is -0.0, the ranks that
+# did not use it skip the update of their pieces. In hybrid sharding, replicas can then diverge.
 def is_unused(gradient: Tensor) -> bool:
     """Whether no rank used the parameter, given its reduced gradient.
 
@@ -665,8 +668,8 @@ def is_unused(gradient: Tensor) -> bool:
 
 
 def weak(method: Callable, *bound) -> Callable:
-    """A hook that calls method(*bound, *args). It has only a weak reference to the ZeRO object:
-    otherwise the model would keep the object and its process group alive."""
+    """A hook that calls method(*bound, *args). It has only a weak reference to the ZeRO object,
+    because otherwise the model would keep the object and its process group alive."""
     reference = weakref.WeakMethod(method)
 
     def hook(*args):
@@ -679,16 +682,14 @@ def weak(method: Callable, *bound) -> Callable:
 
 
 def not_compiled(hook: Callable) -> Callable:
-    """Keeps torch.compile(layer) from tracing the hook."""
+    """Keep torch.compile from tracing the hook. Compile layers before constructing ZeRO: without a
+    compiled layer, the slow import of torch._dynamo is avoided."""
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 class Zero2(Zero1):
-    """ZeRO-2: gradients are sharded too. This saves (1 - 1/d) of the gradient memory.
-
-    As soon as backward has computed the gradients of a unit, they are copied to a temporary buffer,
-    which is reduce-scattered, added to this rank's shard and freed. This costs m reduce-scatters
-    per step, where ZeRO-1 needs one."""
+    """ZeRO-2: gradients are sharded too. backward() computes the full gradients of a unit. They are
+    copied to a flat buffer, reduce-scattered, and freed."""
 
     stage = 2
 
@@ -697,7 +698,7 @@ class Zero2(Zero1):
         with not_intercepted():
             for p, here in unit.place.items():
                 if p.grad is None:
-                    flat[here] = -0.0  # unused, see is_unused()
+                    flat[here] = -0.0  # no gradient in this round, see is_unused()
                 else:
                     views.append(flat[here].view(p.shape))
                     gradients.append(p.grad.detach().to_dense())
@@ -708,24 +709,21 @@ class Zero2(Zero1):
 
 
 class Zero3(Zero2):
-    """ZeRO-3: parameters are sharded too. This saves (1 - 1/d) of the parameter memory.
-
-    The parameters of a layer are all-gathered before its forward and before its backward, and freed
-    after each. The all-gather of the next layer overlaps with the computation of this one. This
-    costs up to 2 m all-gathers per step, where ZeRO-1 needs one.
+    """ZeRO-3: parameters are sharded too. The all-gather of the next layer overlaps with the
+    computation of this layer. All ranks must run the same layers in the same order, because
+    collectives are matched by call order.
 
     reshard_after_forward: False keeps the parameters from the first forward of a step to the last
-        backward. This costs one all-gather per step, and between steps the memory is free.
-    starts: the first layer of each pipeline stage on this rank. Stages run independently, so no
-        layer is gathered ahead across their boundaries.
+        backward. This costs one all-gather per unit and step. The memory is freed between steps.
+    starts: the first layer of each pipeline stage on this rank. Stages run independently, so the
+        next layer is not gathered ahead if it is in another stage.
 
-    All ranks must run the same layers in the same order, since collectives match by order.
+    A layer's forward must return every tensor that other layers or the loss use, directly or in
+    tuples, lists and dicts. The all-gather for backward starts when a gradient reaches one of them.
+    Using a tensor that the layer stored in an attribute instead raises ValueError.
 
-    The all-gather for backward starts when a gradient reaches a tensor that the layer's forward has
-    returned, directly or in tuples, lists and dicts. Do not use in the loss a tensor that a layer
-    has stored in an attribute: this raises ValueError. Parameters stay gathered until finish() if
-    the layer returns other objects, if it contains other layers, or if backward runs with
-    create_graph=True."""
+    A layer stays gathered until the last backward of the step if it returns only objects of other
+    types, if it contains other layers, or if backward runs with create_graph=True."""
 
     stage = 3
 
@@ -739,12 +737,12 @@ class Zero3(Zero2):
         self.starts |= {0, len(self.layers)}
         copy_out = weak(self._copy_out)
         model.register_state_dict_post_hook(lambda _, *args: copy_out(*args))
-        # By layer. An outer layer contains other layers. The backward of a table, an nn.Embedding,
-        # does not read its weight.
+        # Indexed by layer. is_outer: contains other layers. is_table: an embedding lookup, whose
+        # backward does not read the weight. _after_forward() updates is_table.
         self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
         self.is_table = [type(layer) is nn.Embedding for layer in self.layers]
-        # Parameters that must be gathered when their gradient is computed. Exceptions are tables,
-        # see _after_forward, and linear layers whose weight gradient pipeline.py defers.
+        # Parameters that must be gathered when their gradient is computed. Exceptions are linear
+        # layers whose weight gradient pipeline.py defers, and tables, see _after_forward().
         deferred = {module.weight for module in self.modules
                     if getattr(module, "weight_grad_queue", None) is not None}  # fmt: skip
         self.must_be_gathered = self.accumulations.keys() - deferred
@@ -755,7 +753,7 @@ class Zero3(Zero2):
     def start(self) -> None:
         super().start()
         self.create_graph = False  # whether a backward of this step has create_graph=True
-        self.kept: set[int] = set()  # layers that stay gathered until finish()
+        self.kept: set[int] = set()  # layers that _reshard_layer() skips
         for unit in self.units:
             unit.reshard()
 
@@ -774,17 +772,18 @@ class Zero3(Zero2):
 
     def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Gather layer i, and start to gather layer i + 1."""
-        if layer not in self.layers:  # the hooks of a deep copy of the model
+        if layer not in self.layers:  # a deep copy of the model, which keeps these hooks
             return
-        # Recomputation of activations runs the forward in backward, which needs layer i - 1 next.
-        is_last = i + 1 in self.starts or in_backward()
-        self._gather_layer(i, ahead=None if is_last else i + 1)
+        # A recomputation runs in backward, where _before_backward() prefetches layer i - 1.
+        no_prefetch = i + 1 in self.starts or in_backward()
+        self._gather_layer(i, ahead=None if no_prefetch else i + 1)
         if torch.is_grad_enabled() and not in_backward() and not self.is_outer[i]:
             self._hook_inputs(i, [x for x in tensors_in((args, kwargs)) if x.requires_grad])
 
     def _hook_inputs(self, i: int, inputs: list[Tensor]) -> None:
         """Reshard layer i after its backward, when the gradient of an input is complete. The hooks
-        are registered before the forward, which may modify an input in place."""
+        are registered before the forward, which may modify an input in place. Without inputs that
+        require a gradient, the next forward or _accumulated() reshards the layer."""
         # Autograd runs nodes in reverse order of their creation. When it reaches the node that
         # computed an input, all nodes of this layer have run.
         computed = [x for x in inputs if not x.is_leaf]
@@ -802,7 +801,7 @@ class Zero3(Zero2):
             handle = inputs[0].register_hook(leaf_complete)
 
     def _after_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        """Reshard layer i, unless its backward is next."""
+        """Hook the outputs of layer i, and reshard it unless its backward is next."""
         if layer not in self.layers or in_backward():  # a copy, or recomputation
             return
         inputs, parameters = [*tensors_in((args, kwargs))], self.layers[layer]
@@ -811,8 +810,8 @@ class Zero3(Zero2):
             if not outputs and self.phase != "backward":
                 self._reshard_layer(i)
             return
-        # A layer is a table if it indexes its only parameter by token ids. A tied module can be a
-        # table in one call and a matrix in the next.
+        # A layer is a table if it has one parameter and takes only token ids. A module with a tied
+        # matrix can be called as a table and as an output head.
         ids = (torch.int32, torch.int64)
         takes_ids = len(inputs) > 0 and all(x.dtype in ids for x in inputs)
         self.is_table[i] = takes_ids and len(parameters) == 1
@@ -820,29 +819,31 @@ class Zero3(Zero2):
             self.must_be_gathered -= {*parameters}
         else:
             self._hook_outputs(i, inputs, outputs)
-        # No known output, but a backward will follow: the output is another kind of object.
+        # A backward will follow, but forward returned no tensor to hook: keep the layer gathered.
         needs_backward = any(x.requires_grad for x in (*inputs, *parameters))
         if needs_backward and not outputs and torch.is_grad_enabled():
             self.kept.add(i)
         storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
         is_view = any(y.untyped_storage()._cdata in storages for y in outputs)  # of a parameter
-        backward_is_next = i + 1 in self.starts or not self.reshard_after_forward
-        if not is_view and not (outputs and backward_is_next):
+        # The backward of the last layer of a stage is next.
+        keep_gathered = i + 1 in self.starts or not self.reshard_after_forward
+        if not is_view and not (outputs and keep_gathered):
             self._reshard_layer(i)
 
     def _hook_outputs(self, i: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Gather layer i before its backward, when a gradient reaches an output."""
         for y in outputs:
-            # The hook is on the node that computed y. A hook on y could run after that of the next
-            # layer's input, which may be y. An in-place operation on a view replaces the node of
-            # the view, but not the node of its base.
+            # Hook the node that computed y, because its pre-hook runs after all hooks on y. If a
+            # layer is called twice in a row, y is also the input of the second call, whose hook on
+            # y reshards the layer and must run first. If y is a view, hook the node of its base,
+            # because an in-place operation on y replaces y.grad_fn.
             node = (y._base if y._is_view() else y).grad_fn
             if node is not None and not any(y is x for x in inputs):
                 node.register_prehook(weak(self._before_backward, i))
 
     def _before_backward(self, i: int, _) -> None:
         """Gather layer i, and start to gather layer i - 1."""
-        # The graph of a backward with create_graph=True reads parameters at unknown times.
+        # Gradients are enabled if create_graph=True. The new graph may read the parameters later.
         self.create_graph |= torch.is_grad_enabled()
         is_first = i in self.starts or self.is_table[i - 1]
         self._gather_layer(i, ahead=None if is_first else i - 1)
@@ -888,11 +889,10 @@ def tensors_in(value) -> Iterator[Tensor]:
             yield from tensors_in(v)
 
 
-STAGES = {1: Zero1, 2: Zero2, 3: Zero3}
+STAGES = {1: Zero1, 2: Zero2, 3: Zero3}  # used by train_3d.py
 
 # --- checks ---------------------------------------------------------------------------------------
-# Equal to the functions of ddp.py. Without them, most of these mistakes would train a wrong model
-# without an error.
+# Identical to those in ddp.py.
 
 
 def check_same_parameters(
@@ -966,7 +966,7 @@ def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
 
 # --- parameters and gradients that must not be read -----------------------------------------------
 
-not_intercepted = torch._C.DisableTorchFunctionSubclass  # a context in which metadata is read
+not_intercepted = torch._C.DisableTorchFunctionSubclass  # a context without __torch_function__
 
 
 class ShardedParameter(nn.Parameter):
@@ -1008,9 +1008,9 @@ class ReducedGradient(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         raise ValueError(
-            f"{function}: this gradient was reduced, and each rank stores a shard of it. Clip with "
-            "sync.step(optimizer, clip=...), read piece.tensor.grad after sync.before_step(), and "
-            "call sync.start() before the next backward"
+            f"{function}: this gradient was reduced, and each rank stores a shard of it. To clip, "
+            "use sync.step(optimizer, clip=...). To read it, use piece.tensor.grad after "
+            "sync.before_step(). Before the next backward, call sync.start()"
         )
 
 
@@ -1031,8 +1031,8 @@ def predicted_payload(
     sizes: list[int], d: int, stage: int = 1, m: int = 1, replicas: int = 1,
     reshard: bool = True, skipped: int | None = None,
 ) -> dict[str, int]:  # fmt: skip
-    """Elements communicated per rank and step. sizes: padded sizes of the units, in forward order.
-    skipped: elements that ZeRO-3 does not gather for backward. Default: those of the last unit."""
+    """Payload per step, as defined in the module docstring. sizes: padded sizes of the units.
+    skipped: elements that ZeRO-3 does not gather for backward. Default: the size of the last."""
     psi, gathered = sum(sizes), sum(sizes)
     if stage == 3 and reshard:
         gathered = m * (2 * psi - (sizes[-1] if skipped is None else skipped))
@@ -1048,7 +1048,7 @@ def predicted_bytes(
     dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes stored per rank after the last backward, with AdamW. units: per unit, the sizes of its
-    parameters. Padding has no moments."""
+    parameters. Padding has no moments. Used by tools/cost.py and the tests."""
     grad_dtype = grad_dtype or torch.promote_types(dtype, torch.float32)
     psi = owned = 0
     for numels in units:
@@ -1070,8 +1070,8 @@ def predicted_bytes(
 
 
 def train(rows: range, world: dist.ProcessGroup, kind: type | None = None, **options):
-    """Train on `rows` of each batch, in float64, with `kind` if it is given. A batch has 4 rows per
-    rank of `world`."""
+    """Train on `rows` of each batch, in float64. A batch has 4 rows per rank of `world`. kind: the
+    class to use, with `options`. None: one process, without communication."""
     import data
     import gpt
     import measure
@@ -1111,7 +1111,7 @@ def main() -> None:
 
     with measure.Report("zero.py") as report:
         group, world = report.group, report.group.size()
-        k = max(k for k in range(1, max(2, world)) if world % k == 0)
+        k = max(k for k in range(1, max(2, world)) if world % k == 0)  # ranks per hybrid group
         mesh = dist.init_device_mesh("cpu", (world // k, k), mesh_dim_names=("replicas", "group"))
         hybrid = {name: mesh[name].get_group() for name in mesh.mesh_dim_names}
         expected_losses, expected, _, _ = train(range(4 * world), group)

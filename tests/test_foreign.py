@@ -188,7 +188,7 @@ def test_blocks_can_be_passed():
 
 def test_parameters_without_a_forward_are_refused():
     model = Holder(scales=nn.ParameterList([torch.zeros(2)]), norm=nn.LayerNorm(2))
-    with pytest.raises(ValueError, match="Holder.scales has parameters and no forward.*blocks="):
+    with pytest.raises(ValueError, match="Holder.scales has parameters but no forward.*blocks="):
         zero.layers(model)
     assert [*zero.layers(model, blocks=[model])] == [model]
 
@@ -1034,7 +1034,7 @@ def test_a_call_that_is_missing_or_wrong_is_refused(how, message, kind):
 @pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize(
     "how, message",
-    [("clip", "Clip with sync.step"), ("converted", "its data was replaced.*call model.to")],
+    [("clip", "To clip, use sync.step"), ("converted", "its data was replaced.*call model.to")],
 )
 def test_what_zero_would_not_see_is_refused(how, message, kind):
     with pytest.raises(RuntimeError, match=message):

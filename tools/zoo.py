@@ -121,8 +121,8 @@ ZOO = [
         "tests/test_ddp.py::test_bucketed_equals_naive_and_leaves_during_the_last_backward",
         "met too early"),
     Bug(11, "ZeRO-1 reduces after every microbatch", [
-        ("zero.py", "self.rounds = 1 if self.stage == 1 else min(",
-         "self.rounds = min(")],
+        ("zero.py", "one_round = self.stage == 1 or not overlap",
+         "one_round = not overlap")],
         "tests/test_zero.py::test_pieces_own_every_element_once_and_padding_never",
         r"AssertionError: 0\.params\.0"),
     Bug(12, "the loss is a mean of the ranks' means", [
