@@ -13,8 +13,8 @@ No strategy requires another: each can be left out. This file assigns ranks to g
 strategies and runs the training loop. It also implements operations that span several groups: the
 sum of a tied embedding's gradients, the global gradient norm, checkpoints, validation and sampling.
 
-tp, pp, dp: tensor, pipeline and data parallelism. t, p, d: their sizes; d = world size / (t p).
-Stage: consecutive layers, on one pp rank. Replica: the t p ranks that hold one copy of the model.
+tp, pp, dp: tensor, pipeline and data parallelism. t, p, d: their sizes; d = world size / (t * p).
+Stage: consecutive layers, on one pp rank. Replica: the t * p ranks that hold one copy of the model.
 World size 8 with t = p = d = 2:
 
                     stage 0                 stage 1
@@ -30,8 +30,8 @@ tp communicates most, so it is the innermost axis: its ranks are consecutive, us
 pp communicates least, so it is the outermost axis.
 
 b: rows of a microbatch. s: tokens per row. h: hidden size. v: vocabulary size. m: microbatches per
-step of one replica, m = global batch size / (d b). Gradients accumulate over the m microbatches,
-which also keep the stages busy.
+step of one replica, m = global batch size / (d * b). Gradients accumulate over the m microbatches.
+With m > 1, different stages work on different microbatches at the same time.
 
     python train_3d.py                                                          one process
     torchrun --standalone --nproc-per-node 8 -- train_3d.py --tp 2 --pp 2 --zero 1
@@ -74,15 +74,17 @@ import zero
 class Trainer:
     """The model, optimizer and process groups of one rank. Call init_process_group() first.
 
-    args, config: from options.parse_args() and options.check(), which raises an error unless d b
-        divides the batch and, with sequence parallelism, t divides s.
+    args, config: from options.parse_args() and options.check(), which raises an error unless d * b
+        divides the batch size and, with sequence parallelism, t divides s.
     read: read(step, rows) -> (x, y): token ids and targets of these rows of the step's global
         batch, each [len(rows), s]. Targets below 0 are ignored.
 
     Optional arguments replace a component:
     draw: the function that returns a parameter's initial values, see gpt.init_weights(). Default:
         GPT-2's initialisation.
-    model: a function that builds the model; called on the meta device. Default: gpt.GPT(config).
+    model: a function that builds the model; called on the meta device. It needs the attributes h
+        (blocks by number) and lm_head, and attn.core in each block with --recompute selective.
+        Default: gpt.GPT(config).
     plan: how each layer is sharded over tp, see tensor_parallel.parallelize().
     schedule: schedule(p, m) -> pipeline.Schedule. Default: --schedule.
     sync: a class with the interface of ddp.DDP, used instead of DDP or ZeRO. If it shards the
@@ -129,16 +131,16 @@ class Trainer:
         return split
 
     def _init_weights(self, draw: Callable | None) -> None:
-        """Allocate and initialise this rank's parameters. Values do not depend on the layout."""
+        """Allocate and initialise this rank's parameters. The values do not depend on t, p and d."""
         draw = draw or functools.partial(gpt.gpt2_draw, n_layer=self.config.n_layer)
         gpt.init_weights(self.model, self.args.seed, self.dtype, self.device, draw)
-        # The seed, step and rows that determine dropout masks. A model without dropout may lack it.
+        # The seed, step and rows that determine dropout masks. Not every model has dropout.
         self.draws = getattr(self.model, "draws", gpt.Draws())
         self.draws.seed = self.args.seed
 
     def _wrap_blocks(self) -> None:
-        """Apply --compile and --recompute to the blocks. Only the forward of a block is compiled:
-        its hooks, and an attention core that is recomputed on its own, are not."""
+        """Apply --compile and --recompute to the blocks. Only each block's forward() is
+        compiled. Its hooks are not, nor is the attention core with --recompute selective."""
         args, blocks = self.args, self.model.h
         for block in blocks.values() if args.compile else ():
             if args.recompute == "selective":
@@ -158,8 +160,8 @@ class Trainer:
         )
 
     def _make_sync(self, sync: Callable | None):
-        """Attach DDP or ZeRO, which reduces gradients over dp. Its pieces() are the tensors that
-        the optimizer updates on this rank: parameters, or ZeRO's shards of them."""
+        """Attach DDP or ZeRO, which reduces gradients over dp. Each of its pieces() has a tensor
+        that the optimizer updates on this rank: a parameter, its fp32 copy, or a shard of one."""
         args = self.args
         # How often each parameter's gradient is accumulated per step, before it is reduced.
         accumulations = self.pipe.accumulations(self.schedule[self.pp_rank])
@@ -179,7 +181,8 @@ class Trainer:
                 # ZeRO-3 gathers the next layer ahead of its use, but not across stage boundaries.
                 how["starts"] = [next(iter(zero.layers(chunk))) for chunk in chunks]
             result = zero.STAGES[args.zero](self.model, self.shard_group, accumulations, **how)
-        # step() sums the gradients of partial pieces over tp, so all tp ranks must hold the same.
+        # tensor_parallel.py marks parameters as partial if each tp rank computes only part of their
+        # gradient. step() sums these over tp, so all tp ranks must have the same partial pieces.
         partial = [piece for piece in result.pieces() if piece.parameter.partial]
         named = [(f"{piece.name}[{piece.start}:]", piece.tensor) for piece in partial]
         ddp.check_same_parameters(named, self.tp_group)
@@ -218,11 +221,11 @@ class Trainer:
         with self.span("reduce gradients"):
             # Sum over dp, because replicas process different rows. Waits for all reductions.
             self.sync.finish()
-            self.sync.before_step()  # sets piece.tensor.grad; both are fp32 for a bf16 parameter
+            self.sync.before_step()  # sets piece.tensor.grad, in fp32 for bf16 parameters
             # A parameter that no rank used in this step has no gradient.
             pieces = [piece for piece in self.sync.pieces() if piece.tensor.grad is not None]
-            # Sum over tp the gradients of which each tp rank has computed one term.
-            # Example: with sequence parallelism, a norm is applied to this rank's tokens only.
+            # Sum over tp the gradients of which each tp rank has computed only a part. Example:
+            # with sequence parallelism, a norm is applied to this rank's tokens only.
             partial = [piece.tensor.grad for piece in pieces if piece.parameter.partial]
             tensor_parallel.all_reduce_partial(partial, self.tp_group)
             # Sum over the first and the last stage if the embedding is tied. Each has a copy and
@@ -291,10 +294,11 @@ class Trainer:
         return stats
 
     def _owns(self, p: nn.Parameter) -> bool:
-        """True if this rank's replica_group counts its elements of p in the global norm and writes
-        them to checkpoints. Several tp or pp ranks can hold the same elements, but only one owns
-        them. Each tp rank owns its shards. tp rank 0 owns replicated parameters. The first stage
-        owns a tied embedding, of which the last stage has a copy."""
+        """True if this rank's elements of p count toward the global norm and are saved in
+        checkpoints. Ranks of one replica_group, which hold equal elements, share this work. Several
+        tp or pp ranks can hold the same elements, but only one owns them: a tp rank owns its
+        shards, tp rank 0 owns replicated parameters, and the first stage owns a tied embedding, of
+        which the last stage has a copy."""
         sharded = hasattr(p, "sharding")
         duplicate = hasattr(p, "tied_name") and 0 not in self.stages
         return (sharded or self.tp_group.rank() == 0) and not duplicate
@@ -318,15 +322,16 @@ class Trainer:
         dp, then pp. With ZeRO, k consecutive dp ranks shard one copy of the training state: they
         form shard_group. The d / k ranks with equal shards form replica_group. k is 1 for DDP.
 
-        Axes with the same ranks share one group, which saves communicators. Axes of size 1 use
-        single_group, which never communicates."""
-        # table of ranks -> group. If the world is one rank, every axis has this table.
+        Axes with the same ranks share one group, which saves communicators. With more than one
+        rank in the world, axes of size 1 use single_group, which never communicates."""
+        # Maps a table of ranks, one row per group, to this rank's group.
         self.groups = {str([[*range(dist.get_world_size())]]): dist.group.WORLD}
         # gloo instead of NCCL, whose communicators cost GPU memory. None: the world's backend.
-        backend, mine = "gloo" if self.device.type == "cuda" else None, [dist.get_rank()]
+        backend = "gloo" if self.device.type == "cuda" else None
         self.single_group = dist.new_group(
-            mine, backend=backend, group_desc="one rank", use_local_synchronization=True
-        )
+            [dist.get_rank()], backend=backend, group_desc="one rank",
+            use_local_synchronization=True,
+        )  # fmt: skip
         k = self.args.zero_shard_size or (d if self.args.zero else 1)
         ranks = torch.arange(p * d * t).view(p, d // k, k, t)  # [pp, replica, shard, tp]
         self.tp_group = self._make_group("tp", ranks, 3)
@@ -342,7 +347,7 @@ class Trainer:
         # schedule, one rank holds both.
         stages = pipeline.stages_of(self.schedule)
         last = max(map(max, stages))
-        ends = [rank for rank in range(p) if {0, last} & {*stages[rank]}]
+        ends = [rank for rank in range(p) if 0 in stages[rank] or last in stages[rank]]
         self.tied_group = self._make_group("tied", ranks[ends], 0)
 
     def _make_group(self, name: str, ranks: Tensor, *dims: int) -> dist.ProcessGroup:
@@ -402,8 +407,8 @@ class Trainer:
         self, prompt: Tensor, n: int, temperature: float = 0.8, top_k: int | None = None
     ) -> Tensor:
         """The token ids `prompt`, a vector, followed by n generated ones, the same on every rank.
-        Each takes one forward pass over the last s tokens. top_k: draw from this number of most
-        likely tokens. temperature 0: take the most likely token."""
+        Each takes one forward pass over the last s tokens. top_k: sample from the top_k most likely
+        tokens only. temperature 0: take a most likely token."""
         program, generator = self._forward_program(1), torch.Generator()
         generator.manual_seed(self.args.seed)
         tokens, v = prompt.to(self.device), self.config.vocab_size
@@ -478,7 +483,7 @@ def resume(
     for line in wrong:
         logger.say(f"--resume: skipped a damaged checkpoint: {line}")
     step, changed = newest.about["step"], newest.about["corpus"] != run["corpus"]
-    note = "; the corpus has changed since it was saved" if changed else ""
+    note = "; the corpus has changed since this checkpoint was saved" if changed else ""
     logger.say(f"--resume: continued from {newest.path} after step {step}{note}")
     return step
 
@@ -512,7 +517,8 @@ def train(
         group = dist.new_group(None, limit, "gloo", group_desc="checkpoint")
         disk = checkpoint.Checkpoints(args.checkpoint_dir, args.keep, group)
     first = resume(trainer, found, disk.group, run, logger) if args.resume else 0
-    val_loss, trace = None, measure.Trace(device) if args.trace else None
+    val_loss = None
+    trace = measure.Trace(device) if args.trace else None
     if trace:
         trainer.watch(trace)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -547,7 +553,7 @@ def train(
             logger.say(f"stopped by a signal after step {step + 1}")
             break
     if first >= end:
-        logger.say(f"step {first} of {end} is done: nothing to train")
+        logger.say(f"nothing to train: the run is at step {first} and ends at step {end}")
     if trace:
         pp, dp, tp = trainer.pp_rank, trainer.dp_group.rank(), trainer.tp_group.rank()
         trace.write(args.trace, f"pp {pp}, dp {dp}, tp {tp}")
@@ -558,6 +564,8 @@ def train(
         ids = trainer.sample(prompt, args.sample).tolist()
         before, after = data.decode(ids[:16], args.data), data.decode(ids[16:], args.data)
         logger.say(f"--- sample after {before!r} ---\n{after}\n--------------")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # the handlers above keep the trainer alive
     if val_loss is not None and not stopped:
         logger.say(f"val loss {val_loss.item():.2f}")
     return disk is None or disk.failed is None
@@ -585,7 +593,7 @@ def main() -> None:
         measure.check_writable("--trace", args.trace)
         checkpoint.check_writable(args.checkpoint_dir)
         tokens = args.global_batch_size * config.seq_len
-        # A backward has twice the operations of a forward. 1e-12: from FLOP to TFLOP.
+        # 3: a backward pass takes twice as many operations as a forward pass. 1e-12: to TFLOP.
         tflop = 1e-12 * 3 * gpt.forward_flops_per_token(config) * tokens / world_size
         peak = args.peak_tflops or startup.peak_tflops(device, args.dtype)
         logger = measure.Logger(
