@@ -6,30 +6,30 @@
 
 Each of d ranks holds a replica of the model and computes gradients for its rows of the global
 batch. An all-reduce sums the gradients, so all ranks apply the same update and replicas stay equal.
-Replicas must be equal at the start. DDP checks this, and versions 1 and 2 do not.
-Each rank divides its loss by the number of targets in the global batch, so gradients are summed
-and not averaged. With gradient accumulation, they are all-reduced once per step, after the last
-microbatch.
+Replicas must be equal at the start. The class DDP checks this when it is constructed. Versions 1
+and 2, the functions before it, do not. Each rank divides its loss by the number of targets in the
+global batch, so gradients are summed and not averaged. With gradient accumulation, they are
+all-reduced once per step. Ranks may have different numbers of rows and microbatches.
 
 A ring all-reduce is a reduce-scatter followed by an all-gather. In each half, every rank sends
 (d-1)/d of the gradient. After the first half, each rank holds 1/d of the summed gradient. ZeRO-1
 (zero.py) runs the optimizer at that point and then gathers parameters instead of gradients.
 
     per rank and step       payload                 calls            overlaps with backward
-    version 1               Psi                     per parameter    no
+    version 1               Psi                     1 per parameter  no
     version 2               Psi                     1                no
-    DDP                     Psi                     per bucket       all but the last bucket,
+    DDP                     Psi                     1 per bucket     all but the last bucket,
                                                                      from step 2 on
-    DDP with Hierarchical   2 Psi inside a host,    3 per bucket     the same
-                            k Psi / d between hosts
+    DDP with Hierarchical   2 Psi inside a host,    3 per bucket     all but the last 3 buckets,
+                            k Psi / d between hosts                  from step 2 on
 
 The payload is the number of elements that a collective reduces or gathers. Psi is the number of
 trainable parameters, and k the number of hosts.
 
 Data parallelism does not reduce the memory for parameters, gradients and optimizer state. In fp32
-with AdamW, each rank stores 16 Psi bytes: parameters (4), gradients (4), moments (8). In bf16 it
-stores 18 Psi: parameters (2), gradients (4), fp32 copies of the parameters (4), moments (8). DDP
-needs up to 2 Psi more while it sends gradients in bf16. zero.py shards this state.
+with AdamW, each rank stores 16 Psi bytes: parameters (4), gradients (4), moments (8). With bf16
+parameters, DDP stores 18 Psi bytes: parameters (2), gradients (4), fp32 copies of the parameters
+(4), moments (8). It needs up to 2 Psi more while it sends gradients. zero.py shards this state.
 
     torchrun --standalone --nproc-per-node 4 ddp.py
 
@@ -98,13 +98,13 @@ def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 # --- version 2: one collective --------------------------------------------------------------------
 # Version 1 pays the latency of a collective once per parameter, version 2 once per step. On a CPU,
-# the step of a small model takes 10 to 20 % less time. From hidden size 768 on, it takes the same
-# time. Version 2 copies the gradients into a buffer of Psi elements.
+# version 2 shortens the step of a small model by 10 to 20 %. At hidden sizes of 768 and above, it
+# makes no difference. Version 2 copies the gradients into a buffer of Psi elements.
 
 
 def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Takes the same arguments as all_reduce_gradients, is called at the same point, and gives the
-    same result up to rounding. All parameters must have one dtype."""
+    """A drop-in replacement for all_reduce_gradients. The results are equal up to rounding. All
+    parameters must have the same dtype."""
     parameters = [p for p in parameters if p.requires_grad]
     gradients = [torch.full_like(p, -0.0) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -145,11 +145,12 @@ class DDP:
         optimizer = AdamW([piece.tensor for piece in sync.pieces()])
         sync.start()                      # instead of optimizer.zero_grad()
         for x, y in microbatches:         # m of them
-            (F.cross_entropy(model(x), y, reduction="sum") / tokens).backward()
+            loss = F.cross_entropy(model(x), y, ignore_index=-1, reduction="sum")
+            (loss / tokens).backward()
         sync.finish()                     # gradients are sums over the ranks
         sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_() and optimizer.step()
 
-    tokens: the number of targets in the global batch, see global_count().
+    tokens: the number of valid targets in the global batch, from global_count().
 
     model: must have the same parameters, with the same values, on all ranks of `group`. Buffers are
         neither checked nor synchronized. Frozen parameters are skipped.
@@ -159,9 +160,9 @@ class DDP:
         parameter that receives fewer is reduced in finish(), without an error.
     bucket_bytes: a bucket is closed when it holds at least this many bytes of parameters. The
         first is closed at 1/25 of that (1 MiB by default), so that communication starts early.
-    reduce: a function (flat, group) that starts an in-place sum of the 1-D tensor `flat` and
-        returns a handle with wait(). Replace it to compress gradients. Where all ranks pass -0.0,
-        the result must be -0.0, see is_unused().
+    reduce: a function (flat, group) that starts summing the 1-D tensor `flat` over the ranks of
+        `group`, in place, and returns a handle with wait(). Replace it to compress gradients. Where
+        all ranks pass -0.0, the result must be -0.0, see is_unused().
     grad_dtype: the dtype in which gradients of bf16 parameters are accumulated over microbatches.
         Default: fp32. No effect on fp32 parameters.
     reduce_dtype: the dtype in which gradients of bf16 parameters are sent. Default: bf16; fp32
@@ -180,7 +181,8 @@ class DDP:
     Construction raises ValueError if ranks have different parameters or values, or if a count in
     `accumulations` is missing or below 1. Later, ValueError is raised if requires_grad has changed,
     if calls are out of order, if a parameter receives too many gradients, or if the optimizer holds
-    a bf16 parameter instead of its fp32 copy."""
+    a bf16 parameter instead of its fp32 copy. If only one rank raises an error, the others wait in
+    their next collective until it times out."""
 
     def __init__(
         self, model: nn.Module, group: dist.ProcessGroup | None = None,
@@ -196,8 +198,7 @@ class DDP:
         self.grad_dtype = grad_dtype or torch.float32
         self.reduce_dtype = reduce_dtype
         self.overlap = overlap and group.size() > 1
-        # The first and the last pipeline stage have copies of a tied matrix, to which gpt.py gives
-        # the same tied_name. Inside one rank, named_parameters() lists a tied matrix once.
+        # Two pipeline stages may hold copies of a tied matrix. Checkpoints need one name for both.
         self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
         self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
         self.modules = {*model.modules()}
@@ -210,7 +211,7 @@ class DDP:
         narrow = [p for _, p in self.parameters if p.dtype.itemsize < 4]
         self.masters = {p: p.detach().float().requires_grad_() for p in narrow}
         self.piece_of = {piece.parameter: piece for piece in self.pieces()}
-        self.piece_of |= {piece.tensor: piece for piece in self.pieces()}  # in bf16: fp32 copies
+        self.piece_of |= {piece.tensor: piece for piece in self.pieces()}  # adds the fp32 copies
         # A weak reference, so that the hooks do not keep this object and its group alive.
         me = weakref.ref(self)
         for i, (_, p) in enumerate(self.parameters):
@@ -231,8 +232,8 @@ class DDP:
     def start(self) -> None:
         """Call before the first backward of a step. Until finish(), every `.grad` is None.
 
-        If an exception interrupted the previous step before the optimizer update, at the same point
-        on all ranks, start() waits for the pending all-reduces and discards the gradients."""
+        After an exception that all ranks raised at the same point before the optimizer update,
+        start() waits for the pending all-reduces and discards the gradients."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip
@@ -246,17 +247,17 @@ class DDP:
         for t in self.piece_of:  # the parameters and their fp32 copies
             t.grad = None
         self.launched = []
-        self.missing = self.accumulations.copy()  # gradients to come, per parameter
+        self.missing = self.accumulations.copy()  # gradients still expected, per parameter
         self.waiting = [len(members) for members in self.members]  # incomplete gradients per bucket
-        self.ready: list[int] = []  # parameters with a complete gradient, in that order
+        self.ready: list[int] = []  # parameters whose gradient is complete, in completion order
         self.phase = "backward"
 
     def _accumulated(self, i: int, p: nn.Parameter) -> None:
-        """Autograd calls this after it has stored a gradient of parameter i in p.grad. Add the
-        gradient to the bucket, and launch the bucket if it is complete.
+        """Autograd calls this after it has stored a gradient of parameter i in p.grad. Move the
+        gradient to its bucket, then launch the buckets that are complete and next in order.
 
-        p.grad is then set to None. It is not a view of the bucket, because the bucket may have
-        another dtype. torch.compile cannot compile a layer with such a `.grad`."""
+        During backward, p.grad is not a view of the bucket: their dtypes may differ, and
+        torch.compile cannot compile a layer whose parameter has a `.grad` of another dtype."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
@@ -316,9 +317,9 @@ class DDP:
         runs optimizer.step() and after_step(). Returns the norm before clipping; None without clip.
 
         Raises ValueError if clip is given and a gradient is distributed over tensor-parallel ranks.
-        In that case call before_step(), clip by the norm over all ranks, then call optimizer.step()
-        and after_step(), as train_3d.py does. Do the same with pipeline stages, where no error is
-        raised, but the norm covers only the stages of this rank."""
+        In that case call before_step(), clip by the gradient norm of the full model, then call
+        optimizer.step() and after_step(), as train_3d.py does. Do the same with pipeline stages:
+        step() raises no error there, but its norm would cover only the stages of this rank."""
         if clip is not None:
             check_norm_is_local(self.parameters)
         self.before_step()
@@ -330,8 +331,8 @@ class DDP:
         return norm
 
     def before_step(self) -> None:
-        """Set the `.grad` of the fp32 copies to the reduced gradients. Call it even if there are no
-        such copies: it permits optimizer.step()."""
+        """Set the `.grad` of the fp32 copies to the reduced gradients. Required even without fp32
+        copies: otherwise optimizer.step() raises ValueError."""
         if self.phase != "finished":
             raise ValueError("before_step() or step() without finish(): call finish() first, to "
                              "reduce the gradients")  # fmt: skip
@@ -345,7 +346,7 @@ class DDP:
             with torch.no_grad():
                 torch._foreach_copy_([*self.masters], [*self.masters.values()])
         for p in self.masters:
-            p.grad = None  # its dtype may differ, see _accumulated
+            p.grad = None  # its dtype may differ, see _accumulated(). fp32 gradients stay.
         self.phase = "idle"
 
     def gather(self) -> None:
@@ -365,9 +366,8 @@ class DDP:
         """Assign parameters to buckets in the order in which the first step completed their
         gradients on the group's first rank. Unused parameters come last.
 
-        The layout is fixed before the first all-reduce. A ring sums elements in an order that
-        depends on their position in the bucket. With another layout in step 1, a resumed run would
-        not be bitwise equal to an uninterrupted one."""
+        Step 1 already reduces in this layout, so a resumed run is bitwise equal to an uninterrupted
+        one. A ring sums an element in an order that depends on its position in the bucket."""
         if self.parameters:
             order = [*dict.fromkeys([*self.ready, *range(len(self.parameters))])]
             numbers = torch.tensor(order, device=self.buckets[0].device)
@@ -402,8 +402,8 @@ class DDP:
         for i, p, view in zip(members, parameters, flat.split(sizes), strict=True):
             if self.gradients[i] is not None:  # the gradient of the first step, in the old layout
                 view.copy_(self.gradients[i].flatten())
-            # None lets autograd store a `.grad` of any dtype. A tied matrix is used twice. Autograd
-            # sums its two gradients before it calls the hook, in grad_dtype if that is set.
+            # None allows a `.grad` of any dtype. A tied matrix gets two gradients per backward.
+            # Autograd sums them before it calls the hook, in p.grad_dtype if that is set.
             p.grad_dtype = dtype if hasattr(p, "tied_name") else None
             self.gradients[i] = view.view_as(p)
             self.bucket_of[i] = len(self.buckets)
@@ -457,7 +457,7 @@ class Hierarchical:
     all-gather inside the host. Usage: DDP(model, reduce=Hierarchical(inside, across)).
 
     inside: the ranks of the DDP group on this host. Every host must have the same number of ranks.
-    across: the ranks with this rank's index inside their host, one per host.
+    across: one rank per host: those with the same index within their host as this rank.
 
     Each call starts the first phase of a bucket and the next phase of all earlier buckets, so links
     inside and between hosts work at the same time. On a CPU, each call waits for the phases in
@@ -471,7 +471,7 @@ class Hierarchical:
     def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
         self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
         self.stream = self.stream or self.device.Stream()
-        # The phases must not start before `flat` is filled.
+        # The phases must not start before `flat` is filled. On a CPU, streams are no-ops.
         self.stream.wait_stream(self.device.current_stream())
         self.in_flight.append(self._phases(flat))
         self._advance()
@@ -509,7 +509,7 @@ class Hierarchical:
 
 
 # --- checks ---------------------------------------------------------------------------------------
-# Without these checks, most of these mistakes would train a wrong model without an error.
+# Most of the mistakes that these checks catch would otherwise produce a wrong model and no error.
 
 
 def check_same_parameters(
@@ -526,7 +526,7 @@ def check_same_parameters(
     by_rank: list = [None] * group.size()
     dist.all_gather_object(by_rank, mine, group=group)
     for rank, theirs in enumerate(by_rank):
-        for i, (a, b) in enumerate(itertools.zip_longest(by_rank[0], theirs)):
+        for i, (a, b) in enumerate(itertools.zip_longest(by_rank[0], theirs, fillvalue="missing")):
             if a != b:
                 raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on rank "
                                  f"{rank}: build the same model on every rank, with the same seed "
@@ -536,7 +536,7 @@ def check_same_parameters(
 def checksum(p: Tensor) -> int:
     """The sum of the elements' bit patterns as integers. It does not depend on the order of
     summation, so equal tensors always have equal checksums."""
-    if p.is_meta:
+    if p.is_meta:  # it has no values
         return 0
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
     return p.detach().view(integer).sum(dtype=torch.int64).item()
@@ -572,17 +572,17 @@ def check_optimizer(
 
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
     """Raise ValueError if the gradient norm depends on other tensor-parallel ranks."""
-    for name, p in parameters:
+    for name, p in parameters:  # tensor_parallel.py sets p.sharding and p.partial
         sharded = hasattr(p, "sharding") and p.sharding.size > 1
         if sharded or getattr(p, "partial", False):
             raise ValueError(f"clip: the gradient of {name} is distributed over tensor-parallel "
                              "ranks, so one rank cannot compute the norm: call before_step(), "
-                             "clip by the norm over all ranks, then call optimizer.step() and "
-                             "after_step()")  # fmt: skip
+                             "clip by the gradient norm of the full model, then call "
+                             "optimizer.step() and after_step()")  # fmt: skip
 
 
 # --- cost -----------------------------------------------------------------------------------------
-# The demo, the tests and the tools compare these with counts.
+# Predicted costs. The demo, the tests and the tools compare them with measured values.
 
 
 def predicted_payload(numel: int) -> int:

@@ -440,7 +440,7 @@ def misuse(how: str, kind=ddp.DDP):
     "how, message",
     [
         ("another order", r"parameter 0 is 0.weight \(7, 5\) .* rank 0 .* and 2.weight \(3, 7\)"),
-        ("one more", "parameter 4 is None on rank 0 of the group and extra"),
+        ("one more", "parameter 4 is missing on rank 0 of the group and extra"),
         ("frozen", "2.bias was frozen"),
     ],
 )
