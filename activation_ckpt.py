@@ -9,10 +9,10 @@ identical to those without checkpointing.
     [ ]: saved on the device from forward to backward.
 
     none        [x0 u w z] [x1 u w z] [x2 u w z] x3    everything
-    full        [x0      ] [x1      ] [x2      ] x3    inputs: backward reruns each block's forward
+    full        [x0      ] [x1      ] [x2      ] x3    inputs; backward reruns each block's forward
     selective   [x0 u   z] [x1 u   z] [x2 u   z] x3    all but the attention weights w, which are
                                                        large and cheap to recompute
-    offload     [        ] [        ] [        ] x3    nothing: all is copied to host memory
+    offload     [        ] [        ] [x2 u w z] x3    the last block's; others are on the host
 
 b microbatch size, s sequence length, h hidden size, a attention heads. F = 24 b s h^2 + 4 b s^2 h
 and B = 2 F are the FLOPs of a block's forward and backward.
@@ -21,14 +21,15 @@ and B = 2 F are the FLOPs of a block's forward and backward.
     none       16 b s h + b a s^2        F + B                  nothing
     full       b s h                     F + B + F - 8 b s h^2  all but the last matmul
     selective  16 b s h                  F + B + 2 b s^2 h      q k^T and softmax
-    offload    0                         F + B                  nothing (copied to host and back)
+    offload    0 (last block: as none)   F + B                  nothing
 
 The table is for a GPT-2 block without dropout, in which attention is matmul, softmax, matmul. Fused
-attention does not store the attention weights, so "selective" saves little memory there. While a
-block's backward runs, its recomputed tensors are in memory too (offload: the reloaded tensors of
-two blocks). A second forward must draw the same dropout masks. It repeats all collectives up to the
-last saved tensor, which is the same one on all ranks. In a tensor-parallel block without dropout,
-"full" skips only the last collective. "selective" repeats none.
+attention does not store the attention weights, so there "selective" reduces memory use very little.
+During a block's backward, its recomputed tensors are in memory (offload: tensors of two blocks).
+The recomputation, or second forward, must draw the same dropout masks. It runs when backward first
+needs a saved tensor of the block, repeats the block's collectives in order, and stops at the last
+saved tensor. Ranks that save different tensors can therefore hang. In a tensor-parallel block
+without dropout, "full" repeats all collectives but the last. "selective" repeats none.
 
     torchrun --standalone --nproc-per-node 2 activation_ckpt.py
 
@@ -47,12 +48,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-# --- version 1: the whole idea --------------------------------------------------------------------
+# --- version 1: the whole idea (policy "full") ----------------------------------------------------
 
 
 class CheckpointFunction(torch.autograd.Function):
-    """The textbook version, called as CheckpointFunction.apply(function, x). Backward reruns the
-    complete function. x must require a gradient, or autograd never calls backward."""
+    """The textbook version: CheckpointFunction.apply(function, x). If x requires no gradient, the
+    parameters get none. It fails in torch.autograd.grad() and restores no RNG or autocast state."""
 
     @staticmethod
     def forward(ctx, function: Callable, x: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def checkpoint(function: Callable, *inputs: Tensor) -> Tensor:
 
     def unpack(index: int) -> Tensor:
         if index not in recomputed:
-            recomputed.clear()
+            recomputed.clear()  # store() numbers the tensors from 0
             hooks = saved_tensors_hooks(store, lambda t: t)
             with contextlib.suppress(EarlyStop), torch.enable_grad(), hooks:
                 function(*detached)
@@ -109,8 +110,7 @@ def checkpoint(function: Callable, *inputs: Tensor) -> Tensor:
         return function(*inputs)
 
 
-# --- the full version: recompute ------------------------------------------------------------------
-# Five additions to checkpoint(), then recompute(), which uses them all.
+# --- recompute(): checkpoint() with five additions ------------------------------------------------
 
 
 def save_torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
@@ -145,14 +145,14 @@ class SaveInputs(torch.autograd.Function):
     """3. Inputs are saved by an autograd node. Autograd raises an error if one was modified in
     place, and outer saved-tensor hooks (an enclosing recompute, measure.py) apply to them.
 
-    No other node uses the output, so the backward of this node never runs and cannot free the
-    inputs too early. Recompute holds the node. Both are freed when autograd has released the last
-    Holder. `leaf` requires a gradient, so that the node exists even if no input requires one."""
+    The output is not used in the graph, so this node's backward never runs and cannot free the
+    inputs before the second forward. The unpack hooks refer to Recompute, which refers to the node,
+    so the inputs are freed with the last saved tensor."""
 
     @staticmethod
     def forward(ctx, leaf: Tensor, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
-        return leaf.clone()
+        return leaf.clone()  # leaf requires a gradient, so there is a node even if no input does
 
 
 class Holder:
@@ -166,8 +166,7 @@ class Holder:
 
 
 class Recompute:
-    """One call of recompute(). `pack` and `unpack` are the hooks of the first forward; `store` is
-    the pack hook of the second.
+    """One call of recompute(). Hooks: pack and unpack for the first forward, store for the second.
 
     5. Checks: both forwards must save tensors of the same shapes, dtypes and devices."""
 
@@ -199,7 +198,7 @@ class Recompute:
         t = t.detach()  # see store() in version 1
         holder = self.holders[self.stored]()
         if holder is not None:  # None: autograd has already released this saved tensor
-            if (kind := Holder(t).kind) != holder.kind:
+            if (kind := (t.shape, t.dtype, t.device)) != holder.kind:
                 self.refuse(f"tensor {self.stored} was {holder.kind} and is now {kind}")
             holder.tensor = t
         self.stored += 1
@@ -215,9 +214,10 @@ class Recompute:
 
 
 def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **kwargs) -> Any:
-    """Call function(*args, **kwargs). Only its tensor arguments are saved for backward; all other
-    saved tensors are recomputed. Tensors inside tuples, lists and dicts are passed to both forwards
-    unchanged. With retain_graph=True, recomputed tensors stay in memory until the graph is freed.
+    """Call function(*args, **kwargs). Only its tensor arguments are kept for backward. Everything
+    else that autograd would save is recomputed. Tensors in tuples, lists and dicts are passed to
+    both forwards as the same objects. They stay in memory and are not checked for in-place changes.
+    With retain_graph=True, recomputed tensors stay in memory until the graph is freed.
 
     save_rng() is called before the first forward. It returns a function that returns a context
     manager for the second forward, in which the same random numbers are drawn. train_3d.py passes
@@ -231,10 +231,10 @@ def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **
     arguments = dict(enumerate(args)) | kwargs  # keys: positions and keywords
     keys = [key for key, x in arguments.items() if isinstance(x, Tensor)]
     inputs = [arguments.pop(key) for key in keys]  # `arguments` keeps the others
-    n = len(args)  # call() must not refer to args, which would keep the inputs in memory
+    n = len(args)  # call() must not capture args: outer hooks may have offloaded the inputs
 
-    def call(*inputs: Tensor) -> Any:
-        values = arguments | dict(zip(keys, inputs, strict=True))
+    def call(*tensors: Tensor) -> Any:
+        values = arguments | dict(zip(keys, tensors, strict=True))
         return function(*[values.pop(i) for i in range(n)], **values)
 
     state = Recompute(call, inputs, save_rng)
@@ -242,23 +242,23 @@ def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **
         return function(*args, **kwargs)
 
 
-# --- the full version: offload --------------------------------------------------------------------
+# --- offload(): saved tensors in host memory ------------------------------------------------------
 # Nothing is recomputed. On a GPU, copying one block's tensors overlaps with the computation of the
 # block after it. On a CPU the copies are synchronous and save no memory.
 
 
 class HostMemory:
-    """One stream for all copies of a model, and the host buffers that are not in use. The stream
-    runs copies in order, so a copy into a free buffer waits for the last copy from it. All blocks
-    are on one device, so either all buffers are pinned or none is."""
+    """The copy stream and the pool of free host buffers, shared by all offloaded blocks of a model.
+    The stream runs copies in order, so a buffer is not overwritten before it has been read. Pinned
+    and pageable buffers are in one pool, so all blocks should be on one device."""
 
     def __init__(self):
         self.stream = None  # created by the first copy
         self.free_buffers: dict[tuple, list[Tensor]] = collections.defaultdict(list)
-        self.latest: Callable[[], Offload | None] = lambda: None  # weakref to the newest Offload
+        self.latest: Callable[[], Offload | None] = lambda: None  # later a weakref to the newest
 
     def copy(self, targets: list[Tensor], sources: list[Tensor]) -> Any:
-        """Queue the copies after the current work of the compute stream. Returns an event."""
+        """Queue the copies after the current work of the compute stream. Returns their event."""
         device = torch.get_device_module("cuda" if torch.cuda.is_initialized() else "cpu")
         self.stream = self.stream or device.Stream()
         self.stream.wait_stream(device.current_stream())
@@ -273,25 +273,25 @@ class HostMemory:
 class Offload:
     """The saved tensors of one forward of a block. They are copied to the host during the forward
     of the next offloaded block, and back during that block's backward. So the device holds the
-    tensors of at most two blocks. With most pipeline schedules it holds more, because the tensors
-    of the latest forward stay on the device until the next forward.
-
-    Parameters are not copied. A block must not modify a saved tensor in place (not checked)."""
+    tensors of at most two blocks. If a pipeline schedule runs a backward between two forwards, the
+    device can hold a third: the last block run forward is not freed before another block's forward.
+    Parameters are not copied. A tensor that two nodes save is copied twice. A block must not modify
+    a saved tensor in place (not checked)."""
 
     def __init__(self, module: nn.Module, memory: HostMemory):
         self.parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self.on_host: list[Tensor] = []
-        self.on_device: list[Tensor] | None = []  # None: on the host only
-        self.devices: list[torch.device] = []
+        self.on_device: list[Tensor] | None = []  # None while only the host has them
+        self.devices: list[torch.device] = []  # a block on a GPU can also save CPU scalars
         self.copied = None  # event of the latest copies
-        self.memory, self.previous = memory, memory.latest  # weakref to the preceding Offload
+        self.memory, self.previous = memory, memory.latest  # the Offload of the block before
         memory.latest = weakref.ref(self)
 
     def pack(self, t: Tensor) -> Tensor | int:
         if t.untyped_storage().data_ptr() in self.parameters:
             return t
         free = self.memory.free_buffers[t.shape, t.dtype]
-        # Contiguous: a copy to another layout is staged in pageable memory and blocks the host.
+        # Contiguous: a copy to another layout goes through pageable memory and blocks the host.
         host = free.pop() if free else torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
         self.on_host.append(host)
         self.on_device.append(t.detach())
@@ -303,7 +303,7 @@ class Offload:
         if self.on_host:
             self.copied = self.memory.copy(self.on_host, self.on_device)
         if previous := self.previous():
-            previous.wait()  # the next kernel may be given the memory that is freed here
+            previous.wait()  # later kernels can reuse the memory that is freed here
             previous.on_device = None
 
     def copy_to_device(self) -> None:
@@ -327,7 +327,7 @@ class Offload:
             self.copied.wait()
 
     def __del__(self):
-        self.wait()  # as in copy_to_host(): on_device is freed
+        self.wait()  # as in copy_to_host(), before on_device is freed
         for host in self.on_host:
             self.memory.free_buffers[host.shape, host.dtype].append(host)
 
@@ -341,7 +341,7 @@ def offload(function: Callable, module: nn.Module, memory: HostMemory, *args, **
     return output
 
 
-# --- the full version: all blocks of a model ------------------------------------------------------
+# --- checkpoint_blocks(): all blocks of a model ---------------------------------------------------
 
 POLICIES = ("none", "selective", "full", "offload")
 
@@ -357,9 +357,9 @@ def checkpoint_blocks(
     """Apply the policy to every `every`-th of the first `layers` blocks (default: all), in place.
     Checkpointing fewer blocks costs less recomputation but more memory. save_rng: see recompute().
 
-    Only forward methods are replaced: those of the blocks or, for "selective", of their submodules
-    `core`, which compute attention from q, k and v. Hooks on these modules do not run in the second
-    forward; hooks on modules inside them do. Raises ValueError for an unknown policy."""
+    Only forward methods are replaced: those of the blocks or, for "selective", of the submodule at
+    path `core` in each block, which computes attention from q, k and v. The second forward runs no
+    hooks of these modules, only those of modules inside them. An unknown policy is a ValueError."""
     if policy not in POLICIES:
         raise ValueError(f"recompute policy {policy!r} is unknown: use {', '.join(POLICIES)}")
     if policy == "none":
@@ -388,7 +388,7 @@ def saved_bytes(policy: str, b: int, s: int, h: int, a: int, itemsize: int) -> i
         "none": (16 * b * s * h + b * a * s * s + 4 * b * s) * itemsize + s * s,
         "selective": (16 * b * s * h + 4 * b * s) * itemsize,
         "full": b * s * h * itemsize,
-        "offload": 0,
+        "offload": 0,  # the last block's tensors are not counted
     }[policy]
 
 
@@ -446,7 +446,7 @@ def main() -> None:
             loss.backward()
             losses.append(loss.detach())
             optimizer.step()
-        return losses, {name: p.grad.clone() for name, p in model.named_parameters()}, model
+        return losses, {key: p.grad.clone() for key, p in model.named_parameters()}, model
 
     with measure.Report("activation_ckpt.py") as report:
         rows = range(b * report.group.rank(), b * (report.group.rank() + 1))
@@ -458,7 +458,7 @@ def main() -> None:
             x = torch.randn(b, s, h, dtype=torch.float64, requires_grad=True)
             nbytes, count = measured_cost(model, x)
             policy = "full" if name in FIRST_VERSIONS else name
-            if name != "checkpoint()":  # measure.py does not count the inputs in its closure
+            if name != "checkpoint()":  # its closure holds the inputs, unseen by measure.py
                 predicted = n_layer * saved_bytes(policy, b, s, h, a, itemsize=8)
                 report.equal(f"{name} bytes saved", predicted, nbytes)
             not_skipped = 8 * b * s * h * h if name == "textbook" else 0  # no early stop
