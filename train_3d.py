@@ -134,7 +134,7 @@ class Trainer:
         """Allocate and initialise this rank's parameters. The values do not depend on t, p and d."""
         draw = draw or functools.partial(gpt.gpt2_draw, n_layer=self.config.n_layer)
         gpt.init_weights(self.model, self.args.seed, self.dtype, self.device, draw)
-        # The seed, step and rows that determine dropout masks. Not every model has dropout.
+        # The seed, step and rows that determine dropout masks. A model may have no dropout.
         self.draws = getattr(self.model, "draws", gpt.Draws())
         self.draws.seed = self.args.seed
 
