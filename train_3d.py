@@ -131,7 +131,7 @@ class Trainer:
         return split
 
     def _init_weights(self, draw: Callable | None) -> None:
-        """Allocate and initialise this rank's parameters. The values do not depend on t, p and d."""
+        # Seed, step and rows, which determine dropout masks. A model may have no dropout.
         draw = draw or functools.partial(gpt.gpt2_draw, n_layer=self.config.n_layer)
         gpt.init_weights(self.model, self.args.seed, self.dtype, self.device, draw)
         # The seed, step and rows that determine dropout masks. A model may have no dropout.
