@@ -52,10 +52,10 @@ from torch import Tensor, nn
 
 # --- version 1: the whole idea --------------------------------------------------------------------
 # An MLP without biases. mlp(x, w1, w2, group) returns the full y on every rank. x must be equal on
-# all ranks. The weights are [out, in], as in nn.Linear, so the columns of W1 are dim 0 of w1. Any
-# split of the hidden units works, even or not, if w1 and w2 are split alike. For example:
-#
-#     w1 = full_w1.tensor_split(t, dim=0)[rank]    w2 = full_w2.tensor_split(t, dim=1)[rank]
+# all ranks. The weights are [out, in], as in nn.Linear, so the columns of W1 are dim 0 of w1. The
+# hidden units may be split unevenly, but w1 and w2 must be split in the same way. For example:
+#     w1 = nn.Parameter(full_w1.tensor_split(t, dim=0)[rank].detach().clone())
+#     w2 = nn.Parameter(full_w2.tensor_split(t, dim=1)[rank].detach().clone())
 
 
 class CopyToGroup(torch.autograd.Function):
@@ -104,8 +104,7 @@ def mlp(x: Tensor, w1: Tensor, w2: Tensor, group: dist.ProcessGroup) -> Tensor:
 #   1. f is fused with its matmul. In backward, the all-reduce of the gradient of x then overlaps
 #      with the matmul for the weight gradient.
 #   2. Sequence parallelism. Each rank computes the norms, dropouts and residual additions of 1/t of
-#      the tokens instead of all, and stores only those activations. An all-gather and a
-#      reduce-scatter together send as much as an all-reduce. Only the second gather of x is extra.
+#      the tokens, and stores only those activations. In return, backward gathers x a second time.
 #   3. parallelize() replaces the layers of a model by parallel layers, according to a plan.
 #   4. The cross-entropy is computed without gathering the logits.
 
@@ -113,10 +112,9 @@ def mlp(x: Tensor, w1: Tensor, w2: Tensor, group: dist.ProcessGroup) -> Tensor:
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Each start_* function launches a collective and returns a function that waits for it and returns
-# the result. ColumnLinear.backward passes async_op=True to overlap the collective with a matmul.
-# All other calls are synchronous: start_all_gather(x, group)(). NCCL then runs on the current CUDA
-# stream, which avoids synchronizing two streams, and torch.compile can trace the call.
+# Each start_* function launches a collective and returns a function that waits for the result.
+# ColumnLinear.backward passes async_op=True to overlap the collective with a matmul. Other calls
+# are synchronous: NCCL then uses the current CUDA stream, and torch.compile can trace the call.
 #
 # all_gather concatenates along dim 0 and reduce_scatter splits dim 0, but the sequence is dim 1 of
 # [b, s, h]. So the output of all_gather and the input of reduce_scatter are permuted.
@@ -157,8 +155,7 @@ def finish(handle: dist.Work | None, output: Tensor) -> Tensor:
 
 
 class ColumnLinear(torch.autograd.Function):
-    """f and its matmul. x is [b, s, in], or [b, s/t, in] if `sequence` (sequence parallelism) is
-    on. Returns [b, s, out/t]."""
+    """f and its matmul. x [b, s, in], with sequence parallelism [b, s/t, in] -> [b, s, out/t]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group, sequence: bool):
@@ -170,18 +167,17 @@ class ColumnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         # Under autocast, grad can have lower precision than the saved tensors.
-        x, weight = (None if t is None else t.to(grad.dtype) for t in ctx.saved_tensors)
+        x, weight = (a if a is None else a.to(grad.dtype) for a in ctx.saved_tensors)
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         d_weight = None
-        gather = ctx.sequence and need_weight
-        if gather:  # overlaps with the matmul for d_x
+        if ctx.sequence and need_weight:  # overlaps with the matmul for d_x
             wait_x = start_all_gather(x, ctx.group, async_op=need_x)
         if need_x:
             d_x = grad @ weight  # [b, s, in], a partial sum over this rank's columns
             start = start_reduce_scatter if ctx.sequence else start_all_reduce
             wait_d_x = start(d_x, ctx.group, async_op=need_weight)  # overlaps with the next matmul
         if need_weight:
-            full_x = wait_x() if gather else x
+            full_x = wait_x() if ctx.sequence else x
             d_weight = grad.flatten(0, -2).T @ full_x.flatten(0, -2)  # [out/t, in]
         d_bias = grad.flatten(0, -2).sum(0) if need_bias else None
         return wait_d_x() if need_x else None, d_weight, d_bias, None, None
@@ -201,8 +197,8 @@ class ReduceScatterFromGroup(torch.autograd.Function):
 
 
 def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:
-    """g, separate from its matmul. It saves nothing for backward, so that activation checkpointing,
-    which recomputes a block up to its last saved tensor, can skip the last g of a block."""
+    """g, not fused with its matmul. It saves nothing for backward. Activation checkpointing stops
+    recomputing at the last saved tensor of a block, so it does not repeat a g after that tensor."""
     if group.size() == 1:
         return x
     return (ReduceScatterFromGroup if sequence else ReduceFromGroup).apply(x, group)
@@ -211,10 +207,9 @@ def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """How a parameter is sharded, stored as parameter.sharding. Initialisation, the gradient norm
-    and checkpoints use it to relate the shard to the full parameter.
-
-    A parameter may hold several fused matrices, such as query, key and value. Each matrix is split
-    separately, so that a rank gets the query, key and value of the same heads."""
+    and checkpoints use it to relate the shard to the full parameter. A parameter may hold several
+    fused matrices, such as query, key and value. Each matrix is split separately, so that a rank
+    gets the query, key and value of the same heads."""
 
     shape: torch.Size  # of the full parameter
     dim: int  # the dimension that is split
@@ -257,24 +252,23 @@ def shard_parameter(p: nn.Parameter, dim: int, fused: int | tuple[int, ...], gro
         )
     sharding = Sharding(p.shape, dim, sizes, group.rank(), group.size())
     shard = nn.Parameter(sharding.shard(p.detach()), requires_grad=p.requires_grad)
-    shard.__dict__.update(p.__dict__, sharding=sharding)  # keeps attributes such as tied_name
+    shard.__dict__.update(p.__dict__, sharding=sharding)  # keeps tied_name, set by gpt.py
     return shard
 
 
 # Styles. A style is a class or a function: style(module, fused, group, sequence) returns the module
 # that replaces `module`. Only "column" and "row" use `fused` (see shard_parameter).
 #
-# ColumnParallelLinear and RowParallelLinear work with pipeline.defer_weight_gradients, which
-# computes their weight gradients later than the rest of backward. It overrides multiply() on each
-# layer, and performs the communication of f by gather_input() and reduce_input_gradient().
+# To defer weight gradients, pipeline.defer_weight_gradients overrides multiply() on each layer. It
+# calls gather_input() and reduce_input_gradient() for the communication of f.
 
 
 class ColumnParallelLinear(nn.Module):
     """x [b, s, in], or with `sequence` [b, s/t, in] -> this rank's columns, [b, s, out/t].
 
-    Fuse matrices that have the same input, because they then share one f. The split ignores heads:
-    the model must check that each rank gets complete heads. gpt.Attention also requires equal
-    numbers. If there are fewer key/value heads than ranks, add a style that replicates them."""
+    Fuse matrices with the same input, so that they share one f. The split ignores heads: the model
+    must check that each rank gets complete heads. gpt.Attention also requires the same number of
+    heads on every rank. With fewer key/value heads than ranks, a new style must replicate them."""
 
     def __init__(self, linear: nn.Linear, fused: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
@@ -333,7 +327,8 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens - self.start
         outside = (local < 0) | (local >= self.weight.size(0))
-        valid = (tokens >= 0) & (tokens < self.v)  # F.embedding raises for the others
+        # An invalid token keeps an out-of-range index, so that F.embedding raises.
+        valid = (tokens >= 0) & (tokens < self.v)
         x = F.embedding(local.masked_fill(outside & valid, 0), self.weight)
         x = x.masked_fill(outside.unsqueeze(-1), 0.0)
         return reduce_output(x, self.group, self.sequence)
@@ -355,7 +350,7 @@ class PositionShard(nn.Module):
 
 def shard_heads(dropout: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
     """For gpt.Dropout on [b, heads/t, s, s]. Every rank draws the masks of all heads from the same
-    seed, splits them into `shards` shards, and applies number `shard`."""
+    seed, splits them along dim 1 into `shards` shards, and applies shard number `shard`."""
     dropout.shard, dropout.shards = group.rank(), group.size()
     return dropout
 
@@ -375,8 +370,8 @@ def mark_partial(module: nn.Module, fused: int, group, sequence: bool) -> nn.Mod
 
 
 def keep_replicated(module: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
-    """For a module whose parameters stay replicated, such as a norm on the residual stream. With
-    `sequence`, each rank applies it to its own tokens."""
+    """Changes nothing. Declares to check_between that the parameters of the module are replicated,
+    or to check_module that its dropout is."""
     return module
 
 
@@ -411,40 +406,39 @@ def parallelize(
 ) -> nn.Module:
     """Replaces modules of `model` in place, according to `plan`, and returns the model. The first
     pattern that matches a module's name applies. The model may be on the meta device. Tied weights
-    stay tied. Raises ValueError if one of the checks below fails.
+    stay tied. Raises ValueError if the plan does not fit the model.
 
     The attention of the model must take the number of heads and the sequence length from the shape
     of its queries. Weights may be split unevenly. With `sequence`, the sequence length must be
-    divisible by t, and the modules that the plan does not name get [b, s/t, h].
-
+    divisible by t, and unnamed modules outside attention and MLP, such as norms, get [b, s/t, h].
     All ranks must call the model with the same tokens, which is not checked. If one rank raises an
     exception, the others wait in their next collective until it times out.
 
     Every parameter gets the attribute `partial`: whether its gradient must be all-reduced by
-    all_reduce_partial. Do not use clip_grad_norm_, because it would scale the gradients differently
-    on each rank. Compute the norm from all shards, as train_3d.py does."""
+    all_reduce_partial. Do not use clip_grad_norm_, which would scale the gradients differently on
+    each rank. Compute the norm from all shards, counting replicas once, as train_3d.py does."""
     modules = list(model.named_modules())
-    plan = {p: style if isinstance(style, tuple) else (style, 1) for p, style in plan.items()}
+    plan = {key: style if isinstance(style, tuple) else (style, 1) for key, style in plan.items()}
     check_plan(plan, [name for name, _ in modules])
     check_same_values(model, group)
     sequence = sequence and group.size() > 1
     names: dict[nn.Parameter, list[str]] = {}  # a tied parameter has several names
     for name, p in model.named_parameters(remove_duplicate=False):
         names.setdefault(p, []).append(name)
-    shards: dict[tuple[nn.Parameter, Sharding | None], nn.Parameter] = {}  # keeps weights tied
+    shared = {}  # tied modules with the same sharding share one new parameter
     styled: set[nn.Parameter] = set()  # the parameters of the modules that the plan names
     for name, module in modules:
+        if isinstance(module, nn.Identity):  # it replaces a layer of another pipeline stage
+            continue
         pattern = next((pattern for pattern in plan if fnmatch(name, pattern)), None)
         style, fused = plan.get(pattern, (None, 1))
-        if isinstance(module, nn.Identity):  # pipeline.take_stages: a layer of another stage
-            continue
         check_module(name, module, style, sequence)
         if style is None:
             continue
         new = STYLES[style](module, fused, group, sequence)
         if new is not module and hasattr(new, "weight"):
             key = module.weight, getattr(new.weight, "sharding", None)
-            new.weight = shards.setdefault(key, new.weight)
+            new.weight = shared.setdefault(key, new.weight)
         model.set_submodule(name, new)
         styled.update(new.parameters())
     check_tied(model, names.values())
@@ -460,12 +454,12 @@ def parallelize(
 
 
 def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup) -> None:
-    """All-reduces `gradients` in place. Pass the gradients of all parameters for which .partial is
-    True. Each rank has computed them from its own tokens (sequence parallelism) or its own heads
-    (the style "partial"). Call it once per step, after the last backward, so that one collective
-    serves all layers and microbatches. A gradient that is None must be None on all ranks."""
+    """All-reduces `gradients` in place: those of all parameters for which .partial is True. Each
+    rank has computed them from its own tokens (sequence parallelism) or its own heads (the style
+    "partial"). Other replicated parameters have equal gradients on all ranks. Call it once per
+    step, after the last backward. A gradient that is None must be None on all ranks."""
     gradients = [g for g in gradients if g is not None]
-    if gradients and group.size() > 1:
+    if gradients:
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat, group=group)  # payload: norms, row biases, wpe
         for g, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -483,7 +477,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         shifted = logits - highest.unsqueeze(-1)  # [b, s, v/t]
         local = targets - start
         outside = (local < 0) | (local >= logits.size(-1))  # on another rank, or ignored
-        # A target >= v keeps an index that is out of range, so that gather raises.
+        # A target >= v keeps an out-of-range index, so that gather raises.
         local = local.masked_fill(outside & (targets < v), 0).unsqueeze(-1)
         at_target = shifted.gather(-1, local).squeeze(-1).masked_fill(outside, 0.0)
         exponentials = shifted.exp_()
@@ -509,7 +503,7 @@ def vocab_parallel_cross_entropy(
     ignored. Computed in fp32, or in float64 for float64 logits."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if group.size() == 1:  # F.cross_entropy reads and writes the logits fewer times
-        # Negative targets become -1. A copy: the caller may overwrite targets before backward.
+        # Maps negative targets to -1, in a copy: the caller may overwrite targets before backward.
         flat = targets.flatten().clamp(min=-1)
         return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
     v = head.weight.sharding.shape[0]
@@ -560,26 +554,26 @@ def check_tied(model: nn.Module, names: Iterable[list[str]]) -> None:
 def check_module(name: str, module: nn.Module, style: str | None, sequence: bool) -> None:
     """The module must fit its style. style is None if the plan does not name the module. Dropout in
     a function call, as in scaled_dot_product_attention, is not detected."""
-    draws = isinstance(module, nn.Dropout) and style != "replicated"
-    draws = draws or style in ("heads", "tokens")
-    if draws and not hasattr(module, "shards") and getattr(module, "p", None) != 0:
+    is_dropout = isinstance(module, nn.Dropout) or style in ("heads", "tokens")
+    active = getattr(module, "p", None) != 0
+    if is_dropout and active and style != "replicated" and not hasattr(module, "shards"):
         raise ValueError(
-            f"{name}: {module} uses this rank's random generator, so ranks would apply different "
-            "masks to equal activations: set p to 0, or use gpt.Dropout. If the generators of all "
-            "ranks have the same state, and without sequence parallelism, use style 'replicated'"
+            f"{name}: {module} draws its mask from this rank's random generator, so the masks would"
+            " not match those of an unsharded model, and replicated activations could differ "
+            "between the ranks: set p to 0, or use gpt.Dropout. Without sequence parallelism, you "
+            "can also keep the generators of all ranks in the same state and use style 'replicated'"
         )
     kind = {"column": nn.Linear, "row": nn.Linear, "vocab": nn.Embedding}.get(style)
     options = dict(padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
-    if kind and (
-        # A subclass may have another forward, like gpt.PositionEmbedding.
-        getattr(module.forward, "__func__", None) is not kind.forward
-        or {n for n, _ in module.named_parameters()} - {"weight", "bias"}
-        or any(getattr(module, option, off) is not off for option, off in options.items())
-    ):
+    changed = [key for key, off in options.items() if getattr(module, key, off) is not off]
+    extra = {key for key, _ in module.named_parameters()} - {"weight", "bias"}
+    # A subclass may have another forward, like gpt.PositionEmbedding.
+    same_forward = kind and getattr(module.forward, "__func__", None) is kind.forward
+    if kind and (not same_forward or extra or changed):
         raise ValueError(
             f"{name}: style {style!r} needs a plain nn.{kind.__name__}, but this "
-            f"{type(module).__name__} has another forward, more parameters, or options such as "
-            "padding_idx: name the plain layer inside it, or add a style to STYLES"
+            f"{type(module).__name__} has a different forward, extra parameters, or an option such "
+            "as padding_idx: name the plain layer inside it, or add a style to STYLES"
         )
     if style is None and sequence and isinstance(module, nn.Embedding):
         raise ValueError(
@@ -589,24 +583,27 @@ def check_module(name: str, module: nn.Module, style: str | None, sequence: bool
 
 
 def check_between(model: nn.Module, styled: set[nn.Parameter]) -> None:
-    """A parameter between a column- and a row-parallel layer has a partial gradient, so the plan
-    must name its module. Looks for a module with a child whose parallel layers are all
-    column-parallel and a child whose parallel layers are all row-parallel. Checks the other
-    parameters of that module."""
-    both = {ColumnParallelLinear, RowParallelLinear}
+    """A parameter between a column- and a row-parallel layer has a partial gradient. Looks for a
+    module with two such children: one contains only column-parallel layers, the other only
+    row-parallel layers (ignoring unsharded layers). Every trainable parameter of that module must
+    belong to a module that the plan names, or have .partial set."""
+    column, row = {ColumnParallelLinear}, {RowParallelLinear}
     for path, module in model.named_modules():
-        kinds = {n: both & set(map(type, child.modules())) for n, child in module.named_children()}
-        if not all({kind} in kinds.values() for kind in both):
+        kinds = {}  # name of the child -> the types of its parallel layers
+        for child_name, child in module.named_children():
+            kinds[child_name] = (column | row) & {type(layer) for layer in child.modules()}
+        if column not in kinds.values() or row not in kinds.values():
             continue
         for name, p in module.named_parameters():
-            if kinds.get(name.split(".")[0]) == both:
-                continue  # the outer loop reaches this child later
+            if kinds.get(name.split(".")[0]) == column | row:
+                continue  # the outer loop checks this child separately
             if p.requires_grad and p not in styled and not hasattr(p, "partial"):
+                full_name = f"{path}.{name}".lstrip(".")
                 raise ValueError(
-                    f"{f'{path}.{name}'.lstrip('.')} is next to a column- and a row-parallel layer."
-                    " If it is applied between them, its gradient is partial: give its module the "
-                    "style 'partial' in the plan. If it is applied to the residual stream, give it "
-                    "'replicated'. (For a bare nn.Parameter, set its .partial to True or False.)"
+                    f"{full_name} is next to a column- and a row-parallel layer. If it is applied "
+                    "between them, its gradient is partial: give its module the style 'partial' in "
+                    "the plan. If it is applied to the residual stream, give it 'replicated'. (For "
+                    "a bare nn.Parameter, set its .partial to True or False.)"
                 )
 
 
@@ -616,7 +613,7 @@ def check_width(name: str, n: int, t: int) -> None:
     if chunk * (t - 1) >= n:
         raise ValueError(
             f"{name}: splitting {n} rows or columns over t = {t} ranks in chunks of {chunk} leaves "
-            "at least one rank empty: lower --tp, or use a larger dimension"
+            "at least one rank empty: use fewer tensor-parallel ranks (--tp), or a larger layer"
         )
 
 
@@ -634,13 +631,15 @@ def predicted_collectives(
     g = 2 * n_layer + first  # attention and MLP of each block, and the embedding
     if sequence:
         calls = {("forward", "all_gather"): f, ("forward", "reduce_scatter"): g,
-                 ("backward", "all_gather"): f + g, ("backward", "reduce_scatter"): f}  # fmt: skip
+                 ("backward", "all_gather"): f + g, ("backward", "reduce_scatter"): f,
+                 ("forward", "all_reduce"): 0}  # fmt: skip
     else:
         calls = {("forward", "all_reduce"): g, ("backward", "all_reduce"): f}
     costs = {key: (m * n, m * n * b * s * h) for key, n in calls.items()}
-    n, payload = costs.get(("forward", "all_reduce"), (0, 0))
-    loss = (2 * m * last, 3 * m * b * s * last)  # payloads [b, s] and [2, b, s]
-    return costs | {("forward", "all_reduce"): (n + loss[0], payload + loss[1])}
+    if last:  # the loss of each microbatch all-reduces [b, s] and [2, b, s]
+        n, payload = costs["forward", "all_reduce"]
+        costs["forward", "all_reduce"] = n + 2 * m, payload + 3 * m * b * s
+    return costs
 
 
 # --- demo -----------------------------------------------------------------------------------------
@@ -671,7 +670,8 @@ def train_gpt(
     if group:
         parallelize(model, GPT_PLAN, group, sequence)
         loss_of = functools.partial(vocab_parallel_cross_entropy, head=model.lm_head, group=group)
-    optimizer, losses, tokens = torch.optim.SGD(model.parameters(), lr=0.5), [], data.example()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses, tokens = [], data.example()
     for step in range(steps):
         optimizer.zero_grad()
         x, y = data.batch(tokens, step, range(b), config.seq_len, seed=0)

@@ -441,7 +441,7 @@ def give_dropout(net: nn.Module, p: float = 0.1) -> None:
 
 @pytest.mark.parametrize("style", [{"drop": "heads"}, {"drop": "tokens"}, {}], ids=str)
 def test_torchs_dropout_must_not_draw(style):
-    with pytest.raises(ValueError, match=r"^drop: Dropout\(p=0.1.* uses .* set p to 0, or use"):
+    with pytest.raises(ValueError, match=r"^drop: Dropout\(p=0.1.* draws .* set p to 0, or use"):
         parallelize_net(QK_PLAN | style, give_dropout)
     parallelize_net(QK_PLAN | style, functools.partial(give_dropout, p=0.0))
     parallelize_net(QK_PLAN | {"drop": "replicated"}, give_dropout)
