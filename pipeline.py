@@ -30,9 +30,9 @@ p ranks r = 0..p-1; c chunks per rank; m microbatches of b rows and s tokens per
     zb-v          2    (p-1) / (6 m)  p                   4
 
 Bubble: idle / busy time of all ranks; an unsplit B takes 2 time units, other actions take 1. Held:
-the most microbatches whose activations a rank stores, from F to B, or to W if there is one; each of
-c chunks counts 1/c. Sends: tensors [b, s, h] sent by a middle rank; end ranks send fewer. The
-formulas hold if m >= p, for zb-v if m >= 2p - 1, and "held" of interleaved if m = 2p, 3p, ...
+the most microbatches whose activations a rank stores, from F to B (or W). A microbatch held for one
+of c chunks counts as 1/c. Sends: tensors [b, s, h] sent by a middle rank; end ranks send fewer. The
+formulas require m >= p, those of zb-v m >= 2p - 1, and "held" of interleaved m = 2p, 3p, ...
 
     torchrun --standalone --nproc-per-node 2 pipeline.py
 
@@ -64,14 +64,14 @@ def train_step(
     before the first backward. 1F1B runs each backward as early as possible, which saves memory.
 
     inputs: one tensor per microbatch, all of one shape; only rank 0 reads them. loss_of(output,
-    microbatch) -> scalar, used by the last rank: the loss of this microbatch divided by the size of
-    the full batch. boundary: a tensor with the shape [b, s, h], dtype and device of all tensors
-    sent between stages. Returns the sum of the losses on the last rank and 0 on the others, so an
-    all-reduce gives the loss to all ranks. Under NCCL, neighbours must have exchanged a tensor
-    before the first step (see Pipeline)."""
+    microbatch) -> scalar, used by the last rank: the loss summed over the tokens of this
+    microbatch, divided by the number of tokens in the full batch. boundary: a tensor with the shape
+    [b, s, h], dtype and device of all tensors sent between stages; nothing checks these. Returns
+    the sum of the losses on the last rank and 0 on the others, so an all-reduce gives it to all.
+    Under NCCL, neighbours must have exchanged a tensor before the first step (see Pipeline)."""
     rank, last, m = group.rank(), group.size() - 1, len(inputs)
     in_flight = collections.deque()  # (input, output) of each microbatch between its F and its B
-    total = boundary.new_zeros(())
+    total = boundary.new_zeros((), dtype=torch.promote_types(boundary.dtype, torch.float32))
 
     def exchange(peer: int, send: Tensor | None = None, receive: bool = False) -> Tensor | None:
         """Sends to and receives from `peer` in one batch. If two neighbours both waited for their
@@ -121,11 +121,10 @@ def train_step(
 # --- the full version -----------------------------------------------------------------------------
 # Version 1 supports two schedules, with one stage per rank. The full version runs any schedule:
 #
-# - Without its exchanges, version 1 executes a list of actions, such as F F B F B F B B. So each
-#   schedule is written as data: one list of actions per rank.
+# - Apart from its exchanges, version 1 just executes a list of actions, such as F F B F B F B B. So
+#   each schedule is written as data: one list of actions per rank.
 # - Pairing sends with receives by hand does not scale to several chunks per rank, to V-shaped stage
-#   placement (zb_v), or to split backwards. So all transfers are derived from one global order of
-#   the actions.
+#   placement (zb_v), or to split backwards. So transfers are derived from one order of all actions.
 # - `forward`, `backward` and `exchange` become methods of one executor, `Pipeline`.
 #
 # A list of actions with its transfers is called a program. This one is derived for rank 1 of 3 in
@@ -182,8 +181,7 @@ def from_phases(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) ->
     actions = []
     for letter in itertools.chain(*(letters * times for times, letters in phases)):
         if used[letter] < m:
-            stage = stages[letter.islower()]
-            actions.append(Action(letter.upper(), used[letter], stage))
+            actions.append(Action(letter.upper(), used[letter], stages[letter.islower()]))
             used[letter] += 1
     return actions
 
@@ -191,8 +189,7 @@ def from_phases(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) ->
 def require_chunks(name: str, chunks: int, expected: int) -> None:
     """Raises ValueError if `chunks` is not the number that the schedule `name` requires."""
     if chunks != expected:
-        remedy = "use interleaved for other numbers of chunks"
-        raise ValueError(f"{name} requires chunks = {expected}, not {chunks}: {remedy}")
+        raise ValueError(f"{name} requires chunks = {expected}, not {chunks}: use interleaved")
 
 
 def gpipe(p: int, m: int, chunks: int = 1) -> Schedule:
@@ -223,9 +220,9 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
         order = [(group, c) for group in groups for c in range(chunks)]
         forwards = [Action("F", i, c * p + r) for group, c in order for i in group]
         backwards = [Action("B", i, (chunks - 1 - c) * p + r) for group, c in order for i in group]
-        # Forwards before the steady phase, which itself starts with a forward: those of the first
-        # group on all chunks but the last, then two for each later rank, so that transfers can
-        # overlap with compute. With one chunk it is one for each later rank, as in 1F1B.
+        # Number of warm-up forwards, without the one that opens the steady phase: the first group
+        # on all chunks but the last, plus two per later rank. The second of the two leaves time for
+        # transfers to overlap with compute. With one chunk, one per later rank, as in 1F1B.
         warmup = (chunks - 1) * len(groups[0]) + (p - 1 - r) * min(chunks, 2)
         warmup = min(warmup, len(forwards))
         steady = itertools.chain(*zip(forwards[warmup:], backwards, strict=False))
@@ -248,17 +245,16 @@ def zb_v(p: int, m: int, chunks: int = 2) -> Schedule:
     rank 2p - 1 - k. Rank 0 holds the first and the last stage.
 
     With at least 2p - 1 microbatches, rank r starts r time units late and is not idle between its
-    first and its last action. The paper counts this as a bubble of 0: there, each rank updates its
-    weights as soon as it has finished. Clipping by the global gradient norm prevents that, because
-    all ranks must wait for the last one."""
+    first and its last action. The paper calls this zero bubble, because there a rank updates its
+    weights as soon as it has finished. Clipping needs the norm of all ranks, so they must wait."""
     require_chunks("zb-v", chunks, 2)
     n = max(m, 2 * p - 1)  # the phases need this many; microbatches m and above are removed
     schedule = []
     for r in range(p):
         phases = [
-            (2 * (p - r) - 1, "F"),  # until microbatch 0 arrives at the second chunk
-            (r, "fF"),  # until the first gradient arrives
-            (p - r, "fbw"),  # until a gradient arrives at the first chunk
+            (2 * (p - r) - 1, "F"),  # until the second chunk receives microbatch 0
+            (r, "fF"),  # until the first gradient is received
+            (p - r, "fbw"),  # until the first chunk receives a gradient
             (n - p, "FBWfbw"),  # steady state
             (r, "Bb"),  # no forwards remain; earlier ranks wait for B, so W is deferred
             (p - r, "BW"),
@@ -373,9 +369,9 @@ def simulate(
             action, needed = remaining[rank][0], next_dependency(rank)
             other = rank_of[needed.stage]
             names = label(action, stages[rank]), label(needed, stages[other])
-            lines.append(f"rank {rank} at {names[0]} waits for {names[1]} of rank {other}")
+            lines.append(f"rank {rank} cannot run {names[0]} before rank {other} runs {names[1]}")
         place = len(schedule[ranks[0]]) - len(remaining[ranks[0]])
-        raise ScheduleError(ranks[0], place, "; ".join(lines))
+        raise ScheduleError(ranks[0], place, "deadlock: " + "; ".join(lines))
     return sorted(spans, key=lambda span: (span.start, span.rank))
 
 
@@ -392,8 +388,9 @@ def check(schedule: Schedule, m: int) -> None:
         missing = {Action(*action) for action in itertools.product(kinds, range(m), stages[rank])}
         for place, action in enumerate(row):
             if action not in missing:
-                what = f"occurs twice, or is not {' or '.join(kinds)} of microbatches 0..{m - 1}"
-                raise ScheduleError(rank, place, f"{label(action, stages[rank])} {what}")
+                what = f"{label(action, stages[rank])} is a duplicate or unexpected"
+                rule = f"exactly one {' and one '.join(kinds)} for each of microbatches 0..{m - 1}"
+                raise ScheduleError(rank, place, f"{what}: each stage must have {rule}")
             missing.remove(action)
         if missing:
             names = ", ".join(label(action, stages[rank]) for action in sorted(missing))
@@ -425,8 +422,8 @@ def draw(schedule: Schedule) -> str:
     for span in spans:
         start, end = int(span.start), int(span.end)
         fill = "-" if end - start > 1 else " "
-        cells = names[span].ljust((end - start) * width - 1, fill) + " "
-        rows[span.rank][start:end] = [cells[i : i + width] for i in range(0, len(cells), width)]
+        rows[span.rank][start] = names[span].ljust((end - start) * width - 1, fill) + " "
+        rows[span.rank][start + 1 : end] = [""] * (end - start - 1)  # the name fills all columns
     return "\n".join(f"rank {rank} |{''.join(row)}".rstrip() for rank, row in enumerate(rows))
 
 
@@ -450,11 +447,14 @@ def derive_programs(schedule: Schedule) -> list[Program]:
 
     All actions and transfers are sorted into one global order. An action is placed at its simulated
     start, and a transfer at the end of the action whose result it sends. A program consists of the
-    events of one rank in this order, so both ranks of a transfer post it at the same point of the
-    order. This cannot deadlock, even if a rank had to wait at each transfer until the other rank
-    posts it too: the first unfinished event of the order is the next event on each of its ranks."""
+    events of one rank in this order. Transfers with no action between them form one batch.
+
+    This cannot deadlock, even if every transfer blocks until both ranks have posted it: the first
+    unfinished event in the order is next on every rank that takes part in it, so it can always
+    proceed. Under NCCL, where one handle waits for a whole batch, this still holds: the transfers
+    of a batch are posted together, and all precede the rank's next action in the order."""
     rank_of = {stage: rank for rank, row in enumerate(stages_of(schedule)) for stage in row}
-    events = []  # (sort key, ranks, event). At equal times, transfers come before actions.
+    events = []  # (key, ranks, event). Ties: transfers first, then by n, identically on all ranks.
     for n, (rank, action, start, end) in enumerate(simulate(schedule)):
         events.append(((start, 1, n), (rank,), action))
         dst = None if action.kind == "W" else rank_of.get(consumer(action).stage)
@@ -474,14 +474,15 @@ def derive_programs(schedule: Schedule) -> list[Program]:
 
 
 def receive_ahead(program: Program, rank: int) -> Program:
-    """The program of `rank` with each receive posted one batch earlier. This is faster under gloo,
-    where a tensor sent to a rank that has not posted the receive waits for that rank's gloo thread
-    to be scheduled. In each direction, the order of transfers between two ranks does not change.
+    """The program of `rank` with each receive posted one batch earlier: [<F0] F0 [<F1 >F0] F1 [>F1]
+    becomes [<F0] [<F1] F0 [>F0] F1 [>F1]. This is faster under gloo, where a send to a rank that
+    has not yet posted the matching receive is delayed until that rank's gloo thread gets to run. In
+    each direction, the order of transfers between two ranks does not change.
 
     Do not use this with NCCL, which runs all transfers of a group in one queue: if two ranks both
     posted receives early, each receive could block the send that the other rank waits for."""
-    result: Program = [()]  # receives of the first batch, then the program without them
-    previous = 0  # position of the previous batch in result
+    result: Program = [()]  # a batch for the receives of the program's first batch
+    previous = 0  # position of the latest batch in result
     for step in program:
         if isinstance(step, Action):
             result.append(step)
@@ -501,8 +502,7 @@ def split_layers(n_layer: int, n_stages: int, first: float = 0, last: float = 0)
     ValueError if there are more stages than blocks."""
     if n_stages > n_layer:
         raise ValueError(
-            f"{n_stages} stages for {n_layer} blocks: use fewer ranks or chunks, or more blocks "
-            "(--pp, --chunks, --n-layer)"
+            f"{n_stages} stages for {n_layer} blocks: lower --pp or --chunks, or raise --n-layer"
         )
     cost, blocks = [1.0] * n_stages, [1] * n_stages
     cost[0] += first
@@ -527,10 +527,10 @@ def take_stages(
     keys are the block numbers. Children of other stages are replaced by nn.Identity and blocks of
     other stages are removed, so that the model's own forward runs the remaining layers.
 
-    The model's forward must be a chain: each child is applied to the output of the previous one.
-    Any other computation is repeated on every stage. If the forward enumerates the blocks, the
-    count restarts at 0 on every stage. Raises ValueError for parameters outside these children and
-    for blocks in no stage."""
+    The model's forward must be a chain: each child is applied to the output of the previous one. In
+    gpt.py, even wpe takes the output of wte. Any other computation is repeated on every stage. If
+    the forward enumerates the blocks, the count restarts at 0 on every stage. Raises ValueError for
+    parameters outside these children, and for blocks that are missing or in no stage."""
     container = getattr(model, blocks)
     known = {*first, blocks, *last}
     others = [name for name, _ in model.named_parameters() if name.split(".")[0] not in known]
@@ -541,11 +541,11 @@ def take_stages(
         )
     numbers = {str(i) for stage in split for i in stage}
     kept = {str(i) for k in stages for i in split[k]}
-    # The model may lack blocks that are not kept: chunks_of passes a model of several stages.
+    # Blocks outside `kept` may be gone: chunks_of passes a model with only this rank's stages.
     if not kept <= {*container._modules} <= numbers:
         raise ValueError(
-            f"{blocks} has blocks {', '.join(container._modules)}, but split is {split}: the names "
-            "of blocks must be numbers, and each number must be in one stage of split"
+            f"{blocks} has blocks {', '.join(container._modules)}, but split is {split}: each "
+            "name must be a number in one stage of split, and the stages to keep must be complete"
         )
     for name in (() if 0 in stages else first) + (() if len(split) - 1 in stages else last):
         setattr(model, name, nn.Identity())
@@ -640,7 +640,7 @@ def deferred_multiply(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tenso
         return DeferredLinear.apply(x, bias, layer)
     if type(layer) is nn.Linear:
         return F.linear(x, layer.weight, bias)
-    return type(layer).multiply(layer, x, bias)
+    return type(layer).multiply(layer, x, bias)  # not layer.multiply, which is this function
 
 
 def deferred_forward(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -676,10 +676,10 @@ class Pipeline:
     """Runs the programs of this rank.
 
     chunks: {stage: module} for the stages of this rank. n_stages: the number of stages on all
-    ranks. Tensors sent between stages have this dtype and device. split_backward: whether the
-    programs have W. program: the training program, needed under NCCL, which connects two ranks at
-    their first transfer and can hang if that happens in the middle of a schedule (pytorch#160210).
-    The constructor therefore exchanges one element with each rank that the program names.
+    ranks. dtype, device: those of all tensors sent between stages. split_backward: whether the
+    programs have W. program: the training program. It is needed under NCCL, which connects two
+    ranks at their first transfer and can hang if that is in the middle of a schedule
+    (pytorch#160210). So the constructor exchanges one element with each peer in the program.
 
     The attribute `watch` can be set to a function watch(action) that returns a context manager. The
     action's computation then runs under it, for example to trace it."""
@@ -695,8 +695,9 @@ class Pipeline:
         self.watch: Callable = lambda action: contextlib.nullcontext()
         self.running = False  # stays True if a run raises
         self.queue: list[Callable] = []  # weight gradients deferred by the current B
-        for chunk in chunks.values() if split_backward else ():
-            defer_weight_gradients(chunk, self.queue)
+        if split_backward:
+            for chunk in chunks.values():
+                defer_weight_gradients(chunk, self.queue)
         if group.size() > 1:
             self._connect(program)
 
@@ -721,7 +722,7 @@ class Pipeline:
         kinds: dict[nn.Parameter, set] = {}
         for stage, chunk in self.chunks.items():
             for module in chunk.modules():
-                defers = getattr(module, "weight_grad_queue", None) is not None
+                defers = "weight_grad_queue" in vars(module)
                 for name, p in module.named_parameters(recurse=False):
                     if p.requires_grad:
                         kind = "W" if defers and name == "weight" else "B"
@@ -742,18 +743,18 @@ class Pipeline:
 
         Raises ValueError before any transfer if the program does not match the chunks, the inputs,
         the grad mode or `split_backward`, and later if a stage's output has another shape or dtype
-        or does not depend on its input. Only ranks that detect the mistake raise; the others wait
-        until the timeout. If p > 1, raises RuntimeError after a run that raised an exception."""
+        or does not depend on its input. Only ranks that detect the mistake raise; others time out.
+        With p > 1, raises RuntimeError if an earlier run failed after its checks had passed."""
         if self.running and self.group.size() > 1:
             raise RuntimeError(
-                "the last pipeline run was interrupted, and its messages may still be in flight "
-                "between the stages: restart all ranks and resume from the newest checkpoint"
+                "an earlier run was interrupted, and some of its transfers may be incomplete: "
+                "restart all ranks and resume from the newest checkpoint"
             )
-        self._check([step for step in program if isinstance(step, Action)], len(inputs))
+        self._check(program, len(inputs))
         self.running = True
         self.queue.clear()  # an interrupted run may have left functions in it
         self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, tuple(shape), before
-        dtype = torch.promote_types(self.dtype, torch.float32)  # at least float32
+        dtype = torch.promote_types(self.dtype, torch.float32)  # one loss dtype on all ranks
         self.loss = torch.zeros((), dtype=dtype, device=self.device)
         self.inbox: dict = {}  # action that needs a tensor -> (tensor, handle or None)
         self.outbox: dict = {}  # action that computed a tensor -> tensor to send
@@ -775,7 +776,8 @@ class Pipeline:
         self.running = False
         return self.loss
 
-    def _check(self, actions: list[Action], n_inputs: int) -> None:
+    def _check(self, program: Program, n_inputs: int) -> None:
+        actions = [step for step in program if isinstance(step, Action)]
         kinds, stages = {action.kind for action in actions}, {action.stage for action in actions}
         m, trains = max(action.microbatch for action in actions) + 1, "B" in kinds
         wrong = None
@@ -790,17 +792,16 @@ class Pipeline:
         elif trains and ("W" in kinds) != self.split_backward:
             found = "W" if "W" in kinds else "no W"
             wrong = (f"has {found} actions, but split_backward of the Pipeline is "
-                     f"{self.split_backward}: construct the Pipeline with "
-                     "split_backward=splits_backward(actions)")  # fmt: skip
+                     f"{self.split_backward}: set it to splits_backward(actions)")  # fmt: skip
         if wrong:
             raise ValueError(f"the program {wrong}")
 
     def _post(self, batch: tuple[Transfer, ...]) -> None:
-        """Starts these transfers. Before a send, waits for the previous send of the same stage, to
-        free its tensor. That send is earlier in the global order, so the wait cannot deadlock.
-
-        Under NCCL, a batch has one handle, and wait() blocks the compute stream, not the host. In
-        simulation (tools/waits.py), all these waits increase the bubble only slightly."""
+        """Starts these transfers. Before a send, waits for the stage's previous send of the same
+        kind (output or gradient), to free its tensor. That send is earlier in the global order, so
+        the wait cannot deadlock. Under NCCL all transfers of a batch share one handle, so waiting
+        for one waits for all. wait() blocks the current CUDA stream, not the host. In simulation
+        (tools/waits.py), this adds little to the bubble."""
         operations, slots = [], []
         for transfer in batch:
             action = transfer.action
@@ -818,7 +819,7 @@ class Pipeline:
             slots.append((box, key, tensor))
             operations.append(dist.P2POp(operation, tensor, group=self.group, group_peer=peer))
         handles = dist.batch_isend_irecv(operations)  # payload: b s h per transfer
-        if len(handles) < len(operations):  # NCCL: one handle, shared by all transfers of the batch
+        if len(handles) < len(operations):  # NCCL
             handles = handles[:1] * len(operations)
         for (box, key, tensor), handle in zip(slots, handles, strict=True):
             box[key] = (tensor, handle)
@@ -833,13 +834,12 @@ class Pipeline:
     def _deliver(self, action: Action, tensor: Tensor) -> None:
         """Stores the result of this F or B for its consumer: in `inbox` if the consumer is on this
         rank, else in `outbox`, from which the next _post sends it."""
-        found = (getattr(tensor, "shape", None), getattr(tensor, "dtype", None))
+        found = (tensor.shape, tensor.dtype) if isinstance(tensor, Tensor) else (None, None)
         if found != (self.shape, self.dtype):
             raise ValueError(
                 f"{action.kind}{action.microbatch} of stage {action.stage} returned "
-                f"{type(tensor).__name__} of shape {found[0]}, dtype {found[1]}; expected shape "
-                f"{self.shape}, dtype {self.dtype}. A stage must return one tensor with the shape "
-                "given to run() and the dtype of the Pipeline"
+                f"{type(tensor).__name__} of shape {found[0]}, dtype {found[1]}: return one tensor "
+                f"of the shape given to run(), {self.shape}, and the Pipeline's dtype, {self.dtype}"
             )
         if consumer(action).stage in self.chunks:
             self.inbox[consumer(action)] = (tensor.detach(), None)
