@@ -6,32 +6,32 @@
         rank 1  [a1|b1] -+                  +-> [b] -> optimizer -> [b] -+              +-> [a|b]
 
 The all-reduce of ddp.py is a reduce-scatter followed by an all-gather. After the reduce-scatter,
-each rank has the sum of one shard of the gradients. ZeRO-1 runs the optimizer at this point, on one
+each rank has one shard of the summed gradients. ZeRO-1 runs the optimizer at this point, on one
 shard of the parameters, and then all-gathers parameters instead of gradients. Each rank stores
 optimizer state for its shard only, and the communication volume does not change. ZeRO-2 also shards
 the gradients. ZeRO-3 also shards the parameters.
 
 Psi is the number of parameters, d the number of ranks that shard them, m the number of microbatches
 per step. The payload of a collective is the number of elements of its full tensor: the input of a
-reduce-scatter, the output of an all-gather.
+reduce-scatter, the output of an all-gather. An all-reduce sends as much as one of each.
 
     per rank  bytes after the last backward           payload per step
               parameters  gradients  optimizer state  reduce-scatter  all-gather
     ddp.py    2 Psi       4 Psi      12 Psi           Psi, as an all-reduce
     ZeRO-1    2 Psi       4 Psi      12 Psi / d       Psi             Psi
     ZeRO-2    2 Psi       4 Psi / d  12 Psi / d       m Psi           Psi
-    ZeRO-3    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           m (2 Psi - last layer)
+    ZeRO-3    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           m (2 Psi - S)
       kept    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           Psi
 
-The bytes are for bf16 parameters and gradients accumulated in fp32. The optimizer state is an fp32
-master copy of the parameters, kept by this file, and the two moments of AdamW. In fp32, the factors
-are 4, 4 and 8. During a step, ZeRO-2 and ZeRO-3 also store the gradients that are not reduced yet
-and one flat buffer for the gradients of a layer. ZeRO-3 also stores two gathered layers.
+The bytes are for bf16 parameters and fp32 gradients. The optimizer state is an fp32 master copy of
+the parameters, kept by this file, and the two moments of AdamW. In fp32, the factors are 4, 4 and
+8. During a step, ZeRO-2 and ZeRO-3 also store the gradients that are not reduced yet and one flat
+buffer for the gradients of a layer. ZeRO-3 also stores two gathered layers, or all (2 Psi) if kept.
 
-ZeRO-3 gathers each layer twice per microbatch, except the last layer, whose backward immediately
-follows its forward, and embedding tables, whose backward does not read them. "kept" is ZeRO-3 with
-reshard_after_forward=False. In hybrid sharding, each of several groups of d ranks stores a complete
-set of shards. The ranks that store the same shard all-reduce its Psi / d gradients.
+"kept" is ZeRO-3 with reshard_after_forward=False. Otherwise, ZeRO-3 gathers all but S elements
+twice per microbatch. S counts the last layer, whose backward immediately follows its forward, and
+embedding tables, whose backward does not read them. In hybrid sharding, each of several groups of d
+ranks stores all shards. The ranks that store the same shard all-reduce its Psi / d gradients.
 
     torchrun --standalone --nproc-per-node 2 zero.py
 
@@ -66,16 +66,17 @@ class MinimalZero1:
         optimizer = AdamW([zero1.shard])
         zero1.start()                     # not zero_grad(): each .grad must stay a view
         for x, y in microbatches:         # gradients accumulate in the flat buffer
-            (F.cross_entropy(model(x), y, reduction="sum") / tokens).backward()
+            loss = F.cross_entropy(model(x), y, ignore_index=-1, reduction="sum")
+            (loss / tokens).backward()
         zero1.step(optimizer)             # instead of optimizer.step()
 
-    tokens: the number of targets in the global batch. Every rank divides its loss by it, so the
-    sum of the ranks' gradients is the gradient of the global mean loss.
-
+    tokens: the number of valid targets in the global batch. Every rank divides its loss by it, so
+    the sum of the ranks' gradients is the gradient of the global mean loss.
     parameters: equal on all ranks, and of one dtype. Frozen parameters are left unchanged.
 
-    Not supported: fp32 master copies of bf16 parameters, and clipping: clip_grad_norm_([shard], 1)
-    would use the norm of one shard. The gradient of an unused parameter is 0 instead of None."""
+    Not supported: fp32 master copies of bf16 parameters; clipping, as clip_grad_norm_([shard], 1)
+    would use the norm of one shard; model.to() after construction, which replaces the views. After
+    step(), gradients are sums only in this rank's shard, and those of unused parameters are 0."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup):
         trainable = [p for p in parameters if p.requires_grad]
@@ -105,8 +106,6 @@ class MinimalZero1:
 
 
 # --- the full version -----------------------------------------------------------------------------
-# ZeRO-2 and ZeRO-3 communicate the same tensors, but layer by layer and more often.
-#
 # ZeRO-2 saves (1 - 1/d) of the gradient memory. As soon as backward has computed the gradients of a
 # layer, they are reduce-scattered, added to a stored shard, and freed. This costs m reduce-scatters
 # per layer and step instead of one.
@@ -118,7 +117,7 @@ class MinimalZero1:
 # The full version has one flat buffer per layer instead of one per model, so the collective of one
 # layer overlaps with the computation of other layers. The optimizer gets one tensor per parameter,
 # so parameter groups work. Also supported: bf16 with fp32 master weights, unused and tied
-# parameters, gradient clipping, load_state_dict(), hybrid sharding. Misuse raises an error.
+# parameters, gradient clipping, load_state_dict(), hybrid sharding. Most misuse raises ValueError.
 
 
 class Piece(NamedTuple):
@@ -173,7 +172,7 @@ class Unit:
         shard = self.parameters[self.mine]
         self.parameter_shard = shard.clone() if self.is_sharded else shard
 
-        # ZeRO-1 has a flat buffer for gradients too. ZeRO-2 and ZeRO-3 only have a shard.
+        # ZeRO-1 also has a flat buffer for gradients. ZeRO-2 and ZeRO-3 have only a shard.
         self.gradients: Tensor | None = None
         self.gradient_of: dict[nn.Parameter, Tensor] = {}  # views of `gradients`
         if self.trainable and stage == 1:
@@ -181,8 +180,9 @@ class Unit:
             self.gradient_shard = self.gradients[self.mine]
             for p, here in self.place.items():
                 self.gradient_of[p] = self.gradients[here].view_as(p)
-                # None lets autograd store a `.grad` of any dtype. A tied matrix is used twice.
-                # Autograd sums its two gradients before it calls the hook, in grad_dtype if set.
+                # None allows a `.grad` of any dtype. A tied matrix gets two gradients per backward.
+                # Autograd sums them before it calls the hook, in p.grad_dtype if that is set.
+                # ZeRO-2 and ZeRO-3 reduce `.grad` itself, in the dtype of the parameter.
                 p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None
         else:
             self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
@@ -205,6 +205,7 @@ class Unit:
         self.gathered = True  # `parameters` is complete, or `gathering` is filling it
         self.gathering: dist.Work | None = None
         self.sum: Tensor | None = None  # written by `reducing`, not yet added to the shard
+        self.first = True  # whether `sum` replaces the shard instead
         self.reducing: dist.Work | None = None
 
     def add_piece(self, name: str, p: nn.Parameter, here: slice, start: int) -> None:
@@ -212,14 +213,13 @@ class Unit:
         self.place_in_shard.append(here)
 
     def allow_reads(self, allowed: bool) -> None:
-        """Make reads of the parameters raise an error, see ShardedParameter, or allow them."""
+        """Allow reads of the parameters, or make them raise an error (see ShardedParameter)."""
         for p in self.place:
             if type(p) in (nn.Parameter, ShardedParameter):  # leave other subclasses unchanged
                 p.__class__ = nn.Parameter if allowed else ShardedParameter
 
     def unshard(self) -> None:
-        """Start the all-gather of the parameters, unless they are already gathered. Call wait()
-        before using them."""
+        """Start to all-gather the parameters, unless they are gathered. Call wait() before use."""
         if self.gathered:
             return
         storage = self.parameters.untyped_storage()
@@ -237,9 +237,8 @@ class Unit:
             self.allow_reads(True)
 
     def reshard(self) -> None:
-        """Mark the full parameters as out of date, and free their memory in stage 3. The storage
-        object is kept, because the parameters and the tensors that autograd saved are views of it.
-        unshard() fills it. No-op with one rank."""
+        """Mark the full parameters as out of date. In stage 3, also free their memory but keep the
+        storage object, of which parameters and saved tensors are views. No-op with one rank."""
         if self.group.size() == 1:
             return
         self.wait()
@@ -249,7 +248,7 @@ class Unit:
         self.allow_reads(False)
 
     def refresh(self) -> None:
-        """Copy this rank's slice of the full parameters to the shard and to `master`."""
+        """If gathered, copy this rank's slice of the parameters to the shard and to `master`."""
         if self.gathered and self.gathering is None:
             self.parameter_shard.copy_(self.parameters[self.mine])
             self.master.detach().copy_(self.parameter_shard)
@@ -268,9 +267,7 @@ class Unit:
     def reduce_over_replicas(self, replicas: dist.ProcessGroup) -> None:
         """Start the all-reduce of the gradient shard. Call wait_reduce() before using it."""
         self.sum, self.first = self.gradient_shard.to(self.reduce_dtype), True
-        self.reducing = dist.all_reduce(  # payload: the shard
-            self.sum, group=replicas, async_op=True
-        )
+        self.reducing = dist.all_reduce(self.sum, group=replicas, async_op=True)  # payload: shard
 
     def wait_reduce(self) -> None:
         """Wait for the pending reduction, if any, and store its result in the gradient shard."""
@@ -283,12 +280,12 @@ class Unit:
 
 def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dict:
     """{layer: its parameters}, in the order of model.modules(). A layer is a module before whose
-    forward ZeRO gathers parameters. It is a block or a module with parameters outside of blocks. A
-    block includes the parameters of all its submodules.
+    forward ZeRO gathers parameters. It is a block, or a module outside every block that directly
+    holds parameters. A block includes the parameters of all its submodules.
 
-    By default, the blocks are (1) the elements of every nn.ModuleList and nn.ModuleDict and (2)
-    every other module that directly holds parameters, except the model itself and modules that
-    contain an nn.ModuleList or nn.ModuleDict. If `blocks` is given, they are the only blocks.
+    By default, the blocks are (1) the elements of every nn.ModuleList and nn.ModuleDict outside of
+    other blocks and (2) every other module that directly holds parameters, except the model itself
+    and modules that contain an nn.ModuleList or nn.ModuleDict. `blocks` replaces the default.
 
     Raises ValueError if a layer has no forward()."""
     containers = (nn.ModuleDict, nn.ModuleList)
@@ -320,10 +317,11 @@ def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dic
 def unit_key(p: nn.Parameter, layer: list[nn.Parameter]) -> tuple:
     """Parameters of a layer with equal keys form one unit.
 
-    Parameters whose gradients are also summed outside of the sharding group have a separate unit,
-    so that the ranks that sum them have identical shards. These are a matrix tied across two
-    pipeline stages, to which gpt.py gives a tied_name, and parameters that tensor_parallel.py marks
-    as partial, if it shards other matrices of the layer unevenly."""
+    Parameters whose gradients are also summed outside of the sharding group have their own unit, so
+    that the ranks that sum them have identical shards. There are two cases. (1) A matrix tied
+    across two pipeline stages, which has a tied_name. (2) Parameters marked partial by
+    tensor_parallel.py, if it splits other matrices of the layer unevenly: in a common buffer, their
+    offsets would then differ between ranks."""
     shardings = [q.sharding for q in layer if hasattr(q, "sharding")]
     is_uneven = any(n % sharding.size for sharding in shardings for n in sharding.sizes)
     is_partial = is_uneven and getattr(p, "partial", False)
@@ -338,11 +336,12 @@ class Zero1:
         optimizer = AdamW([piece.tensor for piece in sync.pieces()])
         sync.start()                      # instead of optimizer.zero_grad()
         for x, y in microbatches:         # m of them
-            (F.cross_entropy(model(x), y, reduction="sum") / tokens).backward()
-        sync.finish()                     # this rank's shards of the gradients are sums
+            loss = F.cross_entropy(model(x), y, ignore_index=-1, reduction="sum")
+            (loss / tokens).backward()
+        sync.finish()                     # gradient shards are sums over the ranks
         sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_() and optimizer.step()
 
-    tokens: the number of targets in the global batch.
+    tokens: the number of valid targets in the global batch, from global_count() in ddp.py.
 
     model: must have the same parameters, with the same values, on all ranks of `group` and
         `replicas`. Buffers are neither checked nor synchronized. Frozen parameters are not updated.
@@ -350,18 +349,18 @@ class Zero1:
     accumulations: the number of gradients that a parameter receives per step, which is the number
         of microbatches m. Pass a dict {parameter: count} if it differs between parameters. A
         parameter that receives fewer is reduced in finish(), without an error.
-    replicas: for hybrid sharding, the process group of all ranks, including this one, that store
-        the same shards.
+    replicas: in hybrid sharding, the ranks that store the same shards, including this rank.
     grad_dtype: the dtype in which gradients of bf16 parameters are accumulated over microbatches.
         Default: fp32. No effect on fp32 parameters.
     reduce_dtype: the dtype in which gradients of bf16 parameters are sent. Default: bf16; fp32
         sends twice the bytes. No effect on fp32 parameters, or with one rank.
-    blocks: the modules to gather as one unit. Default: see layers().
+    blocks: modules whose parameters are gathered together. Default: see layers().
     overlap: False reduces all gradients in finish(). DDP in ddp.py explains when to use it. ZeRO-2
         and ZeRO-3 then store full gradients until finish(), in the dtype of the parameters.
 
     Raises ValueError if ranks have different parameters or values, if requires_grad changes later,
-    if a call is missing or out of order, or if the optimizer holds a model parameter."""
+    if a call is missing or out of order, or if the optimizer holds a model parameter. If only one
+    rank raises an error, the others wait in their next collective until it times out."""
 
     stage = 1
 
@@ -375,8 +374,7 @@ class Zero1:
         group = dist.group.WORLD if group is None else group
         if group is None:
             raise ValueError("there is no process group: call dist.init_process_group() first")
-        # The first and the last pipeline stage have copies of a tied matrix, to which gpt.py gives
-        # the same tied_name. Inside one rank, named_parameters() lists a tied matrix once.
+        # Two pipeline stages may hold copies of a tied matrix. Checkpoints need one name for both.
         self.named = [(getattr(p, "tied_name", name), p) for name, p in model.named_parameters()]
         self.parameters = [(name, p) for name, p in self.named if p.requires_grad]
         self.name_of = {p: name for name, p in self.named}
@@ -391,7 +389,8 @@ class Zero1:
         self._make_units(grad_dtype, reduce_dtype)
         self._attach_hooks(model)
 
-        # A round reduce-scatters every unit once. ZeRO-2 and ZeRO-3 have a round per microbatch.
+        # A round reduce-scatters every unit once. ZeRO-2 and ZeRO-3 have a round per microbatch. In
+        # a pipeline, a tied matrix can receive two gradients per microbatch, so the minimum is m.
         one_round = self.stage == 1 or not overlap
         self.rounds = 1 if one_round else min(self.accumulations.values(), default=1)
         # The order in a round. Backward usually completes the last unit first.
@@ -429,8 +428,8 @@ class Zero1:
         model.register_load_state_dict_pre_hook(lambda *_: gather())
         for module in self.modules:
             module.register_load_state_dict_post_hook(lambda module, _: loaded(module))
-        # If the optimizer holds a model parameter by mistake, every rank must raise, even a rank
-        # without a piece of it. So each parameter is mapped to a Piece with a different tensor.
+        # check_optimizer() must reject a model parameter in the optimizer on every rank, even on a
+        # rank without a piece of it. So each parameter maps to a placeholder with another tensor.
         pieces = self.pieces()
         self.piece_of = {p: Piece(name, pieces[0].tensor, p, 0) for name, p in self.parameters}
         self.piece_of |= {piece.tensor: piece for piece in pieces}
@@ -442,8 +441,8 @@ class Zero1:
         """Call before the first backward of a step. Until finish(), every `.grad` is None or a
         gradient of this rank.
 
-        If an exception interrupted the previous step before the optimizer update, at the same point
-        on all ranks, start() waits for the pending collectives and discards the gradients."""
+        After an exception that all ranks raised at the same point before the optimizer update,
+        start() waits for the pending collectives and discards the gradients."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip
@@ -465,15 +464,15 @@ class Zero1:
                     p.grad = None
                 for piece in unit.pieces:
                     piece.tensor.grad = None
-        self.missing = self.accumulations.copy()  # gradients to come, per parameter
-        # Gradients to come, per reduce-scatter of the step, in launch order (round by round).
+        self.missing = self.accumulations.copy()  # gradients still expected, per parameter
+        # Incomplete gradients per reduce-scatter, in launch order: all units of round 0, then of 1.
         self.waiting = [len(unit.place) for unit in self.order] * self.rounds
         self.launched = 0  # reduce-scatters started in this step
         self.phase = "backward"
 
     def _accumulated(self, p: nn.Parameter) -> None:
-        """Autograd calls this after it has stored a gradient of p in p.grad. Launch the unit of p
-        if its gradients of this round are complete."""
+        """Autograd calls this after it has stored a gradient of p in p.grad. Then launch
+        the units that are complete and next in order."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
@@ -489,11 +488,10 @@ class Zero1:
             accumulate(p.grad, unit.gradient_of[p], first=self.missing[p] == count)
             p.grad = None
         self.missing[p] -= 1
-        # p completes a round with every count / self.rounds gradients. In a pipeline, a tied matrix
-        # can receive two per microbatch.
+        # Every count / self.rounds gradients of p complete one round.
         done = count - self.missing[p]
         rounds, rounds_before = done * self.rounds // count, (done - 1) * self.rounds // count
-        if rounds > rounds_before:
+        if rounds > rounds_before:  # p has completed the round with index rounds_before
             self.waiting[rounds_before * len(self.order) + self.position[unit]] -= 1
         # Ranks may complete units in different orders, but collectives are matched by call order.
         # So units are launched in order, and a complete unit waits for all earlier ones.
@@ -502,9 +500,8 @@ class Zero1:
             self._launch()
 
     def _launch(self) -> None:
-        """Start the next reduce-scatter. The previous one must complete first, so that at most one
-        temporary buffer is in use."""
-        self._wait_reduce()
+        """Start the next reduce-scatter."""
+        self._wait_reduce()  # so that at most one temporary buffer is in use
         round_, i = divmod(self.launched, len(self.order))
         unit = self.order[i]
         unit.reduce(self._take_gradients(unit), first=round_ == 0)
@@ -529,9 +526,9 @@ class Zero1:
         return unit.gradients
 
     def finish(self) -> None:
-        """Call after the last backward of a step. On return, this rank's shards of the gradients
-        are sums over all ranks. Units with unused parameters are reduced here. Until the next
-        start(), reading the `.grad` of a parameter raises ValueError."""
+        """Call after the last backward of a step. On return, this rank's gradient shards are sums
+        over all ranks. If a unit has an unused parameter, that unit and all later ones in launch
+        order are reduced here. Until the next start(), reading a `.grad` raises ValueError."""
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
@@ -550,9 +547,9 @@ class Zero1:
         runs optimizer.step() and after_step(). Returns the norm before clipping; None without clip.
 
         Raises ValueError if clip is given and a gradient is distributed over tensor-parallel ranks.
-        In that case call before_step(), clip by the norm over all ranks, then call optimizer.step()
-        and after_step(), as train_3d.py does. Do the same with pipeline stages, where no error is
-        raised, but the norm covers only the stages of this rank."""
+        In that case call before_step(), clip by the gradient norm of the full model, then call
+        optimizer.step() and after_step(), as train_3d.py does. Do the same with pipeline stages:
+        step() raises no error there, but its norm would cover only the stages of this rank."""
         if clip is not None:
             check_norm_is_local(self.parameters)
         self.before_step()
@@ -570,8 +567,8 @@ class Zero1:
         return norm
 
     def before_step(self) -> None:
-        """Set the `.grad` of each piece, in the dtype of the piece. It is None if no rank used the
-        parameter in this step."""
+        """Set the `.grad` of each piece to its reduced gradient, or to None if no rank used the
+        parameter in this step. Without this call, optimizer.step() raises ValueError."""
         if self.phase != "finished":
             raise ValueError("before_step() or step() without finish(): call finish() first, to "
                              "reduce the gradients")  # fmt: skip
@@ -583,23 +580,24 @@ class Zero1:
         self.phase = "update"
 
     def after_step(self) -> None:
-        """Start to all-gather the updated parameters. Call after optimizer.step(). The gathers
-        overlap with the next forward, in which each layer waits for its own parameters."""
+        """Call after optimizer.step(). Copies the updated masters to the parameters. ZeRO-1 and
+        ZeRO-2 also start to all-gather them. The next forward waits for them layer by layer."""
         for unit in self.units:
             unit.reshard()
         copied = [unit for unit in self.units if unit.master is not unit.parameter_shard]
         if copied:
             shards = [unit.parameter_shard for unit in copied]
             torch._foreach_copy_(shards, [unit.master for unit in copied])
-        for unit in self.units if self.stage < 3 else ():
-            unit.unshard()
+        if self.stage < 3:
+            for unit in self.units:
+                unit.unshard()
         self.phase = "idle"
 
     def gather(self) -> None:
         """All-gather all parameters. Call on all ranks before reading a parameter outside of the
         model's forward. model.state_dict() and load_state_dict() call it, so call these on all
         ranks too. Manual writes to a bf16 parameter, or to any parameter under ZeRO-3, are lost:
-        use load_state_dict()."""
+        use load_state_dict(). ZeRO-3 frees the memory in the next start() at the latest."""
         for unit in self.units:
             unit.unshard()
             unit.wait()
@@ -610,11 +608,11 @@ class Zero1:
 
         To resume a run, save the pieces and the optimizer state of every rank. In bf16, the values
         in model.state_dict() are rounded. checkpoint.py saves pieces by name and start, so that
-        another number of ranks can load them."""
+        they can be loaded on a different number of ranks."""
         return [piece for unit in self.units for piece in unit.pieces]
 
     def held(self) -> dict[str, list[Tensor]]:
-        """The tensors stored between steps, by kind, without the moments. Some share memory."""
+        """The tensors stored between steps, for measure.bytes_by_kind(). Some share memory."""
         held = {"parameters": [p for _, p in self.named], "gradients": [], "optimizer": []}
         for unit in self.units:
             held["parameters"].append(unit.parameter_shard)
@@ -625,9 +623,10 @@ class Zero1:
 
     def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Wait for the updated parameters of layer i."""
-        if layer in self.layers:  # not a deep copy of the model, which keeps these hooks
-            for unit in self.needs[i]:
-                unit.wait()
+        if layer not in self.modules:  # a deep copy of the model, which keeps these hooks
+            return
+        for unit in self.needs[i]:
+            unit.wait()
 
     def _check(self, optimizer: torch.optim.Optimizer) -> None:
         check_optimizer(optimizer, self.piece_of, ready=self.phase == "update")
@@ -644,7 +643,7 @@ class Zero1:
                 self.unit_of[p].refresh()
 
 
-# accumulate() and is_unused() are identical to those in ddp.py.
+# accumulate(), is_unused() and the checks below are identical to those in ddp.py.
 def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
     """Set `total` to the gradient if `first`, else add the gradient to it. Dtypes may differ."""
     # Gradients from backward(create_graph=True) require grad.
@@ -682,14 +681,13 @@ def weak(method: Callable, *bound) -> Callable:
 
 
 def not_compiled(hook: Callable) -> Callable:
-    """Keep torch.compile from tracing the hook. Compile layers before constructing ZeRO: without a
-    compiled layer, the slow import of torch._dynamo is avoided."""
+    """Keep torch.compile from tracing the hook. Compile layers before constructing ZeRO: this works
+    only if torch._dynamo is already loaded. To import it here would be slow for other models."""
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 class Zero2(Zero1):
-    """ZeRO-2: gradients are sharded too. backward() computes the full gradients of a unit. They are
-    copied to a flat buffer, reduce-scattered, and freed."""
+    """ZeRO-2: gradients are sharded too. The full gradients of a unit are freed once reduced."""
 
     stage = 2
 
@@ -711,10 +709,11 @@ class Zero2(Zero1):
 class Zero3(Zero2):
     """ZeRO-3: parameters are sharded too. The all-gather of the next layer overlaps with the
     computation of this layer. All ranks must run the same layers in the same order, because
-    collectives are matched by call order.
+    collectives are matched by call order. Otherwise ranks hang, raise an error, or, if the units
+    have equal sizes, silently use wrong parameters.
 
-    reshard_after_forward: False keeps the parameters from the first forward of a step to the last
-        backward. This costs one all-gather per unit and step. The memory is freed between steps.
+    reshard_after_forward: False keeps all parameters in memory from the first forward of a step to
+        the last backward, and so needs only one all-gather per unit and step.
     starts: the first layer of each pipeline stage on this rank. Stages run independently, so the
         next layer is not gathered ahead if it is in another stage.
 
@@ -722,8 +721,8 @@ class Zero3(Zero2):
     tuples, lists and dicts. The all-gather for backward starts when a gradient reaches one of them.
     Using a tensor that the layer stored in an attribute instead raises ValueError.
 
-    A layer stays gathered until the last backward of the step if it returns only objects of other
-    types, if it contains other layers, or if backward runs with create_graph=True."""
+    A layer stays gathered until the last backward of the step if its output contains no tensor in
+    these forms, if it contains other layers, or if backward runs with create_graph=True."""
 
     stage = 3
 
@@ -737,8 +736,8 @@ class Zero3(Zero2):
         self.starts |= {0, len(self.layers)}
         copy_out = weak(self._copy_out)
         model.register_state_dict_post_hook(lambda _, *args: copy_out(*args))
-        # Indexed by layer. is_outer: contains other layers. is_table: an embedding lookup, whose
-        # backward does not read the weight. _after_forward() updates is_table.
+        # By layer. is_outer: whether it contains other layers. is_table: whether it is an embedding
+        # table, whose backward does not read the weight. _after_forward() updates is_table.
         self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
         self.is_table = [type(layer) is nn.Embedding for layer in self.layers]
         # Parameters that must be gathered when their gradient is computed. Exceptions are linear
@@ -772,7 +771,7 @@ class Zero3(Zero2):
 
     def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Gather layer i, and start to gather layer i + 1."""
-        if layer not in self.layers:  # a deep copy of the model, which keeps these hooks
+        if layer not in self.modules:  # a deep copy of the model, which keeps these hooks
             return
         # A recomputation runs in backward, where _before_backward() prefetches layer i - 1.
         no_prefetch = i + 1 in self.starts or in_backward()
@@ -802,7 +801,7 @@ class Zero3(Zero2):
 
     def _after_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """Hook the outputs of layer i, and reshard it unless its backward is next."""
-        if layer not in self.layers or in_backward():  # a copy, or recomputation
+        if layer not in self.modules or in_backward():  # a deep copy, or recomputation
             return
         inputs, parameters = [*tensors_in((args, kwargs))], self.layers[layer]
         outputs = [y for y in tensors_in(output) if y.requires_grad]
@@ -824,7 +823,8 @@ class Zero3(Zero2):
         if needs_backward and not outputs and torch.is_grad_enabled():
             self.kept.add(i)
         storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
-        is_view = any(y.untyped_storage()._cdata in storages for y in outputs)  # of a parameter
+        # Resharding would free the values of an output that is a view of a parameter.
+        is_view = any(y.untyped_storage()._cdata in storages for y in outputs)
         # The backward of the last layer of a stage is next.
         keep_gathered = i + 1 in self.starts or not self.reshard_after_forward
         if not is_view and not (outputs and keep_gathered):
@@ -845,8 +845,8 @@ class Zero3(Zero2):
         """Gather layer i, and start to gather layer i - 1."""
         # Gradients are enabled if create_graph=True. The new graph may read the parameters later.
         self.create_graph |= torch.is_grad_enabled()
-        is_first = i in self.starts or self.is_table[i - 1]
-        self._gather_layer(i, ahead=None if is_first else i - 1)
+        no_prefetch = i in self.starts or self.is_table[i - 1]
+        self._gather_layer(i, ahead=None if no_prefetch else i - 1)
 
     def _after_backward(self, i: int, *_) -> None:
         if self.reshard_after_forward:
@@ -857,8 +857,8 @@ class Zero3(Zero2):
         unit = self.unit_of[p]
         if p in self.must_be_gathered and (not unit.gathered or unit.gathering is not None):
             raise ValueError(f"the gradient of {self.name_of[p]} is wrong, because its layer was "
-                             "not gathered: return every tensor that the loss uses from the "
-                             "layer's forward")  # fmt: skip
+                             "not gathered: the layer's forward must return every tensor "
+                             "that other layers or the loss use")  # fmt: skip
         if not self.create_graph and all(self.missing[q] == 0 for q in unit.place):
             unit.reshard()  # the last use in this step
 
@@ -892,7 +892,7 @@ def tensors_in(value) -> Iterator[Tensor]:
 STAGES = {1: Zero1, 2: Zero2, 3: Zero3}  # used by train_3d.py
 
 # --- checks ---------------------------------------------------------------------------------------
-# Identical to those in ddp.py.
+# Most of the mistakes that these checks catch would otherwise produce a wrong model and no error.
 
 
 def check_same_parameters(
@@ -909,7 +909,7 @@ def check_same_parameters(
     by_rank: list = [None] * group.size()
     dist.all_gather_object(by_rank, mine, group=group)
     for rank, theirs in enumerate(by_rank):
-        for i, (a, b) in enumerate(itertools.zip_longest(by_rank[0], theirs)):
+        for i, (a, b) in enumerate(itertools.zip_longest(by_rank[0], theirs, fillvalue="missing")):
             if a != b:
                 raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on rank "
                                  f"{rank}: build the same model on every rank, with the same seed "
@@ -919,7 +919,7 @@ def check_same_parameters(
 def checksum(p: Tensor) -> int:
     """The sum of the elements' bit patterns as integers. It does not depend on the order of
     summation, so equal tensors always have equal checksums."""
-    if p.is_meta:
+    if p.is_meta:  # it has no values
         return 0
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
     return p.detach().view(integer).sum(dtype=torch.int64).item()
@@ -955,18 +955,18 @@ def check_optimizer(
 
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
     """Raise ValueError if the gradient norm depends on other tensor-parallel ranks."""
-    for name, p in parameters:
+    for name, p in parameters:  # tensor_parallel.py sets p.sharding and p.partial
         sharded = hasattr(p, "sharding") and p.sharding.size > 1
         if sharded or getattr(p, "partial", False):
             raise ValueError(f"clip: the gradient of {name} is distributed over tensor-parallel "
                              "ranks, so one rank cannot compute the norm: call before_step(), "
-                             "clip by the norm over all ranks, then call optimizer.step() and "
-                             "after_step()")  # fmt: skip
+                             "clip by the gradient norm of the full model, then call "
+                             "optimizer.step() and after_step()")  # fmt: skip
 
 
 # --- parameters and gradients that must not be read -----------------------------------------------
 
-not_intercepted = torch._C.DisableTorchFunctionSubclass  # a context without __torch_function__
+not_intercepted = torch._C.DisableTorchFunctionSubclass  # a context: no __torch_function__
 
 
 class ShardedParameter(nn.Parameter):
@@ -995,8 +995,7 @@ class ShardedParameter(nn.Parameter):
 
 
 class ReducedGradient(Tensor):
-    """The class of a parameter's `.grad` after finish(). Reading it and adding to it raise
-    ValueError."""
+    """The class of every `.grad` after finish(). Reading it or adding to it raises ValueError."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -1032,7 +1031,7 @@ def predicted_payload(
     reshard: bool = True, skipped: int | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Payload per step, as defined in the module docstring. sizes: padded sizes of the units.
-    skipped: elements that ZeRO-3 does not gather for backward. Default: the size of the last."""
+    skipped: elements that ZeRO-3 does not gather for backward. Default: the last unit."""
     psi, gathered = sum(sizes), sum(sizes)
     if stage == 3 and reshard:
         gathered = m * (2 * psi - (sizes[-1] if skipped is None else skipped))
@@ -1069,14 +1068,14 @@ def predicted_bytes(
 # --- demo -----------------------------------------------------------------------------------------
 
 
-def train(rows: range, world: dist.ProcessGroup, kind: type | None = None, **options):
-    """Train on `rows` of each batch, in float64. A batch has 4 rows per rank of `world`. kind: the
-    class to use, with `options`. None: one process, without communication."""
+def train(rows: range, world: dist.ProcessGroup, m: int, kind: type | None = None, **options):
+    """Train on `rows` of each batch, in float64. A batch has 4 rows per rank of `world`. m: the
+    number of microbatches. kind: the class to use, with `options`. None: one process."""
     import data
     import gpt
     import measure
 
-    config, m, steps, tokens = gpt.GPTConfig(3, 2, 32, 251, 32, tied=False), 2, 3, data.example()
+    config, steps, tokens = gpt.GPTConfig(3, 2, 32, 251, 32, tied=False), 3, data.example()
     model = gpt.build(config, seed=0, dtype=torch.float64)
     tensors, sync = [*model.parameters()], None
     if kind is MinimalZero1:
@@ -1110,18 +1109,19 @@ def main() -> None:
     import measure
 
     with measure.Report("zero.py") as report:
-        group, world = report.group, report.group.size()
-        k = max(k for k in range(1, max(2, world)) if world % k == 0)  # ranks per hybrid group
+        group, world, m = report.group, report.group.size(), 2
+        # Ranks per hybrid group. It is 1, so nothing is sharded, if the number of ranks is prime.
+        k = max(k for k in range(1, max(2, world)) if world % k == 0)
         mesh = dist.init_device_mesh("cpu", (world // k, k), mesh_dim_names=("replicas", "group"))
         hybrid = {name: mesh[name].get_group() for name in mesh.mesh_dim_names}
-        expected_losses, expected, _, _ = train(range(4 * world), group)
+        expected_losses, expected, _, _ = train(range(4 * world), group, m)
         rows = range(4 * group.rank(), 4 * group.rank() + 4)
         for name, kind, options in (
             ("version 1", MinimalZero1, {}), ("ZeRO-1", Zero1, {}), ("ZeRO-2", Zero2, {}),
             ("ZeRO-3", Zero3, {}), ("ZeRO-3 kept", Zero3, {"reshard_after_forward": False}),
             (f"ZeRO-3 hybrid {world // k} x {k}", Zero3, hybrid),
         ):  # fmt: skip
-            losses, parameters, sync, seen = train(rows, group, kind, **options)
+            losses, parameters, sync, seen = train(rows, group, m, kind, **options)
             dist.all_reduce(losses)
             report.losses(name, [*losses], [*expected_losses])
             report.close(f"{name} max |d parameter|", parameters, expected)
@@ -1137,7 +1137,7 @@ def main() -> None:
                 d, reshard = sync.group.size(), options.get("reshard_after_forward", True)
                 sizes = [padded([p.numel() for p in unit.place], d) for unit in sync.units]
                 skipped = sizes[0] + sizes[-1]  # the token table and the last layer
-                predicted = predicted_payload(sizes, d, kind.stage, 2, world // d, reshard, skipped)
+                predicted = predicted_payload(sizes, d, kind.stage, m, world // d, reshard, skipped)
             measured = {op: seen.total(None, op).payload // len(losses) for op in predicted}
             report.costs("payload per step", name, predicted, measured)
 
