@@ -2,8 +2,9 @@
 
 Autograd saves the tensors that backward needs: "saved tensors", or activations. Their size grows
 with batch size, sequence length and depth, and often exceeds the size of the model. The policies
-below keep fewer of them on the device in each transformer block. Losses and gradients are bitwise
-identical to those without checkpointing.
+below keep fewer of them on the device in each transformer block. If a block is
+deterministic, losses and gradients are bitwise identical to those without checkpointing. (Offload
+reloads a non-contiguous tensor as a contiguous one, which can change the rounding of a matmul.)
 
     x0 x1 x2 x3: inputs and outputs of three blocks. u w z: tensors inside a block.
     [ ]: saved on the device from forward to backward.
@@ -12,7 +13,7 @@ identical to those without checkpointing.
     full        [x0      ] [x1      ] [x2      ] x3    inputs; backward reruns each block's forward
     selective   [x0 u   z] [x1 u   z] [x2 u   z] x3    all but the attention weights w, which are
                                                        large and cheap to recompute
-    offload     [        ] [        ] [x2 u w z] x3    the last block's; others are on the host
+    offload     [        ] [        ] [x2 u w z] x3    only the last block's; the rest on the host
 
 b microbatch size, s sequence length, h hidden size, a attention heads. F = 24 b s h^2 + 4 b s^2 h
 and B = 2 F are the FLOPs of a block's forward and backward.
@@ -25,7 +26,8 @@ and B = 2 F are the FLOPs of a block's forward and backward.
 
 The table is for a GPT-2 block without dropout, in which attention is matmul, softmax, matmul. Fused
 attention does not store the attention weights, so there "selective" reduces memory use very little.
-During a block's backward, its recomputed tensors are in memory (offload: tensors of two blocks).
+During a block's backward, its recomputed tensors are in memory too. With "offload", the device
+holds the tensors of two blocks.
 The recomputation, or second forward, must draw the same dropout masks. It runs when backward first
 needs a saved tensor of the block, repeats the block's collectives in order, and stops at the last
 saved tensor. Ranks that save different tensors can therefore hang. In a tensor-parallel block
@@ -53,7 +55,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 class CheckpointFunction(torch.autograd.Function):
     """The textbook version: CheckpointFunction.apply(function, x). If x requires no gradient, the
-    parameters get none. It fails in torch.autograd.grad() and restores no RNG or autocast state."""
+    parameters get none. torch.autograd.grad() cannot return their gradients, which are added to
+    `.grad`. RNG and autocast state are not restored."""
 
     @staticmethod
     def forward(ctx, function: Callable, x: Tensor) -> Tensor:
@@ -224,14 +227,15 @@ def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **
     Draws.save from gpt.py, where a mask is a function of (seed, step, row, module name).
 
     Raises ValueError in backward if the second forward saves fewer tensors, or a tensor of another
-    shape, dtype or device. Gradients can be wrong without an error if the function reads state that
-    has changed since the first forward, or modifies a saved tensor in place."""
+    shape, dtype or device. Surplus tensors are not noticed. Gradients can be wrong without an error
+    if the function reads state that has changed since the first forward, or modifies a saved tensor
+    in place."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     arguments = dict(enumerate(args)) | kwargs  # keys: positions and keywords
     keys = [key for key, x in arguments.items() if isinstance(x, Tensor)]
     inputs = [arguments.pop(key) for key in keys]  # `arguments` keeps the others
-    n = len(args)  # call() must not capture args: outer hooks may have offloaded the inputs
+    n = len(args)  # call() must not capture args, which would keep the inputs on the device
 
     def call(*tensors: Tensor) -> Any:
         values = arguments | dict(zip(keys, tensors, strict=True))
@@ -250,7 +254,8 @@ def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **
 class HostMemory:
     """The copy stream and the pool of free host buffers, shared by all offloaded blocks of a model.
     The stream runs copies in order, so a buffer is not overwritten before it has been read. Pinned
-    and pageable buffers are in one pool, so all blocks should be on one device."""
+    and pageable buffers are in one pool, so use one device: a GPU tensor that got a pageable buffer
+    would block the host."""
 
     def __init__(self):
         self.stream = None  # created by the first copy
@@ -258,7 +263,8 @@ class HostMemory:
         self.latest: Callable[[], Offload | None] = lambda: None  # later a weakref to the newest
 
     def copy(self, targets: list[Tensor], sources: list[Tensor]) -> Any:
-        """Queue the copies after the current work of the compute stream. Returns their event."""
+        """Queue the copies after the work that is on the compute stream. Return an event that is
+        recorded after the last copy."""
         device = torch.get_device_module("cuda" if torch.cuda.is_initialized() else "cpu")
         self.stream = self.stream or device.Stream()
         self.stream.wait_stream(device.current_stream())
@@ -273,8 +279,10 @@ class HostMemory:
 class Offload:
     """The saved tensors of one forward of a block. They are copied to the host during the forward
     of the next offloaded block, and back during that block's backward. So the device holds the
-    tensors of at most two blocks. If a pipeline schedule runs a backward between two forwards, the
-    device can hold a third: the last block run forward is not freed before another block's forward.
+    tensors of at most two blocks. With several microbatches in flight it can hold more: the block
+    that ran forward last is not freed before another forward, and if several stages are on one
+    rank, a block can be reloaded too early. With retain_graph=True, reloaded tensors stay.
+
     Parameters are not copied. A tensor that two nodes save is copied twice. A block must not modify
     a saved tensor in place (not checked)."""
 
@@ -303,7 +311,7 @@ class Offload:
         if self.on_host:
             self.copied = self.memory.copy(self.on_host, self.on_device)
         if previous := self.previous():
-            previous.wait()  # later kernels can reuse the memory that is freed here
+            previous.wait()  # else later kernels could overwrite the memory before it is copied
             previous.on_device = None
 
     def copy_to_device(self) -> None:
@@ -358,8 +366,9 @@ def checkpoint_blocks(
     Checkpointing fewer blocks costs less recomputation but more memory. save_rng: see recompute().
 
     Only forward methods are replaced: those of the blocks or, for "selective", of the submodule at
-    path `core` in each block, which computes attention from q, k and v. The second forward runs no
-    hooks of these modules, only those of modules inside them. An unknown policy is a ValueError."""
+    path `core` in each block, which computes attention from q, k and v. The second forward does
+    not run module hooks of these modules, but runs those of their submodules. Raises ValueError if
+    the policy is unknown."""
     if policy not in POLICIES:
         raise ValueError(f"recompute policy {policy!r} is unknown: use {', '.join(POLICIES)}")
     if policy == "none":

@@ -6,10 +6,10 @@
 
 Each of d ranks holds a replica of the model and computes gradients for its rows of the global
 batch. An all-reduce sums the gradients, so all ranks apply the same update and replicas stay equal.
-Replicas must be equal at the start. The class DDP checks this when it is constructed. Versions 1
-and 2, the functions before it, do not. Each rank divides its loss by the number of targets in the
-global batch, so gradients are summed and not averaged. With gradient accumulation, they are
-all-reduced once per step. Ranks may have different numbers of rows and microbatches.
+Replicas must be equal at the start. The class DDP checks this at construction. Versions 1 and 2 are
+functions that do not check it. Each rank divides its loss by the number of targets in the global
+batch, so gradients are summed and not averaged. With gradient accumulation, they are all-reduced
+once per step. Ranks may have different numbers of rows and microbatches.
 
 A ring all-reduce is a reduce-scatter followed by an all-gather. In each half, every rank sends
 (d-1)/d of the gradient. After the first half, each rank holds 1/d of the summed gradient. ZeRO-1
@@ -29,7 +29,8 @@ trainable parameters, and k the number of hosts.
 Data parallelism does not reduce the memory for parameters, gradients and optimizer state. In fp32
 with AdamW, each rank stores 16 Psi bytes: parameters (4), gradients (4), moments (8). With bf16
 parameters, DDP stores 18 Psi bytes: parameters (2), gradients (4), fp32 copies of the parameters
-(4), moments (8). It needs up to 2 Psi more while it sends gradients. zero.py shards this state.
+(4), moments (8), and up to 2 Psi for bf16 copies of gradients that are being sent. zero.py shards
+this state.
 
     torchrun --standalone --nproc-per-node 4 ddp.py
 
@@ -261,9 +262,9 @@ class DDP:
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
-            raise ValueError("backward() ran outside of start() and finish(): call start() before "
-                             "the first backward. If the loss trains another model, call "
-                             "backward(inputs=[*other.parameters()])")  # fmt: skip
+            raise ValueError("backward() ran before start() or after finish(): call start() before "
+                             "the first backward. If it computes gradients for another model only, "
+                             "call backward(inputs=[*other.parameters()])")  # fmt: skip
         count = self.accumulations[i]
         if self.missing[i] == 0:
             raise ValueError(f"{self.parameters[i][0]} received {count + 1} gradients in one step, "
@@ -346,7 +347,7 @@ class DDP:
             with torch.no_grad():
                 torch._foreach_copy_([*self.masters], [*self.masters.values()])
         for p in self.masters:
-            p.grad = None  # its dtype may differ, see _accumulated(). fp32 gradients stay.
+            p.grad = None  # torch.compile rejects a gradient of another dtype, see _accumulated()
         self.phase = "idle"
 
     def gather(self) -> None:
@@ -366,8 +367,9 @@ class DDP:
         """Assign parameters to buckets in the order in which the first step completed their
         gradients on the group's first rank. Unused parameters come last.
 
-        Step 1 already reduces in this layout, so a resumed run is bitwise equal to an uninterrupted
-        one. A ring sums an element in an order that depends on its position in the bucket."""
+        The order in which a ring sums an element depends on its position in the bucket. So the
+        first step already reduces in this layout: with another one, a resumed run would not be
+        bitwise equal to an uninterrupted run."""
         if self.parameters:
             order = [*dict.fromkeys([*self.ready, *range(len(self.parameters))])]
             numbers = torch.tensor(order, device=self.buckets[0].device)
@@ -402,8 +404,8 @@ class DDP:
         for i, p, view in zip(members, parameters, flat.split(sizes), strict=True):
             if self.gradients[i] is not None:  # the gradient of the first step, in the old layout
                 view.copy_(self.gradients[i].flatten())
-            # None allows a `.grad` of any dtype. A tied matrix gets two gradients per backward.
-            # Autograd sums them before it calls the hook, in p.grad_dtype if that is set.
+            # grad_dtype = None allows a `.grad` of any dtype. A tied matrix can get two gradients
+            # per backward. Autograd sums them before it calls the hook, in the dtype of the bucket.
             p.grad_dtype = dtype if hasattr(p, "tied_name") else None
             self.gradients[i] = view.view_as(p)
             self.bucket_of[i] = len(self.buckets)
@@ -441,11 +443,11 @@ def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
 # --- the full version: several hosts --------------------------------------------------------------
 # Links between hosts are slower than links inside a host. In a ring all-reduce over d ranks, each
 # host sends 2 (d-1)/d Psi elements to the next host. If gradients are first summed inside each of k
-# hosts, it sends 2 (k-1)/k Psi. This saves a third with 2 hosts of 2 ranks, and little with many
-# hosts. The ring between hosts has k ranks instead of d, which reduces latency. At 1 Gbit/s, an
-# all-reduce of 25 MB between 2 hosts of 2 ranks takes about 30 % less time. Small payloads take
-# longer, because there are three collectives instead of one. `make hierarchy` measures the time and
-# the bytes between hosts.
+# hosts, a host sends only 2 (k-1)/k Psi. This saves a third with 2 hosts of 2 ranks, and little
+# with many hosts. The ring between hosts has k ranks instead of d, so a payload takes fewer slow
+# hops. At 1 Gbit/s, an all-reduce of 25 MB between 2 hosts of 2 ranks takes about 30 % less time.
+# With few ranks, small payloads take longer, because three collectives have more overhead than one.
+# `make hierarchy` measures the time and the bytes between hosts.
 
 # PyTorch 2.13 renamed these functions and warns about the old names. 2.11 has only the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -457,7 +459,7 @@ class Hierarchical:
     all-gather inside the host. Usage: DDP(model, reduce=Hierarchical(inside, across)).
 
     inside: the ranks of the DDP group on this host. Every host must have the same number of ranks.
-    across: one rank per host: those with the same index within their host as this rank.
+    across: the ranks, one per host, that have the same index within their host as this rank.
 
     Each call starts the first phase of a bucket and the next phase of all earlier buckets, so links
     inside and between hosts work at the same time. On a CPU, each call waits for the phases in
@@ -557,7 +559,7 @@ def check_optimizer(
     """Raise ValueError if the optimizer holds a model parameter instead of its fp32 copy or shard,
     or if the gradients are not `ready`. Runs before the step of every optimizer in the process.
 
-    pieces: maps each parameter, and the tensor that the optimizer must hold for it, to its Piece.
+    pieces: maps each parameter, and the tensor that the optimizer must hold, to a Piece.
     ready: whether before_step() has been called."""
     for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
         piece = pieces.get(p)

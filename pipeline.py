@@ -30,9 +30,10 @@ p ranks r = 0..p-1; c chunks per rank; m microbatches of b rows and s tokens per
     zb-v          2    (p-1) / (6 m)  p                   4
 
 Bubble: idle / busy time of all ranks; an unsplit B takes 2 time units, other actions take 1. Held:
-the most microbatches whose activations a rank stores, from F to B (or W). A microbatch held for one
-of c chunks counts as 1/c. Sends: tensors [b, s, h] sent by a middle rank; end ranks send fewer. The
-formulas require m >= p, those of zb-v m >= 2p - 1, and "held" of interleaved m = 2p, 3p, ...
+the largest number of microbatches whose activations a rank stores at once, from F until B (or W).
+If it holds one for one of c chunks, that counts as 1/c. Sends: tensors [b, s, h] sent by a middle
+rank; end ranks send fewer. The formulas hold for m >= p. Those of zb-v hold for m >= 2p - 1, and
+"held" of interleaved for m = 2p, 3p, ...
 
     torchrun --standalone --nproc-per-node 2 pipeline.py
 
@@ -63,10 +64,10 @@ def train_step(
     """Runs one step of this rank's stage and adds the gradients to `.grad`. GPipe runs all forwards
     before the first backward. 1F1B runs each backward as early as possible, which saves memory.
 
-    inputs: one tensor per microbatch, all of one shape; only rank 0 reads them. loss_of(output,
-    microbatch) -> scalar, used by the last rank: the loss summed over the tokens of this
-    microbatch, divided by the number of tokens in the full batch. boundary: a tensor with the shape
-    [b, s, h], dtype and device of all tensors sent between stages; nothing checks these. Returns
+    inputs: one tensor per microbatch, all of one shape; only rank 0 reads them. loss_of(output, i)
+    -> scalar, used by the last rank: the loss summed over the tokens of microbatch i, divided by
+    the number of tokens in the full batch. boundary: a tensor [b, s, h] like those sent between
+    stages: its shape, dtype and device are used. Stage outputs are not checked. Returns
     the sum of the losses on the last rank and 0 on the others, so an all-reduce gives it to all.
     Under NCCL, neighbours must have exchanged a tensor before the first step (see Pipeline)."""
     rank, last, m = group.rank(), group.size() - 1, len(inputs)
@@ -189,7 +190,8 @@ def from_phases(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) ->
 def require_chunks(name: str, chunks: int, expected: int) -> None:
     """Raises ValueError if `chunks` is not the number that the schedule `name` requires."""
     if chunks != expected:
-        raise ValueError(f"{name} requires chunks = {expected}, not {chunks}: use interleaved")
+        raise ValueError(f"{name} requires chunks = {expected}, not {chunks}: set it to "
+                         f"{expected}, or use interleaved with 2 or more")  # fmt: skip
 
 
 def gpipe(p: int, m: int, chunks: int = 1) -> Schedule:
@@ -220,9 +222,9 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
         order = [(group, c) for group in groups for c in range(chunks)]
         forwards = [Action("F", i, c * p + r) for group, c in order for i in group]
         backwards = [Action("B", i, (chunks - 1 - c) * p + r) for group, c in order for i in group]
-        # Number of warm-up forwards, without the one that opens the steady phase: the first group
-        # on all chunks but the last, plus two per later rank. The second of the two leaves time for
-        # transfers to overlap with compute. With one chunk, one per later rank, as in 1F1B.
+        # The number of forwards before the steady phase, which starts with a forward: the first
+        # group on all chunks but the last, plus two per later rank. One per later rank would do if
+        # transfers took no time. With one chunk it is one per later rank, as in 1F1B.
         warmup = (chunks - 1) * len(groups[0]) + (p - 1 - r) * min(chunks, 2)
         warmup = min(warmup, len(forwards))
         steady = itertools.chain(*zip(forwards[warmup:], backwards, strict=False))
@@ -245,8 +247,9 @@ def zb_v(p: int, m: int, chunks: int = 2) -> Schedule:
     rank 2p - 1 - k. Rank 0 holds the first and the last stage.
 
     With at least 2p - 1 microbatches, rank r starts r time units late and is not idle between its
-    first and its last action. The paper calls this zero bubble, because there a rank updates its
-    weights as soon as it has finished. Clipping needs the norm of all ranks, so they must wait."""
+    first and its last action. The paper calls this zero bubble, because in it a rank updates its
+    weights and starts the next step as soon as it has finished. Here it waits for the gradient norm
+    over all ranks, which clipping needs. This wait is the bubble in the table."""
     require_chunks("zb-v", chunks, 2)
     n = max(m, 2 * p - 1)  # the phases need this many; microbatches m and above are removed
     schedule = []
@@ -340,8 +343,8 @@ def simulate(
     dependency has finished.
 
     time(action): the duration, by default that of unit_time. transfer: the time to send a tensor to
-    another rank. Every microbatch must have all its actions, which check() verifies. Raises
-    ScheduleError if ranks wait for each other in a cycle."""
+    another rank. The schedule must contain the dependency of each of its actions; see check().
+    Raises ScheduleError if ranks wait for each other in a cycle."""
     time, stages = time or unit_time(schedule), stages_of(schedule)
     rank_of = {stage: rank for rank, row in enumerate(stages) for stage in row}
     remaining = [collections.deque(row) for row in schedule]
@@ -545,7 +548,7 @@ def take_stages(
     if not kept <= {*container._modules} <= numbers:
         raise ValueError(
             f"{blocks} has blocks {', '.join(container._modules)}, but split is {split}: each "
-            "name must be a number in one stage of split, and the stages to keep must be complete"
+            "block must be numbered in split, and all blocks of the stages to keep must be present"
         )
     for name in (() if 0 in stages else first) + (() if len(split) - 1 in stages else last):
         setattr(model, name, nn.Identity())
@@ -648,8 +651,8 @@ def deferred_forward(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def defer_weight_gradients(model: nn.Module, queue: list) -> None:
-    """Makes the backward of each linear layer append a function that computes the weight gradient
-    to `queue`. A second call replaces the queue.
+    """Makes the backward of each linear layer append to `queue` a function that computes the weight
+    gradient. A second call replaces the queue.
 
     This overrides the forward of each nn.Linear, and the method multiply(x, bias) -> x @ weight.T +
     bias of layers that have one, such as those of tensor_parallel.py. Such a layer may also define
@@ -744,6 +747,7 @@ class Pipeline:
         Raises ValueError before any transfer if the program does not match the chunks, the inputs,
         the grad mode or `split_backward`, and later if a stage's output has another shape or dtype
         or does not depend on its input. Only ranks that detect the mistake raise; others time out.
+        Ranks that pass programs of different schedules hang, or compute wrong gradients.
         With p > 1, raises RuntimeError if an earlier run failed after its checks had passed."""
         if self.running and self.group.size() > 1:
             raise RuntimeError(
@@ -800,8 +804,8 @@ class Pipeline:
         """Starts these transfers. Before a send, waits for the stage's previous send of the same
         kind (output or gradient), to free its tensor. That send is earlier in the global order, so
         the wait cannot deadlock. Under NCCL all transfers of a batch share one handle, so waiting
-        for one waits for all. wait() blocks the current CUDA stream, not the host. In simulation
-        (tools/waits.py), this adds little to the bubble."""
+        for one waits for all. wait() blocks the current CUDA stream, not the host. In a simulation
+        (tools/waits.py), waiting for complete batches adds little to the bubble."""
         operations, slots = [], []
         for transfer in batch:
             action = transfer.action
@@ -925,7 +929,7 @@ def predicted_sends(
 
 def train(model: nn.Module, step: Callable[[], Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Two steps of SGD. step() runs forwards and backwards and returns the loss. Returns the
-    losses, and by name the parameters and the gradients of the last step."""
+    losses and a dict with the parameters ("name") and last gradients ("name.grad")."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
     for _ in range(2):
         optimizer.zero_grad()

@@ -100,13 +100,13 @@ def mlp(x: Tensor, w1: Tensor, w2: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 # --- the full version -----------------------------------------------------------------------------
-# Version 1 is complete and correct. The full version adds four things.
+# Version 1 is a correct tensor-parallel MLP. The full version handles a complete model. It adds:
 #   1. f is fused with its matmul. In backward, the all-reduce of the gradient of x then overlaps
 #      with the matmul for the weight gradient.
 #   2. Sequence parallelism. Each rank computes the norms, dropouts and residual additions of 1/t of
-#      the tokens, and stores only those activations. In return, backward gathers x a second time.
+#      the tokens, and stores only those activations. The cost: backward gathers x a second time.
 #   3. parallelize() replaces the layers of a model by parallel layers, according to a plan.
-#   4. The cross-entropy is computed without gathering the logits.
+#   4. The embedding and the cross-entropy are split by vocabulary. Logits are never gathered.
 
 # torch 2.13 renamed these two and warns about the old names. torch 2.11 has only the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -155,7 +155,8 @@ def finish(handle: dist.Work | None, output: Tensor) -> Tensor:
 
 
 class ColumnLinear(torch.autograd.Function):
-    """f and its matmul. x [b, s, in], with sequence parallelism [b, s/t, in] -> [b, s, out/t]."""
+    """f, fused with its matmul. x: [b, s, in], or [b, s/t, in] with sequence parallelism. Returns
+    [b, s, out/t]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group, sequence: bool):
@@ -197,8 +198,8 @@ class ReduceScatterFromGroup(torch.autograd.Function):
 
 
 def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:
-    """g, not fused with its matmul. It saves nothing for backward. Activation checkpointing stops
-    recomputing at the last saved tensor of a block, so it does not repeat a g after that tensor."""
+    """g. It is separate from its matmul, and saves nothing for backward. Activation checkpointing
+    stops when it has restored the last saved tensor of a block, so it does not run a g after it."""
     if group.size() == 1:
         return x
     return (ReduceScatterFromGroup if sequence else ReduceFromGroup).apply(x, group)
@@ -206,8 +207,9 @@ def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """How a parameter is sharded, stored as parameter.sharding. Initialisation, the gradient norm
-    and checkpoints use it to relate the shard to the full parameter. A parameter may hold several
+    """How a parameter is sharded, stored as parameter.sharding. gpt.init_weights draws the full
+    parameter and keeps the shard. checkpoint.py writes each shard as slices of the full parameter.
+    A parameter may hold several
     fused matrices, such as query, key and value. Each matrix is split separately, so that a rank
     gets the query, key and value of the same heads."""
 
@@ -259,8 +261,9 @@ def shard_parameter(p: nn.Parameter, dim: int, fused: int | tuple[int, ...], gro
 # Styles. A style is a class or a function: style(module, fused, group, sequence) returns the module
 # that replaces `module`. Only "column" and "row" use `fused` (see shard_parameter).
 #
-# To defer weight gradients, pipeline.defer_weight_gradients overrides multiply() on each layer. It
-# calls gather_input() and reduce_input_gradient() for the communication of f.
+# Some pipeline schedules compute weight gradients later than input gradients. For these,
+# pipeline.defer_weight_gradients replaces multiply() on each column- and row-parallel layer. The
+# replacement calls gather_input() and reduce_input_gradient() for the communication of f.
 
 
 class ColumnParallelLinear(nn.Module):
@@ -268,7 +271,7 @@ class ColumnParallelLinear(nn.Module):
 
     Fuse matrices with the same input, so that they share one f. The split ignores heads: the model
     must check that each rank gets complete heads. gpt.Attention also requires the same number of
-    heads on every rank. With fewer key/value heads than ranks, a new style must replicate them."""
+    heads on every rank. Fewer key/value heads than ranks need a style that replicates heads."""
 
     def __init__(self, linear: nn.Linear, fused: int | tuple[int, ...], group, sequence: bool):
         super().__init__()
@@ -370,8 +373,8 @@ def mark_partial(module: nn.Module, fused: int, group, sequence: bool) -> nn.Mod
 
 
 def keep_replicated(module: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
-    """Changes nothing. Declares to check_between that the parameters of the module are replicated,
-    or to check_module that its dropout is."""
+    """Changes nothing. Tells check_between that the module's parameters are replicated, and
+    check_module that its dropout draws the same mask on every rank."""
     return module
 
 
@@ -410,7 +413,8 @@ def parallelize(
 
     The attention of the model must take the number of heads and the sequence length from the shape
     of its queries. Weights may be split unevenly. With `sequence`, the sequence length must be
-    divisible by t, and unnamed modules outside attention and MLP, such as norms, get [b, s/t, h].
+    divisible by t, and modules outside attention and MLP that the plan does not mention, such as
+    norms, get [b, s/t, h].
     All ranks must call the model with the same tokens, which is not checked. If one rank raises an
     exception, the others wait in their next collective until it times out.
 
@@ -454,7 +458,7 @@ def parallelize(
 
 
 def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup) -> None:
-    """All-reduces `gradients` in place: those of all parameters for which .partial is True. Each
+    """All-reduces `gradients` in place. Pass those of all parameters whose .partial is True. Each
     rank has computed them from its own tokens (sequence parallelism) or its own heads (the style
     "partial"). Other replicated parameters have equal gradients on all ranks. Call it once per
     step, after the last backward. A gradient that is None must be None on all ranks."""
@@ -560,14 +564,15 @@ def check_module(name: str, module: nn.Module, style: str | None, sequence: bool
         raise ValueError(
             f"{name}: {module} draws its mask from this rank's random generator, so the masks would"
             " not match those of an unsharded model, and replicated activations could differ "
-            "between the ranks: set p to 0, or use gpt.Dropout. Without sequence parallelism, you "
-            "can also keep the generators of all ranks in the same state and use style 'replicated'"
+            "between the ranks: set p to 0, or use gpt.Dropout. If the mask is for a replicated "
+            "activation, you can also keep the generators of all ranks in the same state and use "
+            "style 'replicated'"
         )
     kind = {"column": nn.Linear, "row": nn.Linear, "vocab": nn.Embedding}.get(style)
     options = dict(padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
     changed = [key for key, off in options.items() if getattr(module, key, off) is not off]
     extra = {key for key, _ in module.named_parameters()} - {"weight", "bias"}
-    # A subclass may have another forward, like gpt.PositionEmbedding.
+    # A subclass may override forward, as gpt.PositionEmbedding does.
     same_forward = kind and getattr(module.forward, "__func__", None) is kind.forward
     if kind and (not same_forward or extra or changed):
         raise ValueError(
@@ -583,9 +588,9 @@ def check_module(name: str, module: nn.Module, style: str | None, sequence: bool
 
 
 def check_between(model: nn.Module, styled: set[nn.Parameter]) -> None:
-    """A parameter between a column- and a row-parallel layer has a partial gradient. Looks for a
-    module with two such children: one contains only column-parallel layers, the other only
-    row-parallel layers (ignoring unsharded layers). Every trainable parameter of that module must
+    """A parameter between a column- and a row-parallel layer has a partial gradient. Looks for
+    modules in which the parallel layers of one child are all column-parallel, and those of another
+    are all row-parallel. Every trainable parameter of that module must
     belong to a module that the plan names, or have .partial set."""
     column, row = {ColumnParallelLinear}, {RowParallelLinear}
     for path, module in model.named_modules():
@@ -613,7 +618,7 @@ def check_width(name: str, n: int, t: int) -> None:
     if chunk * (t - 1) >= n:
         raise ValueError(
             f"{name}: splitting {n} rows or columns over t = {t} ranks in chunks of {chunk} leaves "
-            "at least one rank empty: use fewer tensor-parallel ranks (--tp), or a larger layer"
+            "at least one rank empty: use a smaller t (--tp) or a larger layer"
         )
 
 
@@ -643,11 +648,11 @@ def predicted_collectives(
 
 
 # --- demo -----------------------------------------------------------------------------------------
-# Each train_* function returns (losses, parameters). If group is None, it uses one process.
+# Each train_* function returns (losses, parameters). If group is None, the model is not sharded.
 
 
 def train_mlp(group: dist.ProcessGroup | None) -> tuple[list[Tensor], dict[str, nn.Parameter]]:
-    """One backward of version 1. The 37 hidden units are split unevenly."""
+    """One forward and backward of version 1. The 37 hidden units are split unevenly."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 6, 8), (37, 8), (8, 37))
     x, w1, w2 = (nn.Parameter(torch.randn(n, generator=generator).double()) for n in shapes)
@@ -712,7 +717,10 @@ def main() -> None:
             with measure.Collectives({"tp": group}) as seen:
                 losses, local = train_gpt(config, b, steps, group, sequence)
             compare(name, expected, (losses, local))
-            s, h = config.seq_len, config.n_embd  # one microbatch per step, so m = steps
+            s, h = (
+                config.seq_len,
+                config.n_embd,
+            )  # m = steps: of all steps, with one microbatch each
             costs = predicted_collectives(config.n_layer, b, s, h, m=steps, sequence=sequence)
             if sequence:  # all_reduce_partial, once per step; "forward" means outside of backward
                 calls, payload = costs["forward", "all_reduce"]

@@ -82,8 +82,9 @@ class Trainer:
     Optional arguments replace a component:
     draw: the function that returns a parameter's initial values, see gpt.init_weights(). Default:
         GPT-2's initialisation.
-    model: a function that builds the model; called on the meta device. It needs the attributes h
-        (blocks by number) and lm_head, and attn.core in each block with --recompute selective.
+    model: a function that builds the model; called on the meta device. The model must have the
+        attributes h (blocks by number) and lm_head; with --recompute selective, each block also
+        attn.core.
         Default: gpt.GPT(config).
     plan: how each layer is sharded over tp, see tensor_parallel.parallelize().
     schedule: schedule(p, m) -> pipeline.Schedule. Default: --schedule.
@@ -131,7 +132,7 @@ class Trainer:
         return split
 
     def _init_weights(self, draw: Callable | None) -> None:
-        # Seed, step and rows, which determine dropout masks. A model may have no dropout.
+        """Allocate and initialise this rank's parameters. Values do not depend on t, p or d."""
         draw = draw or functools.partial(gpt.gpt2_draw, n_layer=self.config.n_layer)
         gpt.init_weights(self.model, self.args.seed, self.dtype, self.device, draw)
         # The seed, step and rows that determine dropout masks. A model may have no dropout.
@@ -163,7 +164,7 @@ class Trainer:
         """Attach DDP or ZeRO, which reduces gradients over dp. Each of its pieces() has a tensor
         that the optimizer updates on this rank: a parameter, its fp32 copy, or a shard of one."""
         args = self.args
-        # How often each parameter's gradient is accumulated per step, before it is reduced.
+        # How many times each parameter's gradient is accumulated per step before it is reduced.
         accumulations = self.pipe.accumulations(self.schedule[self.pp_rank])
         how = {
             "grad_dtype": options.DTYPES.get(args.grad_dtype),
@@ -219,7 +220,7 @@ class Trainer:
         loss = self._run(self.program, self.read, step)
 
         with self.span("reduce gradients"):
-            # Sum over dp, because replicas process different rows. Waits for all reductions.
+            # Wait for the sums over dp: replicas have processed different rows.
             self.sync.finish()
             self.sync.before_step()  # sets piece.tensor.grad, in fp32 for bf16 parameters
             # A parameter that no rank used in this step has no gradient.
@@ -228,12 +229,12 @@ class Trainer:
             # with sequence parallelism, a norm is applied to this rank's tokens only.
             partial = [piece.tensor.grad for piece in pieces if piece.parameter.partial]
             tensor_parallel.all_reduce_partial(partial, self.tp_group)
-            # Sum over the first and the last stage if the embedding is tied. Each has a copy and
-            # the gradient of one use: as embedding, or as output head. Their pieces match, because
-            # ZeRO shards a tied embedding separately from all other parameters.
+            # If the embedding is tied, sum its gradient over the first and the last stage. Each has
+            # a copy, and the gradient of one use: as embedding, or as output head. Their pieces
+            # match, because ZeRO shards a tied embedding separately from all other parameters.
             tied = [piece.tensor.grad for piece in pieces if hasattr(piece.parameter, "tied_name")]
             pipeline.all_reduce_tied(tied, self.tied_group)
-            # Sum over all ranks, so that the norm is that of the full model's gradient.
+            # Sum losses, squared norms and stop requests over all ranks.
             stats = self._global_stats(loss, pieces)
 
         with self.span("optimizer"):  # no communication, except ZeRO's all-gather at the end
@@ -247,7 +248,7 @@ class Trainer:
                 # The kernel skips the update if this is 1. The host does not wait for the value.
                 self.optimizer.found_inf = (~norm.isfinite()).float()
             self.optimizer.step()
-            self.sync.after_step()  # ZeRO: start to all-gather the updated parameters
+            self.sync.after_step()  # copy pieces to parameters; ZeRO starts its all-gather
         return stats
 
     def _run(self, program: pipeline.Program, read: Callable, step: int) -> Tensor:
@@ -294,11 +295,11 @@ class Trainer:
         return stats
 
     def _owns(self, p: nn.Parameter) -> bool:
-        """True if this rank's elements of p count toward the global norm and are saved in
-        checkpoints. Ranks of one replica_group, which hold equal elements, share this work. Several
-        tp or pp ranks can hold the same elements, but only one owns them: a tp rank owns its
-        shards, tp rank 0 owns replicated parameters, and the first stage owns a tied embedding, of
-        which the last stage has a copy."""
+        """True if this rank is responsible for its elements of p in the global norm and in
+        checkpoints. The ranks of a replica_group return the same value: the first adds the norm,
+        and all share the checkpoint writes. Several tp or pp ranks can hold the same elements, but
+        only one owns them: a tp rank owns its shards, tp rank 0 owns replicated parameters, and the
+        first stage owns a tied embedding, of which the last stage has a copy."""
         sharded = hasattr(p, "sharding")
         duplicate = hasattr(p, "tied_name") and 0 not in self.stages
         return (sharded or self.tp_group.rank() == 0) and not duplicate
@@ -320,7 +321,8 @@ class Trainer:
     def _make_groups(self, t: int, p: int, d: int) -> None:
         """Make this rank's process group for each axis. Ranks are numbered with tp innermost, then
         dp, then pp. With ZeRO, k consecutive dp ranks shard one copy of the training state: they
-        form shard_group. The d / k ranks with equal shards form replica_group. k is 1 for DDP.
+        form shard_group. The d / k ranks that hold equal shards, one rank per copy, form
+        replica_group. k is 1 for DDP.
 
         Axes with the same ranks share one group, which saves communicators. With more than one
         rank in the world, axes of size 1 use single_group, which never communicates."""
@@ -339,7 +341,7 @@ class Trainer:
         self.pp_group = self._make_group("pp", ranks, 0)
         self.replica_group = self._make_group("replica", ranks, 1)
         self.shard_group = self._make_group("shard", ranks, 2)
-        if (nodes := self.args.dp_nodes) > 1:
+        if (nodes := self.args.dp_nodes) > 1:  # for ddp.Hierarchical: per node, then across nodes
             by_node = ranks.view(p, nodes, d // nodes, t)
             self.inside_group = self._make_group("inside", by_node, 2)
             self.across_group = self._make_group("across", by_node, 1)
@@ -378,8 +380,8 @@ class Trainer:
         return checkpoint.split_between_replicas(slices, replica, replicas), numbers
 
     def state_to_load(self, numbers: dict) -> list[checkpoint.TensorSlice]:
-        """The slices that this rank needs. Fill them in place, then call loaded(). numbers: the
-        saved scalars, from state_to_save()."""
+        """The slices that this rank needs, whatever the layout that saved them. Fill them in place,
+        then call loaded(). numbers: the saved scalars, from state_to_save()."""
         checkpoint.init_state(self.sync.pieces(), self.optimizer, numbers)
         return checkpoint.state_slices(self.sync.pieces(), self.optimizer)[0]
 
@@ -397,8 +399,7 @@ class Trainer:
         self.model.eval()
         loss = sum(self._run(program, read, index) for index in range(self.args.val_batches))
         self.model.train()
-        if self.tp_group.rank() > 0:
-            loss.zero_()  # all tp ranks have the same value, so only tp rank 0 adds it
+        loss *= self.tp_group.rank() == 0  # all tp ranks have the same value: tp rank 0 adds it
         dist.all_reduce(loss)  # payload: 1, over the world
         return loss / self.args.val_batches
 
@@ -407,8 +408,8 @@ class Trainer:
         self, prompt: Tensor, n: int, temperature: float = 0.8, top_k: int | None = None
     ) -> Tensor:
         """The token ids `prompt`, a vector, followed by n generated ones, the same on every rank.
-        Each takes one forward pass over the last s tokens. top_k: sample from the top_k most likely
-        tokens only. temperature 0: take a most likely token."""
+        Each generated token takes one forward pass over at most s tokens. top_k: sample from the
+        top_k most likely tokens only. temperature 0: take the most likely one."""
         program, generator = self._forward_program(1), torch.Generator()
         generator.manual_seed(self.args.seed)
         tokens, v = prompt.to(self.device), self.config.vocab_size

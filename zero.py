@@ -24,9 +24,10 @@ reduce-scatter, the output of an all-gather. An all-reduce sends as much as one 
       kept    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           Psi
 
 The bytes are for bf16 parameters and fp32 gradients. The optimizer state is an fp32 master copy of
-the parameters, kept by this file, and the two moments of AdamW. In fp32, the factors are 4, 4 and
-8. During a step, ZeRO-2 and ZeRO-3 also store the gradients that are not reduced yet and one flat
-buffer for the gradients of a layer. ZeRO-3 also stores two gathered layers, or all (2 Psi) if kept.
+the parameters, stored by ZeRO itself, and the two moments of AdamW. In fp32, the factors are 4, 4
+and 8. During a step, ZeRO-2 and ZeRO-3 also store the gradients that are not reduced yet and one
+flat buffer for the gradients of a layer. ZeRO-3 also stores two gathered layers, or all (2 Psi) if
+kept.
 
 "kept" is ZeRO-3 with reshard_after_forward=False. Otherwise, ZeRO-3 gathers all but S elements
 twice per microbatch. S counts the last layer, whose backward immediately follows its forward, and
@@ -115,9 +116,10 @@ class MinimalZero1:
 # per layer and step instead of one.
 #
 # The full version has one flat buffer per layer instead of one per model, so the collective of one
-# layer overlaps with the computation of other layers. The optimizer gets one tensor per parameter,
-# so parameter groups work. Also supported: bf16 with fp32 master weights, unused and tied
-# parameters, gradient clipping, load_state_dict(), hybrid sharding. Most misuse raises ValueError.
+# layer overlaps with the computation of other layers. The optimizer gets a tensor for each
+# parameter that overlaps the shards of the rank, so parameter groups work. Also supported: bf16
+# with fp32 master weights, unused and tied parameters, gradient clipping, load_state_dict(), hybrid
+# sharding. Most misuse raises ValueError.
 
 
 class Piece(NamedTuple):
@@ -180,9 +182,9 @@ class Unit:
             self.gradient_shard = self.gradients[self.mine]
             for p, here in self.place.items():
                 self.gradient_of[p] = self.gradients[here].view_as(p)
-                # None allows a `.grad` of any dtype. A tied matrix gets two gradients per backward.
-                # Autograd sums them before it calls the hook, in p.grad_dtype if that is set.
-                # ZeRO-2 and ZeRO-3 reduce `.grad` itself, in the dtype of the parameter.
+                # grad_dtype = None allows a `.grad` of any dtype. A tied matrix can get two
+                # gradients per backward. Autograd sums them before it calls the hook, in the dtype
+                # of the buffer. ZeRO-2 and ZeRO-3 have no buffer to accumulate in.
                 p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None
         else:
             self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
@@ -238,7 +240,9 @@ class Unit:
 
     def reshard(self) -> None:
         """Mark the full parameters as out of date. In stage 3, also free their memory but keep the
-        storage object, of which parameters and saved tensors are views. No-op with one rank."""
+        storage object, of which parameters and saved tensors are views. On a GPU this is safe: the
+        kernels that read the memory are queued on the stream that will reuse it. No-op with one
+        rank."""
         if self.group.size() == 1:
             return
         self.wait()
@@ -279,9 +283,9 @@ class Unit:
 
 
 def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dict:
-    """{layer: its parameters}, in the order of model.modules(). A layer is a module before whose
-    forward ZeRO gathers parameters. It is a block, or a module outside every block that directly
-    holds parameters. A block includes the parameters of all its submodules.
+    """{layer: its parameters}, in the order of model.modules(). A layer is a module whose
+    parameters ZeRO gathers before its forward. It is a block, or a module outside every block that
+    directly holds parameters. A block includes the parameters of all its submodules.
 
     By default, the blocks are (1) the elements of every nn.ModuleList and nn.ModuleDict outside of
     other blocks and (2) every other module that directly holds parameters, except the model itself
@@ -317,11 +321,11 @@ def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dic
 def unit_key(p: nn.Parameter, layer: list[nn.Parameter]) -> tuple:
     """Parameters of a layer with equal keys form one unit.
 
-    Parameters whose gradients are also summed outside of the sharding group have their own unit, so
-    that the ranks that sum them have identical shards. There are two cases. (1) A matrix tied
-    across two pipeline stages, which has a tied_name. (2) Parameters marked partial by
-    tensor_parallel.py, if it splits other matrices of the layer unevenly: in a common buffer, their
-    offsets would then differ between ranks."""
+    Parameters whose gradients are also summed over other ranks than those of the sharding group
+    have their own unit, so that their shards start and end at the same elements on all these ranks.
+    There are two cases. (1) A matrix tied across two pipeline stages, which has a tied_name. (2)
+    Parameters marked partial by tensor_parallel.py, if it splits other matrices of the layer
+    unevenly: in a common buffer, their offsets would differ between ranks."""
     shardings = [q.sharding for q in layer if hasattr(q, "sharding")]
     is_uneven = any(n % sharding.size for sharding in shardings for n in sharding.sizes)
     is_partial = is_uneven and getattr(p, "partial", False)
@@ -428,8 +432,8 @@ class Zero1:
         model.register_load_state_dict_pre_hook(lambda *_: gather())
         for module in self.modules:
             module.register_load_state_dict_post_hook(lambda module, _: loaded(module))
-        # check_optimizer() must reject a model parameter in the optimizer on every rank, even on a
-        # rank without a piece of it. So each parameter maps to a placeholder with another tensor.
+        # If the optimizer holds a model parameter, check_optimizer() must raise on every rank, also
+        # on one that has no piece of it. So each parameter maps to a Piece with another tensor.
         pieces = self.pieces()
         self.piece_of = {p: Piece(name, pieces[0].tensor, p, 0) for name, p in self.parameters}
         self.piece_of |= {piece.tensor: piece for piece in pieces}
@@ -471,14 +475,14 @@ class Zero1:
         self.phase = "backward"
 
     def _accumulated(self, p: nn.Parameter) -> None:
-        """Autograd calls this after it has stored a gradient of p in p.grad. Then launch
-        the units that are complete and next in order."""
+        """Autograd calls this after it has stored a gradient of p in p.grad. It starts the
+        reduce-scatter of each unit that is complete and next in order."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
-            raise ValueError("backward() ran outside of start() and finish(): call start() before "
-                             "the first backward. If the loss trains another model, call "
-                             "backward(inputs=[*other.parameters()])")  # fmt: skip
+            raise ValueError("backward() ran before start() or after finish(): call start() before "
+                             "the first backward. If it computes gradients for another model only, "
+                             "call backward(inputs=[*other.parameters()])")  # fmt: skip
         unit, count = self.unit_of[p], self.accumulations[p]
         if self.missing[p] == 0:
             raise ValueError(f"{self.name_of[p]} received {count + 1} gradients in one step, "
@@ -580,8 +584,9 @@ class Zero1:
         self.phase = "update"
 
     def after_step(self) -> None:
-        """Call after optimizer.step(). Copies the updated masters to the parameters. ZeRO-1 and
-        ZeRO-2 also start to all-gather them. The next forward waits for them layer by layer."""
+        """Call after optimizer.step(). Copies the updated masters to this rank's shards of the
+        parameters. ZeRO-1 and ZeRO-2 also start to all-gather them. The next forward waits for them
+        layer by layer."""
         for unit in self.units:
             unit.reshard()
         copied = [unit for unit in self.units if unit.master is not unit.parameter_shard]
@@ -681,8 +686,8 @@ def weak(method: Callable, *bound) -> Callable:
 
 
 def not_compiled(hook: Callable) -> Callable:
-    """Keep torch.compile from tracing the hook. Compile layers before constructing ZeRO: this works
-    only if torch._dynamo is already loaded. To import it here would be slow for other models."""
+    """Keep torch.compile from tracing the hook. Compile layers before constructing ZeRO: the hook
+    is excluded only if torch._dynamo is already imported, which is slow and not done for others."""
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
@@ -719,10 +724,10 @@ class Zero3(Zero2):
 
     A layer's forward must return every tensor that other layers or the loss use, directly or in
     tuples, lists and dicts. The all-gather for backward starts when a gradient reaches one of them.
-    Using a tensor that the layer stored in an attribute instead raises ValueError.
+    If a layer stores a tensor in an attribute instead, using that tensor raises ValueError.
 
-    A layer stays gathered until the last backward of the step if its output contains no tensor in
-    these forms, if it contains other layers, or if backward runs with create_graph=True."""
+    A layer stays gathered until the last backward of the step if it returns no such tensor, if it
+    contains other layers, or if backward runs with create_graph=True."""
 
     stage = 3
 
@@ -825,7 +830,7 @@ class Zero3(Zero2):
         storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
         # Resharding would free the values of an output that is a view of a parameter.
         is_view = any(y.untyped_storage()._cdata in storages for y in outputs)
-        # The backward of the last layer of a stage is next.
+        # Keep the last layer of a stage: in the last stage, its backward comes next.
         keep_gathered = i + 1 in self.starts or not self.reshard_after_forward
         if not is_view and not (outputs and keep_gathered):
             self._reshard_layer(i)
@@ -940,7 +945,7 @@ def check_optimizer(
     """Raise ValueError if the optimizer holds a model parameter instead of its fp32 copy or shard,
     or if the gradients are not `ready`. Runs before the step of every optimizer in the process.
 
-    pieces: maps each parameter, and the tensor that the optimizer must hold for it, to its Piece.
+    pieces: maps each parameter, and the tensor that the optimizer must hold, to a Piece.
     ready: whether before_step() has been called."""
     for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
         piece = pieces.get(p)
@@ -966,7 +971,7 @@ def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
 
 # --- parameters and gradients that must not be read -----------------------------------------------
 
-not_intercepted = torch._C.DisableTorchFunctionSubclass  # a context: no __torch_function__
+not_intercepted = torch._C.DisableTorchFunctionSubclass  # disables __torch_function__
 
 
 class ShardedParameter(nn.Parameter):

@@ -257,7 +257,7 @@ def test_incomplete_schedules_are_refused(function, spoil, message):
     "name, chunks", [("gpipe", 2), ("1f1b", 2), ("zb-h1", 3), ("zb-v", 1), ("zb-v", 4)]
 )
 def test_a_number_of_chunks_that_a_schedule_does_not_have_is_refused(name, chunks):
-    expected = f"{name} requires chunks = ., not {chunks}: use interleaved"
+    expected = f"{name} requires chunks = ., not {chunks}: set it to ., or use interleaved"
     with pytest.raises(ValueError, match=expected):
         pipeline.SCHEDULES[name](2, 4, chunks)
 
