@@ -49,75 +49,75 @@ setup: $(SETUP)  ## .venv with torch, numpy, pytest (unless PYTHON is given)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	@touch $@
 
-train: $(SETUP)  ## a GPT on 2 x 2 x 2 ranks, to a sample of its text (3 min on 2 cores)
+train: $(SETUP)  ## train a GPT on 2 x 2 x 2 ranks and print a sample of its text (3 min on 2 cores)
 	$(TORCHRUN) $(NPROC) -- train_3d.py --tp $(TP) --pp $(PP) --zero 1 --schedule $(SCHEDULE) \
 	  --steps 200 --sample 100 $(ARGS)
 
-sample: $(SETUP)  ## text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def ' --top-k 40 --n 200"
+sample: $(SETUP)  ## print text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def ' --top-k 40 --n 200"
 	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
 test: CHOSEN = -m "not slow"
-test test-all: $(SETUP)  ## the fast tests (3 to 5 min on 2 cores); all, as CI runs them (10 to 13 min)
+test test-all: $(SETUP)  ## the fast tests (3 to 5 min on 2 cores); all tests, as in CI (10 to 13 min)
 	$(PY) -m tests.run $(CHOSEN) $(ARGS)
 
 ddp zero tp pp ckpt: NPROC = $(if $(filter ddp zero,$@),4,2)
 tp: FILE = tensor_parallel
 pp: FILE = pipeline
 ckpt: FILE = activation_ckpt
-ddp zero tp pp ckpt: $(SETUP)  ## the proof of each strategy file beside one process (10 s)
+ddp zero tp pp ckpt: $(SETUP)  ## compare a strategy file with one process (10 s)
 	$(TORCHRUN) $(NPROC) $(or $(FILE),$@).py
 
-draw: $(SETUP)  ## a schedule's timeline, bubble and memory: P=4 M=8 SCHEDULE=zb-v (a name, a file, all)
+draw: $(SETUP)  ## draw a schedule, with bubble and memory: P=4 M=8 SCHEDULE=zb-v (a name, a file or all)
 	@$(PY) -m tools.draw $(SCHEDULE) --p $(P) --m $(M) $(ARGS)
 
 links: NPROC = 2
-links: $(SETUP)  ## what each collective costs here, by size; OUT=FILE for JSON (10 s)
+links: $(SETUP)  ## time each collective on this machine, by size; OUT=FILE for JSON (10 s)
 	$(TORCHRUN) $(NPROC) -m tools.links $(if $(OUT),--out $(OUT))
 
 memory: NPROC = 4
-memory: $(SETUP)  ## resident memory by ZeRO stage and recompute policy, beside the formulas (Linux, 1 min)
+memory: $(SETUP)  ## resident memory by ZeRO stage and recompute policy, measured and predicted (Linux, 1 min)
 	$(PY) -m tools.memory --nproc $(NPROC)
 
 bench-checkpoint: BENCH = tools.bench_checkpoint
-bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETUP)  ## ours beside PyTorch's own; OUT=FILE (9 min)
+bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETUP)  ## step time compared with PyTorch's implementation; OUT=FILE (9 min)
 	$(PY) -m $(or $(BENCH),tools.bench $(@:bench-%=%)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-parity: $(SETUP)  ## the layouts of NPROC ranks beside one process, one table (3 min)
+parity: $(SETUP)  ## compare all layouts of NPROC ranks with one process, in one table (3 min)
 	$(PY) -m tools.parity --nproc $(NPROC)
 
-fuzz: $(SETUP)  ## N configurations drawn at random beside one process, from SEED (1 min)
+fuzz: $(SETUP)  ## compare N random configurations with one process, from SEED (1 min)
 	$(PY) -m tools.fuzz --n $(N) --seed $(SEED) $(ARGS)
 
-zoo: $(SETUP)  ## known bugs, put into a copy one by one: which test kills each; ARGS="--only 9" (12 min)
+zoo: $(SETUP)  ## insert known bugs one by one into a copy and check that a test fails: ARGS="--only 9" (12 min)
 	$(PY) -m tools.zoo $(ARGS)
 
 races: N = 20
-races: $(SETUP)  ## N runs of each overlapped path under delays: the same bits (12 min)
+races: $(SETUP)  ## N runs of each overlapped path under random delays, compared bit by bit (12 min)
 	$(PY) -m tools.races --n $(N) --seed $(SEED)
 
 drill: NPROC = 4
-drill: $(SETUP)  ## DRILLS ranks of a run killed at random; its losses stay those of one left alone (5 min)
+drill: $(SETUP)  ## kill DRILLS ranks of a run at random and compare its losses with an undisturbed run (5 min)
 	$(PY) -m tools.drill --drills $(DRILLS) --nproc $(NPROC) $(ARGS)
 
-plan: $(SETUP)  ## the recipe, the best layout, its launch line: ARGS="--model gpt-175b --gpus 1024"
+plan: $(SETUP)  ## the recipe, the best layout and its launch command: ARGS="--model gpt-175b --gpus 1024"
 	@$(PY) -m tools.plan $(ARGS)
 
 plan-check: MODULE = tools.plan_check
-published plan-check: $(SETUP)  ## its cost model beside published tables (30 s); beside this machine (5 min)
+published plan-check: $(SETUP)  ## compare the cost model with published tables (30 s); with this machine (5 min)
 	$(PY) -m $(or $(MODULE),tools.published) $(ARGS)
 
 dry-run: MODEL = --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --global-batch-size 3072
-dry-run: $(SETUP)  ## one rank of 3072, in one process, counted: ARGS for another (1 min)
+dry-run: $(SETUP)  ## run one rank of 3072 without memory and count its operations; ARGS for another run (1 min)
 	$(PY) train_3d.py --dry-run $(or $(ARGS),$(MODEL) --micro-batch-size 1)
 
-two-hosts hierarchy: $(SETUP)  ## torchrun on 2 hosts; what crosses between them, and its time (as root; 1, 3 min)
+two-hosts hierarchy: $(SETUP)  ## torchrun on 2 simulated hosts; traffic and time between hosts (as root; 1, 3 min)
 	$(PY) -m tools.$(subst -,_,$@) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 gpu-drill: GPU_DRILL = PYTHON=$(PY) tools/gpu_drill.sh $(or $(OUT),gpu_drill.md) $(ARGS)
-gpu-check gpu-drill node: $(SETUP)  ## a GPU next to a bare loop; NCCL on one GPU; NPROC GPUs: OUT=FILE (5, 10, 30 min)
+gpu-check gpu-drill node: $(SETUP)  ## one GPU compared with a bare loop; NCCL on one GPU; NPROC GPUs: OUT=FILE (5, 10, 30 min)
 	$(or $(GPU_DRILL),$(PY) -m tools.$(subst -,_,$@) $(if $(filter node,$@),--nproc $(NPROC)) $(if $(OUT),--out $(OUT)) $(ARGS))
 
-plot: $(SETUP)  ## losses over tokens: RUNS="a.jsonl b.jsonl" OUT=runs.png, if matplotlib is installed
+plot: $(SETUP)  ## plot losses over tokens: RUNS="a.jsonl b.jsonl" OUT=runs.png, if matplotlib is installed
 	$(PY) -m tools.plot $(RUNS) $(if $(OUT),--out $(OUT))
 
 lint: $(SETUP)  ## ruff, if it is installed

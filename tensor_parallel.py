@@ -720,7 +720,7 @@ def main() -> None:
             s, h = (
                 config.seq_len,
                 config.n_embd,
-            )  # m = steps: of all steps, with one microbatch each
+            )  # m = steps: one microbatch per step
             costs = predicted_collectives(config.n_layer, b, s, h, m=steps, sequence=sequence)
             if sequence:  # all_reduce_partial, once per step; "forward" means outside of backward
                 calls, payload = costs["forward", "all_reduce"]

@@ -708,14 +708,15 @@ def predicted_flops(
     return 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * second
 
 
-# --- pipeline -------------------------------------------------------------------------------------
+# --- bytes of a pipeline rank ---------------------------------------------------------------------
 
 
 def peak_held(
     actions: list[pipeline.Action], in_flight: dict[int, int], waiting: dict[int, int]
 ) -> int:
-    """The most that a rank with these actions holds after one of them: in_flight[stage] for each
-    microbatch forwarded and not backwarded, waiting[stage] for each whose W is to come."""
+    """The most bytes that the actions of one rank hold at the same time. in_flight[stage]: bytes of
+    a microbatch between its F and its B. waiting[stage]: bytes of a microbatch between its B and
+    its W."""
     split_backward, held, peak = pipeline.splits_backward(actions), 0, 0
     for kind, _, k in actions:
         deferred = waiting[k] * split_backward
@@ -728,10 +729,13 @@ def predicted_queue_bytes(
     n_layer: int, b: int, s: int, h: int, itemsize: int, head: int = 0, t: int = 1,
     sequence: bool = False,
 ) -> int:  # fmt: skip
-    """Bytes that wait for a W: the inputs and output gradients of the linear layers of n_layer
-    GPT-2 blocks on one of t tensor-parallel ranks, and of a head with that many rows on this rank.
-    In units of b s h, inputs: of c_attn 1, c_fc 1 (with sequence parallelism 1/t: W gathers them),
-    c_proj 1/t, mlp.c_proj 4/t; gradients: 3/t, 4/t, 1, 1."""
+    """Bytes of a microbatch that are stored from B to W: the inputs and the output gradients of the
+    linear layers of n_layer GPT-2 blocks, on one of t tensor-parallel ranks. head: the number of
+    rows of the output head on this rank, or 0.
+
+    In units of b s h, the inputs are 1 (c_attn), 1 (c_fc), 1/t (attn.c_proj) and 4/t (mlp.c_proj).
+    With sequence parallelism the first two are 1/t, because W gathers them. The output gradients
+    are 3/t, 4/t, 1 and 1."""
     tokens = b * s * h
     column = tokens // t if sequence else tokens
     block = 2 * column + 2 * tokens + 12 * tokens // t

@@ -61,7 +61,7 @@ class Event(NamedTuple):
     """One collective or transfer in the queue of a rank."""
 
     group: str
-    members: tuple[int, ...]  # global ranks of the group; of a transfer: (sender, receiver)
+    members: tuple[int, ...]  # global ranks of the group, or (sender, receiver) of a transfer
     operation: str
     payload: int
     dtype: torch.dtype
