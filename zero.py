@@ -131,6 +131,16 @@ class Piece(NamedTuple):
     start: int  # offset of `tensor` in the flattened parameter
 
 
+def aligned(numel: int) -> int:
+    """numel, rounded up to a multiple of 8. GPU kernels are slower on unaligned tensors."""
+    return -(-numel // 8) * 8
+
+
+def padded(numels: Iterable[int], d: int) -> int:
+    """Elements of a unit's flat buffer. numels: the sizes of its parameters."""
+    return d * aligned(-(-sum(map(aligned, numels)) // d))
+
+
 class Unit:
     """Parameters of one layer that are communicated together, in one flat buffer. A layer usually
     has one unit, see unit_key().
@@ -1019,16 +1029,6 @@ class ReducedGradient(Tensor):
 
 
 # --- cost -----------------------------------------------------------------------------------------
-
-
-def aligned(numel: int) -> int:
-    """numel, rounded up to a multiple of 8. GPU kernels are slower on unaligned tensors."""
-    return -(-numel // 8) * 8
-
-
-def padded(numels: Iterable[int], d: int) -> int:
-    """Elements of a unit's flat buffer. numels: the sizes of its parameters."""
-    return d * aligned(-(-sum(map(aligned, numels)) // d))
 
 
 def predicted_payload(
