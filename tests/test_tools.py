@@ -477,7 +477,7 @@ def test_sampling_from_a_checkpoint(tmp_path):
 def bench_of_checkpoints(name: str, folder: str) -> dict[str, float]:
     """torch.save and the removal of its file take 3 seconds, a step 5, to start a save 7, to wait
     for it 11; training stands still for 2."""
-    clock, news = Clock(), checkpoint.Checkpoints.news
+    clock, completed = Clock(), checkpoint.Checkpoints.completed
     clock.tick = 0.0
 
     def takes(seconds: float, function):
@@ -494,8 +494,8 @@ def bench_of_checkpoints(name: str, folder: str) -> dict[str, float]:
             (checkpoint.Checkpoints, "wait", 11),
         ):  # fmt: skip
             patch.setattr(owner, function, takes(seconds, getattr(owner, function)))
-        patch.setattr(checkpoint.Checkpoints, "news",
-                      lambda disk: [saved._replace(pause=2) for saved in news(disk)])  # fmt: skip
+        patch.setattr(checkpoint.Checkpoints, "completed",
+                      lambda disk: [saved._replace(pause=2) for saved in completed(disk)])  # fmt: skip
         return bench_checkpoint.measure(name, 24, folder)
 
 
