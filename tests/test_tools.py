@@ -494,8 +494,10 @@ def bench_of_checkpoints(name: str, folder: str) -> dict[str, float]:
             (checkpoint.Checkpoints, "wait", 11),
         ):  # fmt: skip
             patch.setattr(owner, function, takes(seconds, getattr(owner, function)))
-        patch.setattr(checkpoint.Checkpoints, "completed",
-                      lambda disk: [saved._replace(pause=2) for saved in completed(disk)])  # fmt: skip
+        patch.setattr(
+            checkpoint.Checkpoints, "completed",
+            lambda disk: [saved._replace(pause=2) for saved in completed(disk)],
+        )  # fmt: skip
         return bench_checkpoint.measure(name, 24, folder)
 
 
