@@ -57,7 +57,7 @@ sample: $(SETUP)  ## print text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt
 	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
 test: CHOSEN = -m "not slow"
-test test-all: $(SETUP)  ## the fast tests (3 to 5 min on 2 cores); all tests, as in CI (10 to 13 min)
+test test-all: $(SETUP)  ## the fast tests (3 to 5 min on 2 cores); all tests, as in CI (10 to 15 min)
 	$(PY) -m tests.run $(CHOSEN) $(ARGS)
 
 ddp zero tp pp ckpt: NPROC = $(if $(filter ddp zero,$@),4,2)

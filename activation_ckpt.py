@@ -2,9 +2,9 @@
 
 Autograd saves the tensors that backward needs: "saved tensors", or activations. Their size grows
 with batch size, sequence length and depth, and often exceeds the size of the model. The policies
-below keep fewer of them on the device in each transformer block. If a block is
-deterministic, losses and gradients are bitwise identical to those without checkpointing. (Offload
-reloads a non-contiguous tensor as a contiguous one, which can change the rounding of a matmul.)
+below keep fewer of them on the device in each transformer block. If a block is deterministic,
+losses and gradients are bitwise identical to those without checkpointing. (Offload reloads a
+non-contiguous tensor as a contiguous one, which can change the rounding of a matmul.)
 
     x0 x1 x2 x3: inputs and outputs of three blocks. u w z: tensors inside a block.
     [ ]: saved on the device from forward to backward.
@@ -28,6 +28,7 @@ The table is for a GPT-2 block without dropout, in which attention is matmul, so
 attention does not store the attention weights, so there "selective" reduces memory use very little.
 During a block's backward, its recomputed tensors are in memory too. With "offload", the device
 holds the tensors of two blocks.
+
 The recomputation, or second forward, must draw the same dropout masks. It runs when backward first
 needs a saved tensor of the block, repeats the block's collectives in order, and stops at the last
 saved tensor. Ranks that save different tensors can therefore hang. In a tensor-parallel block

@@ -31,7 +31,7 @@ p ranks r = 0..p-1; c chunks per rank; m microbatches of b rows and s tokens per
 
 Bubble: idle / busy time of all ranks; an unsplit B takes 2 time units, other actions take 1. Held:
 the largest number of microbatches whose activations a rank stores at once, from F until B (or W).
-If it holds one for one of c chunks, that counts as 1/c. Sends: tensors [b, s, h] sent by a middle
+A microbatch stored for one of c chunks counts as 1/c. Sends: tensors [b, s, h] sent by a middle
 rank; end ranks send fewer. The formulas hold for m >= p. Those of zb-v hold for m >= 2p - 1, and
 "held" of interleaved for m = 2p, 3p, ...
 
@@ -66,9 +66,9 @@ def train_step(
 
     inputs: one tensor per microbatch, all of one shape; only rank 0 reads them. loss_of(output, i)
     -> scalar, used by the last rank: the loss summed over the tokens of microbatch i, divided by
-    the number of tokens in the full batch. boundary: a tensor [b, s, h] like those sent between
-    stages: its shape, dtype and device are used. Stage outputs are not checked. Returns
-    the sum of the losses on the last rank and 0 on the others, so an all-reduce gives it to all.
+    the number of tokens in the full batch. boundary: a tensor with the shape [b, s, h], dtype and
+    device of those sent between stages. Stage outputs are not checked against it. Returns the sum
+    of the losses on the last rank and 0 on the others, so an all-reduce gives it to all.
     Under NCCL, neighbours must have exchanged a tensor before the first step (see Pipeline)."""
     rank, last, m = group.rank(), group.size() - 1, len(inputs)
     in_flight = collections.deque()  # (input, output) of each microbatch between its F and its B

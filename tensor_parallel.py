@@ -209,9 +209,8 @@ def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor
 class Sharding:
     """How a parameter is sharded, stored as parameter.sharding. gpt.init_weights draws the full
     parameter and keeps the shard. checkpoint.py writes each shard as slices of the full parameter.
-    A parameter may hold several
-    fused matrices, such as query, key and value. Each matrix is split separately, so that a rank
-    gets the query, key and value of the same heads."""
+    A parameter may hold several fused matrices, such as query, key and value. Each matrix is split
+    separately, so that a rank gets the query, key and value of the same heads."""
 
     shape: torch.Size  # of the full parameter
     dim: int  # the dimension that is split
