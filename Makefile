@@ -32,7 +32,7 @@ export OMP_NUM_THREADS = 1
 TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all sample ddp zero tp pp ckpt draw links memory parity fuzz zoo races drill
+.PHONY: help setup train test test-all sample ddp zero zero3 tp pp ckpt draw links memory parity fuzz zoo races drill
 .PHONY: plan published plan-check dry-run two-hosts hierarchy gpu-check gpu-drill node plot lint clean
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint
 
@@ -60,11 +60,11 @@ test: CHOSEN = -m "not slow"
 test test-all: $(SETUP)  ## the fast tests (3 to 5 min on 2 cores); all tests, as in CI (10 to 15 min)
 	$(PY) -m tests.run $(CHOSEN) $(ARGS)
 
-ddp zero tp pp ckpt: NPROC = $(if $(filter ddp zero,$@),4,2)
+ddp zero zero3 tp pp ckpt: NPROC = $(if $(filter ddp zero zero3,$@),4,2)
 tp: FILE = tensor_parallel
 pp: FILE = pipeline
 ckpt: FILE = activation_ckpt
-ddp zero tp pp ckpt: $(SETUP)  ## compare a strategy file with one process (10 s)
+ddp zero zero3 tp pp ckpt: $(SETUP)  ## compare a strategy file with one process (10 s)
 	$(TORCHRUN) $(NPROC) $(or $(FILE),$@).py
 
 draw: $(SETUP)  ## draw a schedule, with bubble and memory: P=4 M=8 SCHEDULE=zb-v (a name, a file or all)

@@ -31,7 +31,7 @@ import gpt
 import huggingface
 import pipeline
 import tensor_parallel
-import zero
+import zero3
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len")
@@ -144,8 +144,8 @@ def parser() -> Parser:
         help="pipeline-parallel size p; the data-parallel size is d = world size / (t p)")
     add("--sequence-parallel", action="store_true", help="shard the residual stream and the norms "
         "along the sequence, over the tp ranks")
-    add("--zero", type=int, choices=(0, *zero.STAGES), default=0, help="0: DDP; 1: shard optimizer "
-        "states over dp; 2: gradients too; 3: parameters too")
+    add("--zero", type=int, choices=(0, *zero3.STAGES), default=0, help="0: DDP; 1: shard the "
+        "optimizer state over dp; 2: gradients too; 3: parameters too")
     add("--zero-shard-size", type=count, metavar="K",
         help="ZeRO: number of ranks that hold one sharded copy of the state (default: d)")
     add("--zero-reshard-after-forward", type=int, choices=(0, 1), default=1, help="ZeRO-3: 1: free "

@@ -7,7 +7,7 @@ Each strategy transforms a plain model. They are applied in this order:
     parallelize                tensor_parallel.py    keep this rank's shard of each weight matrix
     init_weights               gpt.py                allocate and initialise the remaining weights
     checkpoint_blocks          activation_ckpt.py    recompute activations, or offload them
-    DDP, Zero1, Zero2, Zero3   ddp.py, zero.py       reduce gradients; shard the training state
+    DDP, Zero1, Zero2, Zero3   ddp, zero, zero3.py   reduce gradients; shard the training state
 
 No strategy requires another: each can be left out. This file assigns ranks to groups, applies the
 strategies and runs the training loop. It also implements operations that span several groups: the
@@ -67,6 +67,7 @@ import pipeline
 import startup
 import tensor_parallel
 import zero
+import zero3
 
 # --- the model: transformations in order ----------------------------------------------------------
 
@@ -181,7 +182,7 @@ class Trainer:
                 chunks = self.pipe.chunks.values()
                 # ZeRO-3 gathers the next layer ahead of its use, but not across stage boundaries.
                 how["starts"] = [next(iter(zero.layers(chunk))) for chunk in chunks]
-            result = zero.STAGES[args.zero](self.model, self.shard_group, accumulations, **how)
+            result = zero3.STAGES[args.zero](self.model, self.shard_group, accumulations, **how)
         # tensor_parallel.py marks parameters as partial if each tp rank computes only part of their
         # gradient. step() sums these over tp, so all tp ranks must have the same partial pieces.
         partial = [piece for piece in result.pieces() if piece.parameter.partial]

@@ -1,4 +1,4 @@
-"""ZeRO: data parallelism in which the ranks shard the optimizer state, gradients and parameters.
+"""ZeRO-1 and ZeRO-2: data parallelism in which ranks shard the optimizer state and the gradients.
 
                 gradients                          sums                      parameters
         rank 0  [a0|b0] -+                  +-> [a] -> optimizer -> [a] -+              +-> [a|b]
@@ -9,7 +9,7 @@ The all-reduce of ddp.py is a reduce-scatter followed by an all-gather. After th
 each rank has one shard of the summed gradients. ZeRO-1 runs the optimizer at this point, on one
 shard of the parameters, and then all-gathers parameters instead of gradients. Each rank stores
 optimizer state for its shard only, and the communication volume does not change. ZeRO-2 also shards
-the gradients. ZeRO-3 also shards the parameters.
+the gradients. ZeRO-3, in zero3.py, also shards the parameters.
 
 Psi is the number of parameters, d the number of ranks that shard them, m the number of microbatches
 per step. The payload of a collective is the number of elements of its full tensor: the input of a
@@ -20,41 +20,43 @@ reduce-scatter, the output of an all-gather. An all-reduce sends as much as one 
     ddp.py    2 Psi       4 Psi      12 Psi           Psi, as an all-reduce
     ZeRO-1    2 Psi       4 Psi      12 Psi / d       Psi             Psi
     ZeRO-2    2 Psi       4 Psi / d  12 Psi / d       m Psi           Psi
-    ZeRO-3    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           m (2 Psi - S)
-      kept    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           Psi
+    ZeRO-3    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           up to 2 m Psi
 
 The bytes are for bf16 parameters and fp32 gradients. The optimizer state is an fp32 master copy of
 the parameters, stored by ZeRO itself, and the two moments of AdamW. In fp32, the factors are 4, 4
-and 8. During a step, ZeRO-2 and ZeRO-3 also store the gradients that are not reduced yet and one
-flat buffer for the gradients of a layer. ZeRO-3 also stores two gathered layers, or all (2 Psi) if
-kept.
+and 8. During a step, ZeRO-2 also stores the gradients that are not reduced yet and one flat buffer
+for the gradients of a layer.
 
-"kept" is ZeRO-3 with reshard_after_forward=False. Otherwise, ZeRO-3 gathers all but S elements
-twice per microbatch. S counts the last layer, whose backward immediately follows its forward, and
-embedding tables, whose backward does not read them. In hybrid sharding, each of several groups of d
-ranks stores all shards. The ranks that store the same shard all-reduce its Psi / d gradients.
+In hybrid sharding, each of several groups of d ranks stores all shards. The ranks that store the
+same shard all-reduce its Psi / d gradients.
 
     torchrun --standalone --nproc-per-node 2 zero.py
 
 Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054), sections 3.1, 5 and 7; Zhao et al. 2023, PyTorch
-FSDP (arXiv 2304.11277), sections 3.2 (flat, padded buffers; hybrid) and 3.3 (prefetching).
+FSDP (arXiv 2304.11277), section 3.2 (flat, padded buffers; hybrid sharding).
 """
 
 import functools
-import itertools
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-# PyTorch 2.13 renamed these functions and warns about the old names. 2.11 has only the old names.
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from ddp import (
+    Piece,
+    accumulate,
+    all_gather,
+    check_accumulations,
+    check_norm_is_local,
+    check_optimizer,
+    check_same_parameters,
+    is_unused,
+    reduce_scatter,
+)
 
 # --- version 1: the whole idea --------------------------------------------------------------------
 
@@ -111,24 +113,11 @@ class MinimalZero1:
 # layer, they are reduce-scattered, added to a stored shard, and freed. This costs m reduce-scatters
 # per layer and step instead of one.
 #
-# ZeRO-3 also saves (1 - 1/d) of the parameter memory. The parameters of a layer are all-gathered
-# before its forward and before its backward, and freed after each. This costs up to 2 m all-gathers
-# per layer and step instead of one.
-#
 # The full version has one flat buffer per layer instead of one per model, so the collective of one
 # layer overlaps with the computation of other layers. The optimizer gets a tensor for each
 # parameter that overlaps the shards of the rank, so parameter groups work. Also supported: bf16
 # with fp32 master weights, unused and tied parameters, gradient clipping, load_state_dict(), hybrid
 # sharding. Most misuse raises ValueError.
-
-
-class Piece(NamedTuple):
-    """A range of one flattened parameter, which this rank's optimizer updates."""
-
-    name: str
-    tensor: Tensor  # 1-D
-    parameter: nn.Parameter
-    start: int  # offset of `tensor` in the flattened parameter
 
 
 def aligned(numel: int) -> int:
@@ -152,9 +141,9 @@ class Unit:
     shards start at multiples of 8 elements, see aligned(). A piece is a range of a parameter in
     this rank's shard. Padding is in no piece, so it has no effect on the gradient norm.
 
-    Between uses, a rank stores only its shard of the gradients (ZeRO-2 and ZeRO-3) and of the
-    parameters (ZeRO-3). The parameters of a unit have one dtype, and are all trainable or all
-    frozen. A frozen unit has no gradients and no pieces."""
+    ZeRO-2 stores only this rank's shard of the gradients. The parameters of a unit have one dtype,
+    and are all trainable or all frozen. A frozen unit has no gradients and no pieces. Only ZeRO-3
+    has frozen units. It uses the subclass in zero3.py."""
 
     def __init__(
         self, members: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup, stage: int,
@@ -162,7 +151,6 @@ class Unit:
     ):  # fmt: skip
         like = members[0][1].detach()
         self.group, self.trainable = group, members[0][1].requires_grad
-        self.is_sharded = stage == 3 and group.size() > 1  # stores only a shard of the parameters
         is_narrow = like.dtype.itemsize < 4  # bf16
         grad_dtype = (grad_dtype or torch.float32) if is_narrow else like.dtype
         self.reduce_dtype = reduce_dtype if is_narrow and reduce_dtype else like.dtype
@@ -181,10 +169,9 @@ class Unit:
             self.parameters[here] = p.detach().flatten()
             p.data = self.parameters[here].view_as(p)
             p.grad = None
-        shard = self.parameters[self.mine]
-        self.parameter_shard = shard.clone() if self.is_sharded else shard
+        self.parameter_shard = self.take_shard()
 
-        # ZeRO-1 also has a flat buffer for gradients. ZeRO-2 and ZeRO-3 have only a shard.
+        # ZeRO-1 also has a flat buffer for gradients. ZeRO-2 has only a shard.
         self.gradients: Tensor | None = None
         self.gradient_of: dict[nn.Parameter, Tensor] = {}  # views of `gradients`
         if self.trainable and stage == 1:
@@ -194,7 +181,7 @@ class Unit:
                 self.gradient_of[p] = self.gradients[here].view_as(p)
                 # grad_dtype = None allows a `.grad` of any dtype. A tied matrix can get two
                 # gradients per backward. Autograd sums them before it calls the hook, in the dtype
-                # of the buffer. ZeRO-2 and ZeRO-3 have no buffer to accumulate in.
+                # of the buffer. ZeRO-2 has no buffer to accumulate in.
                 p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None
         else:
             self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
@@ -220,6 +207,10 @@ class Unit:
         self.first = True  # whether `sum` replaces the shard instead
         self.reducing: dist.Work | None = None
 
+    def take_shard(self) -> Tensor:
+        """This rank's shard of the parameters: a slice of the buffer."""
+        return self.parameters[self.mine]
+
     def add_piece(self, name: str, p: nn.Parameter, here: slice, start: int) -> None:
         self.pieces.append(Piece(name, self.master[here].detach().requires_grad_(), p, start))
         self.place_in_shard.append(here)
@@ -234,9 +225,6 @@ class Unit:
         """Start to all-gather the parameters, unless they are gathered. Call wait() before use."""
         if self.gathered:
             return
-        storage = self.parameters.untyped_storage()
-        if not storage.nbytes():
-            storage.resize_(self.parameters.numel() * self.parameters.itemsize)
         self.gathering = all_gather(  # payload: the unit
             self.parameters, self.parameter_shard, group=self.group, async_op=True
         )
@@ -249,15 +237,11 @@ class Unit:
             self.allow_reads(True)
 
     def reshard(self) -> None:
-        """Mark the full parameters as out of date. In stage 3, also free their memory but keep the
-        storage object, of which parameters and saved tensors are views. On a GPU this is safe: the
-        kernels that read the memory are queued on the stream that will reuse it. No-op with one
+        """Mark the full parameters as out of date, which makes reads raise an error. No-op with one
         rank."""
         if self.group.size() == 1:
             return
         self.wait()
-        if self.is_sharded:
-            self.parameters.untyped_storage().resize_(0)
         self.gathered = False
         self.allow_reads(False)
 
@@ -359,7 +343,7 @@ class Zero1:
 
     model: must have the same parameters, with the same values, on all ranks of `group` and
         `replicas`. Buffers are neither checked nor synchronized. Frozen parameters are not updated.
-    group: the ranks over which state is sharded. Default: all ranks.
+    group: the ranks over which the state is sharded. Default: all ranks.
     accumulations: the number of gradients that a parameter receives per step, which is the number
         of microbatches m. Pass a dict {parameter: count} if it differs between parameters. A
         parameter that receives fewer is reduced in finish(), without an error.
@@ -370,13 +354,14 @@ class Zero1:
         sends twice the bytes. No effect on fp32 parameters, or with one rank.
     blocks: modules whose parameters are gathered together. Default: see layers().
     overlap: False reduces all gradients in finish(). DDP in ddp.py explains when to use it. ZeRO-2
-        and ZeRO-3 then store full gradients until finish(), in the dtype of the parameters.
+        then stores full gradients until finish(), in the dtype of the parameters.
 
     Raises ValueError if ranks have different parameters or values, if requires_grad changes later,
     if a call is missing or out of order, or if the optimizer holds a model parameter. If only one
     rank raises an error, the others wait in their next collective until it times out."""
 
     stage = 1
+    unit_class = Unit  # ZeRO-3 has another one
 
     def __init__(
         self, model: nn.Module, group: dist.ProcessGroup | None = None,
@@ -403,8 +388,8 @@ class Zero1:
         self._make_units(grad_dtype, reduce_dtype)
         self._attach_hooks(model)
 
-        # A round reduce-scatters every unit once. ZeRO-2 and ZeRO-3 have a round per microbatch. In
-        # a pipeline, a tied matrix can receive two gradients per microbatch, so the minimum is m.
+        # A round reduce-scatters every unit once. ZeRO-2 has a round per microbatch. In a pipeline,
+        # a tied matrix can receive two gradients per microbatch, so the minimum is m.
         one_round = self.stage == 1 or not overlap
         self.rounds = 1 if one_round else min(self.accumulations.values(), default=1)
         # The order in a round. Backward usually completes the last unit first.
@@ -423,7 +408,7 @@ class Zero1:
             key_of = {p: unit_key(p, parameters) for p in sharded if p not in self.unit_of}
             for key in dict.fromkeys(key_of.values()):
                 members = [(self.name_of[p], p) for p in key_of if key_of[p] == key]
-                unit = Unit(members, self.group, self.stage, *dtypes)
+                unit = self.unit_class(members, self.group, self.stage, *dtypes)
                 self.units.append(unit)
                 self.unit_of.update((p, unit) for _, p in members)
             self.needs.append(list(dict.fromkeys(self.unit_of[p] for p in sharded)))
@@ -595,24 +580,25 @@ class Zero1:
 
     def after_step(self) -> None:
         """Call after optimizer.step(). Copies the updated masters to this rank's shards of the
-        parameters. ZeRO-1 and ZeRO-2 also start to all-gather them. The next forward waits for them
-        layer by layer."""
+        parameters, and starts to all-gather them. The next forward waits for them layer by
+        layer."""
         for unit in self.units:
             unit.reshard()
         copied = [unit for unit in self.units if unit.master is not unit.parameter_shard]
         if copied:
             shards = [unit.parameter_shard for unit in copied]
             torch._foreach_copy_(shards, [unit.master for unit in copied])
-        if self.stage < 3:
-            for unit in self.units:
-                unit.unshard()
+        self.start_gathering()
         self.phase = "idle"
+
+    def start_gathering(self) -> None:
+        for unit in self.units:
+            unit.unshard()
 
     def gather(self) -> None:
         """All-gather all parameters. Call on all ranks before reading a parameter outside of the
         model's forward. model.state_dict() and load_state_dict() call it, so call these on all
-        ranks too. Manual writes to a bf16 parameter, or to any parameter under ZeRO-3, are lost:
-        use load_state_dict(). ZeRO-3 frees the memory in the next start() at the latest."""
+        ranks too. Manual writes to a bf16 parameter are lost: use load_state_dict()."""
         for unit in self.units:
             unit.unshard()
             unit.wait()
@@ -658,29 +644,6 @@ class Zero1:
                 self.unit_of[p].refresh()
 
 
-# accumulate(), is_unused() and the checks below are identical to those in ddp.py.
-def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
-    """Set `total` to the gradient if `first`, else add the gradient to it. Dtypes may differ."""
-    # Gradients from backward(create_graph=True) require grad.
-    # Those from nn.Embedding(sparse=True) are sparse.
-    if gradient.requires_grad or gradient.is_sparse:
-        gradient = gradient.detach().to_dense()
-    if first:
-        total.copy_(gradient)
-    else:
-        total.add_(gradient)
-
-
-# Limitation: if some ranks used the parameter, but every element of the sum is -0.0, the ranks that
-# did not use it skip the update of their pieces. In hybrid sharding, replicas can then diverge.
-def is_unused(gradient: Tensor) -> bool:
-    """Whether no rank used the parameter, given its reduced gradient.
-
-    A rank that did not use the parameter contributes -0.0. A floating-point sum is -0.0 only if
-    every term is -0.0."""
-    return bool((gradient == 0).all() and gradient.signbit().all())
-
-
 def weak(method: Callable, *bound) -> Callable:
     """A hook that calls method(*bound, *args). It has only a weak reference to the ZeRO object,
     because otherwise the model would keep the object and its process group alive."""
@@ -719,264 +682,6 @@ class Zero2(Zero1):
             if views:
                 torch._foreach_copy_(views, gradients)
         return flat
-
-
-class Zero3(Zero2):
-    """ZeRO-3: parameters are sharded too. The all-gather of the next layer overlaps with the
-    computation of this layer. All ranks must run the same layers in the same order, because
-    collectives are matched by call order. Otherwise ranks hang, raise an error, or, if the units
-    have equal sizes, silently use wrong parameters.
-
-    reshard_after_forward: False keeps all parameters in memory from the first forward of a step to
-        the last backward, and so needs only one all-gather per unit and step.
-    starts: the first layer of each pipeline stage on this rank. Stages run independently, so the
-        next layer is not gathered ahead if it is in another stage.
-
-    A layer's forward must return every tensor that other layers or the loss use, directly or in
-    tuples, lists and dicts. The all-gather for backward starts when a gradient reaches one of them.
-    If a layer stores a tensor in an attribute instead, using that tensor raises ValueError.
-
-    A layer stays gathered until the last backward of the step if it returns no such tensor, if it
-    contains other layers, or if backward runs with create_graph=True."""
-
-    stage = 3
-
-    def __init__(
-        self, model: nn.Module, *args, reshard_after_forward: bool = True,
-        starts: Collection[nn.Module] = (), **kwargs,
-    ):  # fmt: skip
-        super().__init__(model, *args, **kwargs)
-        self.reshard_after_forward = reshard_after_forward
-        self.starts = {i for i, layer in enumerate(self.layers) if layer in starts}
-        self.starts |= {0, len(self.layers)}
-        copy_out = weak(self._copy_out)
-        model.register_state_dict_post_hook(lambda _, *args: copy_out(*args))
-        # By layer. is_outer: whether it contains other layers. is_table: whether it is an embedding
-        # table, whose backward does not read the weight. _after_forward() updates is_table.
-        self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
-        self.is_table = [type(layer) is nn.Embedding for layer in self.layers]
-        # Parameters that must be gathered when their gradient is computed. Exceptions are linear
-        # layers whose weight gradient pipeline.py defers, and tables, see _after_forward().
-        deferred = {module.weight for module in self.modules
-                    if getattr(module, "weight_grad_queue", None) is not None}  # fmt: skip
-        self.must_be_gathered = self.accumulations.keys() - deferred
-        for i, layer in enumerate(self.layers):
-            hook = not_compiled(weak(self._after_forward, i))
-            layer.register_forward_hook(hook, with_kwargs=True)
-
-    def start(self) -> None:
-        super().start()
-        self.create_graph = False  # whether a backward of this step has create_graph=True
-        self.kept: set[int] = set()  # layers that _reshard_layer() skips
-        for unit in self.units:
-            unit.reshard()
-
-    def _gather_layer(self, i: int, ahead: int | None) -> None:
-        """Wait for the parameters of layer i, and start to gather those of layer `ahead`."""
-        for layer in (i,) if ahead is None else (i, ahead):
-            for unit in self.needs[layer]:
-                unit.unshard()
-        for unit in self.needs[i]:
-            unit.wait()
-
-    def _reshard_layer(self, i: int) -> None:
-        if i not in self.kept and not self.create_graph:
-            for unit in self.needs[i]:
-                unit.reshard()
-
-    def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Gather layer i, and start to gather layer i + 1."""
-        if layer not in self.modules:  # a deep copy of the model, which keeps these hooks
-            return
-        # A recomputation runs in backward, where _before_backward() prefetches layer i - 1.
-        no_prefetch = i + 1 in self.starts or in_backward()
-        self._gather_layer(i, ahead=None if no_prefetch else i + 1)
-        if torch.is_grad_enabled() and not in_backward() and not self.is_outer[i]:
-            self._hook_inputs(i, [x for x in tensors_in((args, kwargs)) if x.requires_grad])
-
-    def _hook_inputs(self, i: int, inputs: list[Tensor]) -> None:
-        """Reshard layer i after its backward, when the gradient of an input is complete. The hooks
-        are registered before the forward, which may modify an input in place. Without inputs that
-        require a gradient, the next forward or _accumulated() reshards the layer."""
-        # Autograd runs nodes in reverse order of their creation. When it reaches the node that
-        # computed an input, all nodes of this layer have run.
-        computed = [x for x in inputs if not x.is_leaf]
-        for x in computed:
-            x.register_hook(weak(self._after_backward, i))
-        # The gradient of a leaf can be complete before the nodes of this layer have run. If all
-        # inputs are leaves, reshard at the end of the whole backward.
-        if inputs and not computed:
-            after_backward = weak(self._after_backward, i)
-
-            def leaf_complete(_) -> None:
-                handle.remove()
-                torch.autograd.Variable._execution_engine.queue_callback(after_backward)
-
-            handle = inputs[0].register_hook(leaf_complete)
-
-    def _after_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        """Hook the outputs of layer i, and reshard it unless its backward is next."""
-        if layer not in self.modules or in_backward():  # a deep copy, or recomputation
-            return
-        inputs, parameters = [*tensors_in((args, kwargs))], self.layers[layer]
-        outputs = [y for y in tensors_in(output) if y.requires_grad]
-        if self.is_outer[i]:
-            if not outputs and self.phase != "backward":
-                self._reshard_layer(i)
-            return
-        # A layer is a table if it has one parameter and takes only token ids. A module with a tied
-        # matrix can be called as a table and as an output head.
-        ids = (torch.int32, torch.int64)
-        takes_ids = len(inputs) > 0 and all(x.dtype in ids for x in inputs)
-        self.is_table[i] = takes_ids and len(parameters) == 1
-        if self.is_table[i]:
-            self.must_be_gathered -= {*parameters}
-        else:
-            self._hook_outputs(i, inputs, outputs)
-        # A backward will follow, but forward returned no tensor to hook: keep the layer gathered.
-        needs_backward = any(x.requires_grad for x in (*inputs, *parameters))
-        if needs_backward and not outputs and torch.is_grad_enabled():
-            self.kept.add(i)
-        storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
-        # Resharding would free the values of an output that is a view of a parameter.
-        is_view = any(y.untyped_storage()._cdata in storages for y in outputs)
-        # Keep the last layer of a stage: in the last stage, its backward comes next.
-        keep_gathered = i + 1 in self.starts or not self.reshard_after_forward
-        if not is_view and not (outputs and keep_gathered):
-            self._reshard_layer(i)
-
-    def _hook_outputs(self, i: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """Gather layer i before its backward, when a gradient reaches an output."""
-        for y in outputs:
-            # Hook the node that computed y, because its pre-hook runs after all hooks on y. If a
-            # layer is called twice in a row, y is also the input of the second call, whose hook on
-            # y reshards the layer and must run first. If y is a view, hook the node of its base,
-            # because an in-place operation on y replaces y.grad_fn.
-            node = (y._base if y._is_view() else y).grad_fn
-            if node is not None and not any(y is x for x in inputs):
-                node.register_prehook(weak(self._before_backward, i))
-
-    def _before_backward(self, i: int, _) -> None:
-        """Gather layer i, and start to gather layer i - 1."""
-        # Gradients are enabled if create_graph=True. The new graph may read the parameters later.
-        self.create_graph |= torch.is_grad_enabled()
-        no_prefetch = i in self.starts or self.is_table[i - 1]
-        self._gather_layer(i, ahead=None if no_prefetch else i - 1)
-
-    def _after_backward(self, i: int, *_) -> None:
-        if self.reshard_after_forward:
-            self._reshard_layer(i)
-
-    def _accumulated(self, p: nn.Parameter) -> None:
-        super()._accumulated(p)
-        unit = self.unit_of[p]
-        if p in self.must_be_gathered and (not unit.gathered or unit.gathering is not None):
-            raise ValueError(f"the gradient of {self.name_of[p]} is wrong, because its layer was "
-                             "not gathered: the layer's forward must return every tensor "
-                             "that other layers or the loss use")  # fmt: skip
-        if not self.create_graph and all(self.missing[q] == 0 for q in unit.place):
-            unit.reshard()  # the last use in this step
-
-    def finish(self) -> None:
-        super().finish()
-        for unit in self.units:
-            unit.reshard()
-
-    def _copy_out(self, state: dict, prefix: str, _) -> None:
-        """Replace the tensors in model.state_dict() by copies, and free the full parameters."""
-        for name, value in state.items():
-            if name.startswith(prefix) and isinstance(value, Tensor):
-                state[name] = value.clone()
-        for unit in self.units:
-            unit.reshard()
-
-
-def in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def tensors_in(value) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for v in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(v)
-
-
-STAGES = {1: Zero1, 2: Zero2, 3: Zero3}  # used by train_3d.py
-
-# --- checks ---------------------------------------------------------------------------------------
-# Most of the mistakes that these checks catch would otherwise produce a wrong model and no error.
-
-
-def check_same_parameters(
-    parameters: list[tuple[str, nn.Parameter]], group: dist.ProcessGroup
-) -> None:
-    """Raise ValueError on every rank unless all ranks of `group` have the same parameters, in the
-    same order and with equal values. The message names the first difference.
-
-    Values are compared by checksum. A permutation of the elements is not detected."""
-    if group.size() == 1:
-        return
-    mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
-            for name, p in parameters]  # fmt: skip
-    by_rank: list = [None] * group.size()
-    dist.all_gather_object(by_rank, mine, group=group)
-    for rank, theirs in enumerate(by_rank):
-        for i, (a, b) in enumerate(itertools.zip_longest(by_rank[0], theirs, fillvalue="missing")):
-            if a != b:
-                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on rank "
-                                 f"{rank}: build the same model on every rank, with the same seed "
-                                 "or from the same checkpoint")  # fmt: skip
-
-
-def checksum(p: Tensor) -> int:
-    """The sum of the elements' bit patterns as integers. It does not depend on the order of
-    summation, so equal tensors always have equal checksums."""
-    if p.is_meta:  # it has no values
-        return 0
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
-    return p.detach().view(integer).sum(dtype=torch.int64).item()
-
-
-def check_accumulations(model: nn.Module, accumulations: dict[nn.Parameter, int]) -> None:
-    """Raise ValueError unless every trainable parameter has a count of at least 1."""
-    for name, p in model.named_parameters():
-        if p.requires_grad and not accumulations.get(p, 0) >= 1:
-            raise ValueError("accumulations must be an int >= 1, or a dict with an int >= 1 for "
-                             f"every trainable parameter: for {name} it is "
-                             f"{accumulations.get(p)}")  # fmt: skip
-
-
-def check_optimizer(
-    optimizer: torch.optim.Optimizer, pieces: dict[Tensor, Piece], ready: bool
-) -> None:
-    """Raise ValueError if the optimizer holds a model parameter instead of its fp32 copy or shard,
-    or if the gradients are not `ready`. Runs before the step of every optimizer in the process.
-
-    pieces: maps each parameter, and the tensor that the optimizer must hold, to a Piece.
-    ready: whether before_step() has been called."""
-    for p in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
-        piece = pieces.get(p)
-        if piece is not None and p is not piece.tensor:
-            raise ValueError(f"the optimizer holds {piece.name} instead of its fp32 copy or shard: "
-                             "construct the optimizer over "
-                             "[piece.tensor for piece in sync.pieces()]")  # fmt: skip
-        if piece is not None and not ready:
-            raise ValueError("optimizer.step() was called without before_step(): call finish() "
-                             "and then sync.step(optimizer)")  # fmt: skip
-
-
-def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
-    """Raise ValueError if the gradient norm depends on other tensor-parallel ranks."""
-    for name, p in parameters:  # tensor_parallel.py sets p.sharding and p.partial
-        sharded = hasattr(p, "sharding") and p.sharding.size > 1
-        if sharded or getattr(p, "partial", False):
-            raise ValueError(f"clip: the gradient of {name} is distributed over tensor-parallel "
-                             "ranks, so one rank cannot compute the norm: call before_step(), "
-                             "clip by the gradient norm of the full model, then call "
-                             "optimizer.step() and after_step()")  # fmt: skip
 
 
 # --- parameters and gradients that must not be read -----------------------------------------------
@@ -1032,62 +737,36 @@ class ReducedGradient(Tensor):
 
 
 def predicted_payload(
-    sizes: list[int], d: int, stage: int = 1, m: int = 1, replicas: int = 1,
-    reshard: bool = True, skipped: int | None = None,
-) -> dict[str, int]:  # fmt: skip
-    """Payload per step, as defined in the module docstring. sizes: padded sizes of the units.
-    skipped: elements that ZeRO-3 does not gather for backward. Default: the last unit."""
-    psi, gathered = sum(sizes), sum(sizes)
-    if stage == 3 and reshard:
-        gathered = m * (2 * psi - (sizes[-1] if skipped is None else skipped))
+    sizes: list[int], d: int, stage: int = 1, m: int = 1, replicas: int = 1
+) -> dict[str, int]:
+    """Payload per step of ZeRO-1 and ZeRO-2, as defined in the module docstring. sizes: the padded
+    sizes of the units."""
+    psi, rounds = sum(sizes), m if stage == 2 else 1
     return {
-        "reduce_scatter": (d > 1) * (psi if stage == 1 else m * psi),
-        "all_gather": (d > 1) * gathered,
+        "reduce_scatter": (d > 1) * rounds * psi,
+        "all_gather": (d > 1) * psi,
         "all_reduce": (replicas > 1) * psi // d,
-    }
-
-
-def predicted_bytes(
-    units: list[list[int]], d: int, rank: int, stage: int = 1,
-    dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None,
-) -> dict[str, int]:  # fmt: skip
-    """Bytes stored per rank after the last backward, with AdamW. units: per unit, the sizes of its
-    parameters. Padding has no moments. Used by tools/cost.py and the tests."""
-    grad_dtype = grad_dtype or torch.promote_types(dtype, torch.float32)
-    psi = owned = 0
-    for numels in units:
-        size, start = padded(numels, d), 0
-        shard = range(rank * size // d, (rank + 1) * size // d)
-        for numel in numels:
-            owned += max(0, min(start + numel, shard.stop) - max(start, shard.start))
-            start += aligned(numel)
-        psi += size
-    masters = 4 * psi // d if dtype.itemsize < 4 else 0
-    return {
-        "parameters": psi // (d if stage == 3 else 1) * dtype.itemsize,
-        "gradients": psi // (d if stage >= 2 else 1) * grad_dtype.itemsize,
-        "optimizer": 2 * owned * max(4, dtype.itemsize) + masters,
     }
 
 
 # --- demo -----------------------------------------------------------------------------------------
 
 
-def train(rows: range, world: dist.ProcessGroup, m: int, kind: type | None = None, **options):
-    """Train on `rows` of each batch, in float64. A batch has 4 rows per rank of `world`. m: the
-    number of microbatches. kind: the class to use, with `options`. None: one process."""
+def train(rows: range, world: dist.ProcessGroup, m: int, attach: Callable = lambda model: None):
+    """Train on `rows` of each batch, in float64, in m microbatches. A batch has 4 rows per rank of
+    `world`. attach(model) returns an object like Zero1 or MinimalZero1, or None for plain training.
+    Returns the losses, the model, the result of attach() and the collectives."""
     import data
     import gpt
     import measure
 
     config, steps, tokens = gpt.GPTConfig(3, 2, 32, 251, 32, tied=False), 3, data.example()
     model = gpt.build(config, seed=0, dtype=torch.float64)
-    tensors, sync = [*model.parameters()], None
-    if kind is MinimalZero1:
-        sync = MinimalZero1(model.parameters(), world)
+    sync = attach(model)
+    tensors = [*model.parameters()]
+    if isinstance(sync, MinimalZero1):
         tensors = [sync.shard]
-    elif kind is not None:
-        sync = kind(model, accumulations=m, **options)
+    elif sync is not None:
         tensors = [piece.tensor for piece in sync.pieces()]
     optimizer = torch.optim.AdamW(tensors, lr=1e-2, eps=1e-4)
     start = sync.start if sync else optimizer.zero_grad
@@ -1106,7 +785,28 @@ def train(rows: range, world: dist.ProcessGroup, m: int, kind: type | None = Non
             update()
     if isinstance(sync, Zero1):
         sync.gather()
-    return losses, dict(model.named_parameters()), sync, seen
+    return losses, model, sync, seen
+
+
+def compare(report, name: str, trained: tuple, expected: tuple, predicted: dict) -> None:
+    """Report the losses, gradient shards and payload of `trained` next to those of one process, and
+    the parameters if they are gathered. Both are results of train()."""
+    losses, model, sync, seen = trained
+    dist.all_reduce(losses)
+    report.losses(name, [*losses], [*expected[0]])
+    full = dict(expected[1].named_parameters())
+    parameters = {key: p for key, p in model.named_parameters() if key in full}
+    if parameters:
+        report.close(f"{name} max |d parameter|", parameters, full)
+    if isinstance(sync, Zero1):
+        gradients, true = {}, {}
+        for piece in sync.pieces():
+            gradients[piece.name] = piece.tensor.grad
+            shard = slice(piece.start, piece.start + piece.tensor.numel())
+            true[piece.name] = full[piece.name].grad.flatten()[shard]
+        report.close(f"{name} max |d gradient|", gradients, true)
+    measured = {op: seen.total(None, op).payload // len(losses) for op in predicted}
+    report.costs("payload per step", name, predicted, measured)
 
 
 def main() -> None:
@@ -1114,37 +814,27 @@ def main() -> None:
     import measure
 
     with measure.Report("zero.py") as report:
-        group, world, m = report.group, report.group.size(), 2
+        group, d, m = report.group, report.group.size(), 2
         # Ranks per hybrid group. It is 1, so nothing is sharded, if the number of ranks is prime.
-        k = max(k for k in range(1, max(2, world)) if world % k == 0)
-        mesh = dist.init_device_mesh("cpu", (world // k, k), mesh_dim_names=("replicas", "group"))
+        k = max(k for k in range(1, max(2, d)) if d % k == 0)
+        mesh = dist.init_device_mesh("cpu", (d // k, k), mesh_dim_names=("replicas", "group"))
         hybrid = {name: mesh[name].get_group() for name in mesh.mesh_dim_names}
-        expected_losses, expected, _, _ = train(range(4 * world), group, m)
+        expected = train(range(4 * d), group, m)
         rows = range(4 * group.rank(), 4 * group.rank() + 4)
+        trained = train(rows, group, m, lambda model: MinimalZero1(model.parameters(), group))
+        n = trained[2].parameters.numel()
+        predicted = {"reduce_scatter": n, "all_gather": n, "all_reduce": 0}
+        compare(report, "version 1", trained, expected, predicted)
         for name, kind, options in (
-            ("version 1", MinimalZero1, {}), ("ZeRO-1", Zero1, {}), ("ZeRO-2", Zero2, {}),
-            ("ZeRO-3", Zero3, {}), ("ZeRO-3 kept", Zero3, {"reshard_after_forward": False}),
-            (f"ZeRO-3 hybrid {world // k} x {k}", Zero3, hybrid),
-        ):  # fmt: skip
-            losses, parameters, sync, seen = train(rows, group, m, kind, **options)
-            dist.all_reduce(losses)
-            report.losses(name, [*losses], [*expected_losses])
-            report.close(f"{name} max |d parameter|", parameters, expected)
-            if kind is MinimalZero1:
-                n = sync.parameters.numel()
-                predicted = {"reduce_scatter": n, "all_gather": n, "all_reduce": 0}
-            else:
-                gradients, true = {}, {}
-                for name_, tensor, _, start in sync.pieces():
-                    gradients[name_] = tensor.grad
-                    true[name_] = expected[name_].grad.flatten()[start : start + tensor.numel()]
-                report.close(f"{name} max |d gradient|", gradients, true)
-                d, reshard = sync.group.size(), options.get("reshard_after_forward", True)
-                sizes = [padded([p.numel() for p in unit.place], d) for unit in sync.units]
-                skipped = sizes[0] + sizes[-1]  # the token table and the last layer
-                predicted = predicted_payload(sizes, d, kind.stage, m, world // d, reshard, skipped)
-            measured = {op: seen.total(None, op).payload // len(losses) for op in predicted}
-            report.costs("payload per step", name, predicted, measured)
+            ("ZeRO-1", Zero1, {}),
+            ("ZeRO-2", Zero2, {}),
+            (f"ZeRO-1 hybrid {d // k} x {k}", Zero1, hybrid),
+        ):
+            trained = train(rows, group, m, functools.partial(kind, accumulations=m, **options))
+            shards = trained[2].group.size()
+            sizes = [padded([p.numel() for p in unit.place], shards) for unit in trained[2].units]
+            predicted = predicted_payload(sizes, shards, kind.stage, m, d // shards)
+            compare(report, name, trained, expected, predicted)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import ddp
 import gpt
 import measure
 import zero
+import zero3
 from tools.oracle import Case, judge, launch
 
 
@@ -271,7 +272,7 @@ def too_many(kind):
     net(rows(0, 0)).sum().backward()
 
 
-@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero3])
+@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero3.Zero3])
 def test_an_accumulation_too_many_is_an_error(kind):
     with pytest.raises(RuntimeError, match="received 2 gradients in one step"):
         launch(1, too_many, kind)
@@ -392,7 +393,7 @@ def calls_of_one_rank(kind) -> list:
     return seen.calls
 
 
-@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero2, zero.Zero3])
+@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero2, zero3.Zero3])
 def test_one_rank_sends_nothing(kind):
     assert launch(1, calls_of_one_rank, kind) == [[]]
 

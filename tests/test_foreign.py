@@ -17,9 +17,10 @@ import ddp
 import measure
 import tensor_parallel
 import zero
+import zero3
 from tools.oracle import launch
 
-KINDS = [ddp.DDP, zero.Zero1, zero.Zero2, zero.Zero3]
+KINDS = [ddp.DDP, zero.Zero1, zero.Zero2, zero3.Zero3]
 V, S, H, CLIP, M, STEPS, ROWS = 13, 6, 8, 0.2, 2, 3, 12
 BF16 = torch.bfloat16
 
@@ -123,7 +124,7 @@ def lora_run(kind, optimizer):
     torch.testing.assert_close(norms, true_norms, rtol=1e-12, atol=0)
     assert min(norms) > CLIP, "clipping is active"
     if kind is not ddp.DDP:
-        assert all(p.requires_grad for p in sync.unit_of) == (kind is not zero.Zero3)
+        assert all(p.requires_grad for p in sync.unit_of) == (kind is not zero3.Zero3)
     seen = 0
     for piece in sync.pieces():
         true = expected[piece.name].grad.flatten()
@@ -196,7 +197,7 @@ def test_parameters_without_a_forward_are_refused():
 def whole_during_backward():
     """Units whose memory is not freed, after the forward and between the blocks' backwards."""
     model = build()
-    sync = zero.Zero3(model, accumulations=2)
+    sync = zero3.Zero3(model, accumulations=2)
     names = {id(p): name for name, p in model.named_parameters()}
     held, (x, y) = [], microbatches(0)[0]
 
@@ -394,7 +395,7 @@ def state(kind, dtype):
     step()
     check(donor.state_dict())
     for name, value in build().to(dtype).state_dict().items():  # no view of what is freed since
-        assert kind is not zero.Zero3 or torch.equal(first[name], value), name
+        assert kind is not zero3.Zero3 or torch.equal(first[name], value), name
     try:
         model.load_state_dict(donor.state_dict(), assign=True)
     except ValueError as error:
@@ -509,7 +510,7 @@ def chain(kind, options, build=Chain):
 
 @pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}])
 def test_a_layer_may_be_called_by_keyword_and_return_several_tensors(options):
-    launch(2, chain, zero.Zero3, options)
+    launch(2, chain, zero3.Zero3, options)
     launch(2, chain, zero.Zero2, {})
 
 
@@ -562,14 +563,14 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("how", CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_a_layer_may_run_twice_and_under_torchs_recomputation(how, options):
     times = 1 if how is CHECKPOINTS["reentrant"] else 2
-    launch(2, chain, zero.Zero3, options, functools.partial(Loop, how, times))
+    launch(2, chain, zero3.Zero3, options, functools.partial(Loop, how, times))
 
 
 def whole_after(build):
     """Units whose memory is not freed after the forward, and after the backward."""
     torch.manual_seed(0)
     model = build().double()
-    sync, held = zero.Zero3(model, accumulations=2), []
+    sync, held = zero3.Zero3(model, accumulations=2), []
     loss = model(torch.ones(5, 4, dtype=torch.float64))
     held.append([unit.gathered for unit in sync.units])
     loss.backward()
@@ -822,7 +823,7 @@ SHAPES = [
 
 def hooks_left():
     model = Queries().double()
-    sync, counts = zero.Zero3(model), []
+    sync, counts = zero3.Zero3(model), []
     for _ in range(3):
         sync.start()
         model(torch.ones(5, 4, dtype=torch.float64)).backward()
@@ -838,7 +839,7 @@ def test_no_hook_stays_on_an_input_that_lives_on():
 @pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}])
 def test_models_whose_backward_reads_parameters_at_unusual_times(options, build):
     """Each read freed memory under an earlier ZeRO-3."""
-    launch(2, chain, zero.Zero3, options, build)
+    launch(2, chain, zero3.Zero3, options, build)
 
 
 class Keeping(nn.Module):
@@ -869,7 +870,7 @@ class Escape(nn.Module):
 
 def test_an_output_that_leaves_by_an_attribute_is_refused():
     with pytest.raises(RuntimeError, match="is wrong, because its layer was not gathered"):
-        launch(2, chain, zero.Zero3, {}, Escape)
+        launch(2, chain, zero3.Zero3, {}, Escape)
 
 
 def compiled(kind):
@@ -890,7 +891,7 @@ def compiled(kind):
         torch.testing.assert_close(piece.tensor.grad.flatten(), true)
 
 
-@pytest.mark.parametrize("kind", [zero.Zero1, zero.Zero3])
+@pytest.mark.parametrize("kind", [zero.Zero1, zero3.Zero3])
 def test_a_block_may_be_compiled(kind):
     launch(2, compiled, kind)
 
@@ -923,7 +924,7 @@ def ids_and_weights():
     torch.manual_seed(0)
     model = nn.ModuleList([Front(), nn.Linear(H, 1)])
     plain = copy.deepcopy(model)
-    sync = zero.Zero3(model)
+    sync = zero3.Zero3(model)
     tokens = torch.arange(5)
     model[1](model[0](tokens)).sum().backward()
     plain[1](plain[0](tokens)).sum().backward()
@@ -1187,7 +1188,7 @@ def gradients_where_backward_returns_none(kind) -> list[str]:
     return given
 
 
-@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero2, zero.Zero3])
+@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero2, zero3.Zero3])
 def test_a_backward_that_returns_none_gives_no_gradient(kind):
     """Autograd calls the parameter's hook nevertheless, with `.grad` None."""
     names = {name for given in launch(2, gradients_where_backward_returns_none, kind)
@@ -1210,7 +1211,7 @@ def graphs_on_gradients(kind) -> list[bool]:
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
-@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero2, zero.Zero3])
+@pytest.mark.parametrize("kind", [ddp.DDP, zero.Zero1, zero.Zero2, zero3.Zero3])
 def test_summed_gradients_keep_no_graph(kind):
     """With create_graph=True the gradients of a backward have one."""
     assert all(found and not any(found) for found in launch(2, graphs_on_gradients, kind))

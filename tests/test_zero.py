@@ -10,6 +10,7 @@ import ddp
 import gpt
 import measure
 import zero
+import zero3
 from tools import cost
 from tools.oracle import launch
 
@@ -49,7 +50,7 @@ def attach(net, stage, options, hybrid: bool, accumulations: int):
         mesh = dist.init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replica", "shard"))
         options = options | {"replicas": mesh["replica"].get_group()}
         group = mesh["shard"].get_group()
-    return zero.STAGES[stage](net, group, accumulations, **options), group
+    return zero3.STAGES[stage](net, group, accumulations, **options), group
 
 
 def pieces_and_step(stage: int, options: dict, hybrid: bool):
@@ -114,14 +115,16 @@ def test_pieces_own_every_element_once_and_padding_never(world, hybrid, stage, o
         units, uses = result["units"], [cost.Use(i, matmul=False) for i in range(len(SIZES))]
         sizes = [zero.padded(numels, d) for numels in units]
         predicted = cost.predicted_zero_payload(sizes, d, uses, stage, M, world // d, not options)
-        totals = zero.predicted_payload(sizes, d, stage, M, world // d, not options)
+        totals = zero.predicted_payload(sizes, d, stage, M, world // d)
+        if stage == 3:
+            totals = zero3.predicted_payload(sizes, d, M, world // d, not options)
         assert totals == {op: payload.exposed for op, payload in predicted.items()}
         for op, payload in predicted.items():
             assert payload.hidden == 0  # nothing is multiplied here
             total = (2 * payload.calls, 2 * payload.exposed)
             name = "replica" if hybrid and op == "all_reduce" else "dp"
             assert result["seen"][name, op] == total, op
-        held = zero.predicted_bytes(units, d, rank % d, stage, torch.float64)
+        held = cost.predicted_zero_bytes(units, d, rank % d, stage, torch.float64)
         assert held["optimizer"] == 2 * 8 * sum(length for _, _, length in result["pieces"])
         assert {k: held[k] for k in result["held"]} == result["held"]
 
@@ -185,6 +188,48 @@ def test_version_1_equals_one_process(optimizer, options, d):
     launch(d, minimal_zero1, optimizer, options)
 
 
+def sharded_layers(optimizer, options: dict):
+    """ShardedLayer next to one process that has all rows."""
+    rank, d = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    net[2].bias.requires_grad_(False)
+    plain = copy.deepcopy(net)
+    for i in (0, 2):
+        net[i] = zero3.ShardedLayer(net[i], dist.group.WORLD)
+    assert [p.numel() for p in net.parameters()] == [-(-42 // d), -(-21 // d)]
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    mine = optimizer(net.parameters(), **options)
+    plain_optimizer = optimizer(trained, **options)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(d, M, 4, 5, dtype=torch.float64, generator=generator)
+        plain_optimizer.zero_grad()
+        mine.zero_grad()
+        for rows in x.flatten(0, 1):
+            (plain(rows).square().sum() / len(x)).backward()
+        for rows in x[rank]:
+            (net(rows).square().sum() / len(x)).backward()
+        for i, full in ((0, trained[:2]), (2, trained[2:])):
+            gradient = zero3.shard_of([p.grad for p in full], dist.group.WORLD)
+            torch.testing.assert_close(net[i].shard.grad, gradient, rtol=1e-12, atol=1e-14)
+        plain_optimizer.step()
+        mine.step()
+        for i, full in ((0, trained[:2]), (2, trained[2:])):
+            shard = zero3.shard_of(full, dist.group.WORLD)
+            torch.testing.assert_close(net[i].shard.detach(), shard, rtol=1e-12, atol=1e-14)
+    assert torch.equal(net[2].layer[0].bias, plain[2].bias) and net[2].layer[0].bias.grad is None
+
+
+@pytest.mark.parametrize("d", [1, 2, 4, 5])
+@pytest.mark.parametrize(
+    "optimizer, options",
+    [(torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.01})],
+)
+def test_version_1_of_zero3_equals_one_process(optimizer, options, d):
+    launch(d, sharded_layers, optimizer, options)
+
+
 BF16 = torch.bfloat16
 
 
@@ -192,7 +237,7 @@ def bf16_steps(stage: int, options: dict, grad_dtype, replicate: bool):
     """Three steps in bf16 on two ranks that share the state, or have it alike and replicate; beside
     one process that adds in the same order."""
     config, rank = gpt.GPTConfig(2, 2, 16, 31, 8), dist.get_rank()
-    kind = zero.STAGES[stage] if stage else ddp.DDP
+    kind = zero3.STAGES[stage] if stage else ddp.DDP
     model, whole = (gpt.build(config, seed=0, dtype=BF16) for _ in range(2))
     group = dist.group.WORLD
     if replicate:
@@ -243,7 +288,7 @@ def bf16_steps(stage: int, options: dict, grad_dtype, replicate: bool):
         assert torch.equal(p, q), (name, (p - q).abs().max())
     if stage:
         units = [[p.numel() for p in unit.place] for unit in sync.units]
-        predicted = zero.predicted_bytes
+        predicted = cost.predicted_zero_bytes
         return held, predicted(units, group.size(), group.rank(), stage, BF16, grad_dtype)
     psi = sum(p.numel() for p in model.parameters())
     return held, ddp.predicted_bytes(psi, BF16, grad_dtype)
@@ -303,7 +348,8 @@ def gpt_steps(stage: int, options: dict, hybrid: bool, dtype, grad_dtype):
         total, hidden = (seen.total(None, operation, hidden=h) for h in (None, True))
         split = total.payload - hidden.payload, hidden.payload
         measured[operation] = cost.Payload(total.calls, *split)
-    predicted_held = zero.predicted_bytes(units, d, group.rank(), stage, dtype, grad_dtype)
+    rank = group.rank()
+    predicted_held = cost.predicted_zero_bytes(units, d, rank, stage, dtype, grad_dtype)
     return (payload, measured), (predicted_held, held)
 
 
@@ -336,7 +382,7 @@ def small_updates(kind):
     return net.weight.detach().float().unique().tolist()
 
 
-@pytest.mark.parametrize("kind", [ddp.DDP, *zero.STAGES.values()])
+@pytest.mark.parametrize("kind", [ddp.DDP, *zero3.STAGES.values()])
 def test_small_updates_of_bf16_weights_add_up(kind):
     assert launch(2, small_updates, kind) == [[1.0 - 2 * 64 * 2**-11]] * 2
 
@@ -355,7 +401,7 @@ def test_a_tied_matrix_is_cut_alone():
 
 def kept_by_a_forward_without_backward(options: dict):
     net = model()
-    sync = zero.Zero3(net, dist.group.WORLD, 1, **options)
+    sync = zero3.Zero3(net, dist.group.WORLD, 1, **options)
     with torch.no_grad():
         for layer in net.values():
             layer(torch.ones(1, dtype=torch.float64))
@@ -393,7 +439,7 @@ def test_the_state_that_is_sharded_shrinks_by_d(stage, options):
 
 
 def given_back_on_the_way():
-    sync = zero.Zero3(model(), dist.group.WORLD, 1)
+    sync = zero3.Zero3(model(), dist.group.WORLD, 1)
     unit, waited = sync.units[0], []
     unit.reshard()
     unit.unshard()
@@ -433,7 +479,7 @@ def optimizer_over_one_parameter(kind):
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", [zero.Zero1, zero.Zero3])
+@pytest.mark.parametrize("kind", [zero.Zero1, zero3.Zero3])
 def test_every_rank_refuses_an_optimizer_over_parameters(kind):
     """Also the ranks whose shards have nothing of the parameter."""
     launch(3, optimizer_over_one_parameter, kind)

@@ -83,7 +83,7 @@ import options
 import pipeline
 import tensor_parallel
 import train_3d
-import zero
+import zero3
 from tools import cost, links
 from tools.oracle import launch
 
@@ -137,10 +137,10 @@ def repo_dp(model: nn.Module, attach: Callable, m: int = 1) -> Callable:
     return step
 
 
-def hybrid(model: nn.Module, group: dist.ProcessGroup, m: int) -> zero.Zero3:
+def hybrid(model: nn.Module, group: dist.ProcessGroup, m: int) -> zero3.Zero3:
     """ZeRO-3 with shard groups of one rank: every rank is a replica, as with DDP."""
     alone = [dist.new_group([rank]) for rank in range(group.size())][group.rank()]
-    return zero.Zero3(model, alone, m, replicas=group)
+    return zero3.Zero3(model, alone, m, replicas=group)
 
 
 # PyTorch averages gradients over ranks where this repository sums them. Its variants multiply the
@@ -389,7 +389,7 @@ def torch_3d(model: nn.Module, reshard: bool, m: int = ROWS // RANKS) -> Callabl
 
 
 def _zero(stage: int, m: int = 1, **options) -> Callable:
-    attach = functools.partial(zero.STAGES[stage], **options)
+    attach = functools.partial(zero3.STAGES[stage], **options)
     return functools.partial(repo_dp, attach=attach, m=m)
 
 

@@ -21,6 +21,8 @@ of B unless the schedule separates it).
 import functools
 from typing import NamedTuple
 
+import torch
+
 import ddp
 import gpt
 import options
@@ -191,7 +193,7 @@ def state_bytes(
     names = {2: "bf16", 4: "float32", 8: "float64"}
     dtypes = [options.DTYPES[names[n]] for n in (program.itemsize, program.grad_itemsize)]
     if layout.zero:
-        held = zero.predicted_bytes(unit_sizes, layout.shards, shard_rank, layout.zero, *dtypes)
+        held = predicted_zero_bytes(unit_sizes, layout.shards, shard_rank, layout.zero, *dtypes)
     else:
         held = ddp.predicted_bytes(sum(map(sum, unit_sizes)), *dtypes)
     buffers = max(map(sum, unit_sizes)) * (3 * program.itemsize + program.reduce_itemsize)
@@ -742,7 +744,30 @@ def predicted_queue_bytes(
     return itemsize * (n_layer * block + (column + b * s * head if head else 0))
 
 
-# --- ZeRO: payload by collective, and what hides it -----------------------------------------------
+# --- ZeRO: bytes, payload by collective, and what hides it ----------------------------------------
+
+
+def predicted_zero_bytes(
+    units: list[list[int]], d: int, rank: int, stage: int = 1,
+    dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes stored per rank by ZeRO after the last backward, with AdamW. units: per unit, the sizes
+    of its parameters. Padding has no moments."""
+    grad_dtype = grad_dtype or torch.promote_types(dtype, torch.float32)
+    psi = owned = 0
+    for numels in units:
+        size, start = zero.padded(numels, d), 0
+        shard = range(rank * size // d, (rank + 1) * size // d)
+        for numel in numels:
+            owned += max(0, min(start + numel, shard.stop) - max(start, shard.start))
+            start += zero.aligned(numel)
+        psi += size
+    masters = 4 * psi // d if dtype.itemsize < 4 else 0
+    return {
+        "parameters": psi // (d if stage == 3 else 1) * dtype.itemsize,
+        "gradients": psi // (d if stage >= 2 else 1) * grad_dtype.itemsize,
+        "optimizer": 2 * owned * max(4, dtype.itemsize) + masters,
+    }
 
 
 class Use(NamedTuple):

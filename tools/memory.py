@@ -28,7 +28,7 @@ import torch.distributed as dist
 import activation_ckpt
 import ddp
 import gpt
-import zero
+import zero3
 from tools import cost
 from tools.oracle import launch
 
@@ -133,7 +133,7 @@ def train(config: gpt.GPTConfig, stage: int, mesh, dtype: torch.dtype) -> tuple[
     x = torch.randint(config.vocab_size, (1, config.seq_len))
     model = gpt.build(config, seed=0, dtype=dtype)
     if stage:
-        sync = zero.STAGES[stage](model, mesh["shard"].get_group(), 1, **options)
+        sync = zero3.STAGES[stage](model, mesh["shard"].get_group(), 1, **options)
     else:
         sync = ddp.DDP(model, dist.group.WORLD, 1)
     optimizer = torch.optim.AdamW([piece.tensor for piece in sync.pieces()], foreach=True)
@@ -148,7 +148,7 @@ def train(config: gpt.GPTConfig, stage: int, mesh, dtype: torch.dtype) -> tuple[
         sync.after_step()
     if stage:
         units = [[p.numel() for p in unit.place] for unit in sync.units]
-        predicted = zero.predicted_bytes(units, k, rank, stage, dtype)
+        predicted = cost.predicted_zero_bytes(units, k, rank, stage, dtype)
     else:
         predicted = ddp.predicted_bytes(sum(p.numel() for p in model.parameters()), dtype)
     return (model, sync, optimizer), sum(predicted.values())
@@ -156,7 +156,7 @@ def train(config: gpt.GPTConfig, stage: int, mesh, dtype: torch.dtype) -> tuple[
 
 def table(config: gpt.GPTConfig, nproc: int, dtype: torch.dtype, say: Callable) -> bool:
     """Prints a row per ZeRO stage. Returns whether all savings agree with the formula."""
-    rows = [(f"ZeRO-{stage}", stage, nproc) for stage in (0, *zero.STAGES)]
+    rows = [(f"ZeRO-{stage}", stage, nproc) for stage in (0, *zero3.STAGES)]
     if nproc > 2 and nproc % 2 == 0:
         rows.insert(3, (f"ZeRO-3 within {nproc // 2}", 3, nproc // 2))
     savings = Savings("ZeRO-0")

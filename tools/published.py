@@ -34,7 +34,6 @@ from typing import NamedTuple
 import torch
 
 import gpt
-import zero
 from tools import cost
 from tools.cost import HARDWARE, Hardware, Layout, Program
 
@@ -298,8 +297,8 @@ def zero_memory() -> list[tuple[str, float, float]]:
     for numel, by_d in ZERO_1.items():
         for d, published in zip((1, 4, 16, 64, 256, 1024), by_d, strict=True):
             for stage, gb in zip((1, 2, 3), published, strict=True):
-                held = zero.predicted_bytes([[int(numel)]], d, 0, stage, torch.bfloat16,
-                                            torch.bfloat16)  # fmt: skip
+                held = cost.predicted_zero_bytes([[int(numel)]], d, 0, stage, torch.bfloat16,
+                                                 torch.bfloat16)  # fmt: skip
                 name = f"{numel / 1e9:g}B  d={d} ZeRO-{stage}"
                 found.append((name, gb, sum(held.values()) / 1e9))
     return found

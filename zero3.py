@@ -1,0 +1,406 @@
+"""ZeRO-3: data parallelism in which every rank stores only a shard of each parameter.
+
+    layer 0   gather  forward  free                         ...  gather  backward  reduce  free
+    layer 1   gather  -------  forward  free           ...  gather  backward  reduce  free
+    layer 2           gather   -------  forward  backward  reduce  free
+
+Time runs from left to right. A layer's parameters are all-gathered before its forward and again
+before its backward, and freed after each. Its gradients are reduce-scattered after its backward, so
+that each rank gets the summed gradient of its shard. The optimizer updates the shard. PyTorch calls
+this fully sharded data parallelism (FSDP). zero.py shards the optimizer state and the gradients in
+the same way, but stores full parameters.
+
+Psi is the number of parameters, d the number of ranks that shard them, m the number of microbatches
+per step. The payload of a collective is the number of elements of its full tensor.
+
+    per rank   bytes after the last backward           payload per step
+               parameters  gradients  optimizer state  reduce-scatter  all-gather
+    ZeRO-2     2 Psi       4 Psi / d  12 Psi / d       m Psi           Psi
+    version 1  2 Psi / d   2 Psi / d   4 Psi / d       m Psi           2 m Psi
+    ZeRO-3     2 Psi / d   4 Psi / d  12 Psi / d       m Psi           m (2 Psi - S)
+      kept     2 Psi / d   4 Psi / d  12 Psi / d       m Psi           Psi
+
+The bytes are for bf16 parameters. ZeRO-2 and ZeRO-3 accumulate gradients in fp32 and store an fp32
+master copy of the shard. In fp32 the three factors are 4, 4 and 8. During a step, ZeRO-3 also
+stores two gathered layers and one flat buffer for the gradients of a layer.
+
+S counts the elements that are gathered once per microbatch instead of twice: those of the last
+layer, whose backward immediately follows its forward, and those of embedding tables, whose backward
+does not read them. "kept" is ZeRO-3 with reshard_after_forward=False: parameters stay in memory
+from the first forward of a step to the last backward (2 Psi), and are gathered once.
+
+    torchrun --standalone --nproc-per-node 2 zero3.py
+
+Rajbhandari et al. 2020, ZeRO (arXiv 1910.02054), sections 5 and 7; Zhao et al. 2023, PyTorch FSDP
+(arXiv 2304.11277), sections 3.2 (flat, padded buffers) and 3.3 (prefetching).
+"""
+
+import functools
+from collections.abc import Collection, Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import zero
+from ddp import all_gather, reduce_scatter
+from zero import Unit, Zero1, Zero2, not_compiled, padded, weak
+
+# --- version 1: the whole idea --------------------------------------------------------------------
+# An all-gather whose backward is a reduce-scatter, inside activation checkpointing. Without
+# checkpointing, autograd would keep the gathered parameters from forward to backward.
+
+
+class GatherShards(torch.autograd.Function):
+    """All-gathers a flat buffer. Backward sums its gradient over the ranks and keeps the shard."""
+
+    @staticmethod
+    def forward(ctx, shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        flat = shard.new_empty(group.size() * shard.numel())
+        all_gather(flat, shard, group=group)  # payload: the layer
+        return flat
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        shard = grad.new_empty(grad.numel() // ctx.group.size())
+        reduce_scatter(shard, grad.contiguous(), group=ctx.group)  # payload: the layer
+        return shard, None
+
+
+def shard_of(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> Tensor:
+    """This rank's shard of the flat, padded buffer that holds the tensors."""
+    flat = torch.cat([t.detach().flatten() for t in tensors])
+    padded_flat = nn.functional.pad(flat, (0, -flat.numel() % group.size()))
+    return padded_flat.chunk(group.size())[group.rank()].clone()
+
+
+class ShardedLayer(nn.Module):
+    """Replaces a layer. Its only parameter is this rank's shard of the layer's parameters.
+
+        for name, block in model.h.items():
+            model.h[name] = ShardedLayer(block, group)
+        optimizer = AdamW(model.parameters())
+
+    Then train as in one process, but divide the loss by the number of targets in the global batch,
+    so that the sum of the ranks' gradients is the gradient of the mean loss. The parameters of all
+    ranks must be equal at the start. Frozen parameters of the layer are not sharded. Not supported:
+    parameters that two layers share, parameters of several dtypes, and fp32 master copies.
+    clip_grad_norm_() would use the norm of one shard."""
+
+    def __init__(self, layer: nn.Module, group: dist.ProcessGroup):
+        super().__init__()
+        self.layer, self.group = [layer], group  # in a list, so that it is not a submodule
+        self.shapes = {n: p.shape for n, p in layer.named_parameters() if p.requires_grad}
+        full = [layer.get_parameter(name) for name in self.shapes]
+        self.shard = nn.Parameter(shard_of(full, group))
+        for p in full:
+            p.data = p.new_empty(0)  # frees the memory
+
+    def forward(self, *inputs):
+        return checkpoint(self.run, *inputs, use_reentrant=False)
+
+    def run(self, *inputs):  # called in forward and again in backward
+        flat, parameters, start = GatherShards.apply(self.shard, self.group), {}, 0
+        for name, shape in self.shapes.items():
+            parameters[name] = flat[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+        return functional_call(self.layer[0], parameters, inputs)
+
+
+# --- the full version -----------------------------------------------------------------------------
+# Version 1 waits for each all-gather, and computes each forward twice. Zero3 attaches hooks to the
+# layers and to the tensors between them. It gathers the next layer while this one computes, and
+# recomputes nothing. The units, the reduction of gradients and the optimizer step are those of
+# zero.py, so Zero3 supports all that Zero2 supports, for example bf16 with fp32 master copies.
+
+
+class ShardedUnit(Unit):
+    """A unit that stores only this rank's shard of the parameters between uses."""
+
+    def take_shard(self) -> Tensor:
+        shard = super().take_shard()
+        return shard.clone() if self.group.size() > 1 else shard
+
+    def unshard(self) -> None:
+        storage = self.parameters.untyped_storage()
+        if not storage.nbytes():
+            storage.resize_(self.parameters.numel() * self.parameters.itemsize)
+        super().unshard()
+
+    def reshard(self) -> None:
+        """Free the full parameters. The storage object remains, because parameters and saved
+        tensors are views of it. On a GPU this is safe: the kernels that read the memory are queued
+        on the stream that will reuse it. No-op with one rank."""
+        super().reshard()
+        if not self.gathered:
+            self.parameters.untyped_storage().resize_(0)
+
+
+class Zero3(Zero2):
+    """ZeRO-3: parameters are sharded too. The all-gather of the next layer overlaps with the
+    computation of this layer. All ranks must run the same layers in the same order, because
+    collectives are matched by call order. Otherwise ranks hang, raise an error, or, if the units
+    have equal sizes, silently use wrong parameters.
+
+    reshard_after_forward: False keeps all parameters in memory from the first forward of a step to
+        the last backward, and so needs only one all-gather per unit and step.
+    starts: the first layer of each pipeline stage on this rank. Stages run independently, so the
+        next layer is not gathered ahead if it is in another stage.
+
+    A layer's forward must return every tensor that other layers or the loss use, directly or in
+    tuples, lists and dicts. The all-gather for backward starts when a gradient reaches one of them.
+    If a layer stores a tensor in an attribute instead, using that tensor raises ValueError.
+
+    A layer stays gathered until the last backward of the step if it returns no such tensor, if it
+    contains other layers, or if backward runs with create_graph=True."""
+
+    stage = 3
+    unit_class = ShardedUnit
+
+    def __init__(
+        self, model: nn.Module, *args, reshard_after_forward: bool = True,
+        starts: Collection[nn.Module] = (), **kwargs,
+    ):  # fmt: skip
+        super().__init__(model, *args, **kwargs)
+        self.reshard_after_forward = reshard_after_forward
+        self.starts = {i for i, layer in enumerate(self.layers) if layer in starts}
+        self.starts |= {0, len(self.layers)}
+        copy_out = weak(self._copy_out)
+        model.register_state_dict_post_hook(lambda _, *args: copy_out(*args))
+        # By layer. is_outer: whether it contains other layers. is_table: whether it is an embedding
+        # table, whose backward does not read the weight. _after_forward() updates is_table.
+        self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
+        self.is_table = [type(layer) is nn.Embedding for layer in self.layers]
+        # Parameters that must be gathered when their gradient is computed. Exceptions are linear
+        # layers whose weight gradient pipeline.py defers, and tables, see _after_forward().
+        deferred = {module.weight for module in self.modules
+                    if getattr(module, "weight_grad_queue", None) is not None}  # fmt: skip
+        self.must_be_gathered = self.accumulations.keys() - deferred
+        for i, layer in enumerate(self.layers):
+            hook = not_compiled(weak(self._after_forward, i))
+            layer.register_forward_hook(hook, with_kwargs=True)
+
+    def start(self) -> None:
+        super().start()
+        self.create_graph = False  # whether a backward of this step has create_graph=True
+        self.kept: set[int] = set()  # layers that _reshard_layer() skips
+        for unit in self.units:
+            unit.reshard()
+
+    def start_gathering(self) -> None:
+        """No-op: _before_forward() gathers layer by layer."""
+
+    def _gather_layer(self, i: int, ahead: int | None) -> None:
+        """Wait for the parameters of layer i, and start to gather those of layer `ahead`."""
+        for layer in (i,) if ahead is None else (i, ahead):
+            for unit in self.needs[layer]:
+                unit.unshard()
+        for unit in self.needs[i]:
+            unit.wait()
+
+    def _reshard_layer(self, i: int) -> None:
+        if i not in self.kept and not self.create_graph:
+            for unit in self.needs[i]:
+                unit.reshard()
+
+    def _before_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Gather layer i, and start to gather layer i + 1."""
+        if layer not in self.modules:  # a deep copy of the model, which keeps these hooks
+            return
+        # A recomputation runs in backward, where _before_backward() prefetches layer i - 1.
+        no_prefetch = i + 1 in self.starts or in_backward()
+        self._gather_layer(i, ahead=None if no_prefetch else i + 1)
+        if torch.is_grad_enabled() and not in_backward() and not self.is_outer[i]:
+            self._hook_inputs(i, [x for x in tensors_in((args, kwargs)) if x.requires_grad])
+
+    def _hook_inputs(self, i: int, inputs: list[Tensor]) -> None:
+        """Reshard layer i after its backward, when the gradient of an input is complete. The hooks
+        are registered before the forward, which may modify an input in place. Without inputs that
+        require a gradient, the next forward or _accumulated() reshards the layer."""
+        # Autograd runs nodes in reverse order of their creation. When it reaches the node that
+        # computed an input, all nodes of this layer have run.
+        computed = [x for x in inputs if not x.is_leaf]
+        for x in computed:
+            x.register_hook(weak(self._after_backward, i))
+        # The gradient of a leaf can be complete before the nodes of this layer have run. If all
+        # inputs are leaves, reshard at the end of the whole backward.
+        if inputs and not computed:
+            after_backward = weak(self._after_backward, i)
+
+            def leaf_complete(_) -> None:
+                handle.remove()
+                torch.autograd.Variable._execution_engine.queue_callback(after_backward)
+
+            handle = inputs[0].register_hook(leaf_complete)
+
+    def _after_forward(self, i: int, layer: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        """Hook the outputs of layer i, and reshard it unless its backward is next."""
+        if layer not in self.modules or in_backward():  # a deep copy, or recomputation
+            return
+        inputs, parameters = [*tensors_in((args, kwargs))], self.layers[layer]
+        outputs = [y for y in tensors_in(output) if y.requires_grad]
+        if self.is_outer[i]:
+            if not outputs and self.phase != "backward":
+                self._reshard_layer(i)
+            return
+        # A layer is a table if it has one parameter and takes only token ids. A module with a tied
+        # matrix can be called as a table and as an output head.
+        ids = (torch.int32, torch.int64)
+        takes_ids = len(inputs) > 0 and all(x.dtype in ids for x in inputs)
+        self.is_table[i] = takes_ids and len(parameters) == 1
+        if self.is_table[i]:
+            self.must_be_gathered -= {*parameters}
+        else:
+            self._hook_outputs(i, inputs, outputs)
+        # A backward will follow, but forward returned no tensor to hook: keep the layer gathered.
+        needs_backward = any(x.requires_grad for x in (*inputs, *parameters))
+        if needs_backward and not outputs and torch.is_grad_enabled():
+            self.kept.add(i)
+        storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
+        # Resharding would free the values of an output that is a view of a parameter.
+        is_view = any(y.untyped_storage()._cdata in storages for y in outputs)
+        # Keep the last layer of a stage: in the last stage, its backward comes next.
+        keep_gathered = i + 1 in self.starts or not self.reshard_after_forward
+        if not is_view and not (outputs and keep_gathered):
+            self._reshard_layer(i)
+
+    def _hook_outputs(self, i: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Gather layer i before its backward, when a gradient reaches an output."""
+        for y in outputs:
+            # Hook the node that computed y, because its pre-hook runs after all hooks on y. If a
+            # layer is called twice in a row, y is also the input of the second call, whose hook on
+            # y reshards the layer and must run first. If y is a view, hook the node of its base,
+            # because an in-place operation on y replaces y.grad_fn.
+            node = (y._base if y._is_view() else y).grad_fn
+            if node is not None and not any(y is x for x in inputs):
+                node.register_prehook(weak(self._before_backward, i))
+
+    def _before_backward(self, i: int, _) -> None:
+        """Gather layer i, and start to gather layer i - 1."""
+        # Gradients are enabled if create_graph=True. The new graph may read the parameters later.
+        self.create_graph |= torch.is_grad_enabled()
+        no_prefetch = i in self.starts or self.is_table[i - 1]
+        self._gather_layer(i, ahead=None if no_prefetch else i - 1)
+
+    def _after_backward(self, i: int, *_) -> None:
+        if self.reshard_after_forward:
+            self._reshard_layer(i)
+
+    def _accumulated(self, p: nn.Parameter) -> None:
+        super()._accumulated(p)
+        unit = self.unit_of[p]
+        if p in self.must_be_gathered and (not unit.gathered or unit.gathering is not None):
+            raise ValueError(f"the gradient of {self.name_of[p]} is wrong, because its layer was "
+                             "not gathered: the layer's forward must return every tensor "
+                             "that other layers or the loss use")  # fmt: skip
+        if not self.create_graph and all(self.missing[q] == 0 for q in unit.place):
+            unit.reshard()  # the last use in this step
+
+    def finish(self) -> None:
+        super().finish()
+        for unit in self.units:
+            unit.reshard()
+
+    def _copy_out(self, state: dict, prefix: str, _) -> None:
+        """Replace the tensors in model.state_dict() by copies, and free the full parameters."""
+        for name, value in state.items():
+            if name.startswith(prefix) and isinstance(value, Tensor):
+                state[name] = value.clone()
+        for unit in self.units:
+            unit.reshard()
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def tensors_in(value) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(v)
+
+
+STAGES = {1: Zero1, 2: Zero2, 3: Zero3}  # used by train_3d.py
+
+# --- cost -----------------------------------------------------------------------------------------
+
+
+def predicted_payload(
+    sizes: list[int], d: int, m: int = 1, replicas: int = 1, reshard: bool = True,
+    skipped: int | None = None,
+) -> dict[str, int]:  # fmt: skip
+    """Payload per step, as defined in the module docstring. sizes: padded sizes of the units.
+    skipped: S, the elements that are not gathered for backward. Default: the last unit."""
+    payload = zero.predicted_payload(sizes, d, stage=2, m=m, replicas=replicas)
+    if reshard and d > 1:
+        skipped = sizes[-1] if skipped is None else skipped
+        payload["all_gather"] = m * (2 * sum(sizes) - skipped)
+    return payload
+
+
+# --- demo -----------------------------------------------------------------------------------------
+
+
+def shard_layers(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Apply version 1 to each layer of a GPT from gpt.py."""
+    for parent in (model, model.h):
+        for name, layer in parent.named_children():
+            if layer is not model.h and any(p.requires_grad for p in layer.parameters()):
+                parent.add_module(name, ShardedLayer(layer, group))
+
+
+def shards_and_expected(
+    model: nn.Module, one_process: nn.Module, group: dist.ProcessGroup
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The shards of version 1 and their gradients, and the values that they should have."""
+    shards, expected = {}, {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, ShardedLayer):
+            full = [one_process.get_parameter(f"{name}.{n}") for n in layer.shapes]
+            shards |= {name: layer.shard, f"{name}.grad": layer.shard.grad}
+            expected[name] = shard_of(full, group)
+            expected[f"{name}.grad"] = shard_of([p.grad for p in full], group)
+    return shards, expected
+
+
+def main() -> None:
+    """Compare each version with one process that has all rows."""
+    import measure
+
+    with measure.Report("zero3.py") as report:
+        group, d, m = report.group, report.group.size(), 2
+        # Ranks per hybrid group. It is 1, so nothing is sharded, if the number of ranks is prime.
+        k = max(k for k in range(1, max(2, d)) if d % k == 0)
+        mesh = dist.init_device_mesh("cpu", (d // k, k), mesh_dim_names=("replicas", "group"))
+        hybrid = {name: mesh[name].get_group() for name in mesh.mesh_dim_names}
+        expected = zero.train(range(4 * d), group, m)
+        rows = range(4 * group.rank(), 4 * group.rank() + 4)
+        trained = zero.train(rows, group, m, functools.partial(shard_layers, group=group))
+        report.close("version 1 max |d|", *shards_and_expected(trained[1], expected[1], group))
+        n = d * sum(p.numel() for p in trained[1].parameters())
+        gathered = 2 * n - d * trained[1].wpe.shard.numel()  # wpe saves nothing, so it runs once
+        predicted = {"reduce_scatter": m * n, "all_gather": m * gathered, "all_reduce": 0}
+        zero.compare(report, "version 1", trained, expected, predicted)
+        for name, options in (
+            ("ZeRO-3", {}),
+            ("ZeRO-3 kept", {"reshard_after_forward": False}),
+            (f"ZeRO-3 hybrid {d // k} x {k}", hybrid),
+        ):
+            trained = zero.train(
+                rows, group, m, functools.partial(Zero3, accumulations=m, **options)
+            )
+            shards, reshard = trained[2].group.size(), name != "ZeRO-3 kept"
+            sizes = [padded([p.numel() for p in unit.place], shards) for unit in trained[2].units]
+            skipped = sizes[0] + sizes[-1]  # the token table and the last layer
+            predicted = predicted_payload(sizes, shards, m, d // shards, reshard, skipped)
+            zero.compare(report, name, trained, expected, predicted)
+
+
+if __name__ == "__main__":
+    main()
