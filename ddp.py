@@ -6,8 +6,8 @@
 
 Each of d ranks holds a replica of the model and computes gradients for its rows of the global
 batch. An all-reduce sums the gradients, so all ranks apply the same update and replicas stay equal.
-Replicas must be equal at the start. The class DDP checks this at construction. Versions 1 and 2 are
-functions that do not check it. Each rank divides its loss by the number of targets in the global
+Replicas must be equal at the start. DDP checks this at construction. The two functions before it do
+not. Each rank divides its loss by the number of targets in the global
 batch, so gradients are summed and not averaged. With gradient accumulation, they are all-reduced
 once per step. Ranks may have different numbers of rows and microbatches.
 
@@ -26,11 +26,11 @@ A ring all-reduce is a reduce-scatter followed by an all-gather. In each half, e
 The payload is the number of elements that a collective reduces or gathers. Psi is the number of
 trainable parameters, and k the number of hosts.
 
-Data parallelism does not reduce the memory for parameters, gradients and optimizer state. In fp32
-with AdamW, each rank stores 16 Psi bytes: parameters (4), gradients (4), moments (8). With bf16
-parameters, DDP stores 18 Psi bytes: parameters (2), gradients (4), fp32 copies of the parameters
-(4), moments (8), and up to 2 Psi for bf16 copies of gradients that are being sent. zero.py shards
-this state.
+Data parallelism does not reduce the memory per rank for parameters, gradients or optimizer state.
+In fp32 with AdamW, each rank stores 16 Psi bytes: parameters (4), gradients (4), moments (8). With
+bf16 parameters, DDP stores 18 Psi bytes: parameters (2), gradients (4), fp32 copies of the
+parameters (4), moments (8). During a step, bf16 copies of the gradients that are being sent take up
+to 2 Psi more. zero.py shards this state.
 
     torchrun --standalone --nproc-per-node 4 ddp.py
 
@@ -79,7 +79,8 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], group: dist.Process
 
 
 # Limitation: if some ranks used the parameter, but every element of the sum is -0.0, the ranks that
-# did not use it skip the update, the others apply it, and the replicas diverge.
+# did not use it skip the update, the others apply it, and the replicas diverge. This also applies
+# to the replicas of hybrid sharding in zero.py.
 def is_unused(gradient: Tensor) -> bool:
     """Whether no rank used the parameter, given its reduced gradient.
 
@@ -89,8 +90,9 @@ def is_unused(gradient: Tensor) -> bool:
 
 
 def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the number of valid targets (not -1) in the global batch, given those of this rank. It
-    is at least 1, so that a batch without valid targets has a loss of 0 instead of 0/0."""
+    """Return the number of valid targets (not -1) in the global batch. `targets` are those of this
+    rank's rows. The result is at least 1, so that a batch without valid targets has a loss of 0
+    instead of 0/0."""
     count = (targets >= 0).sum()
     if group.size() > 1:
         dist.all_reduce(count, group=group)  # payload: 1
@@ -172,8 +174,9 @@ class DDP:
         of a stage may use different parameters in one step. With overlap they would start
         all-reduces at different points relative to their sends and receives, which can deadlock.
 
-    A parameter that no rank uses in a step has `.grad` None after finish(). If this rank does not
-    use a parameter, its bucket and all later buckets are reduced in finish(), without overlap.
+    A parameter that no rank uses in a step has `.grad` None after finish(). If a rank does not use
+    a parameter, or a parameter receives fewer gradients than `accumulations`, that rank reduces the
+    parameter's bucket and all later ones in finish(). The other ranks wait for it there.
 
     From the first backward of a step until finish() returns, issue no other collective on `group`.
     Manual writes to a bf16 parameter are lost at the next step, since the optimizer updates an fp32
@@ -233,8 +236,8 @@ class DDP:
     def start(self) -> None:
         """Call before the first backward of a step. Until finish(), every `.grad` is None.
 
-        After an exception that all ranks raised at the same point before the optimizer update,
-        start() waits for the pending all-reduces and discards the gradients."""
+        start() can also abandon a step. If all ranks raised an exception at the same point before
+        the optimizer update, it waits for the pending all-reduces and discards the gradients."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip
@@ -257,8 +260,9 @@ class DDP:
         """Autograd calls this after it has stored a gradient of parameter i in p.grad. Move the
         gradient to its bucket, then launch the buckets that are complete and next in order.
 
-        During backward, p.grad is not a view of the bucket: their dtypes may differ, and
-        torch.compile cannot compile a layer whose parameter has a `.grad` of another dtype."""
+        During backward, p.grad is not a view of the bucket. The dtype of the bucket may differ from
+        that of the parameter, and torch.compile cannot compile a layer whose parameter has a
+        `.grad` of another dtype."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
@@ -365,11 +369,12 @@ class DDP:
 
     def _learn(self) -> None:
         """Assign parameters to buckets in the order in which the first step completed their
-        gradients on the group's first rank. Unused parameters come last.
+        gradients on the group's first rank. Parameters whose gradient is incomplete come last.
 
-        The order in which a ring sums an element depends on its position in the bucket. So the
-        first step already reduces in this layout: with another one, a resumed run would not be
-        bitwise equal to an uninterrupted run."""
+        The first step already reduces in this layout. The order in which a ring adds the ranks'
+        terms of an element depends on the position of the element in the bucket. A resumed run
+        constructs a new DDP. If its first step reduced in another layout, the run would not be
+        bitwise equal to an uninterrupted one."""
         if self.parameters:
             order = [*dict.fromkeys([*self.ready, *range(len(self.parameters))])]
             numbers = torch.tensor(order, device=self.buckets[0].device)
@@ -398,14 +403,16 @@ class DDP:
         parameters = [self.parameters[i][1] for i in members]
         dtype = sent_dtype = parameters[0].dtype
         if dtype.itemsize < 4:
-            dtype, sent_dtype = self.grad_dtype, self.reduce_dtype or dtype
+            sent_dtype = self.reduce_dtype or dtype
+            dtype = self.grad_dtype
         sizes = [p.numel() for p in parameters]
         flat = parameters[0].new_zeros(sum(sizes), dtype=dtype)
         for i, p, view in zip(members, parameters, flat.split(sizes), strict=True):
             if self.gradients[i] is not None:  # the gradient of the first step, in the old layout
                 view.copy_(self.gradients[i].flatten())
             # grad_dtype = None allows a `.grad` of any dtype. A tied matrix can get two gradients
-            # per backward. Autograd sums them before it calls the hook, in the dtype of the bucket.
+            # per backward, which autograd sums before it calls the hook. With grad_dtype = dtype,
+            # it sums them in the dtype of the bucket. gpt.py sets tied_name on tied matrices.
             p.grad_dtype = dtype if hasattr(p, "tied_name") else None
             self.gradients[i] = view.view_as(p)
             self.bucket_of[i] = len(self.buckets)
@@ -444,10 +451,11 @@ def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
 # Links between hosts are slower than links inside a host. In a ring all-reduce over d ranks, each
 # host sends 2 (d-1)/d Psi elements to the next host. If gradients are first summed inside each of k
 # hosts, a host sends only 2 (k-1)/k Psi. This saves a third with 2 hosts of 2 ranks, and little
-# with many hosts. The ring between hosts has k ranks instead of d, so a payload takes fewer slow
-# hops. At 1 Gbit/s, an all-reduce of 25 MB between 2 hosts of 2 ranks takes about 30 % less time.
-# With few ranks, small payloads take longer, because three collectives have more overhead than one.
-# `make hierarchy` measures the time and the bytes between hosts.
+# with many hosts. The ring between hosts has k ranks, so it takes 2 (k-1) rounds over the slow
+# links instead of 2 (d-1). At 1 Gbit/s, with 2 hosts of 2 ranks, Hierarchical reduces 25 MB in
+# about 30 % less time than one ring. With few ranks, it takes longer for small payloads, because
+# three collectives have more overhead than one. `make hierarchy` measures the time and the bytes
+# between hosts.
 
 # PyTorch 2.13 renamed these functions and warns about the old names. 2.11 has only the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -471,6 +479,7 @@ class Hierarchical:
         self.stream = None
 
     def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
+        """`group` is not used: it consists of the ranks inside all hosts."""
         self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
         self.stream = self.stream or self.device.Stream()
         # The phases must not start before `flat` is filled. On a CPU, streams are no-ops.
@@ -488,8 +497,8 @@ class Hierarchical:
     def _advance(self) -> None:
         """Start the next phase of each bucket, oldest first, in the same order on all ranks."""
         with self.device.stream(self.stream):
-            # next() returns None after the last phase.
-            self.in_flight = [p for p in self.in_flight if next(p, None) is not None]
+            # next() starts a phase and returns its handle, or None after the last phase.
+            self.in_flight = [phases for phases in self.in_flight if next(phases, None)]
 
     def _phases(self, flat: Tensor) -> Iterator[dist.Work]:
         """Each next() waits for the phase in progress and starts the following one."""
@@ -628,9 +637,10 @@ def train(rows: range, group: dist.ProcessGroup, all_reduce: Callable, reduce: C
     import data
     import gpt
 
-    config, m, steps = gpt.GPTConfig(2, 2, 32, 256, 32), 2, 3
-    tokens = data.example()
+    config = gpt.GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=256, seq_len=32)
+    tokens, m, steps = data.example(), 2, 3
     model = gpt.build(config, seed=0, dtype=torch.float64)
+    # A large eps: AdamW divides by the gradient's size, which would amplify rounding errors.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     sync = DDP(model, group, m, bucket_bytes=2**16, reduce=reduce) if reduce else None
     start = sync.start if sync else optimizer.zero_grad

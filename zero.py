@@ -1,4 +1,4 @@
-"""ZeRO-1 and ZeRO-2: data parallelism in which ranks shard the optimizer state and the gradients.
+"""ZeRO-1 and ZeRO-2: data parallelism with sharded optimizer state and, in ZeRO-2, gradients.
 
                 gradients                          sums                      parameters
         rank 0  [a0|b0] -+                  +-> [a] -> optimizer -> [a] -+              +-> [a|b]
@@ -24,8 +24,8 @@ reduce-scatter, the output of an all-gather. An all-reduce sends as much as one 
 
 The bytes are for bf16 parameters and fp32 gradients. The optimizer state is an fp32 master copy of
 the parameters, stored by ZeRO itself, and the two moments of AdamW. In fp32, the factors are 4, 4
-and 8. During a step, ZeRO-2 also stores the gradients that are not reduced yet and one flat buffer
-for the gradients of a layer.
+and 8. During a step, ZeRO-2 also stores the gradients that are not reduced yet, and one flat buffer
+for the gradients that are being reduced. In bf16, ZeRO-1 also needs such a buffer.
 
 In hybrid sharding, each of several groups of d ranks stores all shards. The ranks that store the
 same shard all-reduce its Psi / d gradients.
@@ -78,8 +78,10 @@ class MinimalZero1:
     parameters: equal on all ranks, and of one dtype. Frozen parameters are left unchanged.
 
     Not supported: fp32 master copies of bf16 parameters; clipping, as clip_grad_norm_([shard], 1)
-    would use the norm of one shard; model.to() after construction, which replaces the views. After
-    step(), gradients are sums only in this rank's shard, and those of unused parameters are 0."""
+    would use the norm of one shard; model.to() after construction, which replaces the views.
+
+    After step(), only this rank's shard of the gradients has been summed. The gradient of an unused
+    parameter is 0 and not None, so AdamW applies weight decay to it."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup):
         trainable = [p for p in parameters if p.requires_grad]
@@ -126,7 +128,8 @@ def aligned(numel: int) -> int:
 
 
 def padded(numels: Iterable[int], d: int) -> int:
-    """Elements of a unit's flat buffer. numels: the sizes of its parameters."""
+    """The number of elements in a unit's flat buffer for d ranks. numels: the sizes of its
+    parameters."""
     return d * aligned(-(-sum(map(aligned, numels)) // d))
 
 
@@ -138,8 +141,8 @@ class Unit:
         shards      [ rank 0 | rank 1 | .. | rank d-1 ]    n elements each
 
     A shard may contain several parameters, and a parameter may span several shards. Parameters and
-    shards start at multiples of 8 elements, see aligned(). A piece is a range of a parameter in
-    this rank's shard. Padding is in no piece, so it has no effect on the gradient norm.
+    shards start at multiples of 8 elements, see aligned(). A piece is the range of a parameter that
+    lies in this rank's shard. Padding is in no piece, so it has no effect on the gradient norm.
 
     ZeRO-2 stores only this rank's shard of the gradients. The parameters of a unit have one dtype,
     and are all trainable or all frozen. A frozen unit has no gradients and no pieces. Only ZeRO-3
@@ -180,8 +183,9 @@ class Unit:
             for p, here in self.place.items():
                 self.gradient_of[p] = self.gradients[here].view_as(p)
                 # grad_dtype = None allows a `.grad` of any dtype. A tied matrix can get two
-                # gradients per backward. Autograd sums them before it calls the hook, in the dtype
-                # of the buffer. ZeRO-2 has no buffer to accumulate in.
+                # gradients per backward, which autograd sums before it calls the hook. With
+                # grad_dtype, it sums them in the dtype of the buffer. gpt.py sets tied_name on tied
+                # matrices. ZeRO-2 has no such buffer.
                 p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None
         else:
             self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
@@ -271,15 +275,16 @@ class Unit:
         """Wait for the pending reduction, if any, and store its result in the gradient shard."""
         if self.reducing is not None:
             self.reducing.wait()
-        if self.sum is not None:
+        if self.sum is not None:  # in ZeRO-1 in fp32, it already is the shard
             accumulate(self.sum, self.gradient_shard, self.first)
         self.sum = self.reducing = None
 
 
 def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dict:
     """{layer: its parameters}, in the order of model.modules(). A layer is a module whose
-    parameters ZeRO gathers before its forward. It is a block, or a module outside every block that
-    directly holds parameters. A block includes the parameters of all its submodules.
+    parameters ZeRO gathers before its forward. It is either a block, or a module that directly
+    holds parameters and is not inside a block. A block includes the parameters of all its
+    submodules.
 
     By default, the blocks are (1) the elements of every nn.ModuleList and nn.ModuleDict outside of
     other blocks and (2) every other module that directly holds parameters, except the model itself
@@ -315,11 +320,12 @@ def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dic
 def unit_key(p: nn.Parameter, layer: list[nn.Parameter]) -> tuple:
     """Parameters of a layer with equal keys form one unit.
 
-    Parameters whose gradients are also summed over other ranks than those of the sharding group
-    have their own unit, so that their shards start and end at the same elements on all these ranks.
+    Some gradients are also summed over pipeline or tensor-parallel ranks. Their parameters have
+    their own unit, so that their shards start and end at the same elements on all these ranks.
     There are two cases. (1) A matrix tied across two pipeline stages, which has a tied_name. (2)
-    Parameters marked partial by tensor_parallel.py, if it splits other matrices of the layer
-    unevenly: in a common buffer, their offsets would differ between ranks."""
+    Parameters that tensor_parallel.py marks as partial, because each rank computes only part of
+    their gradient. If other matrices of the layer are split unevenly, the offsets of the partial
+    parameters in a common buffer would differ between ranks."""
     shardings = [q.sharding for q in layer if hasattr(q, "sharding")]
     is_uneven = any(n % sharding.size for sharding in shardings for n in sharding.sizes)
     is_partial = is_uneven and getattr(p, "partial", False)
@@ -352,7 +358,8 @@ class Zero1:
         Default: fp32. No effect on fp32 parameters.
     reduce_dtype: the dtype in which gradients of bf16 parameters are sent. Default: bf16; fp32
         sends twice the bytes. No effect on fp32 parameters, or with one rank.
-    blocks: modules whose parameters are gathered together. Default: see layers().
+    blocks: modules that are one layer each: all parameters of a block are gathered together.
+        Default: see layers().
     overlap: False reduces all gradients in finish(). DDP in ddp.py explains when to use it. ZeRO-2
         then stores full gradients until finish(), in the dtype of the parameters.
 
@@ -388,8 +395,9 @@ class Zero1:
         self._make_units(grad_dtype, reduce_dtype)
         self._attach_hooks(model)
 
-        # A round reduce-scatters every unit once. ZeRO-2 has a round per microbatch. In a pipeline,
-        # a tied matrix can receive two gradients per microbatch, so the minimum is m.
+        # A round reduce-scatters every unit once. ZeRO-2 has a round per microbatch. If a pipeline
+        # rank holds the first and the last stage, a tied matrix receives two gradients per
+        # microbatch, so its count is 2 m. The smallest count is m.
         one_round = self.stage == 1 or not overlap
         self.rounds = 1 if one_round else min(self.accumulations.values(), default=1)
         # The order in a round. Backward usually completes the last unit first.
@@ -403,7 +411,8 @@ class Zero1:
         self.unit_of: dict[nn.Parameter, Unit] = {}
         self.needs: list[list[Unit]] = []  # by layer
         for parameters in self.layers.values():
-            # A frozen parameter has no gradient or optimizer state. Only ZeRO-3 shards it.
+            # A frozen parameter has no gradient or optimizer state. Only ZeRO-3 shards it. If
+            # several layers share a parameter, it is in a unit of the first of them.
             sharded = [p for p in parameters if p.requires_grad or self.stage == 3]
             key_of = {p: unit_key(p, parameters) for p in sharded if p not in self.unit_of}
             for key in dict.fromkeys(key_of.values()):
@@ -427,8 +436,9 @@ class Zero1:
         model.register_load_state_dict_pre_hook(lambda *_: gather())
         for module in self.modules:
             module.register_load_state_dict_post_hook(lambda module, _: loaded(module))
-        # If the optimizer holds a model parameter, check_optimizer() must raise on every rank, also
-        # on one that has no piece of it. So each parameter maps to a Piece with another tensor.
+        # If the optimizer holds a model parameter, check_optimizer() must raise on every rank, even
+        # on one that has no piece of it. It raises if the parameter differs from the tensor of its
+        # Piece. So each parameter is mapped to a Piece with the tensor of another one.
         pieces = self.pieces()
         self.piece_of = {p: Piece(name, pieces[0].tensor, p, 0) for name, p in self.parameters}
         self.piece_of |= {piece.tensor: piece for piece in pieces}
@@ -440,8 +450,8 @@ class Zero1:
         """Call before the first backward of a step. Until finish(), every `.grad` is None or a
         gradient of this rank.
 
-        After an exception that all ranks raised at the same point before the optimizer update,
-        start() waits for the pending collectives and discards the gradients."""
+        start() can also abandon a step. If all ranks raised an exception at the same point before
+        before_step(), it waits for the pending collectives and discards the gradients."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip
@@ -464,14 +474,15 @@ class Zero1:
                 for piece in unit.pieces:
                     piece.tensor.grad = None
         self.missing = self.accumulations.copy()  # gradients still expected, per parameter
-        # Incomplete gradients per reduce-scatter, in launch order: all units of round 0, then of 1.
+        # For each reduce-scatter, in launch order: the number of parameters whose gradient is not
+        # complete. All units of round 0 come first, then all units of round 1, and so on.
         self.waiting = [len(unit.place) for unit in self.order] * self.rounds
         self.launched = 0  # reduce-scatters started in this step
         self.phase = "backward"
 
     def _accumulated(self, p: nn.Parameter) -> None:
-        """Autograd calls this after it has stored a gradient of p in p.grad. It starts the
-        reduce-scatter of each unit that is complete and next in order."""
+        """Autograd calls this after it has stored a gradient of p in p.grad. Start every
+        reduce-scatter whose gradients are complete and which is next in order."""
         if p.grad is None:  # a custom backward returned None
             return
         if self.phase != "backward":
@@ -500,7 +511,7 @@ class Zero1:
 
     def _launch(self) -> None:
         """Start the next reduce-scatter."""
-        self._wait_reduce()  # so that at most one temporary buffer is in use
+        self._wait_reduce()  # so that at most one flat buffer of ZeRO-2 is in use
         round_, i = divmod(self.launched, len(self.order))
         unit = self.order[i]
         unit.reduce(self._take_gradients(unit), first=round_ == 0)
@@ -518,7 +529,8 @@ class Zero1:
             unit.reduce_over_replicas(self.replicas)
 
     def _take_gradients(self, unit: Unit) -> Tensor:
-        """The flat gradients to reduce. Those of an unused parameter are -0.0, see is_unused()."""
+        """The flat gradients to reduce. Those of an unused parameter are -0.0. If all ranks send
+        -0.0, the sum is -0.0, and is_unused() recognizes that no rank used the parameter."""
         for p, gradient in unit.gradient_of.items():
             if self.missing[p] == self.accumulations[p]:
                 gradient.fill_(-0.0)
@@ -526,8 +538,9 @@ class Zero1:
 
     def finish(self) -> None:
         """Call after the last backward of a step. On return, this rank's gradient shards are sums
-        over all ranks. If a unit has an unused parameter, that unit and all later ones in launch
-        order are reduced here. Until the next start(), reading a `.grad` raises ValueError."""
+        over all ranks. If a parameter received fewer gradients than `accumulations`, its unit and
+        all later ones in launch order are reduced here. Until the next start(), reading a `.grad`
+        raises ValueError."""
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
@@ -557,7 +570,7 @@ class Zero1:
             pieces = [piece.tensor for piece in self.pieces()]
             local = nn.utils.get_total_norm([t.grad for t in pieces if t.grad is not None])
             square = local.to(pieces[0].device, torch.float64).square()
-            if self.group.size() > 1:
+            if self.group.size() > 1:  # not over the replicas, which have equal shards
                 dist.all_reduce(square, group=self.group)  # payload: 1
             norm = square.sqrt()
             nn.utils.clip_grads_with_norm_(pieces, clip, norm)
@@ -613,7 +626,8 @@ class Zero1:
         return [piece for unit in self.units for piece in unit.pieces]
 
     def held(self) -> dict[str, list[Tensor]]:
-        """The tensors stored between steps, for measure.bytes_by_kind(). Some share memory."""
+        """The tensors that this object stores between steps, for measure.bytes_by_kind(), without
+        the moments in the optimizer. Some share memory."""
         held = {"parameters": [p for _, p in self.named], "gradients": [], "optimizer": []}
         for unit in self.units:
             held["parameters"].append(unit.parameter_shard)
@@ -660,12 +674,14 @@ def weak(method: Callable, *bound) -> Callable:
 
 def not_compiled(hook: Callable) -> Callable:
     """Keep torch.compile from tracing the hook. Compile layers before constructing ZeRO: the hook
-    is excluded only if torch._dynamo is already imported, which is slow and not done for others."""
+    is excluded only if torch._dynamo is already imported. This function does not import it, because
+    that is slow and only needed for compiled models."""
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 class Zero2(Zero1):
-    """ZeRO-2: gradients are sharded too. The full gradients of a unit are freed once reduced."""
+    """ZeRO-2: gradients are sharded too. The gradients of a unit are moved to a flat buffer, which
+    is freed after its reduce-scatter."""
 
     stage = 2
 
@@ -690,8 +706,11 @@ not_intercepted = torch._C.DisableTorchFunctionSubclass  # disables __torch_func
 
 
 class ShardedParameter(nn.Parameter):
-    """The class of a parameter while its memory is freed or being filled. Reading its values raises
-    ValueError. Its shape, gradient and other metadata can be read."""
+    """The class of a parameter while its values are out of date, being gathered or, in ZeRO-3,
+    freed. Reading its values raises ValueError. Its shape, gradient and other metadata can be read.
+
+    torch calls __torch_function__ for every operation on the parameter. An attribute like p.data
+    arrives as the __get__ of a descriptor with that name."""
 
     TENSORS = ("data", "T", "mT", "H", "mH", "real", "imag")  # attributes that return values
     METHODS = ("size", "numel", "nelement", "dim", "stride", "storage_offset", "element_size",
@@ -789,8 +808,10 @@ def train(rows: range, world: dist.ProcessGroup, m: int, attach: Callable = lamb
 
 
 def compare(report, name: str, trained: tuple, expected: tuple, predicted: dict) -> None:
-    """Report the losses, gradient shards and payload of `trained` next to those of one process, and
-    the parameters if they are gathered. Both are results of train()."""
+    """Compare the losses, the parameters and the gradient shards of `trained` with those of
+    `expected`, one process, and the payload with `predicted`. trained, expected: results of
+    train(). Parameters and gradients are skipped for version 1 of zero3.py, which has none of the
+    model's."""
     losses, model, sync, seen = trained
     dist.all_reduce(losses)
     report.losses(name, [*losses], [*expected[0]])

@@ -1,14 +1,14 @@
 """ZeRO-3: data parallelism in which every rank stores only a shard of each parameter.
 
-    layer 0   gather  forward  free                         ...  gather  backward  reduce  free
-    layer 1   gather  -------  forward  free           ...  gather  backward  reduce  free
-    layer 2           gather   -------  forward  backward  reduce  free
+    computation           F0      F1      F2  B2      B1      B0
+    communication     G0  G1      G2          G1      R2  G0  R1      R0
 
-Time runs from left to right. A layer's parameters are all-gathered before its forward and again
-before its backward, and freed after each. Its gradients are reduce-scattered after its backward, so
-that each rank gets the summed gradient of its shard. The optimizer updates the shard. PyTorch calls
-this fully sharded data parallelism (FSDP). zero.py shards the optimizer state and the gradients in
-the same way, but stores full parameters.
+A step with three layers and one microbatch. A layer's parameters are all-gathered (G) before its
+forward (F) and again before its backward (B), and freed after each. The last layer is kept in
+between, because its backward comes next. After the backward of a layer, its gradients are
+reduce-scattered (R), so that each rank gets the summed gradient of its shard. The optimizer updates
+the shard. PyTorch calls this fully sharded data parallelism (FSDP). zero.py shards the optimizer
+state and the gradients in the same way, but stores full parameters.
 
 Psi is the number of parameters, d the number of ranks that shard them, m the number of microbatches
 per step. The payload of a collective is the number of elements of its full tensor.
@@ -20,14 +20,15 @@ per step. The payload of a collective is the number of elements of its full tens
     ZeRO-3     2 Psi / d   4 Psi / d  12 Psi / d       m Psi           m (2 Psi - S)
       kept     2 Psi / d   4 Psi / d  12 Psi / d       m Psi           Psi
 
-The bytes are for bf16 parameters. ZeRO-2 and ZeRO-3 accumulate gradients in fp32 and store an fp32
-master copy of the shard. In fp32 the three factors are 4, 4 and 8. During a step, ZeRO-3 also
-stores two gathered layers and one flat buffer for the gradients of a layer.
+The bytes are for bf16 parameters and AdamW. ZeRO-2 and ZeRO-3 accumulate gradients in fp32, and
+store an fp32 master copy of the shard. With fp32 parameters, all rows have the factors 4, 4 and 8.
+During a step, ZeRO-3 also stores two gathered layers and one flat buffer for the gradients of a
+layer.
 
 S counts the elements that are gathered once per microbatch instead of twice: those of the last
-layer, whose backward immediately follows its forward, and those of embedding tables, whose backward
-does not read them. "kept" is ZeRO-3 with reshard_after_forward=False: parameters stay in memory
-from the first forward of a step to the last backward (2 Psi), and are gathered once.
+layer, and those of embedding tables, whose backward does not read them. "kept" is ZeRO-3 with
+reshard_after_forward=False: parameters stay in memory from the first forward of a step to the last
+backward (2 Psi), and are gathered once per step.
 
     torchrun --standalone --nproc-per-node 2 zero3.py
 
@@ -54,7 +55,8 @@ from zero import Unit, Zero1, Zero2, not_compiled, padded, weak
 
 
 class GatherShards(torch.autograd.Function):
-    """All-gathers a flat buffer. Backward sums its gradient over the ranks and keeps the shard."""
+    """All-gathers the shards of all ranks into one buffer. Backward sums the gradient of the buffer
+    over the ranks and returns this rank's shard of the sum."""
 
     @staticmethod
     def forward(ctx, shard: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -80,11 +82,11 @@ def shard_of(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> Tensor:
 class ShardedLayer(nn.Module):
     """Replaces a layer. Its only parameter is this rank's shard of the layer's parameters.
 
-        for name, block in model.h.items():
-            model.h[name] = ShardedLayer(block, group)
+        model = nn.Sequential(*(ShardedLayer(layer, group) for layer in layers))
         optimizer = AdamW(model.parameters())
 
-    Then train as in one process, but divide the loss by the number of targets in the global batch,
+    Replace every layer that has trainable parameters: the gradients of others are not reduced. Then
+    train as in one process, but divide the loss by the number of targets in the global batch,
     so that the sum of the ranks' gradients is the gradient of the mean loss. The parameters of all
     ranks must be equal at the start. Frozen parameters of the layer are not sharded. Not supported:
     parameters that two layers share, parameters of several dtypes, and fp32 master copies.
@@ -113,8 +115,19 @@ class ShardedLayer(nn.Module):
 # --- the full version -----------------------------------------------------------------------------
 # Version 1 waits for each all-gather, and computes each forward twice. Zero3 attaches hooks to the
 # layers and to the tensors between them. It gathers the next layer while this one computes, and
-# recomputes nothing. The units, the reduction of gradients and the optimizer step are those of
-# zero.py, so Zero3 supports all that Zero2 supports, for example bf16 with fp32 master copies.
+# needs no activation checkpointing, although the model may use it.
+#
+# Zero3 inherits from the classes of zero.py. A layer is a block, or another module that directly
+# holds parameters. A unit is a flat buffer with the parameters of a layer. A layer can need several
+# units, for example if some of its parameters are frozen. Zero2 reduce-scatters the gradients of a
+# unit when they are complete. Its optimizer updates shards, with fp32 master copies for bf16. These
+# attributes of it are used below:
+#
+#     self.layers   {layer: its parameters}, in the order of model.modules()
+#     self.needs    the units of each layer, by the index of the layer
+#     self.units    all units
+#     self.phase    "backward" from start() to finish(), which enclose all microbatches of a step
+#     self.missing  how many gradients each parameter has still to receive in this step
 
 
 class ShardedUnit(Unit):
@@ -122,7 +135,7 @@ class ShardedUnit(Unit):
 
     def take_shard(self) -> Tensor:
         shard = super().take_shard()
-        return shard.clone() if self.group.size() > 1 else shard
+        return shard.clone() if self.group.size() > 1 else shard  # reshard() frees the buffer
 
     def unshard(self) -> None:
         storage = self.parameters.untyped_storage()
@@ -132,8 +145,9 @@ class ShardedUnit(Unit):
 
     def reshard(self) -> None:
         """Free the full parameters. The storage object remains, because parameters and saved
-        tensors are views of it. On a GPU this is safe: the kernels that read the memory are queued
-        on the stream that will reuse it. No-op with one rank."""
+        tensors are views of it. On a GPU, kernels that read the memory may still be queued. This is
+        safe, because the allocator reuses the memory on the same stream, after them. No-op with one
+        rank."""
         super().reshard()
         if not self.gathered:
             self.parameters.untyped_storage().resize_(0)
@@ -146,16 +160,18 @@ class Zero3(Zero2):
     have equal sizes, silently use wrong parameters.
 
     reshard_after_forward: False keeps all parameters in memory from the first forward of a step to
-        the last backward, and so needs only one all-gather per unit and step.
+        the last backward, so each unit is gathered once per step.
     starts: the first layer of each pipeline stage on this rank. Stages run independently, so the
         next layer is not gathered ahead if it is in another stage.
 
-    A layer's forward must return every tensor that other layers or the loss use, directly or in
-    tuples, lists and dicts. The all-gather for backward starts when a gradient reaches one of them.
-    If a layer stores a tensor in an attribute instead, using that tensor raises ValueError.
+    A layer's forward must return every tensor that other layers or the loss use, as such or in
+    tuples, lists and dicts. When a gradient reaches one of them, the layer is gathered, unless the
+    previous backward has done so. If a layer stores a tensor in an attribute instead, a backward
+    through that tensor raises ValueError.
 
-    A layer stays gathered until the last backward of the step if it returns no such tensor, if it
-    contains other layers, or if backward runs with create_graph=True."""
+    A layer stays gathered until the last backward of the step if it returns no tensor that requires
+    a gradient or if it contains other layers, and until finish() after a backward with
+    create_graph=True."""
 
     stage = 3
     unit_class = ShardedUnit
@@ -166,16 +182,18 @@ class Zero3(Zero2):
     ):  # fmt: skip
         super().__init__(model, *args, **kwargs)
         self.reshard_after_forward = reshard_after_forward
-        self.starts = {i for i, layer in enumerate(self.layers) if layer in starts}
-        self.starts |= {0, len(self.layers)}
+        self.stage_starts = {i for i, layer in enumerate(self.layers) if layer in starts}
+        self.stage_starts |= {0, len(self.layers)}  # so that the neighbours of a stage are in it
         copy_out = weak(self._copy_out)
         model.register_state_dict_post_hook(lambda _, *args: copy_out(*args))
-        # By layer. is_outer: whether it contains other layers. is_table: whether it is an embedding
-        # table, whose backward does not read the weight. _after_forward() updates is_table.
+        # By the index of the layer. is_outer: it contains other layers. is_table: it is an
+        # embedding table, whose backward does not read the weight. _after_forward() updates
+        # is_table.
         self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
         self.is_table = [type(layer) is nn.Embedding for layer in self.layers]
-        # Parameters that must be gathered when their gradient is computed. Exceptions are linear
-        # layers whose weight gradient pipeline.py defers, and tables, see _after_forward().
+        # Parameters whose layer must be gathered when they receive a gradient. Exceptions: weights
+        # whose gradient pipeline.py computes later, and tables, see _after_forward(). These
+        # gradients are computed without reading the parameter.
         deferred = {module.weight for module in self.modules
                     if getattr(module, "weight_grad_queue", None) is not None}  # fmt: skip
         self.must_be_gathered = self.accumulations.keys() - deferred
@@ -186,7 +204,7 @@ class Zero3(Zero2):
     def start(self) -> None:
         super().start()
         self.create_graph = False  # whether a backward of this step has create_graph=True
-        self.kept: set[int] = set()  # layers that _reshard_layer() skips
+        self.never_resharded: set[int] = set()  # layers that _reshard_layer() skips
         for unit in self.units:
             unit.reshard()
 
@@ -202,7 +220,7 @@ class Zero3(Zero2):
             unit.wait()
 
     def _reshard_layer(self, i: int) -> None:
-        if i not in self.kept and not self.create_graph:
+        if i not in self.never_resharded and not self.create_graph:
             for unit in self.needs[i]:
                 unit.reshard()
 
@@ -210,23 +228,26 @@ class Zero3(Zero2):
         """Gather layer i, and start to gather layer i + 1."""
         if layer not in self.modules:  # a deep copy of the model, which keeps these hooks
             return
-        # A recomputation runs in backward, where _before_backward() prefetches layer i - 1.
-        no_prefetch = i + 1 in self.starts or in_backward()
+        # With activation checkpointing, this hook also runs in backward, before the layer is
+        # recomputed. Then _before_backward() has started to gather layer i - 1.
+        no_prefetch = i + 1 in self.stage_starts or in_backward()
         self._gather_layer(i, ahead=None if no_prefetch else i + 1)
         if torch.is_grad_enabled() and not in_backward() and not self.is_outer[i]:
             self._hook_inputs(i, [x for x in tensors_in((args, kwargs)) if x.requires_grad])
 
     def _hook_inputs(self, i: int, inputs: list[Tensor]) -> None:
         """Reshard layer i after its backward, when the gradient of an input is complete. The hooks
-        are registered before the forward, which may modify an input in place. Without inputs that
-        require a gradient, the next forward or _accumulated() reshards the layer."""
+        are registered before the forward: if it modifies an input in place, the input gets another
+        grad_fn. If no input requires a gradient, the layer stays gathered until its next forward
+        ends, or until _accumulated() receives its last gradient of the step."""
         # Autograd runs nodes in reverse order of their creation. When it reaches the node that
         # computed an input, all nodes of this layer have run.
         computed = [x for x in inputs if not x.is_leaf]
         for x in computed:
             x.register_hook(weak(self._after_backward, i))
-        # The gradient of a leaf can be complete before the nodes of this layer have run. If all
-        # inputs are leaves, reshard at the end of the whole backward.
+        # The gradient of a leaf can be complete before all nodes of this layer have run. If all
+        # inputs are leaves, reshard at the end of the whole backward. A hook on one of them is
+        # enough to register that.
         if inputs and not computed:
             after_backward = weak(self._after_backward, i)
 
@@ -246,8 +267,8 @@ class Zero3(Zero2):
             if not outputs and self.phase != "backward":
                 self._reshard_layer(i)
             return
-        # A layer is a table if it has one parameter and takes only token ids. A module with a tied
-        # matrix can be called as a table and as an output head.
+        # A layer is a table if it has one parameter and takes only token ids. This is decided at
+        # each call: a module with a tied matrix can be a table first and then the output head.
         ids = (torch.int32, torch.int64)
         takes_ids = len(inputs) > 0 and all(x.dtype in ids for x in inputs)
         self.is_table[i] = takes_ids and len(parameters) == 1
@@ -258,31 +279,32 @@ class Zero3(Zero2):
         # A backward will follow, but forward returned no tensor to hook: keep the layer gathered.
         needs_backward = any(x.requires_grad for x in (*inputs, *parameters))
         if needs_backward and not outputs and torch.is_grad_enabled():
-            self.kept.add(i)
+            self.never_resharded.add(i)
         storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
         # Resharding would free the values of an output that is a view of a parameter.
         is_view = any(y.untyped_storage()._cdata in storages for y in outputs)
-        # Keep the last layer of a stage: in the last stage, its backward comes next.
-        keep_gathered = i + 1 in self.starts or not self.reshard_after_forward
+        # Keep the last layer of each stage. In the last stage, its backward comes next.
+        keep_gathered = i + 1 in self.stage_starts or not self.reshard_after_forward
         if not is_view and not (outputs and keep_gathered):
             self._reshard_layer(i)
 
     def _hook_outputs(self, i: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Gather layer i before its backward, when a gradient reaches an output."""
         for y in outputs:
-            # Hook the node that computed y, because its pre-hook runs after all hooks on y. If a
-            # layer is called twice in a row, y is also the input of the second call, whose hook on
-            # y reshards the layer and must run first. If y is a view, hook the node of its base,
-            # because an in-place operation on y replaces y.grad_fn.
+            # Hook the node that computed y, not y. The pre-hooks of a node run after all hooks on
+            # its output. This matters if the layer is called twice in a row: y is then the input of
+            # the second call, whose hook on y reshards the layer. If y is a view, hook the node of
+            # its base, because an in-place operation on y replaces y.grad_fn.
             node = (y._base if y._is_view() else y).grad_fn
             if node is not None and not any(y is x for x in inputs):
                 node.register_prehook(weak(self._before_backward, i))
 
     def _before_backward(self, i: int, _) -> None:
         """Gather layer i, and start to gather layer i - 1."""
-        # Gradients are enabled if create_graph=True. The new graph may read the parameters later.
+        # In backward, grad mode is enabled only if create_graph=True. A later backward through the
+        # graph that is then built may read the parameters.
         self.create_graph |= torch.is_grad_enabled()
-        no_prefetch = i in self.starts or self.is_table[i - 1]
+        no_prefetch = i in self.stage_starts or self.is_table[i - 1]
         self._gather_layer(i, ahead=None if no_prefetch else i - 1)
 
     def _after_backward(self, i: int, *_) -> None:
@@ -305,7 +327,8 @@ class Zero3(Zero2):
             unit.reshard()
 
     def _copy_out(self, state: dict, prefix: str, _) -> None:
-        """Replace the tensors in model.state_dict() by copies, and free the full parameters."""
+        """Replace the tensors of a state dict by copies, and free the full parameters, which a hook
+        of Zero1 has gathered for it."""
         for name, value in state.items():
             if name.startswith(prefix) and isinstance(value, Tensor):
                 state[name] = value.clone()
@@ -314,6 +337,8 @@ class Zero3(Zero2):
 
 
 def in_backward() -> bool:
+    """Whether autograd is running. A forward that runs then is a recomputation. The hooks on its
+    tensors were registered in the first forward."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -336,7 +361,7 @@ def predicted_payload(
     skipped: int | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Payload per step, as defined in the module docstring. sizes: padded sizes of the units.
-    skipped: S, the elements that are not gathered for backward. Default: the last unit."""
+    skipped: the S of the module docstring. Default: the last unit, for a model without tables."""
     payload = zero.predicted_payload(sizes, d, stage=2, m=m, replicas=replicas)
     if reshard and d > 1:
         skipped = sizes[-1] if skipped is None else skipped
@@ -375,16 +400,19 @@ def main() -> None:
 
     with measure.Report("zero3.py") as report:
         group, d, m = report.group, report.group.size(), 2
-        # Ranks per hybrid group. It is 1, so nothing is sharded, if the number of ranks is prime.
+        # Hybrid sharding: groups of k ranks shard the parameters, and each of them has a full copy.
+        # k is the largest proper divisor of d. It is 1 if d is prime; then nothing is sharded.
         k = max(k for k in range(1, max(2, d)) if d % k == 0)
         mesh = dist.init_device_mesh("cpu", (d // k, k), mesh_dim_names=("replicas", "group"))
         hybrid = {name: mesh[name].get_group() for name in mesh.mesh_dim_names}
         expected = zero.train(range(4 * d), group, m)
         rows = range(4 * group.rank(), 4 * group.rank() + 4)
         trained = zero.train(rows, group, m, functools.partial(shard_layers, group=group))
-        report.close("version 1 max |d|", *shards_and_expected(trained[1], expected[1], group))
-        n = d * sum(p.numel() for p in trained[1].parameters())
-        gathered = 2 * n - d * trained[1].wpe.shard.numel()  # wpe saves nothing, so it runs once
+        model = trained[1]
+        report.close("version 1 largest error", *shards_and_expected(model, expected[1], group))
+        n = d * sum(p.numel() for p in model.parameters())
+        # wpe adds a slice of its table. It saves no tensor for backward, so it is not recomputed.
+        gathered = 2 * n - d * model.wpe.shard.numel()
         predicted = {"reduce_scatter": m * n, "all_gather": m * gathered, "all_reduce": 0}
         zero.compare(report, "version 1", trained, expected, predicted)
         for name, options in (
@@ -392,12 +420,12 @@ def main() -> None:
             ("ZeRO-3 kept", {"reshard_after_forward": False}),
             (f"ZeRO-3 hybrid {d // k} x {k}", hybrid),
         ):
-            trained = zero.train(
-                rows, group, m, functools.partial(Zero3, accumulations=m, **options)
-            )
-            shards, reshard = trained[2].group.size(), name != "ZeRO-3 kept"
-            sizes = [padded([p.numel() for p in unit.place], shards) for unit in trained[2].units]
-            skipped = sizes[0] + sizes[-1]  # the token table and the last layer
+            attach = functools.partial(Zero3, accumulations=m, **options)
+            trained = zero.train(rows, group, m, attach)
+            sync, reshard = trained[2], name != "ZeRO-3 kept"
+            shards = sync.group.size()
+            sizes = [padded([p.numel() for p in unit.place], shards) for unit in sync.units]
+            skipped = sizes[0] + sizes[-1]  # wte, and lm_head as the last layer
             predicted = predicted_payload(sizes, shards, m, d // shards, reshard, skipped)
             zero.compare(report, name, trained, expected, predicted)
 
