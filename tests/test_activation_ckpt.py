@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import activation_ckpt as ckpt
@@ -261,18 +263,54 @@ def test_a_graph_that_is_kept_is_run_backward_twice(policy):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_offload_copies_activations_and_no_parameters(monkeypatch):
-    net, x, hooks = torch.nn.Linear(3, 4), torch.randn(4, 3).T, []
+def hooks_of_offload(monkeypatch, net: torch.nn.Module, x: torch.Tensor) -> tuple:
+    hooks = []
     monkeypatch.setattr(
         ckpt, "saved_tensors_hooks", lambda *pair: hooks.append(pair) or contextlib.nullcontext()
     )
-    ckpt.offload(net.forward, net, torch.ones(3))
-    ((pack, unpack),) = hooks
+    ckpt.offload(net.forward, net, x)
+    return hooks[0]
+
+
+def test_offload_copies_activations_and_no_parameters(monkeypatch):
+    net, x = torch.nn.Linear(3, 4), torch.randn(4, 3).T
+    pack, unpack = hooks_of_offload(monkeypatch, net, torch.ones(3))
     for t, copied in ((net.weight.T, False), (net.bias, False), (x, True)):
         device, host = pack(t)
         back = unpack((device, host))
         assert device == t.device and torch.equal(back, t) and back.stride() == t.stride()
         assert (host.data_ptr() != t.data_ptr()) == copied
+
+
+class Copies(TorchDispatchMode):
+    """The arguments of each allocation and copy."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1]
+        if name in ("empty_like", "copy_", "_to_copy"):
+            self.seen.append((name, args[2:], kwargs))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_offload_of_a_gpu_tensor_is_asynchronous_and_pinned(monkeypatch):
+    """With fake tensors, which have a device and no data."""
+    pack, unpack = hooks_of_offload(monkeypatch, torch.nn.Linear(3, 4), torch.ones(3))
+    with FakeTensorMode():
+        x = torch.empty(4, 3, device="cuda").T
+        with Copies() as copies:
+            device, host = pack(x)
+            back = unpack((device, host))
+    assert (host.device.type, back.device) == ("cpu", x.device)
+    assert host.stride() == back.stride() == x.stride()
+    allocation, to_host, to_device = copies.seen
+    assert allocation[2]["pin_memory"] is True
+    assert to_host[:2] == ("copy_", (True,))  # non_blocking
+    assert to_device[0] == "_to_copy" and to_device[2]["non_blocking"] is True
 
 
 def test_a_forward_without_gradients_copies_nothing(monkeypatch):
