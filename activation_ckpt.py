@@ -79,7 +79,7 @@ class EarlyStop(BaseException):
 def checkpoint(function: Callable, *inputs: Tensor, rerun: Callable | None = None) -> Any:
     """Call function(*inputs) under saved-tensor hooks. Autograd stores an index in place of each
     saved tensor. When backward needs one, unpack() reruns the function (or calls `rerun`) and so
-    recomputes all of them. A tensor is freed after its first use, and recomputed for a second."""
+    recomputes all of them. A tensor is freed after its first use. The next use runs it again."""
     detached = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     rerun = rerun or functools.partial(function, *detached)
     shapes: list[tuple] = []  # of the tensors saved by the first forward
@@ -114,6 +114,8 @@ def checkpoint(function: Callable, *inputs: Tensor, rerun: Callable | None = Non
 
 
 # --- recompute(): checkpoint() for any block ------------------------------------------------------
+# checkpoint() accepts only tensors, and its closure holds them, unseen by outer saved-tensor hooks.
+# It restores neither RNG nor autocast state.
 
 
 def save_torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
@@ -160,8 +162,8 @@ def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **
     tuples, lists and dicts, are kept for backward. All others are recomputed.
 
     save_rng() is called before the first forward. It returns a function that returns a context
-    manager for the second forward, in which the same random numbers are drawn. train_3d.py passes
-    Draws.save from gpt.py, where a mask is a function of (seed, step, row, module name).
+    manager, in which the second forward draws the same random numbers. It is exited with EarlyStop.
+    train_3d.py passes Draws.save from gpt.py: a mask is a function of (seed, step, row, module).
 
     Raises ValueError in backward if the second forward saves fewer tensors or other shapes. Surplus
     tensors are not noticed. Gradients can be wrong without an error if the function reads state
