@@ -289,7 +289,7 @@ def test_gpu_check_without_a_gpu(monkeypatch, tmp_path):
     for what in ("losses and norms", "gradients", "parameters", "eager", "compiled", "none", "full",
                  "offload"):  # fmt: skip
         assert said.count(f"\n| {what} |") == 1, what
-    assert "Offloading copies 4 x" in said and "--vocab-size=300 --global-batch-size=16" in said
+    assert "--vocab-size=300 --global-batch-size=16" in said
 
 
 def test_free_running_steps_are_synchronised_once_per_window(monkeypatch):

@@ -9,10 +9,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import activation_ckpt
 import checkpoint
 import ddp
-import gpt
 import options
 import train_3d
 from tests.commands import TINY, forked
@@ -127,88 +125,6 @@ def test_the_host_waits_for_the_step_before_the_one_that_it_has_queued():
     done = forked(1, logged_run, *TINY)
     expected = ["step 0", "wait for None", "step 1", "wait for 0", "step 2", "wait for 1", "step 3"]
     assert done.stdout.endswith(f"{expected}\n"), done.stdout + done.stderr
-
-
-# --- streams: offloading --------------------------------------------------------------------------
-
-
-def offloaded_gradients(net: gpt.GPT, order: str = "FB") -> list[Tensor]:
-    """Of three microbatches. order: F and B, first in, first out."""
-    tokens = torch.randint(17, (3, 2, 6), generator=torch.Generator().manual_seed(0))
-    losses, forwards = [], iter(tokens)
-    for action in order * 3 if order == "FB" else order:
-        if action == "F":
-            x = next(forwards)
-            losses.append(gpt.cross_entropy(net(x), x))
-        else:
-            losses.pop(0).backward()
-    return [p.grad.clone() for p in net.parameters()]
-
-
-def small(policy: str) -> gpt.GPT:
-    net = gpt.build(gpt.GPTConfig(4, 2, 8, 17, 6, "explicit"), dtype=torch.float64)
-    activation_ckpt.checkpoint_blocks(net.h, policy)
-    return net
-
-
-@pytest.fixture
-def device(monkeypatch) -> Device:
-    device = Device()
-    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
-    return device
-
-
-@pytest.mark.parametrize("order", ["FB", "FFBFBB", "FFFBBB"])
-def test_offloading_and_compute_wait_for_each_other(order, device):
-    """Twice: the second time with host buffers that were used before."""
-    net, plain = small("offload"), small("none")
-    for _ in range(2):
-        with device:
-            gradients = offloaded_gradients(net, order)
-        for a, b in zip(gradients, offloaded_gradients(plain, order), strict=True):
-            assert torch.equal(a, b)
-
-
-def test_one_block_is_copied_while_the_next_one_runs(device):
-    """In forward and in backward. behind: operations that the compute stream has not waited for, at
-    the beginning and at the end of each block."""
-    net, (compute,), behind = small("offload"), device.streams, []
-
-    def count(*_) -> None:
-        side = device.streams[-1]
-        behind.append(side.operations - compute.seen.get(side, 0) if side is not compute else 0)
-
-    def before(_, xs: tuple) -> None:
-        count()
-        xs[0].register_hook(count)
-
-    for block in net.h.values():
-        block.register_forward_pre_hook(before)
-    with device:
-        offloaded_gradients(net)
-    n = max(behind)
-    assert n > 0 and behind == 3 * [0, n, n, n, n, n, n, 0]
-
-
-def test_tensors_that_are_fetched_and_not_used_are_kept_until_their_copy_is_over(device):
-    """The backward of the last block fetches the tensors of the previous block. Then the graph is
-    freed."""
-    net, inputs = small("offload"), []
-    net.h["3"].register_forward_pre_hook(lambda _, xs: inputs.append(xs[0]))
-    tokens = torch.zeros(2, 6, dtype=torch.int64)
-    with device:
-        for _ in range(2):
-            torch.autograd.grad(gpt.cross_entropy(net(tokens), tokens), inputs.pop())
-
-
-def test_host_buffers_are_reused():
-    net = small("offload")
-    memory, seen = net.h["0"].forward.args[2], []
-    for _ in range(2):
-        offloaded_gradients(net, "FFBFBB")
-        buffers = [*memory.free_buffers.values()]
-        seen.append({host.data_ptr() for free in buffers for host in free})
-    assert seen[0] == seen[1] and len(seen[0]) > 0
 
 
 # --- streams: gradients summed by host ------------------------------------------------------------

@@ -8,8 +8,7 @@ strategies are no-ops. The report is Markdown:
 - largest relative differences of losses, gradient norms, gradients and parameters in float64;
 - time per step in bf16, with and without --compile. Loops alternate. Steps are timed with a
   synchronisation around each step, and free-running, with one after the last of several steps;
-- time of recomputation and of offloading, and the fraction of the offloading copies that overlaps
-  with compute: 1 - (step with offloading - step without) / time of the copies alone;
+- time of recomputation and of offloading;
 - peak memory of CUDA's allocator, compared with the formulas.
 
 The exit code is 1 if a difference in float64 is too large. Without a GPU the report uses a small
@@ -35,7 +34,7 @@ import measure
 import options
 import startup
 import train_3d
-from tools import cost, dry_run
+from tools import dry_run
 from tools.oracle import EPS, draw
 
 STEPS = 3  # of the comparison in float64
@@ -204,19 +203,6 @@ def speed(
         free_memory()
 
 
-def copy_seconds(nbytes: int, device: torch.device) -> float:
-    """Seconds of a copy to pinned host memory and back, without other work."""
-    source = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-
-    class Copies:
-        def step(self, _: int) -> None:
-            host.copy_(source, non_blocking=True)
-            source.copy_(host, non_blocking=True)
-
-    return seconds([Copies()], 5, device)[0]
-
-
 MEMORY_HEAD = (
     "| recompute | ms per step | predicted GB | peak allocated GB | allocated / predicted |",
     "|---" * 5 + "|",
@@ -224,7 +210,7 @@ MEMORY_HEAD = (
 
 
 def memory(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
-    """Rows of the table below MEMORY_HEAD, and a line about the overlap of offloading."""
+    """Rows of the table below MEMORY_HEAD."""
     policies = ("none", "full", "offload")
 
     def trainer_with(policy: str) -> train_3d.Trainer:
@@ -236,7 +222,6 @@ def memory(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
     for policy in policies:
         free_memory()
         trainer = trainer_with(policy)
-        args, config = trainer.args, trainer.config
         trainer.step(0)
         free_memory()  # measure the peak of a step, without that of the initialisation
         trainer.step(1)
@@ -247,17 +232,6 @@ def memory(flags: list[str], device: torch.device, steps: int) -> Iterator[str]:
             measured = f"{peak / 1e9:.3f} | {peak / expected:.3f}"
         yield f"| {policy} | {1e3 * times[policy]:.1f} | {expected / 1e9:.3f} | {measured} |"
         del trainer
-    saved = config.n_layer * cost.predicted_block_bytes(
-        args.micro_batch_size, config.seq_len, config.n_embd, config.n_head, config.attention, 2,
-        stat=4)  # fmt: skip
-    m = args.global_batch_size // args.micro_batch_size
-    copies = m * copy_seconds(saved, device)
-    overlap = 100 * (1 - (times["offload"] - times["none"]) / copies)
-    hidden = f"{overlap:.0f} % of this overlaps with compute"
-    if device.type == "cpu":
-        hidden = "without a GPU nothing overlaps"
-    yield (f"\nOffloading copies {m} x {saved / 1e9:.3f} GB per step to the host and back. The "
-           f"copies alone take {1e3 * copies:.1f} ms; {hidden}.")  # fmt: skip
 
 
 def report(model: str | None, vocab_size: int | None, batch: tuple[int, int], steps: int,

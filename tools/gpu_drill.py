@@ -13,7 +13,6 @@ The parts, in the order in which the script runs them:
     speed           step time compared with a loop without strategies
     profile         fraction of time in which the GPU is busy; kernel launches per step
     fragmentation   reserved / allocated memory
-    offload         how much of offloading's copies overlaps with compute
     memcheck        NVIDIA's compute-sanitizer finds no memory errors
 
 In parity, late, train, syncs, fragmentation and memcheck, several ranks share the GPU over NCCL.
@@ -302,15 +301,6 @@ def speed(device: torch.device, failed: list[str]) -> Iterator[str]:
     dist.destroy_process_group()
 
 
-def offload(device: torch.device, failed: list[str]) -> Iterator[str]:
-    """The fraction of offloading's copies that overlaps with compute."""
-    startup.join_ranks(device)
-    yield from gpu_check.MEMORY_HEAD
-    yield from gpu_check.memory(sizes(device, 50304 if device.type == "cuda" else 64), device,
-                                steps=3)  # fmt: skip
-    dist.destroy_process_group()
-
-
 def busy_and_launches(events: list[dict], steps: int) -> tuple[float, float]:
     """(fraction of time in which the GPU is busy, kernel launches per step), from a trace.
 
@@ -423,7 +413,7 @@ def needs_a_gpu(*names: str, columns: int) -> Iterator[str]:
 
 
 PARTS = {part.__name__: part for part in (parity, late, train, syncs, speed, profile, fragmentation,
-                                          offload, memcheck)}  # fmt: skip
+                                          memcheck)}  # fmt: skip
 
 
 def main() -> None:

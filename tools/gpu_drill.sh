@@ -59,7 +59,6 @@ part syncs 50
 part speed 140
 part profile 40
 part fragmentation 40
-part offload 40
 part memcheck 60
 if ((${#results[@]} == 0)); then
   echo "gpu_drill.sh: there is no part named${chosen}" >&2
