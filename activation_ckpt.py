@@ -78,8 +78,12 @@ class EarlyStop(BaseException):
 
 def checkpoint(function: Callable, *inputs: Tensor, rerun: Callable | None = None) -> Any:
     """Call function(*inputs) under saved-tensor hooks. Autograd stores an index in place of each
-    saved tensor. When backward needs one, unpack() reruns the function (or calls `rerun`) and so
-    recomputes all of them. A tensor is freed after its first use. The next use runs it again."""
+    saved tensor. When backward needs one, unpack() reruns the function (or calls `rerun`), which
+    recomputes all of them. A recomputed tensor is freed after its first use. A second use reruns
+    the function again.
+
+    This is torch.utils.checkpoint(use_reentrant=False), without its keyword arguments, RNG and
+    autocast state, detection of inputs modified in place, and reuse of recomputed tensors."""
     detached = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     rerun = rerun or functools.partial(function, *detached)
     shapes: list[tuple] = []  # of the tensors saved by the first forward
