@@ -2,8 +2,9 @@
 
 Autograd saves the tensors that backward needs: "saved tensors", or activations. Their size grows
 with batch size, sequence length and depth, and often exceeds that of the model. The policies below
-keep fewer of them on the device in each block. If a block is deterministic, losses and gradients
-are bitwise identical to those without checkpointing.
+keep fewer of them on the device in each block. If a block gives the same results when it is rerun
+with the same random numbers, losses and gradients are bitwise identical to those without
+checkpointing. offload() states one exception.
 
     x0 x1 x2 x3: inputs and outputs of three blocks. u w z: tensors inside a block.
     [ ]: saved on the device from forward to backward.
@@ -15,9 +16,9 @@ are bitwise identical to those without checkpointing.
     offload     [        ] [        ] [        ] x3    nothing: all saved tensors are on the host
 
 b microbatch size, s sequence length, h hidden size, a attention heads. F = 24 b s h^2 + 4 b s^2 h
-and B = 2 F are the FLOPs of a block's forward and backward.
+are the FLOPs of the matmuls in a block's forward, and B = 2 F those in its backward.
 
-    policy     elements saved per block  FLOPs per block        recomputed
+    policy     elements kept per block   FLOPs per block        recomputed
     none       16 b s h + b a s^2        F + B                  nothing
     full       b s h                     F + B + F - 8 b s h^2  all but the last matmul
     selective  16 b s h                  F + B + 2 b s^2 h      q k^T and softmax
@@ -29,8 +30,10 @@ During a block's backward, its recomputed tensors are in memory too.
 
 The recomputation, or second forward, must draw the same dropout masks. It runs when backward first
 needs a saved tensor of the block, repeats the block's collectives in order, and stops at the last
-saved tensor. Ranks that save different tensors can therefore hang. In a tensor-parallel block
-without dropout, "full" repeats all collectives but the last. "selective" repeats none.
+saved tensor. If ranks save different tensors, they stop at different points, and one can wait
+forever in a collective that another never starts. A tensor-parallel block without dropout saves
+nothing after its last collective, so "full" repeats all collectives but that one. "selective"
+repeats none.
 
     torchrun --standalone --nproc-per-node 2 activation_ckpt.py
 
@@ -48,7 +51,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
 
-# --- version 1: the whole idea (policy "full") ----------------------------------------------------
+# --- version 1: the whole idea (policy "full"), in the textbook form and with hooks ---------------
 
 
 class CheckpointFunction(torch.autograd.Function):
@@ -78,12 +81,13 @@ class EarlyStop(BaseException):
 
 def checkpoint(function: Callable, *inputs: Tensor, rerun: Callable | None = None) -> Any:
     """Call function(*inputs) under saved-tensor hooks. Autograd stores an index in place of each
-    saved tensor. When backward needs one, unpack() reruns the function (or calls `rerun`), which
-    recomputes all of them. A recomputed tensor is freed after its first use. A second use reruns
-    the function again.
+    saved tensor. When backward first needs one, unpack() reruns the function, which recomputes all
+    of them. A recomputed tensor is freed after its first use. If it is used again, for example by a
+    second backward with retain_graph=True, the function runs again. rerun(): is called instead of
+    the function; recompute() passes one.
 
-    This is torch.utils.checkpoint(use_reentrant=False), without its keyword arguments, RNG and
-    autocast state, detection of inputs modified in place, and reuse of recomputed tensors."""
+    This is torch.utils.checkpoint.checkpoint(use_reentrant=False) without its keyword arguments,
+    its handling of RNG and autocast state, and its detection of inputs modified in place."""
     detached = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     rerun = rerun or functools.partial(function, *detached)
     shapes: list[tuple] = []  # of the tensors saved by the first forward
@@ -106,7 +110,8 @@ def checkpoint(function: Callable, *inputs: Tensor, rerun: Callable | None = Non
             hooks = saved_tensors_hooks(store, lambda t: t)
             with contextlib.suppress(EarlyStop), torch.enable_grad(), hooks:
                 rerun()
-            if (second := [tuple(t.shape) for t in recomputed.values()]) != shapes:
+            second = [tuple(t.shape) for t in recomputed.values()]
+            if second != shapes:
                 raise ValueError(
                     f"the first forward saved tensors of shapes {shapes} and the second {second}: "
                     "the function must not depend on state that changes in between"
@@ -118,8 +123,9 @@ def checkpoint(function: Callable, *inputs: Tensor, rerun: Callable | None = Non
 
 
 # --- recompute(): checkpoint() for any block ------------------------------------------------------
-# checkpoint() accepts only tensors, and its closure holds them, unseen by outer saved-tensor hooks.
-# It restores neither RNG nor autocast state.
+# checkpoint() accepts only tensors, by position. recompute() accepts any arguments and adds three
+# things: (1) it restores the RNG state; (2) it saves the inputs through autograd, so that in-place
+# changes are detected and outer saved-tensor hooks apply to them; (3) it restores autocast.
 
 
 def save_torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
@@ -144,11 +150,13 @@ def save_torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
 
 
 class SaveInput(torch.autograd.Function):
-    """2. An autograd node saves each input. Autograd raises an error if one was modified in place,
-    and outer saved-tensor hooks (an enclosing recompute, measure.py) apply to them.
+    """2. Saves an input in an autograd node of its own. Outer saved-tensor hooks, such as those of
+    an enclosing recompute or of measure.py, apply to it. Without outer hooks, load() raises an
+    error if the input has been modified in place.
 
-    The output is an empty tensor that refers to the node. It is not used in the graph, so this
-    node's backward never runs and cannot free the input before the second forward."""
+    The output is an empty tensor that refers to the node. Nothing is computed from it, so autograd
+    never runs the node, and does not free the input. The input is freed with the last saved tensor
+    of the block, because the hooks of the block hold `rerun`, and `rerun` holds the outputs."""
 
     @staticmethod
     def forward(ctx, leaf: Tensor, x: Tensor) -> Tensor:
@@ -162,29 +170,32 @@ class SaveInput(torch.autograd.Function):
 
 
 def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **kwargs) -> Any:
-    """Call function(*args, **kwargs). Only the tensors among its arguments, including those in
-    tuples, lists and dicts, are kept for backward. All others are recomputed.
+    """Call function(*args, **kwargs). Of the tensors that backward needs, only those among the
+    arguments are kept, also if they are in tuples, lists or dicts. The others are recomputed.
 
     save_rng() is called before the first forward. It returns a function that returns a context
-    manager, in which the second forward draws the same random numbers. It is exited with EarlyStop.
-    train_3d.py passes Draws.save from gpt.py: a mask is a function of (seed, step, row, module).
+    manager, in which the second forward draws the same random numbers. EarlyStop passes through
+    this context manager, so it must restore the state in a `finally`. train_3d.py passes Draws.save
+    from gpt.py, because the dropout masks there do not come from torch's default generators.
 
     Raises ValueError in backward if the second forward saves fewer tensors or other shapes. Surplus
     tensors are not noticed. Gradients can be wrong without an error if the function reads state
     that has changed since the first forward, or modifies a saved tensor in place."""
     leaf = torch.empty(0, requires_grad=True)
-    saved = tree_map_only(Tensor, lambda x: SaveInput.apply(leaf, x), (args, kwargs))
+    nodes = tree_map_only(Tensor, lambda x: SaveInput.apply(leaf, x), (args, kwargs))
     restore_rng = save_rng()
     # 3. Autocast: the second forward must compute in the dtypes of the first, but backward usually
     # runs outside of the autocast context.
-    cpu, cuda = (
+    cpu_autocast, cuda_autocast = (
         torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         for device in ("cpu", "cuda")
     )
 
-    def rerun() -> None:  # must not refer to args or kwargs, which would keep the inputs in memory
-        detached_args, detached_kwargs = tree_map_only(Tensor, SaveInput.load, saved)
-        with cpu, cuda, restore_rng():
+    # This must not refer to args or kwargs. They would keep the inputs in memory even if outer
+    # hooks have offloaded or dropped them.
+    def rerun() -> None:
+        detached_args, detached_kwargs = tree_map_only(Tensor, SaveInput.load, nodes)
+        with cpu_autocast, cuda_autocast, restore_rng():
             function(*detached_args, **detached_kwargs)
 
     return checkpoint(functools.partial(function, *args, **kwargs), rerun=rerun)
@@ -196,13 +207,14 @@ def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **
 def offload(function: Callable, module: nn.Module, *args, **kwargs) -> Any:
     """Call `function`, the forward of `module`, and keep its saved tensors in host memory. Nothing
     is recomputed. Parameters are not copied. A tensor that two nodes save is copied twice. Tensors
-    are reloaded with the same strides. Only a slice of a larger tensor is reloaded without the gaps
-    between its elements, which can change the rounding of a matmul.
+    are reloaded with the same strides. The exception are tensors with gaps between their elements,
+    such as a slice of a larger one. They are reloaded without gaps, which can change the rounding
+    of a matmul.
 
     On a GPU, the copies run on the stream of the computation, in order with it. So no events are
-    needed: the allocators of PyTorch reuse device memory in stream order, and pinned memory after
-    its copy. The copies do not overlap with computation. That needs a second stream, an event after
-    each copy, and reloads that start one block ahead."""
+    needed: PyTorch's allocators reuse device memory in stream order, and pinned memory only when
+    its copy has finished. The copies do not overlap with computation. Overlapping them would need a
+    second stream, an event after each copy, and reloads that start one block ahead."""
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
 
     def pack(t: Tensor) -> tuple[torch.device, Tensor]:
@@ -258,10 +270,11 @@ def checkpoint_blocks(
 
 
 def saved_bytes(policy: str, b: int, s: int, h: int, a: int, itemsize: int) -> int:
-    """Bytes saved from forward to backward; itemsize is that of the activations. The 16 b s h
-    elements are the inputs of ln_1, c_attn, ln_2 and c_fc (4), q, k and v (3), the input of
-    attn.c_proj (1), and GELU's input (4) and output (4). The table in the module docstring omits
-    4 b s elements (mean and 1/std of the layer norms) and s^2 bytes (the causal mask)."""
+    """Bytes kept on the device from forward to backward; itemsize is that of the activations. The
+    16 b s h elements are, in units of b s h: 4 for the inputs of ln_1, c_attn, ln_2 and c_fc; 3 for
+    q, k and v; 1 for the input of attn.c_proj; 4 for GELU's input; 4 for its output. The table in
+    the module docstring omits 4 b s elements (mean and 1/std of the layer norms) and s^2 bytes (the
+    causal mask)."""
     return {
         "none": (16 * b * s * h + b * a * s * s + 4 * b * s) * itemsize + s * s,
         "selective": (16 * b * s * h + 4 * b * s) * itemsize,

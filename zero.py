@@ -58,7 +58,7 @@ from ddp import (
     reduce_scatter,
 )
 
-# --- version 1: the whole idea --------------------------------------------------------------------
+# --- version 1: the whole idea of ZeRO-1 ----------------------------------------------------------
 
 
 class MinimalZero1:
@@ -183,9 +183,9 @@ class Unit:
             for p, here in self.place.items():
                 self.gradient_of[p] = self.gradients[here].view_as(p)
                 # grad_dtype = None allows a `.grad` of any dtype. A tied matrix can get two
-                # gradients per backward, which autograd sums before it calls the hook. With
-                # grad_dtype, it sums them in the dtype of the buffer. gpt.py sets tied_name on tied
-                # matrices. ZeRO-2 has no such buffer.
+                # gradients per backward, which autograd sums before it calls the hook. If
+                # p.grad_dtype is the dtype of the buffer, it sums them in that dtype. gpt.py sets
+                # tied_name on tied matrices. ZeRO-2 has no buffer and does not set p.grad_dtype.
                 p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None
         else:
             self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
@@ -208,7 +208,7 @@ class Unit:
         self.gathered = True  # `parameters` is complete, or `gathering` is filling it
         self.gathering: dist.Work | None = None
         self.sum: Tensor | None = None  # written by `reducing`, not yet added to the shard
-        self.first = True  # whether `sum` replaces the shard instead
+        self.first = True  # whether `sum` replaces the shard rather than being added
         self.reducing: dist.Work | None = None
 
     def take_shard(self) -> Tensor:
@@ -226,7 +226,8 @@ class Unit:
                 p.__class__ = nn.Parameter if allowed else ShardedParameter
 
     def unshard(self) -> None:
-        """Start to all-gather the parameters, unless they are gathered. Call wait() before use."""
+        """Start to all-gather the parameters, unless this is done or started. Call wait() before
+        use."""
         if self.gathered:
             return
         self.gathering = all_gather(  # payload: the unit
@@ -260,7 +261,7 @@ class Unit:
         the sum replaces the stored shard, else it is added to it."""
         if self.group.size() > 1:
             flat = flat.to(self.reduce_dtype)
-        self.sum, self.first = flat[self.mine], first
+        self.sum, self.first = flat[self.mine], first  # a view: keeps `flat` until wait_reduce()
         if self.group.size() > 1:
             self.reducing = reduce_scatter(  # payload: the unit
                 self.sum, flat, group=self.group, async_op=True
@@ -272,10 +273,12 @@ class Unit:
         self.reducing = dist.all_reduce(self.sum, group=replicas, async_op=True)  # payload: shard
 
     def wait_reduce(self) -> None:
-        """Wait for the pending reduction, if any, and store its result in the gradient shard."""
+        """Wait for the pending reduction, if any. Its result replaces the gradient shard or is added
+        to it, see reduce()."""
         if self.reducing is not None:
             self.reducing.wait()
-        if self.sum is not None:  # in ZeRO-1 in fp32, it already is the shard
+        if self.sum is not None:
+            # In fp32, the `sum` of ZeRO-1 is the shard itself, so this copy has no effect.
             accumulate(self.sum, self.gradient_shard, self.first)
         self.sum = self.reducing = None
 
@@ -286,9 +289,10 @@ def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dic
     holds parameters and is not inside a block. A block includes the parameters of all its
     submodules.
 
-    By default, the blocks are (1) the elements of every nn.ModuleList and nn.ModuleDict outside of
-    other blocks and (2) every other module that directly holds parameters, except the model itself
-    and modules that contain an nn.ModuleList or nn.ModuleDict. `blocks` replaces the default.
+    By default, the outermost modules of two kinds are blocks: (1) elements of an nn.ModuleList or
+    nn.ModuleDict that are not such containers, (2) modules that directly hold parameters and do not
+    contain an nn.ModuleList or nn.ModuleDict. The model itself is no block. `blocks` replaces the
+    default.
 
     Raises ValueError if a layer has no forward()."""
     containers = (nn.ModuleDict, nn.ModuleList)
@@ -320,12 +324,13 @@ def layers(model: nn.Module, blocks: Collection[nn.Module] | None = None) -> dic
 def unit_key(p: nn.Parameter, layer: list[nn.Parameter]) -> tuple:
     """Parameters of a layer with equal keys form one unit.
 
-    Some gradients are also summed over pipeline or tensor-parallel ranks. Their parameters have
-    their own unit, so that their shards start and end at the same elements on all these ranks.
-    There are two cases. (1) A matrix tied across two pipeline stages, which has a tied_name. (2)
-    Parameters that tensor_parallel.py marks as partial, because each rank computes only part of
-    their gradient. If other matrices of the layer are split unevenly, the offsets of the partial
-    parameters in a common buffer would differ between ranks."""
+    Some gradients are also summed over pipeline or tensor-parallel ranks. A shard of such a
+    parameter must start and end at the same elements on all these ranks. So it has its own unit
+    if the offsets in a common buffer would differ between them. There are two cases. (1) A matrix
+    tied across two pipeline stages, which has a tied_name. (2) Parameters that tensor_parallel.py
+    marks as partial, because each rank computes only part of their gradient, if other matrices of
+    the layer are split unevenly. sharding.sizes: the sizes of fused matrices along the split
+    dimension. sharding.size: the number of tensor-parallel ranks."""
     shardings = [q.sharding for q in layer if hasattr(q, "sharding")]
     is_uneven = any(n % sharding.size for sharding in shardings for n in sharding.sizes)
     is_partial = is_uneven and getattr(p, "partial", False)
@@ -397,7 +402,7 @@ class Zero1:
 
         # A round reduce-scatters every unit once. ZeRO-2 has a round per microbatch. If a pipeline
         # rank holds the first and the last stage, a tied matrix receives two gradients per
-        # microbatch, so its count is 2 m. The smallest count is m.
+        # microbatch, so its count is 2 m. The number of rounds is the smallest count, m.
         one_round = self.stage == 1 or not overlap
         self.rounds = 1 if one_round else min(self.accumulations.values(), default=1)
         # The order in a round. Backward usually completes the last unit first.
@@ -438,11 +443,11 @@ class Zero1:
             module.register_load_state_dict_post_hook(lambda module, _: loaded(module))
         # If the optimizer holds a model parameter, check_optimizer() must raise on every rank, even
         # on one that has no piece of it. It raises if the parameter differs from the tensor of its
-        # Piece. So each parameter is mapped to a Piece with the tensor of another one.
+        # Piece. So each parameter is mapped to a Piece whose tensor is not the parameter.
         pieces = self.pieces()
         self.piece_of = {p: Piece(name, pieces[0].tensor, p, 0) for name, p in self.parameters}
         self.piece_of |= {piece.tensor: piece for piece in pieces}
-        me = weakref.ref(self)
+        me = weakref.ref(self)  # not weak(): this hook must do nothing after this object is deleted
         check = register_optimizer_step_pre_hook(lambda o, *_: me() and me()._check(o))
         weakref.finalize(self, check.remove)
 
@@ -450,8 +455,8 @@ class Zero1:
         """Call before the first backward of a step. Until finish(), every `.grad` is None or a
         gradient of this rank.
 
-        start() can also abandon a step. If all ranks raised an exception at the same point before
-        before_step(), it waits for the pending collectives and discards the gradients."""
+        start() can also abandon a step: it waits for the pending collectives and discards the
+        gradients. All ranks must have stopped at the same point, before they called before_step()."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip
@@ -498,7 +503,8 @@ class Zero1:
             accumulate(p.grad, unit.gradient_of[p], first=self.missing[p] == count)
             p.grad = None
         self.missing[p] -= 1
-        # Every count / self.rounds gradients of p complete one round.
+        # A round has count / self.rounds gradients of p. For example, with m = 2 and a count of 4,
+        # the first two gradients complete round 0, and the others round 1.
         done = count - self.missing[p]
         rounds, rounds_before = done * self.rounds // count, (done - 1) * self.rounds // count
         if rounds > rounds_before:  # p has completed the round with index rounds_before
@@ -548,7 +554,7 @@ class Zero1:
             self._launch()
         self._wait_reduce()
         for unit in self.order:
-            unit.wait_reduce()
+            unit.wait_reduce()  # for the all-reduce over the replicas
             with not_intercepted():
                 for p, placeholder in unit.placeholder_of.items():
                     p.grad = placeholder
@@ -707,12 +713,14 @@ not_intercepted = torch._C.DisableTorchFunctionSubclass  # disables __torch_func
 
 class ShardedParameter(nn.Parameter):
     """The class of a parameter while its values are out of date, being gathered or, in ZeRO-3,
-    freed. Reading its values raises ValueError. Its shape, gradient and other metadata can be read.
+    freed. Reading its values raises ValueError. Its gradient and metadata such as the shape can be
+    read.
 
     torch calls __torch_function__ for every operation on the parameter. An attribute like p.data
     arrives as the __get__ of a descriptor with that name."""
 
     TENSORS = ("data", "T", "mT", "H", "mH", "real", "imag")  # attributes that return values
+    # Methods that do not return values of the parameter. All others raise ValueError.
     METHODS = ("size", "numel", "nelement", "dim", "stride", "storage_offset", "element_size",
                "is_contiguous", "get_device", "is_floating_point", "is_complex",
                "untyped_storage", "requires_grad_", "register_hook",
@@ -722,8 +730,8 @@ class ShardedParameter(nn.Parameter):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         is_attribute = function.__name__ in ("__get__", "__set__")
         name = function.__self__.__name__ if is_attribute else function.__name__
-        is_metadata = name not in cls.TENSORS if is_attribute else name in cls.METHODS
-        if is_metadata:
+        is_allowed = name not in cls.TENSORS if is_attribute else name in cls.METHODS
+        if is_allowed:
             with not_intercepted():
                 return function(*args, **(kwargs or {}))
         raise ValueError(
@@ -808,10 +816,10 @@ def train(rows: range, world: dist.ProcessGroup, m: int, attach: Callable = lamb
 
 
 def compare(report, name: str, trained: tuple, expected: tuple, predicted: dict) -> None:
-    """Compare the losses, the parameters and the gradient shards of `trained` with those of
-    `expected`, one process, and the payload with `predicted`. trained, expected: results of
-    train(). Parameters and gradients are skipped for version 1 of zero3.py, which has none of the
-    model's."""
+    """Compare the losses, parameters and gradient shards of `trained` with those of `expected`, a
+    run in one process, and the payload with `predicted`. trained, expected: results of train().
+    Gradients are compared for Zero1 and its subclasses. Parameters are compared if the model has
+    its original ones, which is not so for version 1 of zero3.py."""
     losses, model, sync, seen = trained
     dist.all_reduce(losses)
     report.losses(name, [*losses], [*expected[0]])
@@ -836,7 +844,8 @@ def main() -> None:
 
     with measure.Report("zero.py") as report:
         group, d, m = report.group, report.group.size(), 2
-        # Ranks per hybrid group. It is 1, so nothing is sharded, if the number of ranks is prime.
+        # Ranks per hybrid group: the largest proper divisor of d. If d is prime, it is 1, and
+        # nothing is sharded.
         k = max(k for k in range(1, max(2, d)) if d % k == 0)
         mesh = dist.init_device_mesh("cpu", (d // k, k), mesh_dim_names=("replicas", "group"))
         hybrid = {name: mesh[name].get_group() for name in mesh.mesh_dim_names}
