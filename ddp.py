@@ -237,7 +237,8 @@ class DDP:
         """Call before the first backward of a step. Until finish(), every `.grad` is None.
 
         start() can also abandon a step: it waits for the pending all-reduces and discards the
-        gradients. All ranks must have stopped at the same point, before they called before_step()."""
+        gradients. All ranks must have stopped at the same point, before they called
+        before_step()."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip

@@ -273,8 +273,8 @@ class Unit:
         self.reducing = dist.all_reduce(self.sum, group=replicas, async_op=True)  # payload: shard
 
     def wait_reduce(self) -> None:
-        """Wait for the pending reduction, if any. Its result replaces the gradient shard or is added
-        to it, see reduce()."""
+        """Wait for the pending reduction, if any. Its result replaces the gradient shard or is
+        added to it, see reduce()."""
         if self.reducing is not None:
             self.reducing.wait()
         if self.sum is not None:
@@ -456,7 +456,8 @@ class Zero1:
         gradient of this rank.
 
         start() can also abandon a step: it waits for the pending collectives and discards the
-        gradients. All ranks must have stopped at the same point, before they called before_step()."""
+        gradients. All ranks must have stopped at the same point, before they called
+        before_step()."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip

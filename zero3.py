@@ -205,6 +205,7 @@ class Zero3(Zero2):
         super().start()
         self.create_graph = False  # whether a backward of this step has create_graph=True
         self.never_resharded: set[int] = set()  # layers that _reshard_layer() skips
+        self.input_nodes: dict[int, list] = {}  # of each layer, from before to after its forward
         for unit in self.units:
             unit.reshard()
 
@@ -233,7 +234,9 @@ class Zero3(Zero2):
         no_prefetch = i + 1 in self.stage_starts or in_backward()
         self._gather_layer(i, ahead=None if no_prefetch else i + 1)
         if torch.is_grad_enabled() and not in_backward() and not self.is_outer[i]:
-            self._hook_inputs(i, [x for x in tensors_in((args, kwargs)) if x.requires_grad])
+            inputs = [x for x in tensors_in((args, kwargs)) if x.requires_grad]
+            self.input_nodes[i] = [node_of(x) for x in inputs]
+            self._hook_inputs(i, inputs)
 
     def _hook_inputs(self, i: int, inputs: list[Tensor]) -> None:
         """Reshard layer i after its backward, when the gradient of an input is complete. The hooks
@@ -274,29 +277,29 @@ class Zero3(Zero2):
         self.is_table[i] = takes_ids and len(parameters) == 1
         if self.is_table[i]:
             self.must_be_gathered -= {*parameters}
-        else:
-            self._hook_outputs(i, inputs, outputs)
+        elif torch.is_grad_enabled():
+            self._hook_outputs(i, outputs)
         # A backward will follow, but forward returned no tensor to hook: keep the layer gathered.
         needs_backward = any(x.requires_grad for x in (*inputs, *parameters))
         if needs_backward and not outputs and torch.is_grad_enabled():
             self.never_resharded.add(i)
         storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
         # Resharding would free the values of an output that is a view of a parameter.
-        is_view = any(y.untyped_storage()._cdata in storages for y in outputs)
+        is_view = any(y.untyped_storage()._cdata in storages for y in tensors_in(output))
         # Keep the last layer of each stage. In the last stage, its backward comes next.
         keep_gathered = i + 1 in self.stage_starts or not self.reshard_after_forward
         if not is_view and not (outputs and keep_gathered):
             self._reshard_layer(i)
 
-    def _hook_outputs(self, i: int, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _hook_outputs(self, i: int, outputs: list[Tensor]) -> None:
         """Gather layer i before its backward, when a gradient reaches an output."""
-        for y in outputs:
-            # Hook the node that computed y, not y. The pre-hooks of a node run after all hooks on
-            # its output. This matters if the layer is called twice in a row: y is then the input of
-            # the second call, whose hook on y reshards the layer. If y is a view, hook the node of
-            # its base, because an in-place operation on y replaces y.grad_fn.
-            node = (y._base if y._is_view() else y).grad_fn
-            if node is not None and not any(y is x for x in inputs):
+        # Hook the node that computed an output y, not y. The pre-hooks of a node run after all
+        # hooks on its output. This matters if the layer is called twice in a row: y is then the
+        # input of the second call, whose hook on y reshards the layer.
+        input_nodes = self.input_nodes.pop(i)
+        for node in map(node_of, outputs):
+            # An input that is returned as it was has the node of an earlier layer.
+            if node is not None and not any(node is other for other in input_nodes):
                 node.register_prehook(weak(self._before_backward, i))
 
     def _before_backward(self, i: int, _) -> None:
@@ -340,6 +343,12 @@ def in_backward() -> bool:
     """Whether autograd is running. A forward that runs then is a recomputation. The hooks on its
     tensors were registered in the first forward."""
     return torch._C._current_graph_task_id() != -1
+
+
+def node_of(t: Tensor) -> torch.autograd.graph.Node | None:
+    """The autograd node that computed t. If t is a view, the node of its base: a later in-place
+    operation on t would replace t.grad_fn, and the old t.grad_fn would never run."""
+    return (t._base if t._is_view() else t).grad_fn
 
 
 def tensors_in(value) -> Iterator[Tensor]:

@@ -712,6 +712,27 @@ def in_place():
     return SumOf(nn.Sequential(nn.Linear(4, 4), *(InPlace() for _ in range(3))))
 
 
+class Scale(nn.Module):
+    """Modifies its input in place and returns it, so its last node reads a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return x.mul_(self.weight)
+
+
+def scale():
+    return SumOf(nn.Sequential(nn.Linear(4, 4), *(Scale() for _ in range(3))))
+
+
+def frozen_positions():
+    model = WithPositions()
+    model.positions.requires_grad_(False)
+    return model
+
+
 class Penalty(SumOf):
     """A loss with a gradient in it: the second backward runs through the first."""
 
@@ -817,8 +838,22 @@ class Queries(nn.Module):
 
 SHAPES = [
     ReLUInPlace, TableAndHead, Decoder, Interleaved, Queries, InARow, WithPositions, parametrized,
-    Target, WithDataclass, in_place, penalty, of_leaf,
+    Target, WithDataclass, in_place, penalty, of_leaf, scale, frozen_positions,
 ]  # fmt: skip
+
+
+def validated():
+    model = WithPositions().double()
+    x = torch.ones(5, 4, dtype=torch.float64)
+    true = model(x).item()
+    sync = zero3.Zero3(model)
+    with torch.no_grad():
+        return model(x).item() == true and sync.units[0].gathered
+
+
+def test_a_view_of_a_parameter_is_not_freed_in_validation():
+    torch.manual_seed(0)
+    assert launch(2, validated) == [True, True]
 
 
 def hooks_left():
