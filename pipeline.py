@@ -138,6 +138,10 @@ class Transfer(NamedTuple):
 Program = list[Action | tuple[Transfer, ...]]  # the transfers of a tuple are posted as one batch
 
 
+def actions_of(program: Program) -> list[Action]:
+    return [step for step in program if isinstance(step, Action)]
+
+
 def derive_programs(schedule: Schedule) -> list[Program]:
     """The program of each rank: its actions, and the transfers that they need.
 
@@ -372,59 +376,55 @@ class Pipeline:
     """Runs the programs of this rank.
 
     chunks: {stage: module} for the stages of this rank. n_stages: the number of stages on all
-    ranks. dtype, device: those of all tensors sent between stages. split_backward: whether the
-    programs have W. program: the training program. It is needed under NCCL, which connects two
-    ranks at their first transfer and can hang if that is in the middle of a schedule
-    (pytorch#160210). So the constructor exchanges one element with each peer in the program.
+    ranks. dtype, device: those of all tensors sent between stages. program: the training program of
+    this rank. If it has W actions, the linear layers defer their weight gradients.
 
     The attribute `watch` can be set to a function watch(action) that returns a context manager. The
     action's computation then runs under it, for example to trace it."""
 
     def __init__(
         self, chunks: dict[int, nn.Module], n_stages: int, group: dist.ProcessGroup,
-        dtype: torch.dtype, device: torch.device | str, split_backward: bool = False,
-        program: Program = (),
+        dtype: torch.dtype, device: torch.device | str, program: Program,
     ):  # fmt: skip
         self.chunks, self.last, self.group = chunks, n_stages - 1, group
-        self.dtype, self.device, self.split_backward = dtype, device, split_backward
+        self.dtype, self.device = dtype, device
+        self.m = 1 + max(action.microbatch for action in actions_of(program))
         self.is_gloo = group.size() > 1 and dist.get_backend(group) == "gloo"  # see receive_ahead
         self.watch: Callable = lambda action: contextlib.nullcontext()
-        self.running = False  # stays True if a run raises
         self.queue: list[Callable] = []  # weight gradients deferred by the current B
-        if split_backward:
+        if splits_backward(actions_of(program)):
             for chunk in chunks.values():
                 defer_weight_gradients(chunk, self.queue)
         if group.size() > 1:
             self._connect(program)
 
     def _connect(self, program: Program) -> None:
-        """Exchanges one element with each peer of `program`. All ranks sort their pairs in the same
-        way, so this cannot deadlock. The all-reduce comes first, because NCCL requires that all
-        ranks of a group take part in its first operation."""
+        """Exchanges one element with each peer of `program`. NCCL connects two ranks at their first
+        transfer, and can hang if that is in the middle of a schedule (pytorch#160210). All ranks
+        sort their pairs in the same way, so this cannot deadlock. The all-reduce comes first,
+        because NCCL requires that all ranks of a group take part in its first operation."""
         zero, rank = torch.zeros(1, device=self.device), self.group.rank()
         dist.all_reduce(zero, group=self.group)  # payload: 1 element, once per Pipeline
         transfers = [t for step in program if not isinstance(step, Action) for t in step]
-        for low, high in sorted({(min(t.src, t.dst), max(t.src, t.dst)) for t in transfers}):
-            peer = dict(group=self.group, group_peer=high if rank == low else low)
+        for pair in sorted({(min(t.src, t.dst), max(t.src, t.dst)) for t in transfers}):
+            peer = dict(group=self.group, group_peer=sum(pair) - rank)
             send = dist.P2POp(dist.isend, zero, **peer)
             receive = dist.P2POp(dist.irecv, torch.empty_like(zero), **peer)
             for handle in dist.batch_isend_irecv([send, receive]):  # payload: 1 element each
                 handle.wait()
 
-    def accumulations(self, actions: list[Action]) -> dict[nn.Parameter, int]:
-        """How often the gradient of each trainable parameter is accumulated per step: once per B of
-        its stage, or once per W if its layer defers it. train_3d.py passes this to DDP or ZeRO. A
-        tied matrix can be accumulated in B and in W, and in two stages."""
-        kinds: dict[nn.Parameter, set] = {}
+    def accumulations(self) -> dict[nn.Parameter, int]:
+        """How often the gradient of each trainable parameter is accumulated per training step: once
+        per microbatch, in B, or in W if its layer defers it. A tied matrix can be accumulated in B
+        and in W, and in two stages. train_3d.py passes this to DDP or ZeRO."""
+        uses: dict[nn.Parameter, set] = {}
         for stage, chunk in self.chunks.items():
             for module in chunk.modules():
-                defers = "weight_grad_queue" in vars(module)
                 for name, p in module.named_parameters(recurse=False):
                     if p.requires_grad:
-                        kind = "W" if defers and name == "weight" else "B"
-                        kinds.setdefault(p, set()).add((kind, stage))
-        count = collections.Counter((action.kind, action.stage) for action in actions)
-        return {p: sum(count[kind] for kind in kinds[p]) for p in kinds}
+                        in_w = name == "weight" and "weight_grad_queue" in vars(module)
+                        uses.setdefault(p, set()).add((stage, in_w))
+        return {p: self.m * len(places) for p, places in uses.items()}
 
     def run(
         self, program: Program, inputs: Sequence[Tensor], loss_of: Callable,
@@ -433,22 +433,22 @@ class Pipeline:
         """Runs one step. Gradients are added to `.grad`. Returns the sum of the losses on the rank
         of the last stage, and 0 on the others.
 
-        inputs: one tensor per microbatch, used by the first stage. loss_of(output, microbatch) ->
-        scalar, used by the last stage. shape: (b, s, h), the same for all tensors sent between
-        stages. before(microbatch) is called before each forward.
+        program: the training program, or one without B, which runs without gradients. inputs: one
+        tensor per microbatch, used by the first stage. loss_of(output, microbatch) -> scalar, used
+        by the last stage. shape: (b, s, h), the same for all tensors sent between stages.
+        before(microbatch) is called before each forward.
 
-        Raises ValueError before any transfer if the program does not match the chunks, the inputs,
-        the grad mode or `split_backward`, and later if a stage's output has another shape or dtype
-        or does not depend on its input. Only ranks that detect the mistake raise; others time out.
-        Ranks that pass programs of different schedules hang, or compute wrong gradients.
-        With p > 1, raises RuntimeError if an earlier run failed after its checks had passed."""
-        if self.running and self.group.size() > 1:
-            raise RuntimeError(
-                "an earlier run was interrupted, and some of its transfers may be incomplete: "
-                "restart all ranks and resume from the newest checkpoint"
+        Raises ValueError if the program does not match the chunks or the inputs, or if a stage's
+        output has another shape or dtype or does not depend on its input. Only ranks that detect
+        the mistake raise; others time out. All ranks must pass programs of the same schedule. If
+        run() raises, restart all ranks: some transfers may be incomplete."""
+        actions = actions_of(program)
+        stages, m = {action.stage for action in actions}, 1 + max(a.microbatch for a in actions)
+        if stages != {*self.chunks} or (0 in stages and len(inputs) != m):
+            raise ValueError(
+                f"the program has stages {sorted(stages)} and {m} microbatches, but the chunks are "
+                f"stages {sorted(self.chunks)}, and there are {len(inputs)} inputs"
             )
-        self._check(program, len(inputs))
-        self.running = True
         self.queue.clear()  # an interrupted run may have left functions in it
         self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, tuple(shape), before
         dtype = torch.promote_types(self.dtype, torch.float32)  # one loss dtype on all ranks
@@ -461,37 +461,17 @@ class Pipeline:
         execute = {"F": self._forward, "B": self._backward, "W": self._weights}
         if self.is_gloo:
             program = receive_ahead(program, self.group.rank())
-        for step in program:
-            if isinstance(step, Action):
-                execute[step.kind](step)
-            else:
-                self._post(step)
+        with torch.set_grad_enabled(any(action.kind == "B" for action in actions)):
+            for step in program:
+                if isinstance(step, Action):
+                    execute[step.kind](step)
+                else:
+                    self._post(step)
         for _, handle in self.sending.values():
             handle.wait()
         left = (self.inbox, self.outbox, self.in_flight, self.pending)
         assert not any(left), "the program ended with unused tensors or unfinished microbatches"
-        self.running = False
         return self.loss
-
-    def _check(self, program: Program, n_inputs: int) -> None:
-        actions = [step for step in program if isinstance(step, Action)]
-        kinds, stages = {action.kind for action in actions}, {action.stage for action in actions}
-        m, trains = max(action.microbatch for action in actions) + 1, "B" in kinds
-        wrong = None
-        if stages != {*self.chunks}:
-            wrong = f"has stages {sorted(stages)}, but the chunks are stages {sorted(self.chunks)}"
-        elif 0 in stages and n_inputs != m:
-            wrong = f"has {m} microbatches, but there are {n_inputs} inputs"
-        elif trains and not torch.is_grad_enabled():
-            wrong = "has B actions, but gradients are disabled: enable them, or use forward_only()"
-        elif not trains and torch.is_grad_enabled():
-            wrong = "has no B actions: run it under torch.no_grad()"
-        elif trains and ("W" in kinds) != self.split_backward:
-            found = "W" if "W" in kinds else "no W"
-            wrong = (f"has {found} actions, but split_backward of the Pipeline is "
-                     f"{self.split_backward}: set it to splits_backward(actions)")  # fmt: skip
-        if wrong:
-            raise ValueError(f"the program {wrong}")
 
     def _post(self, batch: tuple[Transfer, ...]) -> None:
         """Starts these transfers. Before a send, waits for the stage's previous send of the same
@@ -500,19 +480,16 @@ class Pipeline:
         for one waits for all. wait() blocks the current CUDA stream, not the host. In a simulation
         (tools/waits.py), waiting for complete batches adds little to the bubble."""
         operations, slots = [], []
-        for transfer in batch:
-            action = transfer.action
-            if transfer.src == self.group.rank():
-                tensor = self.outbox.pop(action)
-                operation, peer = dist.isend, transfer.dst
+        for action, src, dst in batch:
+            if src == self.group.rank():
+                operation, peer, tensor = dist.isend, dst, self.outbox.pop(action)
                 box, key = self.sending, (action.kind, action.stage)
                 if key in self.sending:
                     _, handle = self.sending.pop(key)
                     handle.wait()
             else:
                 tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-                operation, peer = dist.irecv, transfer.src
-                box, key = self.inbox, consumer(action)
+                operation, peer, box, key = dist.irecv, src, self.inbox, consumer(action)
             slots.append((box, key, tensor))
             operations.append(dist.P2POp(operation, tensor, group=self.group, group_peer=peer))
         handles = dist.batch_isend_irecv(operations)  # payload: b s h per transfer
@@ -531,12 +508,12 @@ class Pipeline:
     def _deliver(self, action: Action, tensor: Tensor) -> None:
         """Stores the result of this F or B for its consumer: in `inbox` if the consumer is on this
         rank, else in `outbox`, from which the next _post sends it."""
-        found = (tensor.shape, tensor.dtype) if isinstance(tensor, Tensor) else (None, None)
-        if found != (self.shape, self.dtype):
+        found = getattr(tensor, "shape", None), getattr(tensor, "dtype", None)
+        if found != (self.shape, self.dtype):  # None: a tuple, or no gradient
             raise ValueError(
-                f"{action.kind}{action.microbatch} of stage {action.stage} returned "
-                f"{type(tensor).__name__} of shape {found[0]}, dtype {found[1]}: return one tensor "
-                f"of the shape given to run(), {self.shape}, and the Pipeline's dtype, {self.dtype}"
+                f"the result of {action.kind}{action.microbatch} of stage {action.stage} has shape "
+                f"{found[0]}, dtype {found[1]}: it must be one tensor of the shape given to run(), "
+                f"{self.shape}, and the Pipeline's dtype, {self.dtype}"
             )
         if consumer(action).stage in self.chunks:
             self.inbox[consumer(action)] = (tensor.detach(), None)
@@ -575,9 +552,6 @@ class Pipeline:
             self.pending[microbatch, stage] = self.queue[:]
             self.queue.clear()  # in place, because the layers append to this list
         if stage > 0:
-            if x.grad is None:
-                what = "has no input gradient: the output of a stage must depend on its input"
-                raise ValueError(f"B{microbatch} of stage {stage} {what}")
             self._deliver(action, x.grad)
 
     def _weights(self, action: Action) -> None:
@@ -647,8 +621,7 @@ def main() -> None:
             model = take_stages(gpt.build(config, dtype=torch.float64), stages[rank], split)
             if name == kind:
                 chunks = chunks_of(model, stages[rank], split)
-                split_backward = splits_backward(schedule[rank])
-                pipe = Pipeline(chunks, len(split), group, torch.float64, "cpu", split_backward)
+                pipe = Pipeline(chunks, len(split), group, torch.float64, "cpu", program)
                 step = functools.partial(pipe.run, program, x.chunk(m), loss_of, boundary.shape)
             else:
                 step = functools.partial(

@@ -155,10 +155,9 @@ class Trainer:
     def _make_pipeline(self, split: list[range]) -> None:
         """Make self.pipe, which runs self.program: the actions and transfers of this rank."""
         chunks = pipeline.chunks_of(self.model, self.stages, split)
-        split_backward = schedules.splits_backward(self.schedule[self.pp_rank])
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
         self.pipe = pipeline.Pipeline(
-            chunks, len(split), self.pp_group, self.dtype, self.device, split_backward, self.program
+            chunks, len(split), self.pp_group, self.dtype, self.device, self.program
         )
 
     def _make_sync(self, sync: Callable | None):
@@ -166,7 +165,7 @@ class Trainer:
         that the optimizer updates on this rank: a parameter, its fp32 copy, or a shard of one."""
         args = self.args
         # How many times each parameter's gradient is accumulated per step before it is reduced.
-        accumulations = self.pipe.accumulations(self.schedule[self.pp_rank])
+        accumulations = self.pipe.accumulations()
         how = {
             "grad_dtype": options.DTYPES.get(args.grad_dtype),
             "reduce_dtype": options.DTYPES.get(args.reduce_dtype),

@@ -85,9 +85,9 @@ def train_version_1(p: int, m: int, gpipe: bool) -> tuple[float, int]:
         pipeline.take_stages(mine, [rank], split)
         pipeline.take_stages(other, [rank], split)
         total = pipeline.train_step(mine, x, loss_of, boundary, dist.group.WORLD, gpipe)
-        pipe = pipeline.Pipeline({rank: other}, p, dist.group.WORLD, torch.float64, "cpu")
-        found = [{"loss": total}]
-        found.append({"loss": pipe.run(derive_programs(schedule)[rank], x, loss_of, (2, 6, 8))})
+        program = derive_programs(schedule)[rank]
+        pipe = pipeline.Pipeline({rank: other}, p, dist.group.WORLD, torch.float64, "cpu", program)
+        found = [{"loss": total}, {"loss": pipe.run(program, x, loss_of, (2, 6, 8))}]
         expected, reference = {"loss": loss.detach()}, dict(full.named_parameters())
         for version, model in zip(found, (mine, other), strict=True):
             dist.all_reduce(version["loss"])
@@ -329,17 +329,16 @@ def run_schedules(p: int, chosen: list, as_nccl: bool = False) -> tuple[float, i
         pipeline.take_stages(mine, stages, split)
         gpt.init_weights(mine, 0, torch.float64, "cpu", oracle.draw)
         chunks = pipeline.chunks_of(mine, stages, split)
-        split_backward = schedules.splits_backward(schedule[rank])
-        pipe = pipeline.Pipeline(chunks, n, pp, torch.float64, "cpu", split_backward)
+        program, counted = derive_programs(schedule)[rank], {}
+        pipe = pipeline.Pipeline(chunks, n, pp, torch.float64, "cpu", program)
         if as_nccl:
             pipe.is_gloo, dist.batch_isend_irecv = False, one_handle_for_a_batch
-        program, counted = derive_programs(schedule)[rank], {}
         for q in mine.parameters():
             q.register_post_accumulate_grad_hook(
                 lambda q, c=counted: c.update({q: c.get(q, 0) + 1})
             )
         pipe.run(program, x, loss_of, shape)
-        assert counted == pipe.accumulations(schedule[rank])
+        assert counted == pipe.accumulations()
         held = [q.grad for q in mine.parameters() if hasattr(q, "tied_name")]
         tied = sum(held) if held else torch.zeros(17, 8, dtype=torch.float64)
         pipeline.all_reduce_tied([tied], pp)  # first and last stage, wherever they are
@@ -392,7 +391,7 @@ def exchanged_at_the_start(schedule) -> list[tuple[int, ...]]:
     stages, program = schedules.stages_of(schedule), derive_programs(schedule)[rank]
     pipeline.Pipeline(
         {k: nn.Identity() for k in stages[rank]}, sum(map(len, stages)), dist.group.WORLD,
-        torch.float32, "cpu", program=program,
+        torch.float32, "cpu", program,
     )  # fmt: skip
     return batches
 
@@ -420,7 +419,7 @@ def test_a_pipeline_of_one_rank_calls_no_collective():
     group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     schedule = schedules.interleaved(1, 2)
     chunks, (program,) = {0: Tower(linear), 1: Tower(linear)}, derive_programs(schedule)
-    pipe = pipeline.Pipeline(chunks, 2, group, torch.float32, "cpu", program=program)
+    pipe = pipeline.Pipeline(chunks, 2, group, torch.float32, "cpu", program)
     pipe.run(program, torch.ones(2, 1, 3, 4), lambda y, i: y.sum(), (1, 3, 4))
     pipeline.all_reduce_tied([torch.ones(1)], group)
     assert chunks[0].linear.weight.grad.any()
@@ -430,10 +429,10 @@ def sends_held(m: int) -> int:
     rank = dist.get_rank()
     whole, split = gpt.build(gpt.GPTConfig(2, 2, 8, 17, 6), dtype=torch.float64), [[0], [1]]
     model = pipeline.take_stages(whole, [rank], split)
-    pipe = pipeline.Pipeline({rank: model}, 2, dist.group.WORLD, torch.float64, "cpu")
+    program = derive_programs(schedules.one_f_one_b(2, m))[rank]
+    pipe = pipeline.Pipeline({rank: model}, 2, dist.group.WORLD, torch.float64, "cpu", program)
     x, held = torch.zeros(m, 1, 6, dtype=torch.int64), []
     model.register_forward_hook(lambda *_: held.append(len(pipe.sending)))
-    program = derive_programs(schedules.one_f_one_b(2, m))[rank]
     pipe.run(program, x, lambda out, i: gpt.cross_entropy(out, x[i]), (1, 6, 8))
     return max(held)
 
@@ -446,7 +445,8 @@ def test_tensors_that_were_sent_are_let_go():
 def short_microbatch():
     rank, m = dist.get_rank(), 2
     model = pipeline.take_stages(gpt.build(gpt.GPTConfig(2, 2, 8, 17, 6)), [rank], [[0], [1]])
-    pipe = pipeline.Pipeline({rank: model}, 2, dist.group.WORLD, torch.float32, "cpu")
+    program = derive_programs(schedules.gpipe(2, m))[rank]
+    pipe = pipeline.Pipeline({rank: model}, 2, dist.group.WORLD, torch.float32, "cpu", program)
     x = torch.zeros(2 * m - 1, 6, dtype=torch.int64).split(2)
     if rank == 0:  # the other would wait for what does not come
         pipe.run(schedules.gpipe(1, m)[0], x, None, (2, 6, 8))
@@ -470,15 +470,12 @@ class Tower(nn.Module):
         return self.function(self.linear, x)
 
 
-def run_alone(
-    schedule, function, n: int = 1, m: int = 2, split_backward: bool = False, shape=(1, 3, 4),
-    stages=None,
-):  # fmt: skip
+def run_alone(schedule, function, n: int = 1, m: int = 2, shape=(1, 3, 4), stages=None):
     """On one rank: n stages that are `function`, m microbatches."""
     torch.manual_seed(0)
     chunks = {k: Tower(function) for k in (range(n) if stages is None else stages)}
-    pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float32, "cpu", split_backward)
     (program,) = derive_programs(schedule)
+    pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float32, "cpu", program)
     pipe.run(program, torch.randn(m, *shape), lambda y, i: y.sum(), shape)
 
 
@@ -489,28 +486,41 @@ def linear(layer, x):
 @pytest.mark.parametrize(
     "how, message",
     [
-        (dict(schedule=schedules.zb_h1(1, 2), function=linear),
-         r"has W actions, but split_backward of the Pipeline is False"),
-        (dict(schedule=schedules.one_f_one_b(1, 2), function=linear, split_backward=True),
-         r"has no W actions, but split_backward of the Pipeline is True"),
         (dict(schedule=schedules.one_f_one_b(1, 2), function=linear, m=3),
-         "has 2 microbatches, but there are 3 inputs"),
+         "2 microbatches, but .* there are 3 inputs"),
         (dict(schedule=schedules.one_f_one_b(1, 2), function=linear, n=2, stages=[1]),
-         r"stages \[0\], but the chunks are stages \[1\]"),
-        (dict(schedule=schedules.forward_only(schedules.gpipe(1, 2), 2), function=linear),
-         r"has no B actions: run it under torch.no_grad\(\)"),
+         r"stages \[0\] .* but the chunks are stages \[1\]"),
         (dict(schedule=schedules.interleaved(1, 2), n=2, function=lambda layer, x: (layer(x), 0)),
-         r"returned tuple of shape None.* run\(\), \(1, 3, 4\), and .* dtype, torch.float32"),
+         r"F0 of stage 0 has shape None.* run\(\), \(1, 3, 4\), and .* dtype, torch.float32"),
         (dict(schedule=schedules.interleaved(1, 2), n=2, function=lambda layer, x: layer(x).half()),
-         r"shape torch.Size\(\[1, 3, 4\]\), dtype torch.float16: return one tensor"),
+         r"shape torch.Size\(\[1, 3, 4\]\), dtype torch.float16: it must be one tensor"),
         (dict(schedule=schedules.interleaved(1, 2), n=2,
               function=lambda layer, x: layer(x.detach() * 0)),
-         "B0 of stage 1 has no input gradient: .* must depend on its input"),
+         "B0 of stage 1 has shape None, dtype None: it must be one tensor"),
     ],
 )  # fmt: skip
 def test_what_the_executor_cannot_run_is_refused(how, message):
     with pytest.raises(RuntimeError, match="ValueError: .*" + message):
         launch(1, functools.partial(run_alone, **how))
+
+
+def forwards_only() -> tuple[bool, bool]:
+    """(the model's output requires a gradient, the loss requires one)."""
+    (program,), needed = derive_programs(schedules.zb_v(1, 2)), []
+    chunks = {0: Tower(linear), 1: Tower(linear)}
+    pipe = pipeline.Pipeline(chunks, 2, dist.group.WORLD, torch.float32, "cpu", program)
+
+    def loss_of(y, microbatch):
+        needed.append(y.requires_grad)
+        return y.sum()
+
+    (forwards,) = derive_programs(schedules.forward_only(schedules.zb_v(1, 2), 2))
+    loss = pipe.run(forwards, torch.ones(2, 1, 3, 4), loss_of, (1, 3, 4))
+    return any(needed), loss.requires_grad
+
+
+def test_a_program_without_b_runs_without_gradients():
+    assert launch(1, forwards_only) == [(False, False)]
 
 
 def interrupted_backward() -> list[torch.Tensor]:
@@ -534,9 +544,7 @@ def interrupted_backward() -> list[torch.Tensor]:
 
     torch.manual_seed(0)
     stage = Tower(lambda layer, x: layer(Interrupt.apply(layer(x.tanh() + 0 * layer.bias))))
-    pipe = pipeline.Pipeline(
-        {0: stage}, 1, dist.group.WORLD, torch.float32, "cpu", split_backward=True
-    )
+    pipe = pipeline.Pipeline({0: stage}, 1, dist.group.WORLD, torch.float32, "cpu", program)
     x, gradients = torch.randn(3, 1, 3, 4), []
     for _ in range(3):
         stage.zero_grad()
@@ -600,8 +608,7 @@ def gradients_under_autocast() -> list[list[torch.Tensor]]:
     for schedule in (schedules.interleaved(1, 2), schedules.zb_v(1, 2)):
         torch.manual_seed(0)
         chunks, (program,) = {0: Mixed(), 1: Mixed()}, derive_programs(schedule)
-        split_backward = schedules.splits_backward(schedule[0])
-        pipe = pipeline.Pipeline(chunks, 2, dist.group.WORLD, torch.float32, "cpu", split_backward)
+        pipe = pipeline.Pipeline(chunks, 2, dist.group.WORLD, torch.float32, "cpu", program)
         pipe.run(program, torch.randn(2, 1, 3, 4), lambda y, i: y.square().sum(), (1, 3, 4))
         gradients.append([q.grad for chunk in chunks.values() for q in chunk.parameters()])
     return gradients
@@ -629,7 +636,6 @@ def train_frozen(p: int, names: list[str]) -> tuple[float, int]:
     for name in names:
         schedule = schedules.SCHEDULES[name](p, m)
         stages = schedules.stages_of(schedule)
-        split_backward = schedules.splits_backward(schedule[rank])
         n = sum(map(len, stages))
         split, program = pipeline.split_layers(2 * p, n), derive_programs(schedule)[rank]
         first, last = (tuple(f"h.{i}." for i in split[k]) for k in (0, -1))
@@ -644,9 +650,7 @@ def train_frozen(p: int, names: list[str]) -> tuple[float, int]:
                 q.requires_grad_(trained(n_))
             pipeline.take_stages(mine, stages[rank], split)
             chunks = pipeline.chunks_of(mine, stages[rank], split)
-            pipe = pipeline.Pipeline(
-                chunks, n, dist.group.WORLD, torch.float64, "cpu", split_backward
-            )
+            pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float64, "cpu", program)
             counted = collections.Counter()
             for q in mine.parameters():
                 if q.requires_grad:
@@ -654,7 +658,7 @@ def train_frozen(p: int, names: list[str]) -> tuple[float, int]:
             for i in range(m):
                 loss_of(whole(x[i]), i).backward()
             pipe.run(program, x, loss_of, (2, 3, 4))
-            assert counted == pipe.accumulations(schedule[rank])
+            assert counted == pipe.accumulations()
             held, expected, one = {}, {}, dict(whole.named_parameters())
             for net_ in (whole, mine):
                 torch.optim.SGD(net_.parameters(), lr=0.5).step()

@@ -281,8 +281,7 @@ def repo_pp(model: nn.Module, name: str, m: int = ROWS) -> Callable:
     pipeline.take_stages(model, stages[rank], split)
     chunks, program = (pipeline.chunks_of(model, stages[rank], split),
                        pipeline.derive_programs(schedule)[rank])  # fmt: skip
-    split_backward = schedules.splits_backward(schedule[rank])
-    pipe = pipeline.Pipeline(chunks, n, group, dtype, "cpu", split_backward)
+    pipe = pipeline.Pipeline(chunks, n, group, dtype, "cpu", program)
     optimizer = adamw(model.parameters())
 
     def step(batch: list, valid: int) -> Tensor:
@@ -649,11 +648,9 @@ def overhead(name: str, m: int = 64) -> float:
     """Microseconds per action of a pipeline whose stages are 1 x 1 matrices."""
     p, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
     schedule = schedules.SCHEDULES[name](p, m)
-    split_backward = schedules.splits_backward(schedule[rank])
-    bind()
-    chunks = {rank: nn.Linear(1, 1)}
-    pipe = pipeline.Pipeline(chunks, p, group, torch.float32, "cpu", split_backward)
     program, x = pipeline.derive_programs(schedule)[rank], torch.ones(m, 1, 1, requires_grad=True)
+    bind()
+    pipe = pipeline.Pipeline({rank: nn.Linear(1, 1)}, p, group, torch.float32, "cpu", program)
     each = []
     for _ in range(10):
         dist.barrier()
