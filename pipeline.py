@@ -215,68 +215,46 @@ def split_layers(n_layer: int, n_stages: int, first: float = 0, last: float = 0)
     return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def take_stages(
-    model: nn.Module, stages: Sequence[int], split: list[range],
-    first: tuple[str, ...] = ("wte", "wpe", "drop"), blocks: str = "h",
-    last: tuple[str, ...] = ("ln_f", "lm_head"),
-) -> nn.Module:  # fmt: skip
+FIRST, LAST = ("wte", "wpe", "drop"), ("ln_f", "lm_head")  # of gpt.py: before and after the blocks
+
+
+def take_stages(model: nn.Module, stages: Sequence[int], split: list[range]) -> nn.Module:
     """Removes all layers that are not in `stages` from `model`, in place, and returns it.
 
-    split: the blocks of every stage. first, last: names of the children that belong to the first
-    and to the last stage. blocks: name of the nn.ModuleDict or nn.ModuleList of the blocks, whose
-    keys are the block numbers. Children of other stages are replaced by nn.Identity and blocks of
-    other stages are removed, so that the model's own forward runs the remaining layers.
+    split: the numbers of the blocks of every stage. Children must be named as in gpt.py: the first
+    stage has those of FIRST, the last stage those of LAST, and model.h holds the blocks under their
+    numbers. Children of other stages are replaced by nn.Identity and blocks of other stages are
+    removed, so that the model's own forward runs the remaining layers.
 
     The model's forward must be a chain: each child is applied to the output of the previous one. In
     gpt.py, even wpe takes the output of wte. Any other computation is repeated on every stage. If
     the forward enumerates the blocks, the count restarts at 0 on every stage. Raises ValueError for
     parameters outside these children, and for blocks that are missing or in no stage."""
-    container = getattr(model, blocks)
-    known = {*first, blocks, *last}
-    others = [name for name, _ in model.named_parameters() if name.split(".")[0] not in known]
-    if others:
-        raise ValueError(
-            f"{', '.join(others)} of {type(model).__name__} would be on every stage: each "
-            "parameter must be in a child that `first`, `blocks` or `last` names"
-        )
-    numbers = {str(i) for stage in split for i in stage}
+    for name, _ in model.named_parameters():
+        if name.split(".")[0] not in (*FIRST, "h", *LAST):
+            raise ValueError(f"{name} would be on every stage: add its layer to FIRST or to LAST")
+    blocks, numbers = model.h._modules, {str(i) for stage in split for i in stage}
     kept = {str(i) for k in stages for i in split[k]}
     # Blocks outside `kept` may be gone: chunks_of passes a model with only this rank's stages.
-    if not kept <= {*container._modules} <= numbers:
-        raise ValueError(
-            f"{blocks} has blocks {', '.join(container._modules)}, but split is {split}: each "
-            "block must be numbered in split, and all blocks of the stages to keep must be present"
-        )
-    for name in (() if 0 in stages else first) + (() if len(split) - 1 in stages else last):
+    if not kept <= blocks.keys() <= numbers:
+        raise ValueError(f"h has blocks {', '.join(blocks)}, but split is {split}: call "
+                         "split_layers with the number of blocks")  # fmt: skip
+    for name in (() if 0 in stages else FIRST) + (() if len(split) - 1 in stages else LAST):
         setattr(model, name, nn.Identity())
-    remaining = copy.copy(container)
-    remaining._modules = {n: block for n, block in container._modules.items() if n in kept}
-    setattr(model, blocks, remaining)
+    model.h = copy.copy(model.h)  # a copy, because other chunks need the other blocks
+    model.h._modules = {number: block for number, block in blocks.items() if number in kept}
     return model
 
 
-def chunks_of(
-    model: nn.Module, stages: Sequence[int], split: list[range], **names
-) -> dict[int, nn.Module]:
+def chunks_of(model: nn.Module, stages: Sequence[int], split: list[range]) -> dict[int, nn.Module]:
     """{stage: module that runs it}, from a model that has all stages of a rank. The modules share
-    layers, parameters, hooks and the `training` flag with `model`, so model.eval() applies to all
-    of them. names: the arguments `first`, `blocks` and `last` of take_stages."""
-
-    class Chunk(type(model)):  # copy.copy would copy the current value of `training`
-        @property
-        def training(self) -> bool:
-            return model.training
-
-        @training.setter
-        def training(self, mode: bool) -> None:
-            model.training = mode
-
+    layers, parameters and hooks with `model`, so model.eval() applies to the layers of all of them.
+    Their own `training` flag is a copy: the model's forward must not read it."""
     chunks = {}
     for k in stages:
         chunks[k] = copy.copy(model)
-        chunks[k].__class__ = Chunk
         chunks[k]._modules = dict(model._modules)  # take_stages changes it
-        take_stages(chunks[k], [k], split, **names)
+        take_stages(chunks[k], [k], split)
     return chunks
 
 

@@ -218,23 +218,22 @@ def test_layers_are_split_by_cost():
 
 
 class Chain(nn.Module):
-    """A model as others write it: blocks in an nn.ModuleList, and a forward that reads
-    self.training."""
+    """A model as others write it: blocks in an nn.ModuleList."""
 
     def __init__(self, n_layer: int = 5):
         super().__init__()
-        self.wte, self.ln_f = nn.Embedding(17, 8), nn.LayerNorm(8)
+        self.wte, self.drop, self.ln_f = nn.Embedding(17, 8), nn.Dropout(0.5), nn.LayerNorm(8)
         self.h = nn.ModuleList(nn.Linear(8, 8) for _ in range(n_layer))
         self.lm_head = nn.Linear(8, 17)
 
     def forward(self, x):
-        x = self.wte(x)
+        x = self.drop(self.wte(x))
         for block in self.h:
-            x = x + block(x) * (2.0 if self.training else 1.0)
+            x = x + block(x)
         return self.lm_head(self.ln_f(x))
 
 
-def test_chunks_follow_train_and_eval_of_the_model():
+def test_the_layers_of_chunks_follow_train_and_eval_of_the_model():
     torch.manual_seed(0)
     model, split = Chain(), pipeline.split_layers(5, 3)
     x, outputs = torch.arange(4)[None], []
@@ -242,15 +241,14 @@ def test_chunks_follow_train_and_eval_of_the_model():
     chunks = pipeline.chunks_of(whole, range(3), split)
     for mode in (model.eval, model.train):
         mode(), whole.train(model.training)
-        assert [chunk.training for chunk in chunks.values()] == [model.training] * 3
+        torch.manual_seed(0)
         y = x
         for chunk in chunks.values():
             y = chunk(y)
+        torch.manual_seed(0)
         assert torch.equal(y, model(x))
         outputs.append(y)
     assert not torch.equal(*outputs)
-    chunks[1].eval()
-    assert not whole.training and not chunks[2].training
 
 
 def test_blocks_in_a_list_keep_their_names():
@@ -262,25 +260,16 @@ def test_blocks_in_a_list_keep_their_names():
     assert isinstance(model.h, nn.ModuleList) and len(list(model.h)) == 2
 
 
-@pytest.mark.parametrize(
-    "names, split, message",
-    [
-        ({"last": ("lm_head",)}, [range(3), range(3, 5)], "ln_f.weight, ln_f.bias .* every stage"),
-        ({"first": ("embed",)}, [range(3), range(3, 5)], "wte.weight .* every stage: .* `first`"),
-        ({}, [range(3), range(3, 4)], r"blocks 0, 1, 2, 3, 4, but split is \[range\(0, 3\)"),
-        ({}, [range(3), range(3, 6)], "blocks 0, 1, 2, 3, 4, but split is"),
-    ],
-)
-def test_a_model_that_is_not_fully_split_is_refused(names, split, message):
-    """These layers would run on every stage, or these blocks on none."""
-    with pytest.raises(ValueError, match=message):
-        pipeline.take_stages(Chain(), [1], split, **names)
+@pytest.mark.parametrize("split", [[range(3), range(3, 4)], [range(3), range(3, 6)]])
+def test_a_split_of_another_number_of_blocks_is_refused(split):
+    with pytest.raises(ValueError, match=r"blocks 0, 1, 2, 3, 4, but split is \[range\(0, 3\)"):
+        pipeline.take_stages(Chain(), [1], split)
 
 
-def test_a_parameter_of_the_model_itself_and_blocks_without_numbers_are_refused():
+def test_a_parameter_outside_the_stages_and_blocks_without_numbers_are_refused():
     model, split = Chain(2), [range(1), range(1, 2)]
     model.scale = nn.Parameter(torch.ones(8))
-    with pytest.raises(ValueError, match="scale of Chain would be on every stage"):
+    with pytest.raises(ValueError, match="scale would be on every stage: .* FIRST or to LAST"):
         pipeline.take_stages(model, [0], split)
     model = Chain(0)
     model.h = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
