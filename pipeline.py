@@ -313,12 +313,9 @@ def add_weight_gradient(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
 
 
 def deferred_multiply(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ layer.weight.T + bias. Deferred only if x and the weight both require gradients."""
-    if x.requires_grad and layer.weight.requires_grad:
-        return DeferredLinear.apply(x, bias, layer)
-    if type(layer) is nn.Linear:
-        return F.linear(x, layer.weight, bias)
-    return type(layer).multiply(layer, x, bias)  # not layer.multiply, which is this function
+    if not x.requires_grad:  # the layers before this one are frozen
+        x = x.detach().requires_grad_()  # otherwise autograd would not call backward()
+    return DeferredLinear.apply(x, bias, layer)
 
 
 def deferred_forward(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -327,22 +324,21 @@ def deferred_forward(linear: nn.Linear, x: Tensor) -> Tensor:
 
 def defer_weight_gradients(model: nn.Module, queue: list) -> None:
     """Makes the backward of each linear layer append to `queue` a function that computes the weight
-    gradient. A second call replaces the queue.
+    gradient. Layers with a frozen weight are not changed.
 
-    This overrides the forward of each nn.Linear, and the method multiply(x, bias) -> x @ weight.T +
-    bias of layers that have one, such as those of tensor_parallel.py. Such a layer may also define
+    This overrides the forward of each nn.Linear, even if it was already overridden on the instance,
+    and the method multiply(x, bias) -> x @ weight.T + bias of layers that have one, such as those
+    of tensor_parallel.py. Such a layer may also define
     gather_input(x), which returns the input of the matmul, and reduce_input_gradient(d_x), which
-    returns the gradient of x from the gradient of that input. Layers whose forward or multiply is
-    already overridden on the instance are skipped."""
-    for module in model.modules():
-        if "weight_grad_queue" in vars(module):
-            module.weight_grad_queue = queue
-        elif type(module) is nn.Linear and "forward" not in vars(module):
-            module.forward = functools.partial(deferred_forward, module)
-            module.weight_grad_queue = queue
-        elif hasattr(module, "multiply") and "multiply" not in vars(module):
-            module.multiply = functools.partial(deferred_multiply, module)
-            module.weight_grad_queue = queue
+    returns the gradient of x from the gradient of that input."""
+    for layer in model.modules():
+        is_linear = type(layer) is nn.Linear
+        if (is_linear or hasattr(layer, "multiply")) and layer.weight.requires_grad:
+            layer.weight_grad_queue = queue
+            if is_linear:
+                layer.forward = functools.partial(deferred_forward, layer)
+            else:
+                layer.multiply = functools.partial(deferred_multiply, layer)
 
 
 # 4. The executor: it runs the programs of every schedule. On two CPU ranks (gloo), interleaved and
