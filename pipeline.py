@@ -215,7 +215,7 @@ def split_layers(n_layer: int, n_stages: int, first: float = 0, last: float = 0)
     return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
-FIRST, LAST = ("wte", "wpe", "drop"), ("ln_f", "lm_head")  # of gpt.py: before and after the blocks
+FIRST, LAST = ("wte", "wpe", "drop"), ("ln_f", "lm_head")  # in gpt.py: before and after the blocks
 
 
 def take_stages(model: nn.Module, stages: Sequence[int], split: list[range]) -> nn.Module:
@@ -328,9 +328,9 @@ def defer_weight_gradients(model: nn.Module, queue: list) -> None:
 
     This overrides the forward of each nn.Linear, even if it was already overridden on the instance,
     and the method multiply(x, bias) -> x @ weight.T + bias of layers that have one, such as those
-    of tensor_parallel.py. Such a layer may also define
-    gather_input(x), which returns the input of the matmul, and reduce_input_gradient(d_x), which
-    returns the gradient of x from the gradient of that input."""
+    of tensor_parallel.py. Such a layer may also define gather_input(x), which returns the input of
+    the matmul, and reduce_input_gradient(d_x), which returns the gradient of x from the gradient of
+    that input."""
     for layer in model.modules():
         is_linear = type(layer) is nn.Linear
         if (is_linear or hasattr(layer, "multiply")) and layer.weight.requires_grad:
@@ -554,12 +554,16 @@ def predicted_sends(
 
 
 def train(model: nn.Module, step: Callable[[], Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Two steps of SGD. step() runs forwards and backwards and returns the loss. Returns the
-    losses and a dict with the parameters ("name") and last gradients ("name.grad")."""
+    """Two steps of SGD. step() returns the loss. If that requires no gradient, step() has also run
+    the backward. Returns the losses and a dict with the parameters ("name") and last gradients
+    ("name.grad")."""
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.5), []
     for _ in range(2):
         optimizer.zero_grad()
-        losses.append(step())
+        loss = step()
+        if loss.requires_grad:
+            loss.backward()
+        losses.append(loss.detach())
         optimizer.step()
     parameters = dict(model.named_parameters())
     return losses, parameters | {f"{name}.grad": p.grad for name, p in parameters.items()}
@@ -576,39 +580,32 @@ def main() -> None:
         config = gpt.GPTConfig(n_layer, n_head=2, n_embd=32, vocab_size=251, seq_len=32, tied=False)
         boundary = torch.empty(2, config.seq_len, config.n_embd, dtype=torch.float64)
         x, y = data.batch(data.example(), 0, range(2 * m), config.seq_len, seed=0)
+        inputs, targets = x.chunk(m), y.chunk(m)
 
         def loss_of(logits: Tensor, microbatch: int) -> Tensor:
-            return gpt.cross_entropy(logits, y.chunk(m)[microbatch]) / y.numel()
+            return gpt.cross_entropy(logits, targets[microbatch]) / y.numel()
 
-        def one_process() -> Tensor:
-            loss = gpt.cross_entropy(full_model(x), y) / y.numel()
-            loss.backward()
-            return loss.detach()
-
-        full_model = gpt.build(config, dtype=torch.float64)
-        expected_losses, expected = train(full_model, one_process)
-        for name in ("version 1, 1f1b", "version 1, gpipe", *SCHEDULES):
-            kind = name.removeprefix("version 1, ")
-            schedule = SCHEDULES[kind](p, m)
+        full = gpt.build(config, dtype=torch.float64)
+        one_process = train(full, lambda: gpt.cross_entropy(full(x), y) / y.numel())
+        for name in ("version 1", *SCHEDULES):
+            schedule = SCHEDULES["1f1b" if name == "version 1" else name](p, m)
             stages, program = stages_of(schedule), derive_programs(schedule)[rank]
             split = split_layers(n_layer, sum(map(len, stages)))
             model = take_stages(gpt.build(config, dtype=torch.float64), stages[rank], split)
-            if name == kind:
+            if name == "version 1":
+                step = functools.partial(train_step, model, inputs, loss_of, boundary, group)
+            else:
                 chunks = chunks_of(model, stages[rank], split)
                 pipe = Pipeline(chunks, len(split), group, torch.float64, "cpu", program)
-                step = functools.partial(pipe.run, program, x.chunk(m), loss_of, boundary.shape)
-            else:
-                step = functools.partial(
-                    train_step, model, x.chunk(m), loss_of, boundary, group, gpipe=kind == "gpipe"
-                )
+                step = functools.partial(pipe.run, program, inputs, loss_of, boundary.shape)
             with measure.Collectives({"pp": group}) as seen:
                 losses, found = train(model, step)
             for loss in losses:
                 dist.all_reduce(loss)  # payload: 1 element. The loss is 0 on all ranks but one.
-            report.losses(name, losses, expected_losses)
-            report.close(f"{name} largest error", found, {n: expected[n] for n in found})
-            predicted = predicted_sends(stages, rank, m, *boundary.shape)
+            report.losses(name, losses, one_process[0])
+            report.close(f"{name} largest error", found, {n: one_process[1][n] for n in found})
             sent = tuple(n // 2 for n in seen.total("pp", "send"))  # `seen` counts two steps
+            predicted = predicted_sends(stages, rank, m, *boundary.shape)
             report.equal(f"{name} sends, elements", predicted, sent)
 
 
