@@ -1,13 +1,13 @@
 """Pipeline parallelism: the layers are split over ranks, which process each microbatch in turn.
 
-A stage is a contiguous slice of the layers. Stages are numbered in model order. The batch is split
-into microbatches. In a forward (F), a stage sends its output to the next stage. In a backward (B),
-it sends its input gradient to the previous stage. Different stages work on different microbatches
-at the same time.
+A stage is a contiguous slice of the layers. Stages are numbered in model order. Each rank holds one
+or more stages, which are called its chunks. The batch is split into microbatches. In a forward (F),
+a stage sends its output to the next stage. In a backward (B), it sends its input gradient to the
+previous stage. Different stages work on different microbatches at the same time.
 
-               rank 0                rank 1                 rank 2
+              rank 0                rank 1                rank 2
     tokens -> stage 0 -- output --> stage 1 -- output --> stage 2 -> loss
-                      <- gradient --        <- gradient --
+                      <- gradient -         <- gradient -
 
     rank 0 |F0 F1 F2 .  .  .  .  B0--- F3 B1--- .  B2--- .  B3---
     rank 1 |.  F0 F1 .  .  B0--- F2 B1--- F3 B2--- .  B3--- .  .
