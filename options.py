@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ import checkpoint
 import gpt
 import huggingface
 import pipeline
+import schedules
 import tensor_parallel
 import zero3
 
@@ -153,7 +153,7 @@ def parser() -> Parser:
     add("--dp-nodes", type=count, default=1, metavar="K",
         help="DDP: number of nodes; gradients are summed within each node first")
     add("--schedule", default="1f1b", metavar="NAME|FILE", help="pipeline schedule: "
-        f"{', '.join(pipeline.SCHEDULES)}, or a text file with one line of actions per pp rank, "
+        f"{', '.join(schedules.SCHEDULES)}, or a text file with one line of actions per pp rank, "
         "as `make draw ARGS=--text` prints it")
     add("--chunks", type=count, metavar="N",
         help="stages per rank of the schedule interleaved (default: 2)")
@@ -284,7 +284,7 @@ def check(
         if value is not None and not args.dry_run:
             raise ValueError(f"{flag(name)} without --dry-run: give --dry-run too, or leave it out")
     schedule = make_schedule(args, rows // (d * b))
-    pipeline.split_layers(config.n_layer, sum(map(len, pipeline.stages_of(schedule))))
+    pipeline.split_layers(config.n_layer, sum(map(len, schedules.stages_of(schedule))))
     tensor_parallel.check_width("--vocab-size", config.vocab_size, t)
     return config
 
@@ -292,78 +292,20 @@ def check(
 # --- schedules ------------------------------------------------------------------------------------
 
 
-def make_schedule(args: argparse.Namespace, m: int) -> pipeline.Schedule:
+def make_schedule(args: argparse.Namespace, m: int) -> schedules.Schedule:
     """The schedule of --schedule and --chunks for m microbatches. Raises ValueError."""
     name, chunks = args.schedule, args.chunks
-    if name not in pipeline.SCHEDULES:
+    if name not in schedules.SCHEDULES:
         if chunks:
             raise ValueError(f"--chunks {chunks} with a schedule from a file: leave out --chunks")
-        return read_schedule(name, args.pp, m)
+        return schedules.read_schedule(name, args.pp, m)
     expected = {"interleaved": chunks or 2, "zb-v": 2}.get(name, 1)
     if chunks not in (None, expected):
         raise ValueError(
             f"--chunks {chunks} with --schedule {name}, which has {expected} per rank: leave out "
             "--chunks, or give --schedule interleaved"
         )
-    return pipeline.SCHEDULES[name](args.pp, m, expected)
-
-
-def read_schedule(path: str, p: int, m: int) -> pipeline.Schedule:
-    """Read a schedule from a text file with one line of actions per rank:
-
-        # comment
-        0 2: F0 F1 f0 b0 w0 ...
-        1:   F0 F1 B0 W0 ...
-
-    An action is a kind, a microbatch, and the chunk if it is not chunk 0: F0.1, or f0 for chunk 1.
-    The kinds are F (forward), B (backward) and W (weight gradients, if B leaves them out). The
-    numbers before the colon are the stages of the rank's chunks. Without them, chunk c of rank r is
-    stage c p + r. Raises ValueError with the line and the column."""
-
-    def wrong(number: int, column: int, what: str) -> ValueError:
-        return ValueError(f"--schedule {path}, line {number}, column {column}: {what}")
-
-    try:
-        with open(path) as file:
-            lines = [line.partition("#")[0].rstrip() for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(pipeline.SCHEDULES)
-        raise ValueError(
-            f"--schedule {path} is neither one of {known} nor a readable file: {error}"
-        ) from None
-    schedule, places = [], []  # places: (line, column) of each action, and of the line's end
-    for number, line in enumerate(lines, 1):
-        head, colon, _ = line.rpartition(":")
-        if not line:
-            continue
-        if not re.fullmatch(r"[\d\s,]*", head):
-            raise wrong(
-                number, 1, f"{head!r} is not a list of stages: expected numbers, as in 0 3:"
-            )
-        stages = sorted(int(k) for k in re.findall(r"\d+", head))
-        row, columns = [], []
-        for word in re.compile(r"\S+").finditer(line, len(head + colon)):
-            columns.append((number, word.start() + 1))
-            action = re.fullmatch(r"([FBWfbw])(\d+)(?:\.(\d+))?", word.group())
-            if not action:
-                what = f"{word.group()!r} is not an action: expected F, B or W, a microbatch, and "
-                raise wrong(*columns[-1], what + "optionally a chunk, as in B0 or B0.1")
-            kind, i, chunk = action[1], int(action[2]), int(action[3] or action[1].islower())
-            if stages and chunk >= len(stages):
-                what = f"{word.group()} has chunk {chunk}: expected 0..{len(stages) - 1}"
-                raise wrong(*columns[-1], what)
-            stage = stages[chunk] if stages else chunk * p + len(schedule)
-            row.append(pipeline.Action(kind.upper(), i, stage))
-        places.append([*columns, (number, len(line) + 1)])
-        schedule.append(row)
-    if len(schedule) != p:
-        what = f"the file has {len(schedule)} ranks: expected one line for each of --pp {p}"
-        raise wrong(max(1, len(lines)), 1, what)
-    try:
-        pipeline.check(schedule, m)
-    except pipeline.ScheduleError as error:
-        raise wrong(*places[error.rank][error.place], str(error)) from None
-    return schedule
+    return schedules.SCHEDULES[name](args.pp, m, expected)
 
 
 # --- the first lines of output --------------------------------------------------------------------
@@ -389,7 +331,7 @@ def describe(
         f"{m} microbatches of {b} x {config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, "
         f"recompute {args.recompute}{', compiled' if args.compile else ''}"
     ]
-    zero_bubble = any(map(pipeline.splits_backward, make_schedule(args, m)))
+    zero_bubble = any(map(schedules.splits_backward, make_schedule(args, m)))
     graphs = GRAPHS_PER_BLOCK[t > 1, zero_bubble]
     if args.compile and graphs > 1:
         reason = "weight gradients that are queued" if zero_bubble else "asynchronous collectives"

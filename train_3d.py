@@ -64,6 +64,7 @@ import huggingface
 import measure
 import options
 import pipeline
+import schedules
 import startup
 import tensor_parallel
 import zero
@@ -88,7 +89,7 @@ class Trainer:
         attn.core.
         Default: gpt.GPT(config).
     plan: how each layer is sharded over tp, see tensor_parallel.parallelize().
-    schedule: schedule(p, m) -> pipeline.Schedule. Default: --schedule.
+    schedule: schedule(p, m) -> schedules.Schedule. Default: --schedule.
     sync: a class with the interface of ddp.DDP, used instead of DDP or ZeRO. If it shards the
         training state over dp, set --zero, so that the norm and checkpoints include every shard."""
 
@@ -106,7 +107,7 @@ class Trainer:
         d = dist.get_world_size() // (t * p)
         self.m = args.global_batch_size // (d * args.micro_batch_size)
         self.schedule = schedule(p, self.m) if schedule else options.make_schedule(args, self.m)
-        pipeline.check(self.schedule, self.m)
+        schedules.check(self.schedule, self.m)
         self._make_groups(t, p, d)
 
         # The transformations, in the order of the docstring.
@@ -122,7 +123,7 @@ class Trainer:
 
     def _take_stages(self) -> list[range]:
         """Remove the layers of other ranks' stages. Returns the block numbers of every stage."""
-        stages = pipeline.stages_of(self.schedule)
+        stages = schedules.stages_of(self.schedule)
         self.pp_rank = self.pp_group.rank()
         self.stages = stages[self.pp_rank]
         embedding, block, head = gpt.flops_per_token(self.config)
@@ -155,10 +156,9 @@ class Trainer:
     def _make_pipeline(self, split: list[range]) -> None:
         """Make self.pipe, which runs self.program: the actions and transfers of this rank."""
         chunks = pipeline.chunks_of(self.model, self.stages, split)
-        split_backward = pipeline.splits_backward(self.schedule[self.pp_rank])
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
         self.pipe = pipeline.Pipeline(
-            chunks, len(split), self.pp_group, self.dtype, self.device, split_backward, self.program
+            chunks, len(split), self.pp_group, self.dtype, self.device, self.program
         )
 
     def _make_sync(self, sync: Callable | None):
@@ -166,7 +166,7 @@ class Trainer:
         that the optimizer updates on this rank: a parameter, its fp32 copy, or a shard of one."""
         args = self.args
         # How many times each parameter's gradient is accumulated per step before it is reduced.
-        accumulations = self.pipe.accumulations(self.schedule[self.pp_rank])
+        accumulations = self.pipe.accumulations()
         how = {
             "grad_dtype": options.DTYPES.get(args.grad_dtype),
             "reduce_dtype": options.DTYPES.get(args.reduce_dtype),
@@ -311,9 +311,9 @@ class Trainer:
     def watch(self, trace: measure.Trace) -> None:
         """Record in `trace` the pipeline actions, reductions and optimizer steps of this rank."""
 
-        def span(action: pipeline.Action):
+        def span(action: schedules.Action):
             step = {"step": self.current_step} if self.model.training else {}
-            return trace.span(pipeline.label(action, self.stages), action=action, **step)
+            return trace.span(schedules.label(action, self.stages), action=action, **step)
 
         self.span, self.pipe.watch = trace.span, span
 
@@ -348,7 +348,7 @@ class Trainer:
             self.across_group = self._make_group("across", by_node, 1)
         # A tied embedding is on the pp ranks that hold the first and the last stage. In a V-shaped
         # schedule, one rank holds both.
-        stages = pipeline.stages_of(self.schedule)
+        stages = schedules.stages_of(self.schedule)
         last = max(map(max, stages))
         ends = [rank for rank in range(p) if 0 in stages[rank] or last in stages[rank]]
         self.tied_group = self._make_group("tied", ranks[ends], 0)
@@ -390,7 +390,7 @@ class Trainer:
         self.sync.after_step()  # copies the loaded pieces to the parameters
 
     def _forward_program(self, m: int) -> pipeline.Program:
-        forwards = pipeline.forward_only(self.schedule, m)
+        forwards = schedules.forward_only(self.schedule, m)
         return pipeline.derive_programs(forwards)[self.pp_rank]
 
     @torch.no_grad()

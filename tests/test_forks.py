@@ -14,7 +14,7 @@ import measure
 import tensor_parallel
 import zero
 from measure import TOLERANCE
-from pipeline import Action, draw
+from schedules import Action, draw
 from tools.oracle import Case, judge, launch
 
 # --- a schedule of one's own: GPipe in waves of w microbatches, so that memory is bounded by w ----

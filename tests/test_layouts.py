@@ -14,7 +14,7 @@ from torch import nn
 
 import activation_ckpt
 import gpt
-import pipeline
+import schedules
 import train_3d
 from measure import TOLERANCE
 from tools import dry_run
@@ -224,11 +224,11 @@ def test_every_live_pair_of_options_is_tested():
 
 def test_the_fast_run_has_every_strategy():
     tested = Counter(name for row in FAST for name in strategies(row))
-    expected = {"TP", "SP", *pipeline.SCHEDULES, *(f"ZeRO-{n}" for n in range(4)),
+    expected = {"TP", "SP", *schedules.SCHEDULES, *(f"ZeRO-{n}" for n in range(4)),
                 *activation_ckpt.POLICIES}  # fmt: skip
     assert {*tested} == expected and min(tested.values()) >= 2
     pairs = {pair for row in FAST for pair in itertools.combinations(strategies(row), 2)}
-    for name, stage in itertools.product(pipeline.SCHEDULES, range(4)):
+    for name, stage in itertools.product(schedules.SCHEDULES, range(4)):
         assert (name, f"ZeRO-{stage}") in pairs
 
 

@@ -1,8 +1,6 @@
 import collections
 import copy
-import doctest
 import functools
-import graphlib
 import itertools
 import random
 import weakref
@@ -17,23 +15,19 @@ from torch import nn
 import gpt
 import measure
 import pipeline
+import schedules
 import tensor_parallel
-from pipeline import Action, check, derive_programs, simulate
-from tools import cost, oracle
-from tools.draw import wrap
+from pipeline import derive_programs
+from schedules import Action, check
+from tests.test_schedules import NAMES, SIZES, random_schedule
+from tools import oracle
 from tools.oracle import launch
 from tools.waits import check_no_deadlock
 
-MICROBATCHES = (*range(1, 21), 31, 32, 33, 48, 63, 64)
-SIZES = [(p, m) for p in range(1, 17) for m in MICROBATCHES]
-NAMES = [pytest.param(name, chunks, marks=pytest.mark.slow if chunks > 2 else ())
-         for name in pipeline.SCHEDULES
-         for chunks in {"interleaved": (1, 2, 3, 4), "zb-v": (2,)}.get(name, (1,))]  # fmt: skip
 
-
-def test_the_timelines_in_the_docstring():
-    results = doctest.testmod(pipeline)
-    assert results.attempted == 1 and results.failed == 0
+def test_the_timeline_in_the_docstring():
+    timeline = schedules.draw(schedules.one_f_one_b(3, 4)).splitlines()
+    assert [line.strip() for line in pipeline.__doc__.splitlines() if "|" in line] == timeline
 
 
 def test_the_program_in_the_comment_on_the_full_version():
@@ -46,68 +40,21 @@ def test_the_program_in_the_comment_on_the_full_version():
         names = [f"{t.action.kind}{t.action.microbatch}" for t in step]
         return "[" + " ".join(map("".join, zip(sent, names, strict=True))) + "]"
 
-    program = derive_programs(pipeline.one_f_one_b(3, 4))[1]
+    program = derive_programs(schedules.one_f_one_b(3, 4))[1]
     comment = " ".join(Path(pipeline.__file__).read_text().replace("#", " ").split())
     assert " ".join(text(step, 1) for step in program) in comment
-
-
-@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name, chunks", NAMES)
-def test_bubble_and_memory_are_as_predicted(name, chunks, every):
-    for p, m in SIZES[::every]:
-        schedule = pipeline.SCHEDULES[name](p, m, chunks)
-        closed_form = {"gpipe": True, "1f1b": True, "zb-v": m >= 2 * p - 1}.get(name, m >= p)
-        if closed_form:
-            predicted = pipeline.predicted_bubble(name, p, m, chunks)
-            assert pipeline.bubble(simulate(schedule)) == pytest.approx(predicted), (p, m)
-        one = dict.fromkeys(range(chunks * p), 1)
-        for rank in range(p):
-            held = cost.peak_held(schedule[rank], one, one)
-            bound = pipeline.predicted_held(name, p, m, chunks, rank)
-            assert held == bound or (name == "zb-v" and m < 2 * p - 1 and held < bound), (p, m)
 
 
 @pytest.mark.parametrize("name, chunks", NAMES)
 def test_schedules_are_complete_and_their_transfers_never_deadlock(name, chunks):
     for p, m in SIZES[::13]:
-        schedule = pipeline.SCHEDULES[name](p, m, chunks)
+        schedule = schedules.SCHEDULES[name](p, m, chunks)
         check(schedule, m)
         few = m // 2 + 1
-        forwards = pipeline.forward_only(schedule, few)
+        forwards = schedules.forward_only(schedule, few)
         assert [[a for a in row if a.kind == "F" and a.microbatch in range(few)]
                 for row in schedule] == forwards  # fmt: skip
         check_no_deadlock(derive_programs(forwards))
-
-
-def test_a_transfer_takes_its_time():
-    """2 ranks, 1 microbatch: F, over, F B, over, B: and what never leaves a rank takes none."""
-    spans = simulate(pipeline.gpipe(2, 1), lambda a: {"F": 1.0, "B": 2.0}[a.kind], transfer=0.25)
-    assert [(s.rank, s.start, s.end) for s in spans] == [
-        (0, 0.0, 1.0), (1, 1.25, 2.25), (1, 2.25, 4.25), (0, 4.5, 6.5)
-    ]  # fmt: skip
-    alone = simulate(pipeline.zb_v(1, 3), transfer=100.0)
-    assert pipeline.bubble(alone) == pytest.approx(0.0)
-
-
-def test_mean_times_are_by_kind_and_stage():
-    spans = simulate(pipeline.zb_v(2, 3), lambda a: 1.0 + a.microbatch + 10.0 * a.stage)
-    mean = pipeline.mean_times(spans)
-    assert mean == {(kind, k): 2.0 + 10.0 * k for kind in "FBW" for k in range(4)}
-
-
-def test_a_long_timeline_goes_on_below():
-    schedule = pipeline.zb_v(2, 3)
-    wide = pipeline.draw(schedule)
-    narrow = wrap(wide, columns=38)
-    assert wrap(wide, columns=200) == wide
-    assert max(map(len, narrow.splitlines())) <= 38
-    timelines = [lines.splitlines() for lines in narrow.split("\n\n")]
-    assert [len(lines) for lines in timelines] == [2, 2]
-    for rank, line in enumerate(wide.splitlines()):
-        assert (timelines[0][rank] + " " + timelines[1][rank][8:]).rstrip() == line
-    assert wide.splitlines()[0] == (
-        "rank 0 |F0 F1 F2 f0 b0 w0 f1 b1 w1 B0 W0 f2 b2 w2 B1 W1 B2 W2 ."
-    )
 
 
 # --- version 1 ------------------------------------------------------------------------------------
@@ -122,7 +69,7 @@ def train_version_1(p: int, m: int, gpipe: bool) -> tuple[float, int]:
     split = pipeline.split_layers(5, p)
     x = torch.randint(17, (m, 2, 6), generator=torch.Generator().manual_seed(m))
     boundary = torch.empty(2, 6, 8, dtype=torch.float64)
-    schedule = (pipeline.gpipe if gpipe else pipeline.one_f_one_b)(p, m)
+    schedule = (schedules.gpipe if gpipe else schedules.one_f_one_b)(p, m)
 
     def loss_of(logits, microbatch):
         return gpt.cross_entropy(logits, x[microbatch]) / x.numel()
@@ -138,9 +85,9 @@ def train_version_1(p: int, m: int, gpipe: bool) -> tuple[float, int]:
         pipeline.take_stages(mine, [rank], split)
         pipeline.take_stages(other, [rank], split)
         total = pipeline.train_step(mine, x, loss_of, boundary, dist.group.WORLD, gpipe)
-        pipe = pipeline.Pipeline({rank: other}, p, dist.group.WORLD, torch.float64, "cpu")
-        found = [{"loss": total}]
-        found.append({"loss": pipe.run(derive_programs(schedule)[rank], x, loss_of, (2, 6, 8))})
+        program = derive_programs(schedule)[rank]
+        pipe = pipeline.Pipeline({rank: other}, p, dist.group.WORLD, torch.float64, "cpu", program)
+        found = [{"loss": total}, {"loss": pipe.run(program, x, loss_of, (2, 6, 8))}]
         expected, reference = {"loss": loss.detach()}, dict(full.named_parameters())
         for version, model in zip(found, (mine, other), strict=True):
             dist.all_reduce(version["loss"])
@@ -198,9 +145,9 @@ def naive_programs(schedule):
 
 
 def test_unfused_sends_deadlock_under_rendezvous_and_all_waits_are_named():
-    check_no_deadlock(naive_programs(pipeline.gpipe(4, 8)))  # one direction at a time: no harm
+    check_no_deadlock(naive_programs(schedules.gpipe(4, 8)))  # one direction at a time: no harm
     with pytest.raises(ValueError) as error:
-        check_no_deadlock(naive_programs(pipeline.one_f_one_b(4, 8)))
+        check_no_deadlock(naive_programs(schedules.one_f_one_b(4, 8)))
     assert str(error.value) == (
         "deadlock: rank 0 waits to send F3 to rank 1; rank 1 waits to send F2 to rank 2; "
         "rank 2 waits to send F1 to rank 3; rank 3 waits to send B0 to rank 2"
@@ -208,7 +155,7 @@ def test_unfused_sends_deadlock_under_rendezvous_and_all_waits_are_named():
 
 
 def test_ends_that_post_in_different_orders_are_refused():
-    programs = derive_programs(pipeline.gpipe(2, 2))
+    programs = derive_programs(schedules.gpipe(2, 2))
     a, b = [i for i, step in enumerate(programs[1]) if not isinstance(step, Action)][:2]
     programs[1][a], programs[1][b] = programs[1][b], programs[1][a]
     with pytest.raises(ValueError, match="different orders"):
@@ -216,129 +163,17 @@ def test_ends_that_post_in_different_orders_are_refused():
 
 
 def test_an_end_that_never_posts_is_refused():
-    programs = derive_programs(pipeline.gpipe(2, 1))
+    programs = derive_programs(schedules.gpipe(2, 1))
     programs[1] = programs[1][1:]
     with pytest.raises(ValueError, match="deadlock: rank 0 waits to send F0 to rank 1"):
         check_no_deadlock(programs)
 
 
-@pytest.mark.parametrize(
-    "function, spoil, message",
-    [
-        ("1f1b", lambda s: s[1].remove(Action("B", 1, 1)), "B1 missing"),
-        ("1f1b", lambda s: s[0].append(Action("F", 0, 0)), "F0 is a duplicate or unexpected"),
-        ("1f1b", lambda s: s[0].append(Action("W", 0, 0)), "W1, W2, W3 missing"),
-        ("zb-h1", lambda s: s[2].remove(Action("W", 3, 2)), "W3 missing"),
-        ("zb-v", lambda s: s[2].remove(Action("W", 3, 3)), "w3 missing"),
-        ("1f1b", lambda s: s[2].insert(0, s[2].pop(1)), "rank 2 cannot run B0 before .* 2 runs F0"),
-        ("zb-h1", lambda s: s[0].insert(0, s[0].pop()), "rank 0 cannot run W3 before .* 0 runs B3"),
-        ("1f1b", lambda s: s[1].append(Action("F", -1, 1)), "F-1 is a duplicate or unexpected"),
-        (
-            "1f1b",
-            lambda s: s[1].append(Action("X", 1, 1)),
-            "X1 .* one F and one B for each .* 0..3",
-        ),
-        ("1f1b", lambda s: s[0].remove(Action("F", 0, 0)), "F0 missing"),
-        ("1f1b", lambda s: [row.clear() for row in s], r"are \[\[\], \[\], \[\]\]"),
-        ("1f1b", lambda s: s[1].clear(), r"stages by rank are \[\[0\], \[\], \[2\]\]"),
-        ("interleaved", lambda s: s[1].append(Action("F", 0, 0)), "each on exactly one rank"),
-    ],
-)
-def test_incomplete_schedules_are_refused(function, spoil, message):
-    schedule = pipeline.SCHEDULES[function](3, 4)
-    spoil(schedule)
-    with pytest.raises(pipeline.ScheduleError, match=message):
-        check(schedule, 4)
-    with pytest.raises(pipeline.ScheduleError, match="B4, F4 missing"):
-        check(pipeline.gpipe(3, 4), 5)
-
-
-@pytest.mark.parametrize(
-    "name, chunks", [("gpipe", 2), ("1f1b", 2), ("zb-h1", 3), ("zb-v", 1), ("zb-v", 4)]
-)
-def test_a_number_of_chunks_that_a_schedule_does_not_have_is_refused(name, chunks):
-    expected = f"{name} requires chunks = ., not {chunks}: set it to ., or use interleaved"
-    with pytest.raises(ValueError, match=expected):
-        pipeline.SCHEDULES[name](2, 4, chunks)
-
-
-def test_a_circle_is_refused_and_named():
-    """Rank 0 wants B0 before it forwards microbatch 1, rank 1 wants F1 before it gives back B0;
-    rank 2 waits as well, but not in the circle."""
-
-    def row(line: str, stage: int):
-        return [Action(word[0], int(word[1]), stage) for word in line.split()]
-
-    lines = ["F0 B0 F1 B1", "F0 F1 B0 B1", "F0 B0 F1 B1"]
-    with pytest.raises(pipeline.ScheduleError) as error:
-        check([row(line, k) for k, line in enumerate(lines)], 2)
-    assert str(error.value) == (
-        "deadlock: rank 0 cannot run B0 before rank 1 runs B0; "
-        "rank 1 cannot run F1 before rank 0 runs F1"
-    )
-    assert (error.value.rank, error.value.place) == (0, 1)
-
-
-def random_schedule(rng: random.Random, p: int) -> tuple[list[list[Action]], int, int]:
-    """(schedule, m, stages): any placement, uneven ones too, in any order that can be."""
-    n, m = rng.randint(p, 5), rng.randint(1, 4)
-    holders = [*range(p), *(rng.randrange(p) for _ in range(n - p))]
-    rng.shuffle(holders)
-    kinds = rng.choice(("FB", "FBW"))
-    left = {Action(kind, i, k) for kind in kinds for i in range(m) for k in range(n)}
-    schedule: list[list[Action]] = [[] for _ in range(p)]
-    while left:
-        ready = [a for a in left if pipeline.dependency(a, n - 1) not in left]
-        action = rng.choice(sorted(ready))
-        left.remove(action)
-        schedule[holders[action.stage]].append(action)
-    return schedule, m, n
-
-
-def can_run(schedule, n: int) -> bool:
-    """By another's judgement: no circle among what follows on what."""
-    graph = {a: {pipeline.dependency(a, n - 1)} - {None} for row in schedule for a in row}
-    for row in schedule:
-        for before, after in zip(row, row[1:], strict=False):
-            graph[after].add(before)
-    try:
-        graphlib.TopologicalSorter(graph).prepare()
-    except graphlib.CycleError:
-        return False
-    return True
-
-
-def test_200_broken_schedules_are_refused_and_what_can_run_is_not():
-    rng, refused, passed = random.Random(0), 0, 0
-    while refused < 200:
-        schedule, m, n = random_schedule(rng, rng.randint(1, 4))
-        check(schedule, m)
-        row = rng.choice(schedule)
-        a, b = (rng.randrange(len(row)) for _ in range(2))
-        how = rng.choice(("drop", "double", "swap", "swap"))
-        only_w = {x.kind for x in row} | {x.kind for r in schedule for x in r if r is not row}
-        if how == "drop":
-            row.pop(a)
-        elif how == "double":
-            row.insert(b, row[a])
-        else:
-            row[a], row[b] = row[b], row[a]
-        kinds = {x.kind for r in schedule for x in r}
-        if (how == "swap" and can_run(schedule, n)) or kinds != only_w:
-            passed += 1  # another order that can be; or the only W was dropped: B is whole, then
-            check(schedule, m)
-            continue
-        refused += 1
-        with pytest.raises(pipeline.ScheduleError):
-            check(schedule, m)
-    assert passed > 20
-
-
 def test_receives_ahead_keep_the_order_between_two_ranks():
     rng = random.Random(3)
-    schedules = [pipeline.one_f_one_b(4, 6), pipeline.zb_v(3, 7)]
-    schedules += [random_schedule(rng, rng.randint(2, 4))[0] for _ in range(50)]
-    for schedule in schedules:
+    chosen = [schedules.one_f_one_b(4, 6), schedules.zb_v(3, 7)]
+    chosen += [random_schedule(rng, rng.randint(2, 4))[0] for _ in range(50)]
+    for schedule in chosen:
         for rank, program in enumerate(derive_programs(schedule)):
             ahead = pipeline.receive_ahead(program, rank)
             assert [a for a in ahead if isinstance(a, Action)] == schedule[rank]
@@ -383,23 +218,22 @@ def test_layers_are_split_by_cost():
 
 
 class Chain(nn.Module):
-    """A model as others write it: blocks in an nn.ModuleList, and a forward that reads
-    self.training."""
+    """A model as others write it: blocks in an nn.ModuleList."""
 
     def __init__(self, n_layer: int = 5):
         super().__init__()
-        self.wte, self.ln_f = nn.Embedding(17, 8), nn.LayerNorm(8)
+        self.wte, self.drop, self.ln_f = nn.Embedding(17, 8), nn.Dropout(0.5), nn.LayerNorm(8)
         self.h = nn.ModuleList(nn.Linear(8, 8) for _ in range(n_layer))
         self.lm_head = nn.Linear(8, 17)
 
     def forward(self, x):
-        x = self.wte(x)
+        x = self.drop(self.wte(x))
         for block in self.h:
-            x = x + block(x) * (2.0 if self.training else 1.0)
+            x = x + block(x)
         return self.lm_head(self.ln_f(x))
 
 
-def test_chunks_follow_train_and_eval_of_the_model():
+def test_the_layers_of_chunks_follow_train_and_eval_of_the_model():
     torch.manual_seed(0)
     model, split = Chain(), pipeline.split_layers(5, 3)
     x, outputs = torch.arange(4)[None], []
@@ -407,15 +241,14 @@ def test_chunks_follow_train_and_eval_of_the_model():
     chunks = pipeline.chunks_of(whole, range(3), split)
     for mode in (model.eval, model.train):
         mode(), whole.train(model.training)
-        assert [chunk.training for chunk in chunks.values()] == [model.training] * 3
+        torch.manual_seed(0)
         y = x
         for chunk in chunks.values():
             y = chunk(y)
+        torch.manual_seed(0)
         assert torch.equal(y, model(x))
         outputs.append(y)
     assert not torch.equal(*outputs)
-    chunks[1].eval()
-    assert not whole.training and not chunks[2].training
 
 
 def test_blocks_in_a_list_keep_their_names():
@@ -427,25 +260,16 @@ def test_blocks_in_a_list_keep_their_names():
     assert isinstance(model.h, nn.ModuleList) and len(list(model.h)) == 2
 
 
-@pytest.mark.parametrize(
-    "names, split, message",
-    [
-        ({"last": ("lm_head",)}, [range(3), range(3, 5)], "ln_f.weight, ln_f.bias .* every stage"),
-        ({"first": ("embed",)}, [range(3), range(3, 5)], "wte.weight .* every stage: .* `first`"),
-        ({}, [range(3), range(3, 4)], r"blocks 0, 1, 2, 3, 4, but split is \[range\(0, 3\)"),
-        ({}, [range(3), range(3, 6)], "blocks 0, 1, 2, 3, 4, but split is"),
-    ],
-)
-def test_a_model_that_is_not_fully_split_is_refused(names, split, message):
-    """These layers would run on every stage, or these blocks on none."""
-    with pytest.raises(ValueError, match=message):
-        pipeline.take_stages(Chain(), [1], split, **names)
+@pytest.mark.parametrize("split", [[range(3), range(3, 4)], [range(3), range(3, 6)]])
+def test_a_split_of_another_number_of_blocks_is_refused(split):
+    with pytest.raises(ValueError, match=r"blocks 0, 1, 2, 3, 4, but split is \[range\(0, 3\)"):
+        pipeline.take_stages(Chain(), [1], split)
 
 
-def test_a_parameter_of_the_model_itself_and_blocks_without_numbers_are_refused():
+def test_a_parameter_outside_the_stages_and_blocks_without_numbers_are_refused():
     model, split = Chain(2), [range(1), range(1, 2)]
     model.scale = nn.Parameter(torch.ones(8))
-    with pytest.raises(ValueError, match="scale of Chain would be on every stage"):
+    with pytest.raises(ValueError, match="scale would be on every stage: .* FIRST or to LAST"):
         pipeline.take_stages(model, [0], split)
     model = Chain(0)
     model.h = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
@@ -473,12 +297,12 @@ def one_handle_for_a_batch(operations: list[dist.P2POp]) -> list[Batch]:
     return [Batch(batch_isend_irecv(operations))]
 
 
-def run_schedules(p: int, schedules: list, as_nccl: bool = False) -> tuple[float, int]:
+def run_schedules(p: int, chosen: list, as_nccl: bool = False) -> tuple[float, int]:
     """On each rank: the schedules (with m and the number of stages) through the executor. as_nccl:
     in the order that NCCL needs. (worst error, gradients)."""
     worst, compared = 0.0, 0
     shape, rank, pp = (2, 6, 8), dist.get_rank(), dist.new_group(range(p))
-    for seed, (schedule, m, n) in enumerate(schedules):
+    for seed, (schedule, m, n) in enumerate(chosen):
         config = gpt.GPTConfig(max(5, n), 2, 8, 17, 6)
         x = torch.randint(17, (m, 2, 6), generator=torch.Generator().manual_seed(seed))
 
@@ -490,21 +314,20 @@ def run_schedules(p: int, schedules: list, as_nccl: bool = False) -> tuple[float
         gpt.init_weights(whole, 0, torch.float64, "cpu", oracle.draw)
         for i in range(m):
             loss_of(whole(x[i]), i).backward()
-        stages, split = pipeline.stages_of(schedule)[rank], pipeline.split_layers(max(5, n), n)
+        stages, split = schedules.stages_of(schedule)[rank], pipeline.split_layers(max(5, n), n)
         pipeline.take_stages(mine, stages, split)
         gpt.init_weights(mine, 0, torch.float64, "cpu", oracle.draw)
         chunks = pipeline.chunks_of(mine, stages, split)
-        split_backward = pipeline.splits_backward(schedule[rank])
-        pipe = pipeline.Pipeline(chunks, n, pp, torch.float64, "cpu", split_backward)
+        program, counted = derive_programs(schedule)[rank], {}
+        pipe = pipeline.Pipeline(chunks, n, pp, torch.float64, "cpu", program)
         if as_nccl:
             pipe.is_gloo, dist.batch_isend_irecv = False, one_handle_for_a_batch
-        program, counted = derive_programs(schedule)[rank], {}
         for q in mine.parameters():
             q.register_post_accumulate_grad_hook(
                 lambda q, c=counted: c.update({q: c.get(q, 0) + 1})
             )
         pipe.run(program, x, loss_of, shape)
-        assert counted == pipe.accumulations(schedule[rank])
+        assert counted == pipe.accumulations()
         held = [q.grad for q in mine.parameters() if hasattr(q, "tied_name")]
         tied = sum(held) if held else torch.zeros(17, 8, dtype=torch.float64)
         pipeline.all_reduce_tied([tied], pp)  # first and last stage, wherever they are
@@ -527,19 +350,19 @@ def test_200_random_schedules_run(p, count):
 @pytest.mark.parametrize("p", [2, 3])
 def test_schedules_run_in_the_order_of_nccl(p):
     """No receive is posted ahead, and a batch of transfers has one handle."""
-    schedules = []
-    for name, function in pipeline.SCHEDULES.items():
+    chosen = []
+    for name, function in schedules.SCHEDULES.items():
         for m in (1, p, 2 * p + 1):
             n = 2 * p if name in ("interleaved", "zb-v") else p
-            schedules.append((function(p, m), m, n))
-    compare_with_one_process(p, schedules, as_nccl=True)
+            chosen.append((function(p, m), m, n))
+    compare_with_one_process(p, chosen, as_nccl=True)
 
 
-def compare_with_one_process(p: int, schedules: list, as_nccl: bool = False) -> None:
-    results = launch(p, run_schedules, p, schedules, as_nccl, timeout=60)
+def compare_with_one_process(p: int, chosen: list, as_nccl: bool = False) -> None:
+    results = launch(p, run_schedules, p, chosen, as_nccl, timeout=60)
     assert max(error for error, _ in results) <= measure.TOLERANCE
     # Every gradient was compared by a rank: 12 per block, wpe and ln_f's two.
-    gradients = sum(12 * max(5, n) + 3 for *_, n in schedules)
+    gradients = sum(12 * max(5, n) + 3 for *_, n in chosen)
     assert sum(compared for _, compared in results) == gradients
 
 
@@ -554,10 +377,10 @@ def exchanged_at_the_start(schedule) -> list[tuple[int, ...]]:
         return plain(operations)
 
     dist.batch_isend_irecv = watched
-    stages, program = pipeline.stages_of(schedule), derive_programs(schedule)[rank]
+    stages, program = schedules.stages_of(schedule), derive_programs(schedule)[rank]
     pipeline.Pipeline(
         {k: nn.Identity() for k in stages[rank]}, sum(map(len, stages)), dist.group.WORLD,
-        torch.float32, "cpu", program=program,
+        torch.float32, "cpu", program,
     )  # fmt: skip
     return batches
 
@@ -567,8 +390,8 @@ def exchanged_at_the_start(schedule) -> list[tuple[int, ...]]:
 def test_each_pair_of_ranks_that_sends_exchanges_a_tensor_at_the_start(name, p):
     """Once, and in an order in which no batch waits for a later one."""
     schedule = (random_schedule(random.Random(6), p)[0] if name == "random" else
-                pipeline.SCHEDULES[name](p, 4))  # fmt: skip
-    rank_of = {k: rank for rank, row in enumerate(pipeline.stages_of(schedule)) for k in row}
+                schedules.SCHEDULES[name](p, 4))  # fmt: skip
+    rank_of = {k: rank for rank, row in enumerate(schedules.stages_of(schedule)) for k in row}
     neighbours = {frozenset((rank_of[k], rank_of[k - 1])) for k in rank_of if k > 0}
     by_rank, programs = launch(p, exchanged_at_the_start, schedule), []
     for rank, batches in enumerate(by_rank):
@@ -583,9 +406,9 @@ def test_each_pair_of_ranks_that_sends_exchanges_a_tensor_at_the_start(name, p):
 def test_a_pipeline_of_one_rank_calls_no_collective():
     """Its group may be anything that has a size and a rank."""
     group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    schedule = pipeline.interleaved(1, 2)
+    schedule = schedules.interleaved(1, 2)
     chunks, (program,) = {0: Tower(linear), 1: Tower(linear)}, derive_programs(schedule)
-    pipe = pipeline.Pipeline(chunks, 2, group, torch.float32, "cpu", program=program)
+    pipe = pipeline.Pipeline(chunks, 2, group, torch.float32, "cpu", program)
     pipe.run(program, torch.ones(2, 1, 3, 4), lambda y, i: y.sum(), (1, 3, 4))
     pipeline.all_reduce_tied([torch.ones(1)], group)
     assert chunks[0].linear.weight.grad.any()
@@ -595,10 +418,10 @@ def sends_held(m: int) -> int:
     rank = dist.get_rank()
     whole, split = gpt.build(gpt.GPTConfig(2, 2, 8, 17, 6), dtype=torch.float64), [[0], [1]]
     model = pipeline.take_stages(whole, [rank], split)
-    pipe = pipeline.Pipeline({rank: model}, 2, dist.group.WORLD, torch.float64, "cpu")
+    program = derive_programs(schedules.one_f_one_b(2, m))[rank]
+    pipe = pipeline.Pipeline({rank: model}, 2, dist.group.WORLD, torch.float64, "cpu", program)
     x, held = torch.zeros(m, 1, 6, dtype=torch.int64), []
     model.register_forward_hook(lambda *_: held.append(len(pipe.sending)))
-    program = derive_programs(pipeline.one_f_one_b(2, m))[rank]
     pipe.run(program, x, lambda out, i: gpt.cross_entropy(out, x[i]), (1, 6, 8))
     return max(held)
 
@@ -611,10 +434,11 @@ def test_tensors_that_were_sent_are_let_go():
 def short_microbatch():
     rank, m = dist.get_rank(), 2
     model = pipeline.take_stages(gpt.build(gpt.GPTConfig(2, 2, 8, 17, 6)), [rank], [[0], [1]])
-    pipe = pipeline.Pipeline({rank: model}, 2, dist.group.WORLD, torch.float32, "cpu")
+    program = derive_programs(schedules.gpipe(2, m))[rank]
+    pipe = pipeline.Pipeline({rank: model}, 2, dist.group.WORLD, torch.float32, "cpu", program)
     x = torch.zeros(2 * m - 1, 6, dtype=torch.int64).split(2)
     if rank == 0:  # the other would wait for what does not come
-        pipe.run(pipeline.gpipe(1, m)[0], x, None, (2, 6, 8))
+        pipe.run(schedules.gpipe(1, m)[0], x, None, (2, 6, 8))
 
 
 def test_a_short_last_microbatch_is_refused_where_it_is_made():
@@ -635,15 +459,12 @@ class Tower(nn.Module):
         return self.function(self.linear, x)
 
 
-def run_alone(
-    schedule, function, n: int = 1, m: int = 2, split_backward: bool = False, shape=(1, 3, 4),
-    stages=None,
-):  # fmt: skip
+def run_alone(schedule, function, n: int = 1, m: int = 2, shape=(1, 3, 4), stages=None):
     """On one rank: n stages that are `function`, m microbatches."""
     torch.manual_seed(0)
     chunks = {k: Tower(function) for k in (range(n) if stages is None else stages)}
-    pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float32, "cpu", split_backward)
     (program,) = derive_programs(schedule)
+    pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float32, "cpu", program)
     pipe.run(program, torch.randn(m, *shape), lambda y, i: y.sum(), shape)
 
 
@@ -654,23 +475,17 @@ def linear(layer, x):
 @pytest.mark.parametrize(
     "how, message",
     [
-        (dict(schedule=pipeline.zb_h1(1, 2), function=linear),
-         r"has W actions, but split_backward of the Pipeline is False"),
-        (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, split_backward=True),
-         r"has no W actions, but split_backward of the Pipeline is True"),
-        (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, m=3),
-         "has 2 microbatches, but there are 3 inputs"),
-        (dict(schedule=pipeline.one_f_one_b(1, 2), function=linear, n=2, stages=[1]),
-         r"stages \[0\], but the chunks are stages \[1\]"),
-        (dict(schedule=pipeline.forward_only(pipeline.gpipe(1, 2), 2), function=linear),
-         r"has no B actions: run it under torch.no_grad\(\)"),
-        (dict(schedule=pipeline.interleaved(1, 2), n=2, function=lambda layer, x: (layer(x), 0)),
-         r"returned tuple of shape None.* run\(\), \(1, 3, 4\), and .* dtype, torch.float32"),
-        (dict(schedule=pipeline.interleaved(1, 2), n=2, function=lambda layer, x: layer(x).half()),
-         r"shape torch.Size\(\[1, 3, 4\]\), dtype torch.float16: return one tensor"),
-        (dict(schedule=pipeline.interleaved(1, 2), n=2,
+        (dict(schedule=schedules.one_f_one_b(1, 2), function=linear, m=3),
+         "2 microbatches, but .* there are 3 inputs"),
+        (dict(schedule=schedules.one_f_one_b(1, 2), function=linear, n=2, stages=[1]),
+         r"stages \[0\] .* but the chunks are stages \[1\]"),
+        (dict(schedule=schedules.interleaved(1, 2), n=2, function=lambda layer, x: (layer(x), 0)),
+         r"F0 of stage 0 has shape None.* run\(\), \(1, 3, 4\), and .* dtype, torch.float32"),
+        (dict(schedule=schedules.interleaved(1, 2), n=2, function=lambda layer, x: layer(x).half()),
+         r"shape torch.Size\(\[1, 3, 4\]\), dtype torch.float16: it must be one tensor"),
+        (dict(schedule=schedules.interleaved(1, 2), n=2,
               function=lambda layer, x: layer(x.detach() * 0)),
-         "B0 of stage 1 has no input gradient: .* must depend on its input"),
+         "B0 of stage 1 has shape None, dtype None: it must be one tensor"),
     ],
 )  # fmt: skip
 def test_what_the_executor_cannot_run_is_refused(how, message):
@@ -678,10 +493,29 @@ def test_what_the_executor_cannot_run_is_refused(how, message):
         launch(1, functools.partial(run_alone, **how))
 
 
+def forwards_only() -> tuple[bool, bool]:
+    """(the model's output requires a gradient, the loss requires one)."""
+    (program,), needed = derive_programs(schedules.zb_v(1, 2)), []
+    chunks = {0: Tower(linear), 1: Tower(linear)}
+    pipe = pipeline.Pipeline(chunks, 2, dist.group.WORLD, torch.float32, "cpu", program)
+
+    def loss_of(y, microbatch):
+        needed.append(y.requires_grad)
+        return y.sum()
+
+    (forwards,) = derive_programs(schedules.forward_only(schedules.zb_v(1, 2), 2))
+    loss = pipe.run(forwards, torch.ones(2, 1, 3, 4), loss_of, (1, 3, 4))
+    return any(needed), loss.requires_grad
+
+
+def test_a_program_without_b_runs_without_gradients():
+    assert launch(1, forwards_only) == [(False, False)]
+
+
 def interrupted_backward() -> list[torch.Tensor]:
     """The gradients of a step, and of the same step after one whose second B is interrupted: its
     queue then has an entry of microbatch 1, and a W of microbatch 0 is to come."""
-    (program,), calls = derive_programs(pipeline.zb_h1(1, 3)), []
+    (program,), calls = derive_programs(schedules.zb_h1(1, 3)), []
     order = [Action(kind, i, 0) for kind, i in (("F", 0), ("F", 1), ("B", 0), ("B", 1), ("W", 0))]
     program = order + [action for action in program if action not in order]
 
@@ -699,9 +533,7 @@ def interrupted_backward() -> list[torch.Tensor]:
 
     torch.manual_seed(0)
     stage = Tower(lambda layer, x: layer(Interrupt.apply(layer(x.tanh() + 0 * layer.bias))))
-    pipe = pipeline.Pipeline(
-        {0: stage}, 1, dist.group.WORLD, torch.float32, "cpu", split_backward=True
-    )
+    pipe = pipeline.Pipeline({0: stage}, 1, dist.group.WORLD, torch.float32, "cpu", program)
     x, gradients = torch.randn(3, 1, 3, 4), []
     for _ in range(3):
         stage.zero_grad()
@@ -736,16 +568,13 @@ def test_what_waits_for_its_w_keeps_no_graph(plan):
     assert launch(1, left_of_a_stage_whose_w_waits, plan) == [(1, True)]
 
 
-def test_a_linear_whose_forward_was_replaced_keeps_it():
-    linears, queues = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), ([], [])
-    linears[0].forward = lambda x: 2 * nn.functional.linear(x, linears[0].weight)
-    for queue in queues:  # a second Pipeline on the same model has its own queue
-        pipeline.defer_weight_gradients(linears, queue)
-    x = torch.ones(2, 4, requires_grad=True)
-    y = linears[0](x)
-    assert torch.equal(y, 2 * x @ linears[0].weight.T)
-    (y + linears[1](x)).sum().backward()
-    assert linears[0].weight.grad is not None and [*map(len, queues)] == [0, 1]
+def test_a_second_pipeline_on_a_model_has_its_own_queue():
+    model, queues = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ([], [])
+    model[0].weight.requires_grad_(False)  # a frozen weight has no W
+    for queue in queues:
+        pipeline.defer_weight_gradients(model, queue)
+    model(torch.ones(2, 4)).sum().backward()
+    assert [*map(len, queues)] == [0, 1] and model[0].bias.grad is not None
 
 
 class Mixed(nn.Module):
@@ -762,11 +591,10 @@ class Mixed(nn.Module):
 
 def gradients_under_autocast() -> list[list[torch.Tensor]]:
     gradients = []
-    for schedule in (pipeline.interleaved(1, 2), pipeline.zb_v(1, 2)):
+    for schedule in (schedules.interleaved(1, 2), schedules.zb_v(1, 2)):
         torch.manual_seed(0)
         chunks, (program,) = {0: Mixed(), 1: Mixed()}, derive_programs(schedule)
-        split_backward = pipeline.splits_backward(schedule[0])
-        pipe = pipeline.Pipeline(chunks, 2, dist.group.WORLD, torch.float32, "cpu", split_backward)
+        pipe = pipeline.Pipeline(chunks, 2, dist.group.WORLD, torch.float32, "cpu", program)
         pipe.run(program, torch.randn(2, 1, 3, 4), lambda y, i: y.square().sum(), (1, 3, 4))
         gradients.append([q.grad for chunk in chunks.values() for q in chunk.parameters()])
     return gradients
@@ -792,9 +620,8 @@ def train_frozen(p: int, names: list[str]) -> tuple[float, int]:
         return gpt.cross_entropy(logits, x[microbatch]) / x.numel()
 
     for name in names:
-        schedule = pipeline.SCHEDULES[name](p, m)
-        stages = pipeline.stages_of(schedule)
-        split_backward = pipeline.splits_backward(schedule[rank])
+        schedule = schedules.SCHEDULES[name](p, m)
+        stages = schedules.stages_of(schedule)
         n = sum(map(len, stages))
         split, program = pipeline.split_layers(2 * p, n), derive_programs(schedule)[rank]
         first, last = (tuple(f"h.{i}." for i in split[k]) for k in (0, -1))
@@ -809,9 +636,7 @@ def train_frozen(p: int, names: list[str]) -> tuple[float, int]:
                 q.requires_grad_(trained(n_))
             pipeline.take_stages(mine, stages[rank], split)
             chunks = pipeline.chunks_of(mine, stages[rank], split)
-            pipe = pipeline.Pipeline(
-                chunks, n, dist.group.WORLD, torch.float64, "cpu", split_backward
-            )
+            pipe = pipeline.Pipeline(chunks, n, dist.group.WORLD, torch.float64, "cpu", program)
             counted = collections.Counter()
             for q in mine.parameters():
                 if q.requires_grad:
@@ -819,7 +644,7 @@ def train_frozen(p: int, names: list[str]) -> tuple[float, int]:
             for i in range(m):
                 loss_of(whole(x[i]), i).backward()
             pipe.run(program, x, loss_of, (2, 3, 4))
-            assert counted == pipe.accumulations(schedule[rank])
+            assert counted == pipe.accumulations()
             held, expected, one = {}, {}, dict(whole.named_parameters())
             for net_ in (whole, mine):
                 torch.optim.SGD(net_.parameters(), lr=0.5).step()

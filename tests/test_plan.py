@@ -14,7 +14,7 @@ import torch.distributed as dist
 import activation_ckpt
 import gpt
 import options
-import pipeline
+import schedules
 import train_3d
 from tests.commands import forked
 from tools import calibrate, cost, dry_run, plan, published
@@ -250,7 +250,7 @@ def test_a_schedule_that_repeats_itself_is_simulated_in_part(name, v, p, m):
         assert cost.pipeline_seconds(layout, seconds, 0.02) == pytest.approx(whole, rel=near)
 
 
-def ticks(schedule: pipeline.Schedule, length: dict[str, int]) -> int:
+def ticks(schedule: schedules.Schedule, length: dict[str, int]) -> int:
     """The clock at the end of a schedule that is run tick by tick: a rank begins its next action
     when it is free and what the action needs is done. length: ticks of an action, by kind."""
     rows, done, free = [list(row) for row in schedule], {}, [0] * len(schedule)
@@ -258,7 +258,7 @@ def ticks(schedule: pipeline.Schedule, length: dict[str, int]) -> int:
     while any(rows):
         for rank, row in enumerate(rows):
             if row and free[rank] <= clock:
-                needed = pipeline.dependency(row[0], last)
+                needed = schedules.dependency(row[0], last)
                 if needed is None or done.get(needed, clock + 1) <= clock:
                     free[rank] = done[row[0]] = clock + length[row[0].kind]
                     row.pop(0)
@@ -267,13 +267,13 @@ def ticks(schedule: pipeline.Schedule, length: dict[str, int]) -> int:
 
 
 @pytest.mark.parametrize("p, m", [(1, 3), (2, 5), (4, 12)])
-@pytest.mark.parametrize("name", pipeline.SCHEDULES)
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_a_pipeline_takes_the_ticks_that_are_counted(name, p, m):
     """F 2, B 3 and W 1 ticks. Where F = B = W, the bubble of 1F1B is (p - 1) / m of the work."""
     v = {"interleaved": 2, "zb-v": 2}.get(name, 1)
-    schedule, layout = (pipeline.SCHEDULES[name](p, m, v),
+    schedule, layout = (schedules.SCHEDULES[name](p, m, v),
                         Layout(1, p, 1, microbatches=m, schedule=name, chunks=v))  # fmt: skip
-    split_backward = any(map(pipeline.splits_backward, schedule))
+    split_backward = any(map(schedules.splits_backward, schedule))
     counted = ticks(schedule, {"F": 2, "B": 3 if split_backward else 4, "W": 1})
     assert cost.pipeline_seconds(layout, ((2.0, 3.0, 1.0),) * (p * v), 0.0) == counted
     if name == "1f1b":

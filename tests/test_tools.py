@@ -27,7 +27,7 @@ import ddp
 import gpt
 import measure
 import options
-import pipeline
+import schedules
 import startup
 import train_3d
 import zero
@@ -35,6 +35,7 @@ from measure import TOLERANCE
 from tools import (
     bench,
     bench_checkpoint,
+    bubble,
     draw,
     drill,
     fuzz,
@@ -366,12 +367,12 @@ def test_a_schedule_is_drawn_and_written_as_a_file(monkeypatch, capsys, tmp_path
     path = tmp_path / "own"
     flags = "interleaved --p 2 --chunks 3 --text".split()
     path.write_text(drawn(monkeypatch, capsys, *flags))
-    assert options.read_schedule(str(path), 2, 8) == pipeline.interleaved(2, 8, 3)
+    assert schedules.read_schedule(str(path), 2, 8) == schedules.interleaved(2, 8, 3)
     path.write_text(drawn(monkeypatch, capsys, "zb-v", "--text"))
-    assert options.read_schedule(str(path), 4, 8) == pipeline.zb_v(4, 8)
+    assert schedules.read_schedule(str(path), 4, 8) == schedules.zb_v(4, 8)
     assert drawn(monkeypatch, capsys, str(path)).count("F7") == 4
     assert [line.split()[0] for line in drawn(monkeypatch, capsys, "all").splitlines()] == [
-        *pipeline.SCHEDULES
+        *schedules.SCHEDULES
     ]
     with pytest.raises(SystemExit):
         drawn(monkeypatch, capsys, str(path), "--p", "2")
@@ -379,9 +380,15 @@ def test_a_schedule_is_drawn_and_written_as_a_file(monkeypatch, capsys, tmp_path
 
 
 def test_colors_stand_for_letters():
-    painted = draw.in_color(pipeline.draw(pipeline.zb_v(2, 3)))
+    painted = draw.in_color(schedules.draw(schedules.zb_v(2, 3)))
     plain = "".join(painted.split("\033[0m"))
     assert "F" not in plain and "\033[30;44m0" in plain and "\033[30;103m2" in plain
+
+
+def test_mean_times_are_by_kind_and_stage():
+    spans = schedules.simulate(schedules.zb_v(2, 3), lambda a: 1.0 + a.microbatch + 10.0 * a.stage)
+    mean = bubble.mean_times(spans)
+    assert mean == {(kind, k): 2.0 + 10.0 * k for kind in "FBW" for k in range(4)}
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ import gpt
 import measure
 import options
 import pipeline
+import schedules
 import startup
 import tensor_parallel
 import train_3d
@@ -182,17 +183,17 @@ def test_a_schedule_from_a_file(tmp_path):
     sizes = dict(p=2, m=3, schedule=str(path))
     for case in (Case(**sizes), Case(t=2, d=2, zero=3, recompute="full", **sizes)):
         assert judge(case).worst <= measure.TOLERANCE
-    schedule = options.read_schedule(str(path), 2, 3)
-    assert pipeline.stages_of(schedule) == [[0, 2], [1]]
+    schedule = schedules.read_schedule(str(path), 2, 3)
+    assert schedules.stages_of(schedule) == [[0, 2], [1]]
     long = re.sub(r"([fbw])(\d)", lambda match: match[1].upper() + match[2] + ".1", OWN)
     path.write_text(long)
-    assert "F0.1" in long and options.read_schedule(str(path), 2, 3) == schedule
+    assert "F0.1" in long and schedules.read_schedule(str(path), 2, 3) == schedule
     path.write_text("\n".join(
-        " ".join(pipeline.label(a, stages) for a in row)
-        for row, stages in zip(pipeline.interleaved(2, 4, 3), ([0, 2, 4], [1, 3, 5]), strict=True)
+        " ".join(schedules.label(a, stages) for a in row)
+        for row, stages in zip(schedules.interleaved(2, 4, 3), ([0, 2, 4], [1, 3, 5]), strict=True)
     ))  # fmt: skip
     assert "F0.2" in path.read_text()
-    assert options.read_schedule(str(path), 2, 4) == pipeline.interleaved(2, 4, 3)
+    assert schedules.read_schedule(str(path), 2, 4) == schedules.interleaved(2, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +284,7 @@ def test_a_trace_has_what_every_rank_did(text, tmp_path):
     events = json.loads(path.read_text())["traceEvents"]
     names = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
     assert names == {rank: f"rank {rank}: pp {rank // 2}, dp {rank % 2}, tp 0" for rank in range(4)}
-    expected = pipeline.zb_h1(2, 2)
+    expected = schedules.zb_h1(2, 2)
     for rank in range(4):
         mine = [e for e in events if e["pid"] == rank and e["ph"] == "X"]
         for step in range(4):
@@ -304,12 +305,12 @@ def test_a_trace_has_what_every_rank_did(text, tmp_path):
 
 def test_the_bubble_table_omits_the_first_step(tmp_path):
     """A transfer takes half as long as an action. The first step is slow."""
-    schedule, events = pipeline.zb_h1(2, 4), []
+    schedule, events = schedules.zb_h1(2, 4), []
     for rank in range(2):
         for dp in range(2):  # the other replica is ignored
             about = {"name": f"rank {2 * rank + dp}: pp {rank}, dp {dp}, tp 0"}
             events.append({"ph": "M", "pid": 2 * rank + dp, "args": about})
-    spans = pipeline.simulate(schedule, transfer=0.5)
+    spans = schedules.simulate(schedule, transfer=0.5)
     for step, us in enumerate((7000, 1000, 1000)):
         for rank, action, start, end in spans:
             about, time = {"action": action, "step": step}, us * (end - start)
@@ -319,7 +320,7 @@ def test_the_bubble_table_omits_the_first_step(tmp_path):
         events.append({"ph": "X", "pid": 0, "ts": 0, "dur": 9, "args": {}})  # the optimizer
     path = tmp_path / "trace"
     path.write_text(json.dumps({"traceEvents": events}))
-    measured = pipeline.bubble(spans)
+    measured = schedules.bubble(spans)
     assert measured > 2 / 12
     assert bubble.table(bubble.read_steps(path)).splitlines() == [
         "stage     F ms     B ms     W ms",

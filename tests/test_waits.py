@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-import pipeline
+import schedules
 from tests.commands import ROOT
 from tools import waits
 
@@ -14,8 +14,8 @@ NAMES = {"1f1b": "1F1B", "interleaved": "interleaved", "zb-h1": "ZB-H1", "zb-v":
 @pytest.mark.parametrize("p", [4, 8])
 @pytest.mark.parametrize("name", NAMES)
 def test_without_transfer_times_no_wait_costs(name, p):
-    schedule = pipeline.SCHEDULES[name](p, 2 * p)
-    expected = pipeline.bubble(pipeline.simulate(schedule))
+    schedule = schedules.SCHEDULES[name](p, 2 * p)
+    expected = schedules.bubble(schedules.simulate(schedule))
     for one_handle in (False, True):
         for sends in (False, True):
             found = waits.bubble(schedule, 0.0, one_handle, sends)
@@ -26,18 +26,18 @@ def test_waits_by_hand():
     """2 ranks. One microbatch: F, transfer, F B, transfer, B. Two, and transfers of 3: rank 1 has
     F0 from 4 to 5, then starts to receive F1, has F1 from 8 to 9, B0 to 11, B1 to 13; rank 0 has B0
     from 14 to 16, then starts to receive B1, has B1 from 19 to 21."""
-    assert 3 * (1 + waits.bubble(pipeline.gpipe(2, 1), 0.25)) == 6.5
-    assert 6 * (1 + waits.bubble(pipeline.gpipe(2, 2), 3.0)) == 21
+    assert 3 * (1 + waits.bubble(schedules.gpipe(2, 1), 0.25)) == 6.5
+    assert 6 * (1 + waits.bubble(schedules.gpipe(2, 2), 3.0)) == 21
 
 
 def test_the_costs_in_the_docs():
     said = " ".join((ROOT / "docs" / "gpu.md").read_text().split())
-    batches, several = waits.batches(pipeline.one_f_one_b(8, 16))
+    batches, several = waits.batches(schedules.one_f_one_b(8, 16))
     assert f"{several} of the {batches} batches of 1F1B at p = 8, m = 16" in said
     of_sends, of_handles = [], {}
     for name, label in NAMES.items():
         for p in (4, 8):
-            schedule = pipeline.SCHEDULES[name](p, 2 * p)
+            schedule = schedules.SCHEDULES[name](p, 2 * p)
             sends = [waits.bubble(schedule, 0.1, True, wait) for wait in (False, True)]
             assert sends[0] == pytest.approx(sends[1], abs=1e-12)
             handles = [waits.bubble(schedule, 0.1, wait) for wait in (False, True)]

@@ -81,10 +81,11 @@ import gpt
 import measure
 import options
 import pipeline
+import schedules
 import tensor_parallel
 import train_3d
 import zero3
-from tools import cost, links
+from tools import bubble, cost, links
 from tools.oracle import launch
 
 # RANKS: ranks along each parallel axis of a suite. ROUNDS: the least number of rounds.
@@ -272,16 +273,15 @@ def torch_tp(model: nn.Module, sequence: bool) -> Callable:
 
 def repo_pp(model: nn.Module, name: str, m: int = ROWS) -> Callable:
     group, p, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    schedule = pipeline.SCHEDULES[name](p, m)
-    stages = pipeline.stages_of(schedule)
+    schedule = schedules.SCHEDULES[name](p, m)
+    stages = schedules.stages_of(schedule)
     n = sum(map(len, stages))
     split = pipeline.split_layers(len(model.h), n)
     width, dtype = model.wte.embedding_dim, torch.float32
     pipeline.take_stages(model, stages[rank], split)
     chunks, program = (pipeline.chunks_of(model, stages[rank], split),
                        pipeline.derive_programs(schedule)[rank])  # fmt: skip
-    split_backward = pipeline.splits_backward(schedule[rank])
-    pipe = pipeline.Pipeline(chunks, n, group, dtype, "cpu", split_backward)
+    pipe = pipeline.Pipeline(chunks, n, group, dtype, "cpu", program)
     optimizer = adamw(model.parameters())
 
     def step(batch: list, valid: int) -> Tensor:
@@ -445,7 +445,7 @@ TP_TORCH = {
 }  # fmt: skip
 PP_VARIANTS = {
     (name, f"m {ROWS}"): (ROWS, functools.partial(repo_pp, name=name))
-    for name in pipeline.SCHEDULES
+    for name in schedules.SCHEDULES
 }
 PP_TORCH = {
     f"pipelining {kind.__name__.removeprefix('Schedule')}": (
@@ -632,27 +632,25 @@ def run(suite: Suite, variants: dict, h: int, steps: int, ranks: int, count: boo
     return {key: summary([r[key] for r in launched]) for key in variants}
 
 
-def bubbles(schedule: pipeline.Schedule, spans: Iterable) -> tuple[float, float]:
+def bubbles(schedule: schedules.Schedule, spans: Iterable) -> tuple[float, float]:
     """(simulated, measured) bubble, medians over steps. spans: [step][rank]."""
     both = []
     for ranks in spans:
-        step = [pipeline.Span(rank, known["action"], start, end) for rank, mine in enumerate(ranks)
+        step = [schedules.Span(rank, known["action"], start, end) for rank, mine in enumerate(ranks)
                 for _, start, end, known in mine]  # fmt: skip
-        mean = pipeline.mean_times(step)
-        simulated = pipeline.simulate(schedule, lambda a, mean=mean: mean[a.kind, a.stage])
-        both.append((pipeline.bubble(simulated), pipeline.bubble(step)))
+        mean = bubble.mean_times(step)
+        simulated = schedules.simulate(schedule, lambda a, mean=mean: mean[a.kind, a.stage])
+        both.append((schedules.bubble(simulated), schedules.bubble(step)))
     return tuple(statistics.median(side) for side in zip(*both, strict=True))
 
 
 def overhead(name: str, m: int = 64) -> float:
     """Microseconds per action of a pipeline whose stages are 1 x 1 matrices."""
     p, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
-    schedule = pipeline.SCHEDULES[name](p, m)
-    split_backward = pipeline.splits_backward(schedule[rank])
-    bind()
-    chunks = {rank: nn.Linear(1, 1)}
-    pipe = pipeline.Pipeline(chunks, p, group, torch.float32, "cpu", split_backward)
+    schedule = schedules.SCHEDULES[name](p, m)
     program, x = pipeline.derive_programs(schedule)[rank], torch.ones(m, 1, 1, requires_grad=True)
+    bind()
+    pipe = pipeline.Pipeline({rank: nn.Linear(1, 1)}, p, group, torch.float32, "cpu", program)
     each = []
     for _ in range(10):
         dist.barrier()

@@ -14,11 +14,12 @@ import collections
 import json
 import re
 import statistics
+from collections.abc import Iterable
 
-import pipeline
+import schedules
 
 
-def read_steps(path: str) -> list[list[pipeline.Span]]:
+def read_steps(path: str) -> list[list[schedules.Span]]:
     """For each training step, the actions of dp rank 0, tp rank 0, with times in seconds. Raises
     ValueError if the file is not a trace of training steps."""
     pp_rank, steps = {}, collections.defaultdict(list)
@@ -30,10 +31,10 @@ def read_steps(path: str) -> list[list[pipeline.Span]]:
             if event["ph"] == "M" and (found := re.search(r"pp (\d+), dp 0, tp 0$", about["name"])):
                 pp_rank[event["pid"]] = int(found[1])
             elif "step" in about and event["pid"] in pp_rank:
-                action, start = pipeline.Action(*about["action"]), 1e-6 * event["ts"]
+                action, start = schedules.Action(*about["action"]), 1e-6 * event["ts"]
                 end = start + 1e-6 * event["dur"]
                 steps[about["step"]].append(
-                    pipeline.Span(pp_rank[event["pid"]], action, start, end)
+                    schedules.Span(pp_rank[event["pid"]], action, start, end)
                 )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a trace of train_3d.py --trace: {error!r}") from None
@@ -42,22 +43,27 @@ def read_steps(path: str) -> list[list[pipeline.Span]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def table(steps: list[list[pipeline.Span]]) -> str:
+def mean_times(spans: Iterable[schedules.Span]) -> dict[tuple[str, int], float]:
+    """(kind, stage) -> mean duration."""
+    durations = collections.defaultdict(list)
+    for span in spans:
+        durations[span.action.kind, span.action.stage].append(span.end - span.start)
+    return {key: statistics.fmean(values) for key, values in durations.items()}
+
+
+def table(steps: list[list[schedules.Span]]) -> str:
     """Mean duration of each action by stage, then the simulated and the measured bubble."""
     steps = steps[1:] or steps
-    durations = collections.defaultdict(list)
-    for span in (span for step in steps for span in step):
-        durations[span.action.kind, span.action.stage].append(span.end - span.start)
-    mean = {key: statistics.fmean(values) for key, values in durations.items()}
+    mean = mean_times(span for step in steps for span in step)
     ranks = sorted({span.rank for span in steps[0]})
     schedule = [
         [span.action for span in sorted(steps[0], key=lambda s: s.start) if span.rank == rank]
         for rank in ranks
     ]
-    simulated = pipeline.bubble(
-        pipeline.simulate(schedule, lambda action: mean[action.kind, action.stage])
+    simulated = schedules.bubble(
+        schedules.simulate(schedule, lambda action: mean[action.kind, action.stage])
     )
-    measured = statistics.median(map(pipeline.bubble, steps))
+    measured = statistics.median(map(schedules.bubble, steps))
     lines = ["stage" + "".join(f"{kind + ' ms':>9s}" for kind in "FBW")]
     for k in sorted({stage for _, stage in mean}):
         lines.append(f"{k:5d}" + "".join(f"{1e3 * mean.get((kind, k), 0):9.2f}" for kind in "FBW"))

@@ -27,6 +27,7 @@ import ddp
 import gpt
 import options
 import pipeline
+import schedules
 import tensor_parallel
 import zero
 
@@ -169,8 +170,8 @@ def payload_sizes(unit_sizes: list[list[int]], layout: Layout) -> list[int]:
 
 
 @functools.lru_cache(4096)
-def schedule_of(name: str, p: int, m: int, chunks: int) -> pipeline.Schedule:
-    return pipeline.SCHEDULES[name](p, m, chunks)
+def schedule_of(name: str, p: int, m: int, chunks: int) -> schedules.Schedule:
+    return schedules.SCHEDULES[name](p, m, chunks)
 
 
 def repeating_microbatches(layout: Layout) -> int:
@@ -295,7 +296,7 @@ def recomputed_calls(policy: str, sequence: bool, dropout: bool) -> dict[str, in
 def predicted_rank_bytes(
     config: gpt.GPTConfig, layout: Layout, pp_rank: int, program: Program = DEFAULT_PROGRAM,
     simulated: bool = True, tp_rank: int = 0, shard_rank: int = 0,
-    schedule: pipeline.Schedule | None = None,
+    schedule: schedules.Schedule | None = None,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of a rank by kind: parameters, gradients, optimizer, activations, buffers.
 
@@ -304,7 +305,7 @@ def predicted_rank_bytes(
     schedule: default: the one named by the layout.
     """
     state_layout, chunk_layout = cache_keys(layout)
-    placed = pipeline.stages_of(schedule) if schedule else None
+    placed = schedules.stages_of(schedule) if schedule else None
     own = placed[pp_rank] if placed else stages(layout, pp_rank)
     split = _split_layers(config, sum(map(len, placed)) if placed else layout.pp * layout.chunks)
     end, n_layers = len(split) - 1, [len(split[k]) for k in own]
@@ -322,7 +323,7 @@ def predicted_rank_bytes(
         schedule = schedule or schedule_of(name, p, repeating_microbatches(layout), v)
         held["activations"] = peak_held(schedule[pp_rank], flying, waiting)
     else:
-        n = 1 if name == "zb-v" else pipeline.predicted_held(name, p, layout.microbatches, v, 0)
+        n = 1 if name == "zb-v" else schedules.predicted_held(name, p, layout.microbatches, v, 0)
         each = [flying] + [waiting] * (name == "zb-v")
         held["activations"] = n * min(min(bytes_of.values()) for bytes_of in each)
         held["activations"] *= pp_rank == 0
@@ -484,14 +485,14 @@ def makespan(
 ) -> float:  # fmt: skip
     """Simulated seconds of m microbatches. seconds: (F, B, W) of each stage."""
     schedule = schedule_of(name, p, m, chunks)
-    split_backward = any(map(pipeline.splits_backward, schedule))
+    split_backward = any(map(schedules.splits_backward, schedule))
     index = {"F": 0, "B": 1, "W": 2}
 
-    def time(action: pipeline.Action) -> float:
+    def time(action: schedules.Action) -> float:
         weights = 0.0 if split_backward or action.kind != "B" else seconds[action.stage][2]
         return seconds[action.stage][index[action.kind]] + weights
 
-    return max(span.end for span in pipeline.simulate(schedule, time, transfer))
+    return max(span.end for span in schedules.simulate(schedule, time, transfer))
 
 
 def pipeline_seconds(
@@ -714,12 +715,12 @@ def predicted_flops(
 
 
 def peak_held(
-    actions: list[pipeline.Action], in_flight: dict[int, int], waiting: dict[int, int]
+    actions: list[schedules.Action], in_flight: dict[int, int], waiting: dict[int, int]
 ) -> int:
     """The most bytes that the actions of one rank hold at the same time. in_flight[stage]: bytes of
     a microbatch between its F and its B. waiting[stage]: bytes of a microbatch between its B and
     its W."""
-    split_backward, held, peak = pipeline.splits_backward(actions), 0, 0
+    split_backward, held, peak = schedules.splits_backward(actions), 0, 0
     for kind, _, k in actions:
         deferred = waiting[k] * split_backward
         held += {"F": in_flight[k], "B": deferred - in_flight[k], "W": -waiting[k]}[kind]

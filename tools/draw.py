@@ -22,6 +22,7 @@ import sys
 
 import options
 import pipeline
+import schedules
 from tools import cost
 
 COLORS = {"F": 44, "B": 42, "W": 43, "f": 46, "b": 102, "w": 103}  # backgrounds
@@ -49,12 +50,12 @@ def wrap(timeline: str, columns: int) -> str:
     )
 
 
-def numbers(name: str, schedule: pipeline.Schedule) -> str:
-    stages = pipeline.stages_of(schedule)
+def numbers(name: str, schedule: schedules.Schedule) -> str:
+    stages = schedules.stages_of(schedule)
     one = {k: 1.0 / len(row) for row in stages for k in row}
     held = [cost.peak_held(row, one, one) for row in schedule]
     sends = [pipeline.predicted_sends(stages, r, 1, 1, 1, 1)[0] for r in range(len(schedule))]
-    bubble = pipeline.bubble(pipeline.simulate(schedule))
+    bubble = schedules.bubble(schedules.simulate(schedule))
     return (f"{name:12s} bubble {bubble:.3f}   {max(sends)} sends per microbatch   most stored "
             f"microbatches, by rank: {' '.join(f'{h:g}' for h in held)}")  # fmt: skip
 
@@ -62,28 +63,28 @@ def numbers(name: str, schedule: pipeline.Schedule) -> str:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = arguments.add_argument
-    add("schedule", help=f"{', '.join(pipeline.SCHEDULES)}, all, or a file")
+    add("schedule", help=f"{', '.join(schedules.SCHEDULES)}, all, or a file")
     add("--p", type=options.at_least(1), default=4, help="number of ranks")
     add("--m", type=options.at_least(1), default=8, help="number of microbatches")
     add("--chunks", type=options.at_least(1), help="stages per rank, for interleaved")
     add("--text", action="store_true", help="print a file for train_3d.py --schedule")
     args = arguments.parse_args()
-    names = list(pipeline.SCHEDULES) if args.schedule == "all" else [args.schedule]
+    names = list(schedules.SCHEDULES) if args.schedule == "all" else [args.schedule]
     for name in names:
         asked = argparse.Namespace(schedule=name, chunks=args.chunks, pp=args.p)
         try:
             schedule = options.make_schedule(asked, args.m)
         except ValueError as error:
             arguments.error(str(error))
-        stages = pipeline.stages_of(schedule)
+        stages = schedules.stages_of(schedule)
         if args.text:
             for row, mine in zip(schedule, stages, strict=True):
-                actions = " ".join(pipeline.label(action, mine) for action in row)
+                actions = " ".join(schedules.label(action, mine) for action in row)
                 print(f"{' '.join(map(str, mine))}: {actions}")
             continue
         if args.schedule != "all":
             tty = sys.stdout.isatty()
-            timeline = wrap(pipeline.draw(schedule), shutil.get_terminal_size((160, 24)).columns)
+            timeline = wrap(schedules.draw(schedule), shutil.get_terminal_size((160, 24)).columns)
             print((in_color(timeline) if tty else timeline) + "\n")
         print(numbers(name, schedule))
 

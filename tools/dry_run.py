@@ -42,6 +42,7 @@ import gpt
 import measure
 import options
 import pipeline
+import schedules
 import tensor_parallel
 import train_3d
 import zero
@@ -242,7 +243,7 @@ def watched_activations(trainer: train_3d.Trainer, peak: list[int]) -> Iterator[
         return saved.bytes([t for queue in queues for put_off in queue for t in put_off.args[1:3]])
 
     @contextlib.contextmanager
-    def watch(action: pipeline.Action) -> Iterator[None]:
+    def watch(action: schedules.Action) -> Iterator[None]:
         peak[0] = max(peak[0], now())  # after the previous action
         with saved if action.kind == "F" else contextlib.nullcontext():
             yield
@@ -414,7 +415,7 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
     add("tied", "all_reduce", tied > 0, tied, wide)
 
     shards = t if args.sequence_parallel else 1
-    of_all = pipeline.stages_of(trainer.schedule)
+    of_all = schedules.stages_of(trainer.schedule)
     calls, payload = pipeline.predicted_sends(of_all, trainer.pp_rank, m, b, s // shards, h)
     # A rank receives as much as it sends: a gradient for each output, an output for each gradient.
     for operation in ("send", "recv"):
@@ -445,7 +446,7 @@ def predicted_flops(trainer: train_3d.Trainer) -> int:
     b, s, h = args.micro_batch_size, config.seq_len, config.n_embd
     layers = [len(trainer.pipe.chunks[k].h) for k in trainer.stages]
     fused = not is_explicit(config) and trainer.device.type != "meta"
-    deferred = any(map(pipeline.splits_backward, trainer.schedule))
+    deferred = any(map(schedules.splits_backward, trainer.schedule))
     more = dict(dropout=config.dropout > 0, deferred=deferred, fused=fused)
     total = sum(
         cost.predicted_flops(n, b, s, h, args.recompute, layers=again, **more)
@@ -532,7 +533,7 @@ def deadlock(queues: list[Queue]) -> str | None:
         return rank
 
     lines, stuck = [], [rank for rank, head in enumerate(heads) if head]
-    ranks = pipeline.cycle(stuck[0], other)
+    ranks = schedules.cycle(stuck[0], other)
     if not heads[ranks[0]]:
         ranks = [next(rank for rank in stuck if other(rank) == ranks[0]), *ranks]
     for rank in ranks:

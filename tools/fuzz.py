@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 import activation_ckpt
 import options
-import pipeline
+import schedules
 from tools.oracle import STEPS, Case, judge
 
 # Fields of a Case that may change when a run is resumed. b and m may change, too, as long as the
@@ -56,7 +56,7 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
         if t * p * d <= largest_world:
             break
     n_head = rng.choice((1, 2, 3, 4)) if rng.random() < 0.1 else t * rng.randint(1, 3)
-    schedule = rng.choice(list(pipeline.SCHEDULES))
+    schedule = rng.choice(list(schedules.SCHEDULES))
     chunks = {"interleaved": rng.choice((None, 1, 2, 3)), "zb-v": rng.choice((None, 2))}
     chunks = rng.randint(1, 2) if rng.random() < 0.05 else chunks.get(schedule)
     stages = p * (chunks or (2 if schedule in ("interleaved", "zb-v") else 1))
@@ -183,11 +183,11 @@ def shrink(case: Case, seconds: float = 120, say=print) -> Case:
 # --- coverage: pairs of features ------------------------------------------------------------------
 
 STAGES = ("ddp", "zero1", "zero2", "zero3")
-ALL = ["tp", "sp", *(name[:6] for name in pipeline.SCHEDULES), *STAGES, "hybrid", "kept", "nodes",
+ALL = ["tp", "sp", *(name[:6] for name in schedules.SCHEDULES), *STAGES, "hybrid", "kept", "nodes",
        "m>1", "b>1", "select", "full", "offloa", "drop", "explic", "untied", "mask", "odd v",
        "clip", "sgd", "fp32", "bf16", "reduce", "resume"]  # fmt: skip
 # Features of which a layout has at most one.
-ONE_OF = [STAGES, tuple(name[:6] for name in pipeline.SCHEDULES), ("select", "full", "offloa"),
+ONE_OF = [STAGES, tuple(name[:6] for name in schedules.SCHEDULES), ("select", "full", "offloa"),
           ("fp32", "bf16"), ("fp32", "reduce"), ("hybrid", "ddp"), ("nodes", "hybrid"),
           ("nodes", "kept"),
           *(("kept", stage) for stage in STAGES[:3]),
@@ -202,7 +202,7 @@ def features(case: Case) -> list[str]:
     """
     live = {
         "tp": case.t > 1, "sp": case.sequence and case.t > 1,
-        **{name[:6]: case.schedule == name and case.p > 1 for name in pipeline.SCHEDULES},
+        **{name[:6]: case.schedule == name and case.p > 1 for name in schedules.SCHEDULES},
         **{name: case.zero == n and case.d > 1 for n, name in enumerate(STAGES)},
         "hybrid": 1 < (case.shard_size or case.d) < case.d,
         "kept": not case.reshard and case.d > 1, "nodes": case.nodes > 1,

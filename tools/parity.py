@@ -17,7 +17,7 @@ import sys
 import time
 
 import measure
-import pipeline
+import schedules
 from tools.oracle import Case, judge
 
 
@@ -40,7 +40,7 @@ def cases(nproc: int, n_head: int) -> list[Case]:
              seq_len=nproc)
         for t, p, d in sizes
         for z, k in stages(d)
-        for schedule in (pipeline.SCHEDULES if p > 1 else ("1f1b",))
+        for schedule in (schedules.SCHEDULES if p > 1 else ("1f1b",))
         if schedule == "1f1b" or (z, k) in ((0, None), (3, None))
         for sequence in ((False, True) if t > 1 and schedule in ("1f1b", "zb-v") else (False,))
     ]  # fmt: skip

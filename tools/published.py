@@ -13,7 +13,7 @@ they are not tuned to a single one, --fit fits them to all tables but one and pr
 out, for each table.
 
 Two tables contain no times: the memory of the ZeRO stages and the bubble rates of three schedules.
-They are compared with the formula of zero.py and with the simulation of pipeline.py.
+They are compared with the formula of zero.py and with the simulation of schedules.py.
 
 t, p and d are the sizes of tensor, pipeline and data parallelism, b is the microbatch size, m the
 number of microbatches of a step, and chunks the number of stages per rank.

@@ -21,6 +21,7 @@ from pathlib import Path
 import measure
 import options
 import pipeline
+import schedules
 from tools import hosts
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +92,7 @@ def predicted_sent_bytes(args: argparse.Namespace, steps: int) -> list[int]:
     """
     config = options.check(args, args.tp * args.pp)
     m = args.global_batch_size // args.micro_batch_size
-    stages = pipeline.stages_of(options.make_schedule(args, m))
+    stages = schedules.stages_of(options.make_schedule(args, m))
     each = (pipeline.predicted_sends(stages, r, m, args.micro_batch_size, config.seq_len,
                                      config.n_embd)[1] for r in range(args.pp))  # fmt: skip
     tied = config.vocab_size // args.tp * config.n_embd

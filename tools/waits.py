@@ -17,18 +17,19 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import pipeline
-from pipeline import Action
+import schedules
+from schedules import Action
 
 
 def bubble(
-    schedule: pipeline.Schedule, transfer: float = 0.0, one_handle: bool = True,
+    schedule: schedules.Schedule, transfer: float = 0.0, one_handle: bool = True,
     wait_for_sends: bool = True, time: Callable[[Action], float] | None = None,
 ) -> float:  # fmt: skip
-    """The bubble of `schedule`. transfer, time: as in pipeline.simulate. one_handle: compute waits
+    """The bubble of `schedule`. transfer, time: as in schedules.simulate. one_handle: compute waits
     for the batch of a transfer, not only for the transfer. wait_for_sends: compute waits for the
     previous send of a stage."""
-    time, programs = time or pipeline.unit_time(schedule), pipeline.derive_programs(schedule)
-    last = sum(map(len, pipeline.stages_of(schedule))) - 1
+    time, programs = time or schedules.unit_time(schedule), pipeline.derive_programs(schedule)
+    last = sum(map(len, schedules.stages_of(schedule))) - 1
     place = {(rank, t): i for rank, program in enumerate(programs)
              for i, step in enumerate(program) if not isinstance(step, Action)
              for t in step}  # fmt: skip
@@ -55,7 +56,7 @@ def bubble(
         before, sent = 0.0, {}
         for i, step in enumerate(programs[rank]):
             if isinstance(step, Action):
-                if t := received.get((rank, pipeline.dependency(step, last))):
+                if t := received.get((rank, schedules.dependency(step, last))):
                     there = wait(end, rank, place[rank, t]) if one_handle else wait(arrival, t)
                     compute[rank] = max(compute[rank], (yield from there))
                 compute[rank] += time(step)
@@ -76,16 +77,16 @@ def bubble(
     return len(programs) * max(compute) / busy - 1
 
 
-def vary(schedule: pipeline.Schedule, by: float, seed: int) -> Callable[[Action], float]:
+def vary(schedule: schedules.Schedule, by: float, seed: int) -> Callable[[Action], float]:
     """Durations for simulate: unit_time, multiplied by a random number from 1 - by to 1 + by for
     each action."""
-    rng, unit = random.Random(seed), pipeline.unit_time(schedule)
+    rng, unit = random.Random(seed), schedules.unit_time(schedule)
     times = {action: unit(action) * rng.uniform(1 - by, 1 + by) for row in schedule
              for action in row}  # fmt: skip
     return times.__getitem__
 
 
-def batches(schedule: pipeline.Schedule) -> tuple[int, int]:
+def batches(schedule: schedules.Schedule) -> tuple[int, int]:
     """(number of batches of all ranks, number of batches with several peers)."""
     ranks = [{rank for t in step for rank in (t.src, t.dst)}
              for program in pipeline.derive_programs(schedule) for step in program
@@ -131,7 +132,7 @@ def main() -> None:
     print("schedule     p   transfer  times   no waits  sends  one handle  both")
     for name in ("1f1b", "interleaved", "zb-h1", "zb-v"):
         for p in (4, 8):
-            schedule = pipeline.SCHEDULES[name](p, 2 * p)
+            schedule = schedules.SCHEDULES[name](p, 2 * p)
             for transfer, by in ((0.1, 0.0), (0.1, 0.2), (0.2, 0.0)):
                 times = [vary(schedule, by, seed) for seed in range(10 if by else 1)]
                 row = [statistics.mean(bubble(schedule, transfer, handle, sends, time)

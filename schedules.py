@@ -1,0 +1,415 @@
+"""Pipeline schedules: which computation each rank runs when. This file does not import torch.
+
+A stage is a contiguous slice of the layers. Stages are numbered in model order. Each rank holds one
+or more stages, called its chunks. The batch is split into microbatches. An action is one
+computation for one microbatch and one stage: a forward (F) or a backward (B). A schedule is a list
+of actions per rank. It determines how long ranks wait for each other, and how much memory they need
+for activations. pipeline.py runs the actions and sends the tensors between stages.
+
+The first timeline is 1F1B on 3 ranks. F0 is the forward of microbatch 0. B0 is its backward, which
+takes twice as long. Dots are idle time. The second is ZB-H1, which splits each backward: B computes
+the input gradient, which the previous stage needs, and W computes the weight gradients. No other
+rank needs these, so W can run later and fill idle time.
+
+    >>> print(draw(one_f_one_b(3, 4)), draw(zb_h1(3, 4)), sep="\\n\\n")
+    rank 0 |F0 F1 F2 .  .  .  .  B0--- F3 B1--- .  B2--- .  B3---
+    rank 1 |.  F0 F1 .  .  B0--- F2 B1--- F3 B2--- .  B3--- .  .
+    rank 2 |.  .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- .  .  .  .
+    <BLANKLINE>
+    rank 0 |F0 F1 F2 .  .  B0 W0 F3 B1 W1 B2 W2 B3 W3
+    rank 1 |.  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3
+    rank 2 |.  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3
+
+p ranks r = 0..p-1; c chunks per rank; m microbatches per step:
+
+    schedule      c    bubble         held by rank r      sends per microbatch
+    gpipe         1    (p-1) / m      m                   2
+    1f1b          1    (p-1) / m      p - r               2
+    interleaved   >=2  (p-1) / (c m)  p + (p-1-2r) / c    2 c
+    zb-h1         1    (p-1) / (3 m)  p                   2
+    zb-v          2    (p-1) / (6 m)  p                   4
+
+Bubble: idle / busy time of all ranks; an unsplit B takes 2 time units, other actions take 1. Held:
+the largest number of microbatches whose activations a rank stores at once, from F until B (or W). A
+microbatch stored for one of c chunks counts as 1/c. Sends: tensors sent by a middle rank. All hold
+for m >= p; those of zb-v for m >= 2p - 1, and "held" of interleaved for m = 2p, 3p, ...
+
+To draw a schedule: python -m tools.draw zb-v --p 4 --m 8
+
+GPipe: arXiv 1811.06965. 1F1B, interleaved: 2104.04473. ZB-H1: 2401.10241. ZB-V: 2405.15362.
+"""
+
+import collections
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+# --- actions and schedules ------------------------------------------------------------------------
+
+
+class Action(NamedTuple):
+    """One computation of a rank, for one microbatch and one stage.
+
+    kind: "F" is a forward and "B" a backward. "W" computes the gradients of the weights of linear
+    layers. If a schedule has W, then B computes all other gradients; otherwise B computes all."""
+
+    kind: str
+    microbatch: int
+    stage: int
+
+
+Schedule = list[list[Action]]  # [rank] -> actions in order
+
+
+def stages_of(schedule: Schedule) -> list[list[int]]:
+    """[rank][chunk] -> stage."""
+    return [sorted({action.stage for action in row}) for row in schedule]
+
+
+def splits_backward(actions: list[Action]) -> bool:
+    """Whether these actions include W. A schedule splits backwards on all ranks or on none."""
+    return any(action.kind == "W" for action in actions)
+
+
+def label(action: Action, stages: Sequence[int]) -> str:
+    """The short name of an action of a rank that holds these stages. F0 is the forward of
+    microbatch 0 on the rank's first chunk, f0 on the second, F0.2 on the third."""
+    chunk = stages.index(action.stage)
+    kind = action.kind.lower() if chunk == 1 else action.kind
+    return f"{kind}{action.microbatch}" + (f".{chunk}" if chunk > 1 else "")
+
+
+# --- the schedules --------------------------------------------------------------------------------
+# To add one, write a function that returns its lists for p ranks, m microbatches and a number of
+# chunks per rank. Add it to SCHEDULES and, if they are known, its closed forms to predicted_bubble
+# and predicted_held.
+
+
+def from_phases(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) -> list[Action]:
+    """The actions of one rank. The phase (3, "FBW") means F, B, W, F, B, W, F, B, W. Each letter
+    stands for an action on the next microbatch that has not had this action. Lower-case letters are
+    actions of the second chunk. A letter is skipped once all m microbatches have had the action."""
+    used: dict[str, int] = collections.Counter()
+    actions = []
+    for letter in itertools.chain(*(letters * times for times, letters in phases)):
+        if used[letter] < m:
+            actions.append(Action(letter.upper(), used[letter], stages[letter.islower()]))
+            used[letter] += 1
+    return actions
+
+
+def require_chunks(name: str, chunks: int, expected: int) -> None:
+    """Raises ValueError if `chunks` is not the number that the schedule `name` requires."""
+    if chunks != expected:
+        raise ValueError(f"{name} requires chunks = {expected}, not {chunks}: set it to "
+                         f"{expected}, or use interleaved with 2 or more")  # fmt: skip
+
+
+def gpipe(p: int, m: int, chunks: int = 1) -> Schedule:
+    """All forwards, then all backwards."""
+    require_chunks("gpipe", chunks, 1)
+    return [from_phases(m, [(m, "F"), (m, "B")], [r]) for r in range(p)]
+
+
+def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
+    """A rank starts with one forward for each later rank, then alternates forward and backward. So
+    rank r holds at most p - r microbatches. With p = 1 this is gradient accumulation."""
+    require_chunks("1f1b", chunks, 1)
+    return [from_phases(m, [(p - 1 - r, "F"), (m, "FB")], [r]) for r in range(p)]
+
+
+def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
+    """1F1B with several chunks per rank: rank r holds the stages r, p + r, 2 p + r, ... Each stage
+    has fewer layers than in 1F1B, so later ranks start sooner and the bubble is smaller.
+
+    Microbatches are processed in groups: all of a group on the first chunk, then all of it on the
+    second, and so on. A group has p microbatches, because the first one reaches the second chunk of
+    rank 0 after p forwards. If p does not divide m, some groups have more, up to 2p - 1. If m < p,
+    there is one group of m."""
+    n = max(1, m // p)  # number of groups
+    groups = [range(math.ceil(m * j / n), math.ceil(m * (j + 1) / n)) for j in range(n)]
+    schedule = []
+    for r in range(p):
+        order = [(group, c) for group in groups for c in range(chunks)]
+        forwards = [Action("F", i, c * p + r) for group, c in order for i in group]
+        backwards = [Action("B", i, (chunks - 1 - c) * p + r) for group, c in order for i in group]
+        # The number of forwards before the steady phase, which starts with a forward: the first
+        # group on all chunks but the last, plus two per later rank. One per later rank would do if
+        # transfers took no time. With one chunk it is one per later rank, as in 1F1B.
+        warmup = (chunks - 1) * len(groups[0]) + (p - 1 - r) * min(chunks, 2)
+        warmup = min(warmup, len(forwards))
+        steady = itertools.chain(*zip(forwards[warmup:], backwards, strict=False))
+        drain = backwards[len(forwards) - warmup :]
+        schedule.append([*forwards[:warmup], *steady, *drain])
+    return schedule
+
+
+def zb_h1(p: int, m: int, chunks: int = 1) -> Schedule:
+    """1F1B with split backwards. On rank r, the W of a microbatch runs after the B of the next r
+    microbatches. So every rank holds up to p microbatches, as rank 0 does in 1F1B."""
+    require_chunks("zb-h1", chunks, 1)
+    return [
+        from_phases(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
+    ]
+
+
+def zb_v(p: int, m: int, chunks: int = 2) -> Schedule:
+    """Two chunks per rank, with stages placed in a V: stage k < p is on rank k, and stage k >= p on
+    rank 2p - 1 - k. Rank 0 holds the first and the last stage.
+
+    With at least 2p - 1 microbatches, rank r starts r time units late and is not idle between its
+    first and its last action. The paper calls this zero bubble, because in it a rank updates its
+    weights and starts the next step as soon as it has finished. Here it waits for the gradient norm
+    over all ranks, which clipping needs. This wait is the bubble in the table."""
+    require_chunks("zb-v", chunks, 2)
+    n = max(m, 2 * p - 1)  # the phases need this many; microbatches m and above are removed
+    schedule = []
+    for r in range(p):
+        phases = [
+            (2 * (p - r) - 1, "F"),  # until the second chunk receives microbatch 0
+            (r, "fF"),  # until the first gradient is received
+            (p - r, "fbw"),  # until the first chunk receives a gradient
+            (n - p, "FBWfbw"),  # steady state
+            (r, "Bb"),  # no forwards remain; earlier ranks wait for B, so W is deferred
+            (p - r, "BW"),
+            (n, "wW"),  # the deferred W
+        ]
+        row = from_phases(n, phases, [r, 2 * p - 1 - r])
+        schedule.append([action for action in row if action.microbatch < m])
+    return schedule
+
+
+SCHEDULES = {
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "zb-h1": zb_h1,
+    "zb-v": zb_v,
+}
+
+
+def forward_only(schedule: Schedule, m: int) -> Schedule:
+    """The forwards of the first m microbatches. train_3d.py validates and samples with it."""
+    return [[a for a in row if a.kind == "F" and a.microbatch < m] for row in schedule]
+
+
+# --- time -----------------------------------------------------------------------------------------
+# A simulation shows the bubble of a schedule, and whether its order can run at all, before anything
+# is executed.
+
+
+class Span(NamedTuple):
+    """An action and its time, simulated or measured."""
+
+    rank: int
+    action: Action
+    start: float
+    end: float
+
+
+class ScheduleError(ValueError):
+    """The schedule is wrong at schedule[rank][place]. `place` is the length of the row if an action
+    is missing. Both are 0 if the stages are wrong. options.py reports them as line and column."""
+
+    def __init__(self, rank: int, place: int, message: str):
+        super().__init__(message)
+        self.rank, self.place = rank, place
+
+
+def dependency(action: Action, last: int) -> Action | None:
+    """The action whose result this one needs, None for F on stage 0. F needs F of the previous
+    stage. B needs B of the next stage or, on the last stage, F of the same stage. W needs B of the
+    same stage. last: the number of the last stage."""
+    kind, microbatch, stage = action
+    if kind == "F":
+        return Action("F", microbatch, stage - 1) if stage > 0 else None
+    if kind == "B" and stage < last:
+        return Action("B", microbatch, stage + 1)
+    return Action("F" if kind == "B" else "B", microbatch, stage)
+
+
+def consumer(action: Action) -> Action:
+    """The action on the next or previous stage that needs the result of this F or B."""
+    return action._replace(stage=action.stage + (1 if action.kind == "F" else -1))
+
+
+def unit_time(schedule: Schedule) -> Callable[[Action], float]:
+    """The default durations: 1 for F, W and a split B. A B that is not split takes 2, because it
+    has twice as many matmuls as F."""
+    backward = 1.0 if any(map(splits_backward, schedule)) else 2.0
+    return lambda action: backward if action.kind == "B" else 1.0
+
+
+def cycle(start: int, waits_for: Callable[[int], int]) -> list[int]:
+    """Follows waits_for from rank `start` until a rank repeats. Returns the ranks of the cycle."""
+    path = [start]
+    while (rank := waits_for(path[-1])) not in path:
+        path.append(rank)
+    return path[path.index(rank) :]
+
+
+def simulate(
+    schedule: Schedule, time: Callable[[Action], float] | None = None, transfer: float = 0.0
+) -> list[Span]:
+    """The span of every action, sorted by start. An action starts when its rank is free and its
+    dependency has finished.
+
+    time(action): the duration, by default that of unit_time. transfer: the time to send a tensor to
+    another rank. The schedule must contain the dependency of each of its actions; see check().
+    Raises ScheduleError if ranks wait for each other in a cycle."""
+    time, stages = time or unit_time(schedule), stages_of(schedule)
+    rank_of = {stage: rank for rank, row in enumerate(stages) for stage in row}
+    remaining = [collections.deque(row) for row in schedule]
+    end: dict[Action | None, float] = {None: 0.0}  # of the actions that have run
+    free, spans = [0.0] * len(schedule), []
+
+    def next_dependency(rank: int) -> Action | None:
+        return dependency(remaining[rank][0], len(rank_of) - 1)
+
+    progress = True
+    while progress:
+        progress = False
+        for rank in range(len(schedule)):
+            while remaining[rank] and (needed := next_dependency(rank)) in end:
+                action = remaining[rank].popleft()
+                sent = needed is not None and rank_of[needed.stage] != rank
+                start = max(free[rank], end[needed] + transfer * sent)
+                free[rank] = end[action] = start + time(action)
+                spans.append(Span(rank, action, start, free[rank]))
+                progress = True
+    stuck = [rank for rank, row in enumerate(remaining) if row]
+    if stuck:
+        ranks, lines = cycle(stuck[0], lambda rank: rank_of[next_dependency(rank).stage]), []
+        for rank in ranks:
+            action, needed = remaining[rank][0], next_dependency(rank)
+            other = rank_of[needed.stage]
+            names = label(action, stages[rank]), label(needed, stages[other])
+            lines.append(f"rank {rank} cannot run {names[0]} before rank {other} runs {names[1]}")
+        place = len(schedule[ranks[0]]) - len(remaining[ranks[0]])
+        raise ScheduleError(ranks[0], place, "deadlock: " + "; ".join(lines))
+    return sorted(spans, key=lambda span: (span.start, span.rank))
+
+
+def check(schedule: Schedule, m: int) -> None:
+    """Raises ScheduleError unless each stage is on one rank and has one F and one B (and one W, if
+    the schedule has W) for each of the m microbatches, in an order that can run."""
+    stages = stages_of(schedule)
+    n = sum(map(len, stages))
+    if not n or sorted(itertools.chain(*stages)) != [*range(n)]:
+        remedy = "number them 0, 1, 2, ... without gaps, each on exactly one rank"
+        raise ScheduleError(0, 0, f"stages by rank are {stages}: {remedy}")
+    kinds = "FBW" if any(map(splits_backward, schedule)) else "FB"
+    for rank, row in enumerate(schedule):
+        missing = {Action(*action) for action in itertools.product(kinds, range(m), stages[rank])}
+        for place, action in enumerate(row):
+            if action not in missing:
+                what = f"{label(action, stages[rank])} is a duplicate or unexpected"
+                rule = f"exactly one {' and one '.join(kinds)} for each of microbatches 0..{m - 1}"
+                raise ScheduleError(rank, place, f"{what}: each stage must have {rule}")
+            missing.remove(action)
+        if missing:
+            names = ", ".join(label(action, stages[rank]) for action in sorted(missing))
+            raise ScheduleError(rank, len(row), f"{names} missing")
+    simulate(schedule)  # raises if the order cannot run
+
+
+def bubble(spans: list[Span]) -> float:
+    """Idle time / busy time over all ranks, from the first start to the last end."""
+    busy = sum(span.end - span.start for span in spans)
+    makespan = max(span.end for span in spans) - min(span.start for span in spans)
+    return len({span.rank for span in spans}) * makespan / busy - 1
+
+
+def draw(schedule: Schedule) -> str:
+    """A picture of the schedule in unit_time: one line per rank, one column per time unit."""
+    spans, stages = simulate(schedule), stages_of(schedule)
+    names = {span: label(span.action, stages[span.rank]) for span in spans}
+    width, length = 1 + max(map(len, names.values())), int(max(span.end for span in spans))
+    rows = [["." + " " * (width - 1)] * length for _ in schedule]
+    for span in spans:
+        start, end = int(span.start), int(span.end)
+        fill = "-" if end - start > 1 else " "
+        rows[span.rank][start] = names[span].ljust((end - start) * width - 1, fill) + " "
+        rows[span.rank][start + 1 : end] = [""] * (end - start - 1)  # the name fills all columns
+    return "\n".join(f"rank {rank} |{''.join(row)}".rstrip() for rank, row in enumerate(rows))
+
+
+# --- cost -----------------------------------------------------------------------------------------
+
+
+def predicted_bubble(name: str, p: int, m: int, chunks: int = 1) -> float:
+    """Idle time / busy time, in unit_time. Valid if m >= p, and for zb-v if m >= 2p - 1."""
+    divisor = {"gpipe": 1, "1f1b": 1, "interleaved": chunks, "zb-h1": 3, "zb-v": 6}[name]
+    return (p - 1) / (divisor * m)
+
+
+def predicted_held(name: str, p: int, m: int, chunks: int, rank: int) -> int:
+    """`chunks` times the "held" of the table: a microbatch that two chunks hold counts twice. Valid
+    for every m, except that zb-v requires m >= 2p - 1."""
+    if name == "interleaved":
+        group = math.ceil(m / max(1, m // p))  # the size of the first group of microbatches
+        return min(chunks * m, (chunks - 1) * group + (p - 1 - rank) * min(chunks, 2) + 1)
+    return {"gpipe": m, "1f1b": min(m, p - rank), "zb-h1": min(m, p), "zb-v": 2 * p}[name]
+
+
+# --- a schedule from a text file ------------------------------------------------------------------
+
+
+def read_schedule(path: str, p: int, m: int) -> Schedule:
+    """Read a schedule from a text file with one line of actions per rank:
+
+        # comment
+        0 2: F0 F1 f0 b0 w0 ...
+        1:   F0 F1 B0 W0 ...
+
+    An action is a kind, a microbatch, and the chunk if it is not chunk 0: F0.1, or f0 for chunk 1.
+    The kinds are F (forward), B (backward) and W (weight gradients, if B leaves them out). The
+    numbers before the colon are the stages of the rank's chunks. Without them, chunk c of rank r is
+    stage c p + r. Raises ValueError with the line and the column."""
+
+    def wrong(number: int, column: int, what: str) -> ValueError:
+        return ValueError(f"--schedule {path}, line {number}, column {column}: {what}")
+
+    try:
+        with open(path) as file:
+            lines = [line.partition("#")[0].rstrip() for line in file]
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(SCHEDULES)
+        raise ValueError(
+            f"--schedule {path} is neither one of {known} nor a readable file: {error}"
+        ) from None
+    schedule, places = [], []  # places: (line, column) of each action, and of the line's end
+    for number, line in enumerate(lines, 1):
+        head, colon, _ = line.rpartition(":")
+        if not line:
+            continue
+        if not re.fullmatch(r"[\d\s,]*", head):
+            raise wrong(
+                number, 1, f"{head!r} is not a list of stages: expected numbers, as in 0 3:"
+            )
+        stages = sorted(int(k) for k in re.findall(r"\d+", head))
+        row, columns = [], []
+        for word in re.compile(r"\S+").finditer(line, len(head + colon)):
+            columns.append((number, word.start() + 1))
+            action = re.fullmatch(r"([FBWfbw])(\d+)(?:\.(\d+))?", word.group())
+            if not action:
+                what = f"{word.group()!r} is not an action: expected F, B or W, a microbatch, and "
+                raise wrong(*columns[-1], what + "optionally a chunk, as in B0 or B0.1")
+            kind, i, chunk = action[1], int(action[2]), int(action[3] or action[1].islower())
+            if stages and chunk >= len(stages):
+                what = f"{word.group()} has chunk {chunk}: expected 0..{len(stages) - 1}"
+                raise wrong(*columns[-1], what)
+            stage = stages[chunk] if stages else chunk * p + len(schedule)
+            row.append(Action(kind.upper(), i, stage))
+        places.append([*columns, (number, len(line) + 1)])
+        schedule.append(row)
+    if len(schedule) != p:
+        what = f"the file has {len(schedule)} ranks: expected one line for each of --pp {p}"
+        raise wrong(max(1, len(lines)), 1, what)
+    try:
+        check(schedule, m)
+    except ScheduleError as error:
+        raise wrong(*places[error.rank][error.place], str(error)) from None
+    return schedule
