@@ -842,20 +842,6 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def validated():
-    model = WithPositions().double()
-    x = torch.ones(5, 4, dtype=torch.float64)
-    true = model(x).item()
-    sync = zero3.Zero3(model)
-    with torch.no_grad():
-        return model(x).item() == true and sync.units[0].gathered
-
-
-def test_a_view_of_a_parameter_is_not_freed_in_validation():
-    torch.manual_seed(0)
-    assert launch(2, validated) == [True, True]
-
-
 def hooks_left():
     model = Queries().double()
     sync, counts = zero3.Zero3(model), []
