@@ -365,6 +365,7 @@ class Pipeline:
         self.m = 1 + max(action.microbatch for action in actions_of(program))
         self.is_gloo = group.size() > 1 and dist.get_backend(group) == "gloo"  # see receive_ahead
         self.watch: Callable = lambda action: contextlib.nullcontext()
+        self.running = False  # stays True if run() raises
         self.queue: list[Callable] = []  # weight gradients deferred by the current B
         if splits_backward(actions_of(program)):
             for chunk in chunks.values():
@@ -414,8 +415,11 @@ class Pipeline:
 
         Raises ValueError if the program does not match the chunks or the inputs, or if a stage's
         output has another shape or dtype or does not depend on its input. Only ranks that detect
-        the mistake raise; others time out. All ranks must pass programs of the same schedule. If
-        run() raises, restart all ranks: some transfers may be incomplete."""
+        the mistake raise; others time out. All ranks must pass programs of the same schedule. With
+        p > 1, raises RuntimeError if an earlier run() raised."""
+        if self.running and self.group.size() > 1:
+            raise RuntimeError("an earlier run() failed, and some of its transfers may be "
+                               "incomplete: restart all ranks")  # fmt: skip
         actions = actions_of(program)
         stages, m = {action.stage for action in actions}, 1 + max(a.microbatch for a in actions)
         if stages != {*self.chunks} or (0 in stages and len(inputs) != m):
@@ -423,6 +427,7 @@ class Pipeline:
                 f"the program has stages {sorted(stages)} and {m} microbatches, but the chunks are "
                 f"stages {sorted(self.chunks)}, and there are {len(inputs)} inputs"
             )
+        self.running = True
         self.queue.clear()  # an interrupted run may have left functions in it
         self.inputs, self.loss_of, self.shape, self.before = inputs, loss_of, tuple(shape), before
         dtype = torch.promote_types(self.dtype, torch.float32)  # one loss dtype on all ranks
@@ -445,6 +450,7 @@ class Pipeline:
             handle.wait()
         left = (self.inbox, self.outbox, self.in_flight, self.pending)
         assert not any(left), "the program ended with unused tensors or unfinished microbatches"
+        self.running = False
         return self.loss
 
     def _post(self, batch: tuple[Transfer, ...]) -> None:
