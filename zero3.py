@@ -1,14 +1,15 @@
 """ZeRO-3: data parallelism in which every rank stores only a shard of each parameter.
 
-    computation           F0      F1      F2  B2      B1      B0
-    communication     G0  G1      G2          G1      R2  G0  R1      R0
+    computation           F0      F1      F2      B2      B1      B0
+    communication     G0  G1      G2              G1      R2  G0  R1      R0
 
-A step with three layers and one microbatch. A layer's parameters are all-gathered (G) before its
-forward (F) and again before its backward (B), and freed after each. The last layer is kept in
-between, because its backward comes next. After the backward of a layer, its gradients are
-reduce-scattered (R), so that each rank gets the summed gradient of its shard. The optimizer updates
-the shard. PyTorch calls this fully sharded data parallelism (FSDP). zero.py shards the optimizer
-state and the gradients in the same way, but stores full parameters.
+A step with three layers and one microbatch, in the order of execution. A layer's parameters are
+all-gathered (G) before its forward (F) and again before its backward (B), and freed after each. The
+last layer is kept in between, because its backward comes next. After the backward of a layer, its
+gradients are reduce-scattered (R), so that each rank gets the summed gradient of its shard. The
+optimizer updates the shard. PyTorch calls this fully sharded data parallelism (FSDP). zero.py
+shards the optimizer state and the gradients in the same way, but stores full parameters. Version 1
+below is the whole idea. Zero3 overlaps communication with computation and has fp32 master copies.
 
 Psi is the number of parameters, d the number of ranks that shard them, m the number of microbatches
 per step. The payload of a collective is the number of elements of its full tensor.
@@ -22,8 +23,8 @@ per step. The payload of a collective is the number of elements of its full tens
 
 The bytes are for bf16 parameters and AdamW. ZeRO-2 and ZeRO-3 accumulate gradients in fp32, and
 store an fp32 master copy of the shard. With fp32 parameters, all rows have the factors 4, 4 and 8.
-During a step, ZeRO-3 also stores two gathered layers and one flat buffer for the gradients of a
-layer.
+During a step, ZeRO-3 also stores up to two gathered layers, the current and the next one, and one
+flat buffer for the gradients of a layer.
 
 S counts the elements that are gathered once per microbatch instead of twice: those of the last
 layer, and those of embedding tables, whose backward does not read them. "kept" is ZeRO-3 with
@@ -85,12 +86,12 @@ class ShardedLayer(nn.Module):
         model = nn.Sequential(*(ShardedLayer(layer, group) for layer in layers))
         optimizer = AdamW(model.parameters())
 
-    Replace every layer that has trainable parameters: the gradients of others are not reduced. Then
-    train as in one process, but divide the loss by the number of targets in the global batch,
-    so that the sum of the ranks' gradients is the gradient of the mean loss. The parameters of all
-    ranks must be equal at the start. Frozen parameters of the layer are not sharded. Not supported:
-    parameters that two layers share, parameters of several dtypes, and fp32 master copies.
-    clip_grad_norm_() would use the norm of one shard."""
+    Replace every layer that has trainable parameters: the gradients of a layer that is not replaced
+    are not summed over the ranks. The loss of a rank is the sum over its targets, divided by the
+    number of targets in the global batch. So the sum of the ranks' gradients is the gradient of the
+    mean loss. The parameters of all ranks must be equal at the start. Frozen parameters of the
+    layer are not sharded. Not supported: parameters that two layers share, parameters of several
+    dtypes, and fp32 master copies. clip_grad_norm_() would use the norm of one shard."""
 
     def __init__(self, layer: nn.Module, group: dist.ProcessGroup):
         super().__init__()
@@ -114,20 +115,27 @@ class ShardedLayer(nn.Module):
 
 # --- the full version -----------------------------------------------------------------------------
 # Version 1 waits for each all-gather, and computes each forward twice. Zero3 attaches hooks to the
-# layers and to the tensors between them. It gathers the next layer while this one computes, and
-# needs no activation checkpointing, although the model may use it.
+# layers and to the tensors between them. It gathers the next layer while this one computes. It
+# needs no activation checkpointing: it frees the memory to which the saved tensors of autograd
+# refer, and fills it again before backward. The model may still use checkpointing.
 #
 # Zero3 inherits from the classes of zero.py. A layer is a block, or another module that directly
-# holds parameters. A unit is a flat buffer with the parameters of a layer. A layer can need several
-# units, for example if some of its parameters are frozen. Zero2 reduce-scatters the gradients of a
-# unit when they are complete. Its optimizer updates shards, with fp32 master copies for bf16. These
-# attributes of it are used below:
+# holds parameters. A unit is a flat buffer with parameters of a layer, usually all of them. A layer
+# has several units if, for example, some of its parameters are frozen. In each microbatch, Zero2
+# reduce-scatters the gradients of a unit as soon as all of them have been computed, and adds the
+# sum to this rank's shard. If two layers share a parameter, it is in a unit of the first of them,
+# and autograd sums its two gradients before that. The optimizer updates shards, with fp32 master
+# copies for bf16. The code below uses these attributes:
 #
-#     self.layers   {layer: its parameters}, in the order of model.modules()
-#     self.needs    the units of each layer, by the index of the layer
-#     self.units    all units
-#     self.phase    "backward" from start() to finish(), which enclose all microbatches of a step
-#     self.missing  how many gradients each parameter has still to receive in this step
+#     self.layers         {layer: its parameters}, in the order of model.modules()
+#     self.needs          the units of each layer, by the index of the layer
+#     self.unit_of        {parameter: its unit}
+#     self.accumulations  {parameter: the number of gradients that it receives per step}
+#     self.missing        {parameter: the number that it has not received in this step}
+#     self.phase          "backward" from start() to finish(), so also in the forwards of a step
+#     unit.place          {parameter: its slice of the buffer}
+#     unit.gathered       whether the buffer is filled, or an all-gather that fills it has started
+#     unit.gathering      that all-gather, until unit.wait()
 
 
 class ShardedUnit(Unit):
@@ -146,10 +154,10 @@ class ShardedUnit(Unit):
     def reshard(self) -> None:
         """Free the full parameters. The storage object remains, because parameters and saved
         tensors are views of it. On a GPU, kernels that read the memory may still be queued. This is
-        safe, because the allocator reuses the memory on the same stream, after them. No-op with one
-        rank."""
+        safe: the allocator reuses the memory only for work on the same stream, which runs after
+        them."""
         super().reshard()
-        if not self.gathered:
+        if not self.gathered:  # with one rank, it stays gathered
             self.parameters.untyped_storage().resize_(0)
 
 
@@ -164,14 +172,15 @@ class Zero3(Zero2):
     starts: the first layer of each pipeline stage on this rank. Stages run independently, so the
         next layer is not gathered ahead if it is in another stage.
 
-    A layer's forward must return every tensor that other layers or the loss use, as such or in
-    tuples, lists and dicts. When a gradient reaches one of them, the layer is gathered, unless the
-    previous backward has done so. If a layer stores a tensor in an attribute instead, a backward
-    through that tensor raises ValueError.
+    A layer must return every tensor that other layers or the loss use, directly or nested in
+    tuples, lists or dicts. When a gradient reaches one of them, the layer is gathered, unless the
+    backward of the next layer has prefetched it. If a layer stores a tensor in an attribute
+    instead, a backward through that tensor fails, usually with a ValueError.
 
-    A layer stays gathered until the last backward of the step if it returns no tensor that requires
-    a gradient or if it contains other layers, and until finish() after a backward with
-    create_graph=True."""
+    Two kinds of layers stay gathered until the last backward of the step: those that contain other
+    layers, and those that need a backward but return no tensor that requires a gradient. After a
+    backward with create_graph=True, layers stay gathered until finish(). An embedding that takes
+    only token ids and has one parameter must not read it in backward, see _after_forward()."""
 
     stage = 3
     unit_class = ShardedUnit
@@ -183,7 +192,7 @@ class Zero3(Zero2):
         super().__init__(model, *args, **kwargs)
         self.reshard_after_forward = reshard_after_forward
         self.stage_starts = {i for i, layer in enumerate(self.layers) if layer in starts}
-        self.stage_starts |= {0, len(self.layers)}  # so that the neighbours of a stage are in it
+        self.stage_starts |= {0, len(self.layers)}  # nothing before or after these to prefetch
         copy_out = weak(self._copy_out)
         model.register_state_dict_post_hook(lambda _, *args: copy_out(*args))
         # By the index of the layer. is_outer: it contains other layers. is_table: it is an
@@ -192,12 +201,12 @@ class Zero3(Zero2):
         self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
         self.is_table = [type(layer) is nn.Embedding for layer in self.layers]
         # Parameters whose layer must be gathered when they receive a gradient. Exceptions: weights
-        # whose gradient pipeline.py computes later, and tables, see _after_forward(). These
-        # gradients are computed without reading the parameter.
+        # whose gradient pipeline.py defers, and tables, see _after_forward(). Their layer may have
+        # been resharded before.
         deferred = {module.weight for module in self.modules
                     if getattr(module, "weight_grad_queue", None) is not None}  # fmt: skip
         self.must_be_gathered = self.accumulations.keys() - deferred
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers):  # Zero1 has registered _before_forward()
             hook = not_compiled(weak(self._after_forward, i))
             layer.register_forward_hook(hook, with_kwargs=True)
 
@@ -230,7 +239,7 @@ class Zero3(Zero2):
         if layer not in self.modules:  # a deep copy of the model, which keeps these hooks
             return
         # With activation checkpointing, this hook also runs in backward, before the layer is
-        # recomputed. Then _before_backward() has started to gather layer i - 1.
+        # recomputed. In that case, _before_backward() prefetches.
         no_prefetch = i + 1 in self.stage_starts or in_backward()
         self._gather_layer(i, ahead=None if no_prefetch else i + 1)
         if torch.is_grad_enabled() and not in_backward() and not self.is_outer[i]:
@@ -240,17 +249,17 @@ class Zero3(Zero2):
 
     def _hook_inputs(self, i: int, inputs: list[Tensor]) -> None:
         """Reshard layer i after its backward, when the gradient of an input is complete. The hooks
-        are registered before the forward: if it modifies an input in place, the input gets another
-        grad_fn. If no input requires a gradient, the layer stays gathered until its next forward
-        ends, or until _accumulated() receives its last gradient of the step."""
+        must be registered before the forward, because a forward that modifies an input in place
+        gives it a new grad_fn. If no input requires a gradient, no hook reshards the layer after
+        its backward. Then its next forward or _accumulated() does."""
         # Autograd runs nodes in reverse order of their creation. When it reaches the node that
         # computed an input, all nodes of this layer have run.
         computed = [x for x in inputs if not x.is_leaf]
         for x in computed:
             x.register_hook(weak(self._after_backward, i))
         # The gradient of a leaf can be complete before all nodes of this layer have run. If all
-        # inputs are leaves, reshard at the end of the whole backward. A hook on one of them is
-        # enough to register that.
+        # inputs are leaves, reshard at the end of the whole backward. One hook is enough to queue
+        # that. It is removed, because a leaf can be used again in later steps.
         if inputs and not computed:
             after_backward = weak(self._after_backward, i)
 
@@ -266,12 +275,13 @@ class Zero3(Zero2):
             return
         inputs, parameters = [*tensors_in((args, kwargs))], self.layers[layer]
         outputs = [y for y in tensors_in(output) if y.requires_grad]
-        if self.is_outer[i]:
+        if self.is_outer[i]:  # stays gathered in a step, and is resharded after validation
             if not outputs and self.phase != "backward":
                 self._reshard_layer(i)
             return
-        # A layer is a table if it has one parameter and takes only token ids. This is decided at
-        # each call: a module with a tied matrix can be a table first and then the output head.
+        # Assume that a layer is a table, whose backward does not read the parameter, if it has one
+        # parameter and takes only token ids. This is decided at each call: a module with a tied
+        # matrix can be a table first and then the output head.
         ids = (torch.int32, torch.int64)
         takes_ids = len(inputs) > 0 and all(x.dtype in ids for x in inputs)
         self.is_table[i] = takes_ids and len(parameters) == 1
@@ -286,7 +296,8 @@ class Zero3(Zero2):
         storages = {unit.parameters.untyped_storage()._cdata for unit in self.needs[i]}
         # Resharding would free the values of an output that is a view of a parameter.
         is_view = any(y.untyped_storage()._cdata in storages for y in tensors_in(output))
-        # Keep the last layer of each stage. In the last stage, its backward comes next.
+        # Keep the last layer of each stage. In the last stage, its backward comes next. In other
+        # stages, the backward of an earlier microbatch often comes next, and starts with this layer.
         keep_gathered = i + 1 in self.stage_starts or not self.reshard_after_forward
         if not is_view and not (outputs and keep_gathered):
             self._reshard_layer(i)
@@ -340,8 +351,8 @@ class Zero3(Zero2):
 
 
 def in_backward() -> bool:
-    """Whether autograd is running. A forward that runs then is a recomputation. The hooks on its
-    tensors were registered in the first forward."""
+    """Whether a backward is running. A forward that runs now is a recomputation. It needs no hooks,
+    because the tensors of the first forward have them."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -409,8 +420,8 @@ def main() -> None:
 
     with measure.Report("zero3.py") as report:
         group, d, m = report.group, report.group.size(), 2
-        # Hybrid sharding: groups of k ranks shard the parameters, and each of them has a full copy.
-        # k is the largest proper divisor of d. It is 1 if d is prime; then nothing is sharded.
+        # Hybrid sharding: each of d / k groups of k ranks shards one copy of the parameters. k is
+        # the largest proper divisor of d. If d is prime, it is 1, and nothing is sharded.
         k = max(k for k in range(1, max(2, d)) if d % k == 0)
         mesh = dist.init_device_mesh("cpu", (d // k, k), mesh_dim_names=("replicas", "group"))
         hybrid = {name: mesh[name].get_group() for name in mesh.mesh_dim_names}
@@ -420,7 +431,8 @@ def main() -> None:
         model = trained[1]
         report.close("version 1 largest error", *shards_and_expected(model, expected[1], group))
         n = d * sum(p.numel() for p in model.parameters())
-        # wpe adds a slice of its table. It saves no tensor for backward, so it is not recomputed.
+        # wpe only adds a slice of its table to its input. This saves no tensor for backward, so
+        # checkpoint() does not recompute it, and it is gathered once per microbatch.
         gathered = 2 * n - d * model.wpe.shard.numel()
         predicted = {"reduce_scatter": m * n, "all_gather": m * gathered, "all_reduce": 0}
         zero.compare(report, "version 1", trained, expected, predicted)
