@@ -297,7 +297,8 @@ class Zero3(Zero2):
         # Resharding would free the values of an output that is a view of a parameter.
         is_view = any(y.untyped_storage()._cdata in storages for y in tensors_in(output))
         # Keep the last layer of each stage. In the last stage, its backward comes next. In other
-        # stages, the backward of an earlier microbatch often comes next, and starts with this layer.
+        # stages, the backward of an earlier microbatch often comes next, and starts with this
+        # layer.
         keep_gathered = i + 1 in self.stage_starts or not self.reshard_after_forward
         if not is_view and not (outputs and keep_gathered):
             self._reshard_layer(i)
