@@ -40,7 +40,6 @@ al. 2022 (arXiv 2205.05198), section 4.2.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 
@@ -163,19 +162,18 @@ class ColumnLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         # Under autocast, grad can have lower precision than the saved tensors.
         x, weight = (a if a is None else a.to(grad.dtype) for a in ctx.saved_tensors)
-        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        _, need_weight, need_bias, *_ = ctx.needs_input_grad
         d_weight = None
-        if ctx.sequence and need_weight:  # overlaps with the matmul for d_x
-            wait_x = start_all_gather(x, ctx.group, async_op=need_x)
-        if need_x:
-            d_x = grad @ weight  # [b, s, in], a partial sum over this rank's columns
-            start = start_reduce_scatter if ctx.sequence else start_all_reduce
-            wait_d_x = start(d_x, ctx.group, async_op=need_weight)  # overlaps with the next matmul
+        if ctx.sequence and need_weight:
+            wait_x = start_all_gather(x, ctx.group, async_op=True)  # overlaps with the next matmul
+        d_x = grad @ weight  # [b, s, in], a partial sum over this rank's columns
+        start = start_reduce_scatter if ctx.sequence else start_all_reduce
+        wait_d_x = start(d_x, ctx.group, async_op=need_weight)  # overlaps with the next matmul
         if need_weight:
             full_x = wait_x() if ctx.sequence else x
             d_weight = grad.flatten(0, -2).T @ full_x.flatten(0, -2)  # [out/t, in]
         d_bias = grad.flatten(0, -2).sum(0) if need_bias else None
-        return wait_d_x() if need_x else None, d_weight, d_bias, None, None
+        return wait_d_x(), d_weight, d_bias, None, None
 
 
 class ReduceScatterFromGroup(torch.autograd.Function):
@@ -235,7 +233,7 @@ def bounds(n: int, rank: int, t: int) -> tuple[int, int]:
 def shard_parameter(p: nn.Parameter, dim: int, fused: tuple[int, ...], group) -> nn.Parameter:
     """A new parameter: this rank's shard of p. fused: the proportions of the fused matrices along
     dim, such as (1, 1, 1), or (8, 2, 2) for 8 query, 2 key and 2 value heads."""
-    t, unit, rest = group.size(), p.size(dim) // sum(fused), p.size(dim) % sum(fused)
+    t, (unit, rest) = group.size(), divmod(p.size(dim), sum(fused))
     sizes = tuple(unit * n for n in fused)
     if rest or min(sizes) < t:
         raise ValueError(
@@ -415,8 +413,8 @@ def parallelize(
         return model
     new_parameter: dict[nn.Parameter, nn.Parameter] = {}  # tied modules share the new one as well
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        style = next((style for pattern, style in plan.items() if fnmatch(name, pattern)), None)
-        style, fused = style if isinstance(style, tuple) else (style, (1,))
+        entry = next((plan[pattern] for pattern in plan if fnmatch(name, pattern)), None)
+        style, fused = entry if isinstance(entry, tuple) else (entry, (1,))
         check_style(name, module, style)
         if style is None or isinstance(module, nn.Identity):  # a layer of another pipeline stage
             continue
@@ -544,45 +542,44 @@ def predicted_collectives(
 
 
 # --- demo -----------------------------------------------------------------------------------------
-# Each train_* function returns (losses, parameters). If group is None, the model is not sharded.
+# Each train_* function returns (losses, parameters). With one rank, the model is not sharded.
 
 N_LAYER, B, S, H, STEPS = 2, 4, 36, 48, 3
 
 
-def train_mlp(group: dist.ProcessGroup | None) -> tuple[list[Tensor], dict[str, nn.Parameter]]:
+def train_mlp(group: dist.ProcessGroup) -> tuple[list[Tensor], dict[str, nn.Parameter]]:
     """One forward and backward of version 1. The 37 hidden units are split unevenly."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 6, 8), (37, 8), (8, 37))
     x, w1, w2 = (nn.Parameter(torch.randn(n, generator=generator).double()) for n in shapes)
-    if group:
+    if group.size() == 1:
+        y = F.linear(F.gelu(F.linear(x, w1)), w2)
+    else:
         w1, w2 = shard_parameter(w1, 0, (1,), group), shard_parameter(w2, 1, (1,), group)
-    y = mlp(x, w1, w2, group) if group else F.linear(F.gelu(F.linear(x, w1)), w2)
+        y = mlp(x, w1, w2, group)
     loss = y.square().mean()
     loss.backward()
     return [loss.detach()], {"x": x, "w1": w1, "w2": w2}
 
 
 def train_gpt(
-    group: dist.ProcessGroup | None, sequence: bool
+    group: dist.ProcessGroup, sequence: bool
 ) -> tuple[list[Tensor], dict[str, nn.Parameter]]:
     """The full version, trained with SGD. All ranks use the same B rows in each step."""
     import data
     import gpt
 
     config = gpt.GPTConfig(N_LAYER, n_head=12, n_embd=H, vocab_size=257, seq_len=S)
-    model, loss_of = gpt.build(config, seed=0, dtype=torch.float64), gpt.cross_entropy
-    if group:
-        parallelize(model, GPT_PLAN, group, sequence)
-        loss_of = functools.partial(vocab_parallel_cross_entropy, head=model.lm_head, group=group)
+    model = gpt.build(config, seed=0, dtype=torch.float64)
+    parallelize(model, GPT_PLAN, group, sequence)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses, tokens = [], data.example()
     for step in range(STEPS):
         optimizer.zero_grad()
         x, y = data.batch(tokens, step, range(B), S, seed=0)
-        loss = loss_of(model(x), y) / y.numel()
+        loss = vocab_parallel_cross_entropy(model(x), y, model.lm_head, group) / y.numel()
         loss.backward()
-        if group:
-            all_reduce_partial([p.grad for p in model.parameters() if p.partial], group)
+        all_reduce_partial([p.grad for p in model.parameters() if p.partial], group)
         losses.append(loss.detach())
         optimizer.step()
     return losses, dict(gpt.named_parameters(model))
@@ -592,10 +589,11 @@ def main() -> None:
     import measure
 
     with measure.Report("tensor_parallel.py") as report:
+        one_rank, _ = dist.new_subgroups(1)
 
         def compare(name: str, train: Callable, *options):
-            """Trains on one process and on all ranks. Returns the collectives and parameters."""
-            expected_losses, full = train(None, *options)
+            """Trains on one rank and on all ranks. Returns the collectives and the parameters."""
+            expected_losses, full = train(one_rank, *options)
             with measure.Collectives({"tp": report.group}) as seen:
                 losses, local = train(report.group, *options)
             report.losses(name, losses, expected_losses)
