@@ -196,10 +196,14 @@ class Block(nn.Module):
 
 
 class PositionEmbedding(nn.Embedding):
-    """Adds row i of its weight [seq_len, h] to the vector of token i."""
+    """Adds row i of its weight [seq_len, h] to the vector of token i. A process that holds one
+    shard of the tokens sets `shard` and `shards`, as for Dropout."""
+
+    shard, shards = 0, 1
 
     def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
-        return x + self.weight[: x.size(1)]
+        start = self.shard * x.size(1)
+        return x + self.weight[start : start + x.size(1)]
 
 
 class GPT(nn.Module):

@@ -30,7 +30,6 @@ import gpt
 import huggingface
 import pipeline
 import schedules
-import tensor_parallel
 import zero3
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
@@ -285,7 +284,8 @@ def check(
             raise ValueError(f"{flag(name)} without --dry-run: give --dry-run too, or leave it out")
     schedule = make_schedule(args, rows // (d * b))
     pipeline.split_layers(config.n_layer, sum(map(len, schedules.stages_of(schedule))))
-    tensor_parallel.check_width("--vocab-size", config.vocab_size, t)
+    if config.vocab_size < t:
+        raise ValueError(f"--vocab-size {config.vocab_size} is smaller than --tp {t}: lower --tp")
     return config
 
 

@@ -40,9 +40,7 @@ al. 2022 (arXiv 2205.05198), section 4.2.
 """
 
 import dataclasses
-import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 
 import torch
@@ -136,12 +134,7 @@ def start_all_gather(x: Tensor, group, async_op: bool = False) -> Callable[[], T
 
 def start_reduce_scatter(x: Tensor, group, async_op: bool = False) -> Callable[[], Tensor]:
     """x: a partial sum, [b, s, h]. The result is this rank's shard of the sum, [b, s/t, h]."""
-    t, (b, s, h) = group.size(), x.shape
-    if s % t:
-        raise ValueError(
-            f"sequence parallelism needs a sequence length divisible by t: got {s} with t = {t}. "
-            "Pad the sequence, or change t"
-        )
+    t, (b, s, h) = group.size(), x.shape  # unflatten raises RuntimeError unless t divides s
     stacked = x.unflatten(1, (t, -1)).movedim(1, 0).flatten(0, 1).contiguous()  # [t b, s/t, h]
     shard = x.new_empty(b, s // t, h)
     handle = reduce_scatter(shard, stacked, group=group, async_op=async_op)  # payload: b s h
@@ -169,19 +162,18 @@ class ColumnLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         # Under autocast, grad can have lower precision than the saved tensors.
         x, weight = (a if a is None else a.to(grad.dtype) for a in ctx.saved_tensors)
-        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        _, need_weight, need_bias, *_ = ctx.needs_input_grad
         d_weight = None
-        if ctx.sequence and need_weight:  # overlaps with the matmul for d_x
-            wait_x = start_all_gather(x, ctx.group, async_op=need_x)
-        if need_x:
-            d_x = grad @ weight  # [b, s, in], a partial sum over this rank's columns
-            start = start_reduce_scatter if ctx.sequence else start_all_reduce
-            wait_d_x = start(d_x, ctx.group, async_op=need_weight)  # overlaps with the next matmul
+        if ctx.sequence and need_weight:
+            wait_x = start_all_gather(x, ctx.group, async_op=True)  # overlaps with the next matmul
+        d_x = grad @ weight  # [b, s, in], a partial sum over this rank's columns
+        start = start_reduce_scatter if ctx.sequence else start_all_reduce
+        wait_d_x = start(d_x, ctx.group, async_op=need_weight)  # overlaps with the next matmul
         if need_weight:
             full_x = wait_x() if ctx.sequence else x
             d_weight = grad.flatten(0, -2).T @ full_x.flatten(0, -2)  # [out/t, in]
         d_bias = grad.flatten(0, -2).sum(0) if need_bias else None
-        return wait_d_x() if need_x else None, d_weight, d_bias, None, None
+        return wait_d_x(), d_weight, d_bias, None, None
 
 
 class ReduceScatterFromGroup(torch.autograd.Function):
@@ -200,8 +192,6 @@ class ReduceScatterFromGroup(torch.autograd.Function):
 def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:
     """g. It is separate from its matmul, and saves nothing for backward. Activation checkpointing
     stops when it has restored the last saved tensor of a block, so it does not run a g after it."""
-    if group.size() == 1:
-        return x
     return (ReduceScatterFromGroup if sequence else ReduceFromGroup).apply(x, group)
 
 
@@ -227,31 +217,30 @@ class Sharding:
         full parameter, length). checkpoint.py uses all three."""
         local = offset = 0
         for n in self.sizes:
-            start, stop = self.bounds(n)
+            start, stop = bounds(n, self.rank, self.size)
             yield local, offset + start, stop - start
             local, offset = local + stop - start, offset + n
 
-    def bounds(self, n: int) -> tuple[int, int]:
-        """(start, stop) of this rank's chunk of n rows or columns."""
-        chunk = chunk_size(n, self.size)
-        return min(n, self.rank * chunk), min(n, (self.rank + 1) * chunk)
+
+def bounds(n: int, rank: int, t: int) -> tuple[int, int]:
+    """(start, stop) of a rank's shard of n rows or columns, as in torch.tensor_split: if t does not
+    divide n, the first ranks get one more than the others."""
+    size, rest = divmod(n, t)
+    start = rank * size + min(rank, rest)
+    return start, start + size + (rank < rest)
 
 
-def chunk_size(n: int, t: int) -> int:
-    """Rows or columns per rank, as in torch.chunk: n/t rounded up. The last ranks may get fewer."""
-    return -(-n // t)
-
-
-def shard_parameter(p: nn.Parameter, dim: int, fused: int | tuple[int, ...], group) -> nn.Parameter:
-    """A new parameter: this rank's shard of p. fused: the number of equal matrices along dim, or
-    the sizes of the matrices if they differ (query, key and value in grouped-query attention)."""
-    sizes = (p.size(dim) // fused,) * fused if isinstance(fused, int) else fused
-    if sum(sizes) != p.size(dim):
+def shard_parameter(p: nn.Parameter, dim: int, fused: tuple[int, ...], group) -> nn.Parameter:
+    """A new parameter: this rank's shard of p. fused: the proportions of the fused matrices along
+    dim, such as (1, 1, 1), or (8, 2, 2) for 8 query, 2 key and 2 value heads."""
+    t, (unit, rest) = group.size(), divmod(p.size(dim), sum(fused))
+    sizes = tuple(unit * n for n in fused)
+    if rest or min(sizes) < t:
         raise ValueError(
-            f"the fused sizes {sizes} add up to {sum(sizes)}, but dimension {dim} of the weight "
-            f"has size {p.size(dim)}: correct the sizes in the plan"
+            f"{p.size(dim)} rows or columns cannot be split in the proportions {fused}, with at "
+            f"least one of each for each of t = {t} ranks: correct the plan, or use a smaller t"
         )
-    sharding = Sharding(p.shape, dim, sizes, group.rank(), group.size())
+    sharding = Sharding(p.shape, dim, sizes, group.rank(), t)
     shard = nn.Parameter(sharding.shard(p.detach()), requires_grad=p.requires_grad)
     shard.__dict__.update(p.__dict__, sharding=sharding)  # keeps tied_name, set by gpt.py
     return shard
@@ -265,6 +254,16 @@ def shard_parameter(p: nn.Parameter, dim: int, fused: int | tuple[int, ...], gro
 # replacement calls gather_input() and reduce_input_gradient() for the communication of f.
 
 
+def check_type(module: nn.Module, kind: type[nn.Module]) -> None:
+    """For a style that replaces a module, and would drop what a subclass or an option computes."""
+    options = [getattr(module, name, None) for name in ("padding_idx", "max_norm")]
+    if type(module) is not kind or options != [None, None]:
+        raise ValueError(
+            f"this style replaces a plain nn.{kind.__name__}, not {module}: name the plain layer "
+            "inside it, or add a style to STYLES"
+        )
+
+
 class ColumnParallelLinear(nn.Module):
     """x [b, s, in], or with `sequence` [b, s/t, in] -> this rank's columns, [b, s, out/t].
 
@@ -272,8 +271,9 @@ class ColumnParallelLinear(nn.Module):
     must check that each rank gets complete heads. gpt.Attention also requires the same number of
     heads on every rank. Fewer key/value heads than ranks need a style that replicates heads."""
 
-    def __init__(self, linear: nn.Linear, fused: int | tuple[int, ...], group, sequence: bool):
+    def __init__(self, linear: nn.Linear, fused: tuple[int, ...], group, sequence: bool):
         super().__init__()
+        check_type(linear, nn.Linear)
         self.group, self.sequence = group, sequence
         self.weight = shard_parameter(linear.weight, 0, fused, group)  # [out/t, in]
         bias = linear.bias
@@ -283,31 +283,26 @@ class ColumnParallelLinear(nn.Module):
         return self.multiply(x, self.bias)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.group.size() == 1:
-            return F.linear(x, self.weight, bias)  # less Python overhead
         return ColumnLinear.apply(x, self.weight, bias, self.group, self.sequence)
 
     def gather_input(self, x: Tensor) -> Tensor:
         return start_all_gather(x, self.group)() if self.sequence else x
 
     def reduce_input_gradient(self, d_x: Tensor) -> Tensor:
-        if self.group.size() == 1:
-            return d_x
         return (start_reduce_scatter if self.sequence else start_all_reduce)(d_x, self.group)()
 
 
 class RowParallelLinear(nn.Module):
     """This rank's columns [b, s, in/t] -> [b, s, out], or with `sequence` [b, s/t, out]."""
 
-    def __init__(self, linear: nn.Linear, fused: int | tuple[int, ...], group, sequence: bool):
+    def __init__(self, linear: nn.Linear, fused: tuple[int, ...], group, sequence: bool):
         super().__init__()
+        check_type(linear, nn.Linear)
         self.group, self.sequence = group, sequence
         self.weight = shard_parameter(linear.weight, 1, fused, group)  # [out, in/t]
         self.bias = linear.bias  # [out], replicated. It is added after g, so that it is added once.
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.group.size() == 1:
-            return self.multiply(x, self.bias)
         y = reduce_output(self.multiply(x, None), self.group, self.sequence)
         return y if self.bias is None else y.add_(self.bias)
 
@@ -319,12 +314,13 @@ class VocabParallelEmbedding(nn.Module):
     """tokens [b, s] -> [b, s, h], or with `sequence` [b, s/t, h]. Each rank looks up the tokens in
     its vocabulary shard and outputs 0 for all other tokens. g sums over the ranks."""
 
-    def __init__(self, embedding: nn.Embedding, fused: int, group, sequence: bool):
+    def __init__(self, embedding: nn.Embedding, fused: tuple[int, ...], group, sequence: bool):
         super().__init__()
+        check_type(embedding, nn.Embedding)
         self.group, self.sequence = group, sequence
-        self.weight = shard_parameter(embedding.weight, 0, 1, group)  # [v/t, h]
+        self.weight = shard_parameter(embedding.weight, 0, (1,), group)  # [v/t, h]
         self.v = embedding.num_embeddings
-        self.start, _ = self.weight.sharding.bounds(self.v)
+        self.start, _ = bounds(self.v, group.rank(), group.size())
 
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens - self.start
@@ -336,44 +332,33 @@ class VocabParallelEmbedding(nn.Module):
         return reduce_output(x, self.group, self.sequence)
 
 
-class PositionShard(nn.Module):
-    """Adds the position embedding to x [b, s, h], or with `sequence` [b, s/t, h]. The table is
-    replicated. The model must call wpe(x), as with gpt.PositionEmbedding, not wpe(positions)."""
-
-    def __init__(self, embedding: nn.Embedding, fused: int, group, sequence: bool):
-        super().__init__()
-        self.rank = group.rank() if sequence else 0
-        self.weight = embedding.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        start = self.rank * x.size(1)
-        return x + self.weight[start : start + x.size(1)]
-
-
-def shard_heads(dropout: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
+def shard_heads(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
     """For gpt.Dropout on [b, heads/t, s, s]. Every rank draws the masks of all heads from the same
     seed, splits them along dim 1 into `shards` shards, and applies shard number `shard`."""
-    dropout.shard, dropout.shards = group.rank(), group.size()
-    return dropout
-
-
-def shard_tokens(dropout: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
-    """For gpt.Dropout on [b, s, h], or with `sequence` on [b, s/t, h]."""
-    return shard_heads(dropout, fused, group, sequence) if sequence else dropout
-
-
-def mark_partial(module: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
-    """For a module between a column- and a row-parallel layer, such as the norm of each query and
-    key head in Qwen3. Each rank applies it to its own heads only, so its gradient is a partial sum.
-    A norm over all heads (OLMo 2) needs another style, because its forward must communicate."""
-    for p in module.parameters():
-        p.partial = True
+    if not hasattr(module, "shard"):
+        raise ValueError(f"this style sets `shard`, which {module} does not have: see gpt.Dropout")
+    module.shard, module.shards = group.rank(), group.size()
     return module
 
 
-def keep_replicated(module: nn.Module, fused: int, group, sequence: bool) -> nn.Module:
-    """Changes nothing. Tells check_between that the module's parameters are replicated, and
-    check_module that its dropout draws the same mask on every rank."""
+def shard_tokens(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
+    """For gpt.Dropout and gpt.PositionEmbedding on [b, s, h], or with `sequence` on [b, s/t, h].
+    The position table is replicated. Each rank adds the rows of its tokens."""
+    return shard_heads(module, fused, group, sequence) if sequence else module
+
+
+def replicate(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
+    """For a module outside attention and MLP, such as a norm. With `sequence` it gets [b, s/t, h].
+    An nn.Dropout also needs random generators in the same state on all ranks."""
+    return module
+
+
+def mark_partial(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
+    """For a module between a column- and a row-parallel layer, such as the norm of each query and
+    key head in Qwen3. Each rank applies it to its own heads only, so its gradient is a partial sum.
+    A norm over all heads (OLMo 2) needs another style, because its forward must communicate."""
+    for p in module.parameters(recurse=False):
+        p.partial = True
     return module
 
 
@@ -381,24 +366,25 @@ STYLES = {
     "column": ColumnParallelLinear,
     "row": RowParallelLinear,
     "vocab": VocabParallelEmbedding,
-    "position": PositionShard,
     "heads": shard_heads,
     "tokens": shard_tokens,
+    "replicated": replicate,
     "partial": mark_partial,
-    "replicated": keep_replicated,
 }
 
 # A plan maps patterns of module names to a style or to (style, fused). Each model needs its own.
 GPT_PLAN = {
     "wte": "vocab",
-    "wpe": "position",
+    "wpe": "tokens",
     "drop": "tokens",
-    "h.*.drop_?": "tokens",
+    "h.*.ln_?": "replicated",
+    "h.*.attn.c_attn": ("column", (1, 1, 1)),  # query, key and value
     "h.*.attn.core.drop": "heads",
-    "h.*.attn.c_attn": ("column", 3),  # query, key and value
     "h.*.attn.c_proj": "row",
     "h.*.mlp.c_fc": "column",
     "h.*.mlp.c_proj": "row",
+    "h.*.drop_?": "tokens",
+    "ln_f": "replicated",
     "lm_head": "column",  # sharded logits, for vocab_parallel_cross_entropy
 }
 
@@ -407,53 +393,69 @@ def parallelize(
     model: nn.Module, plan: dict, group: dist.ProcessGroup, sequence: bool = False
 ) -> nn.Module:
     """Replaces modules of `model` in place, according to `plan`, and returns the model. The first
-    pattern that matches a module's name applies. The model may be on the meta device. Tied weights
-    stay tied. Raises ValueError if the plan does not fit the model.
+    pattern that matches a module's name applies. The plan must name every module that holds
+    parameters. The model may be on the meta device. Tied weights stay tied. Raises ValueError if
+    the plan does not fit the model. With t = 1, the model does not change.
+
+    All ranks must start from equal parameters: use the same seed or checkpoint. All ranks must call
+    the model with the same tokens. Neither is checked.
 
     The attention of the model must take the number of heads and the sequence length from the shape
-    of its queries. Weights may be split unevenly. With `sequence`, the sequence length must be
-    divisible by t, and modules outside attention and MLP that the plan does not mention, such as
-    norms, get [b, s/t, h].
-    All ranks must call the model with the same tokens, which is not checked. If one rank raises an
-    exception, the others wait in their next collective until it times out.
+    of its queries. Weights may be split unevenly. With `sequence`, t must divide the sequence
+    length.
 
     Every parameter gets the attribute `partial`: whether its gradient must be all-reduced by
     all_reduce_partial. Do not use clip_grad_norm_, which would scale the gradients differently on
     each rank. Compute the norm from all shards, counting replicas once, as train_3d.py does."""
-    modules = list(model.named_modules())
-    plan = {key: style if isinstance(style, tuple) else (style, 1) for key, style in plan.items()}
-    check_plan(plan, [name for name, _ in modules])
-    check_same_values(model, group)
-    sequence = sequence and group.size() > 1
-    names: dict[nn.Parameter, list[str]] = {}  # a tied parameter has several names
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(p, []).append(name)
-    shared = {}  # tied modules with the same sharding share one new parameter
-    styled: set[nn.Parameter] = set()  # the parameters of the modules that the plan names
-    for name, module in modules:
-        if isinstance(module, nn.Identity):  # it replaces a layer of another pipeline stage
+    if group.size() == 1:
+        for p in model.parameters():
+            p.partial = False
+        return model
+    new_parameter: dict[nn.Parameter, nn.Parameter] = {}  # tied modules share the new one as well
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        entry = next((plan[pattern] for pattern in plan if fnmatch(name, pattern)), None)
+        style, fused = entry if isinstance(entry, tuple) else (entry, (1,))
+        check_style(name, module, style)
+        if style is None or isinstance(module, nn.Identity):  # a layer of another pipeline stage
             continue
-        pattern = next((pattern for pattern in plan if fnmatch(name, pattern)), None)
-        style, fused = plan.get(pattern, (None, 1))
-        check_module(name, module, style, sequence)
-        if style is None:
-            continue
-        new = STYLES[style](module, fused, group, sequence)
-        if new is not module and hasattr(new, "weight"):
-            key = module.weight, getattr(new.weight, "sharding", None)
-            new.weight = shared.setdefault(key, new.weight)
-        model.set_submodule(name, new)
-        styled.update(new.parameters())
-    check_tied(model, names.values())
-    check_between(model, styled)
-    for name, p in model.named_parameters():
-        sharding, partial = getattr(p, "sharding", None), getattr(p, "partial", False)
-        for n in sharding.sizes if sharding else ():
-            check_width(name, n, group.size())
-        if sharding and partial:
-            raise ValueError(f"{name} is sharded, so it cannot be 'partial': remove that style")
-        p.partial = group.size() > 1 and (partial or (sequence and not sharding))
+        old = dict(module.named_parameters(recurse=False))
+        try:
+            new = STYLES[style](module, fused, group, sequence)
+        except ValueError as error:
+            raise ValueError(f"{name}, style {style!r}: {error}") from None
+        for key, p in old.items():
+            own = getattr(new, key)
+            shared = new_parameter.setdefault(p, own)
+            if getattr(shared, "sharding", None) != getattr(own, "sharding", None):
+                raise ValueError(
+                    f"{name}.{key} is tied to a parameter that the plan shards differently: give "
+                    "both modules the same style, or untie the weights"
+                )
+            setattr(new, key, shared)
+        if new is not module:
+            model.set_submodule(name, new)
+    for p in model.parameters():
+        p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "sharding"))
     return model
+
+
+def check_style(name: str, module: nn.Module, style: str | None) -> None:
+    """Raises ValueError if the plan needs another style for this module. Dropout in a function
+    call, as in scaled_dot_product_attention, is not detected."""
+    if style is None and list(module.parameters(recurse=False)):
+        raise ValueError(
+            f"{name} has parameters, but the plan does not name it. Give it 'column', 'row' or "
+            "'vocab' to shard it, 'partial' if it is between a column- and a row-parallel layer, "
+            "'replicated' if it is outside attention and MLP"
+        )
+    if style is not None and style not in STYLES:
+        raise ValueError(f"{name}: unknown style {style!r}; use one of {', '.join(STYLES)}")
+    if isinstance(module, nn.Dropout) and module.p > 0 and style != "replicated":
+        raise ValueError(
+            f"{name}: {module} draws its mask from this rank's random generator: set p to 0, or "
+            "use gpt.Dropout. For a replicated activation you can also keep the generators of all "
+            "ranks in the same state and use style 'replicated'"
+        )
 
 
 def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup) -> None:
@@ -510,115 +512,8 @@ def vocab_parallel_cross_entropy(
         flat = targets.flatten().clamp(min=-1)
         return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
     v = head.weight.sharding.shape[0]
-    start, _ = head.weight.sharding.bounds(v)
+    start, _ = bounds(v, group.rank(), group.size())
     return VocabParallelCrossEntropy.apply(logits, targets, start, v, group)
-
-
-# Checks. Each raises ValueError for a mistake that would otherwise silently give wrong results, or
-# waste memory or communication.
-
-
-def check_plan(plan: dict[str, tuple], names: list[str]) -> None:
-    """Each pattern must match a module, and each style must exist."""
-    for pattern, (style, _) in plan.items():
-        if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"{pattern}: the plan names a module that the model does not have")
-        if style not in STYLES:
-            raise ValueError(f"{pattern}: unknown style {style!r}; use one of {', '.join(STYLES)}")
-
-
-def check_same_values(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Compares the shapes and byte sums of the parameters of all ranks. Skips meta parameters."""
-    named = [(name, p) for name, p in model.named_parameters() if not p.is_meta]
-    local = {n: (p.shape, p.detach().flatten().view(torch.uint8).sum().item()) for n, p in named}
-    by_rank = [local] * group.size()
-    if local and group.size() > 1:
-        dist.all_gather_object(by_rank, local, group=group)
-    for name in dict.fromkeys(itertools.chain(*by_rank)):
-        if any(other.get(name) != by_rank[0].get(name) for other in by_rank):
-            raise ValueError(
-                f"{name} differs between the ranks: set the same seed on all ranks before the "
-                "model is built, or load the same checkpoint on all ranks"
-            )
-
-
-def check_tied(model: nn.Module, names: Iterable[list[str]]) -> None:
-    """names: for each original parameter, its names. They must still refer to one parameter."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for first, *others in names:
-        for name in others:
-            if parameters.get(name) is not parameters.get(first):
-                raise ValueError(
-                    f"{name} is tied to {first}, but the plan shards them differently: give both "
-                    "modules the same style, or untie the weights"
-                )
-
-
-def check_module(name: str, module: nn.Module, style: str | None, sequence: bool) -> None:
-    """The module must fit its style. style is None if the plan does not name the module. Dropout in
-    a function call, as in scaled_dot_product_attention, is not detected."""
-    is_dropout = isinstance(module, nn.Dropout) or style in ("heads", "tokens")
-    active = getattr(module, "p", None) != 0
-    if is_dropout and active and style != "replicated" and not hasattr(module, "shards"):
-        raise ValueError(
-            f"{name}: {module} draws its mask from this rank's random generator, so the masks would"
-            " not match those of an unsharded model, and replicated activations could differ "
-            "between the ranks: set p to 0, or use gpt.Dropout. If the mask is for a replicated "
-            "activation, you can also keep the generators of all ranks in the same state and use "
-            "style 'replicated'"
-        )
-    kind = {"column": nn.Linear, "row": nn.Linear, "vocab": nn.Embedding}.get(style)
-    options = dict(padding_idx=None, max_norm=None, scale_grad_by_freq=False, sparse=False)
-    changed = [key for key, off in options.items() if getattr(module, key, off) is not off]
-    extra = {key for key, _ in module.named_parameters()} - {"weight", "bias"}
-    # A subclass may override forward, as gpt.PositionEmbedding does.
-    same_forward = kind and getattr(module.forward, "__func__", None) is kind.forward
-    if kind and (not same_forward or extra or changed):
-        raise ValueError(
-            f"{name}: style {style!r} needs a plain nn.{kind.__name__}, but this "
-            f"{type(module).__name__} has a different forward, extra parameters, or an option such "
-            "as padding_idx: name the plain layer inside it, or add a style to STYLES"
-        )
-    if style is None and sequence and isinstance(module, nn.Embedding):
-        raise ValueError(
-            f"{name}: with sequence parallelism an embedding needs a style that returns a shard of "
-            "the sequence: 'vocab', 'position', or one that you add to STYLES"
-        )
-
-
-def check_between(model: nn.Module, styled: set[nn.Parameter]) -> None:
-    """A parameter between a column- and a row-parallel layer has a partial gradient. Looks for
-    modules in which the parallel layers of one child are all column-parallel, and those of another
-    are all row-parallel. Every trainable parameter of that module must
-    belong to a module that the plan names, or have .partial set."""
-    column, row = {ColumnParallelLinear}, {RowParallelLinear}
-    for path, module in model.named_modules():
-        kinds = {}  # name of the child -> the types of its parallel layers
-        for child_name, child in module.named_children():
-            kinds[child_name] = (column | row) & {type(layer) for layer in child.modules()}
-        if column not in kinds.values() or row not in kinds.values():
-            continue
-        for name, p in module.named_parameters():
-            if kinds.get(name.split(".")[0]) == column | row:
-                continue  # the outer loop checks this child separately
-            if p.requires_grad and p not in styled and not hasattr(p, "partial"):
-                full_name = f"{path}.{name}".lstrip(".")
-                raise ValueError(
-                    f"{full_name} is next to a column- and a row-parallel layer. If it is applied "
-                    "between them, its gradient is partial: give its module the style 'partial' in "
-                    "the plan. If it is applied to the residual stream, give it 'replicated'. (For "
-                    "a bare nn.Parameter, set its .partial to True or False.)"
-                )
-
-
-def check_width(name: str, n: int, t: int) -> None:
-    """Each of t ranks must get at least one of n rows or columns."""
-    chunk = chunk_size(n, t)
-    if chunk * (t - 1) >= n:
-        raise ValueError(
-            f"{name}: splitting {n} rows or columns over t = {t} ranks in chunks of {chunk} leaves "
-            "at least one rank empty: use a smaller t (--tp) or a larger layer"
-        )
 
 
 # --- cost -----------------------------------------------------------------------------------------
@@ -647,84 +542,80 @@ def predicted_collectives(
 
 
 # --- demo -----------------------------------------------------------------------------------------
-# Each train_* function returns (losses, parameters). If group is None, the model is not sharded.
+# Each train_* function returns (losses, parameters). With one rank, the model is not sharded.
+
+N_LAYER, B, S, H, STEPS = 2, 4, 36, 48, 3
 
 
-def train_mlp(group: dist.ProcessGroup | None) -> tuple[list[Tensor], dict[str, nn.Parameter]]:
+def train_mlp(group: dist.ProcessGroup) -> tuple[list[Tensor], dict[str, nn.Parameter]]:
     """One forward and backward of version 1. The 37 hidden units are split unevenly."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 6, 8), (37, 8), (8, 37))
     x, w1, w2 = (nn.Parameter(torch.randn(n, generator=generator).double()) for n in shapes)
-    if group:
-        w1, w2 = shard_parameter(w1, 0, 1, group), shard_parameter(w2, 1, 1, group)
-    y = mlp(x, w1, w2, group) if group else F.linear(F.gelu(F.linear(x, w1)), w2)
+    if group.size() == 1:
+        y = F.linear(F.gelu(F.linear(x, w1)), w2)
+    else:
+        w1, w2 = shard_parameter(w1, 0, (1,), group), shard_parameter(w2, 1, (1,), group)
+        y = mlp(x, w1, w2, group)
     loss = y.square().mean()
     loss.backward()
     return [loss.detach()], {"x": x, "w1": w1, "w2": w2}
 
 
 def train_gpt(
-    config, b: int, steps: int, group: dist.ProcessGroup | None, sequence: bool = False
+    group: dist.ProcessGroup, sequence: bool
 ) -> tuple[list[Tensor], dict[str, nn.Parameter]]:
-    """The full version, trained with SGD. All ranks use the same b rows in each step."""
+    """The full version, trained with SGD. All ranks use the same B rows in each step."""
     import data
     import gpt
 
-    model, loss_of = gpt.build(config, seed=0, dtype=torch.float64), gpt.cross_entropy
-    if group:
-        parallelize(model, GPT_PLAN, group, sequence)
-        loss_of = functools.partial(vocab_parallel_cross_entropy, head=model.lm_head, group=group)
+    config = gpt.GPTConfig(N_LAYER, n_head=12, n_embd=H, vocab_size=257, seq_len=S)
+    model = gpt.build(config, seed=0, dtype=torch.float64)
+    parallelize(model, GPT_PLAN, group, sequence)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses, tokens = [], data.example()
-    for step in range(steps):
+    for step in range(STEPS):
         optimizer.zero_grad()
-        x, y = data.batch(tokens, step, range(b), config.seq_len, seed=0)
-        loss = loss_of(model(x), y) / y.numel()
+        x, y = data.batch(tokens, step, range(B), S, seed=0)
+        loss = vocab_parallel_cross_entropy(model(x), y, model.lm_head, group) / y.numel()
         loss.backward()
-        if group:
-            all_reduce_partial([p.grad for p in model.parameters() if p.partial], group)
+        all_reduce_partial([p.grad for p in model.parameters() if p.partial], group)
         losses.append(loss.detach())
         optimizer.step()
     return losses, dict(gpt.named_parameters(model))
 
 
 def main() -> None:
-    import gpt
     import measure
 
-    config = gpt.GPTConfig(n_layer=2, n_head=12, n_embd=48, vocab_size=257, seq_len=36)
-    b, steps = 4, 3
-
-    def compare(name: str, expected: tuple, trained: tuple) -> None:
-        (expected_losses, full), (losses, local) = expected, trained
-        report.losses(name, losses, expected_losses)
-        gradients = {n: p.grad for n, p in full.items()}
-        for n, p in local.items():
-            if hasattr(p, "sharding"):
-                gradients[n] = p.sharding.shard(gradients[n])
-        report.close(f"{name} max |d gradient|", {n: p.grad for n, p in local.items()}, gradients)
-
     with measure.Report("tensor_parallel.py") as report:
-        group = report.group
-        with measure.Collectives({"tp": group}) as seen:
-            losses, local = train_mlp(group)
-        compare("version 1", train_mlp(None), (losses, local))
+        one_rank, _ = dist.new_subgroups(1)
+
+        def compare(name: str, train: Callable, *options):
+            """Trains on one rank and on all ranks. Returns the collectives and the parameters."""
+            expected_losses, full = train(one_rank, *options)
+            with measure.Collectives({"tp": report.group}) as seen:
+                losses, local = train(report.group, *options)
+            report.losses(name, losses, expected_losses)
+            actual, expected = {}, {n: p.grad for n, p in full.items()}
+            for n, p in local.items():
+                actual[n] = p.grad
+                if hasattr(p, "sharding"):
+                    expected[n] = p.sharding.shard(expected[n])
+            report.close(f"{name} max |d gradient|", actual, expected)
+            return seen, local
+
+        seen, local = compare("version 1", train_mlp)
         f_and_g = (2, 2 * local["x"].numel())  # (calls, payload)
         report.equal("version 1 all_reduce", f_and_g, tuple(seen.total("tp", "all_reduce")))
-        expected = train_gpt(config, b, steps, None)
         for name, sequence in (("TP", False), ("TP+SP", True)):
-            with measure.Collectives({"tp": group}) as seen:
-                losses, local = train_gpt(config, b, steps, group, sequence)
-            compare(name, expected, (losses, local))
-            s, h = (
-                config.seq_len,
-                config.n_embd,
-            )  # m = steps: one microbatch per step
-            costs = predicted_collectives(config.n_layer, b, s, h, m=steps, sequence=sequence)
+            seen, local = compare(name, train_gpt, sequence)
+            # m = STEPS: one microbatch per step
+            costs = predicted_collectives(N_LAYER, B, S, H, m=STEPS, sequence=sequence)
             if sequence:  # all_reduce_partial, once per step; "forward" means outside of backward
                 calls, payload = costs["forward", "all_reduce"]
                 partial = sum(p.numel() for p in local.values() if p.partial)
-                costs["forward", "all_reduce"] = calls + steps, payload + steps * partial
+                costs["forward", "all_reduce"] = calls + STEPS, payload + STEPS * partial
             for (phase, operation), predicted in costs.items():
                 measured = tuple(seen.total("tp", operation, phase))
                 report.equal(f"{name} {phase} {operation}", predicted, measured)

@@ -435,7 +435,8 @@ class Trainer:
         def store(output: Tensor, _: int) -> Tensor:  # [1, s, v/t]
             """On the last stage of one replica: store this tp rank's shard of the logits."""
             if self.dp_group.rank() == 0:
-                start, stop = self.model.lm_head.weight.sharding.bounds(len(logits))
+                tp_rank, t = self.tp_group.rank(), self.tp_group.size()
+                start, stop = tensor_parallel.bounds(len(logits), tp_rank, t)
                 logits[start:stop] = output[0, last]
             return output.new_zeros(())  # in place of a loss
 

@@ -173,10 +173,11 @@ class Llama(nn.Module):
 PLAN = {
     "wte": "vocab",
     "h.*.norm_?": "replicated",
-    "h.*.qkv": ("column", (HEADS * SIZE, KV_HEADS * SIZE, KV_HEADS * SIZE)),
+    "h.*.qkv": ("column", (HEADS, KV_HEADS, KV_HEADS)),
     "h.*.out": "row",
-    "h.*.gate_up": ("column", 2),
+    "h.*.gate_up": ("column", (1, 1)),
     "h.*.down": "row",
+    "ln_f": "replicated",
     "lm_head": "column",
 }
 SIZES = dict(n_head=HEADS, n_embd=H, n_layer=3, vocab_size=41, m=3)
@@ -224,7 +225,7 @@ class SharedKV(nn.Module):
     """A style: every rank holds the full weight and uses the kv heads that its queries read. So
     its gradient is a partial sum, and `partial` adds it over tp."""
 
-    def __init__(self, linear: nn.Linear, parts: int, group: dist.ProcessGroup, sequence: bool):
+    def __init__(self, linear: nn.Linear, fused: tuple, group: dist.ProcessGroup, sequence: bool):
         super().__init__()
         self.group, self.sequence, self.weight = group, sequence, linear.weight
         self.weight.partial = group.size() > 1

@@ -55,7 +55,7 @@ def text(tmp_path) -> str:
         ("--n-embd 30", 1, "--n-embd 30 is not divisible by --n-head 4"),
         ("--pp 5", 5, "5 stages for 4 blocks: lower --pp or --chunks, or raise --n-layer"),
         ("--global-batch-size 30", 4, "30 is not divisible by d 4 x --micro-batch-size 4: .* 16"),
-        ("--tp 4 --vocab-size 5", 4, "--vocab-size: splitting 5 rows .* over t = 4 ranks"),
+        ("--tp 4 --vocab-size 3", 4, "--vocab-size 3 is smaller than --tp 4: lower --tp"),
         ("--data /no/such/file", 1, "--data /no/such/file does not exist"),
         ("--data {empty}", 1, r"is empty \(0 bytes\)"),
         ("--data {text} --seq-len 4000", 1, "holds 2520 tokens and needs 8002"),

@@ -64,7 +64,7 @@ def test_a_slice_of_the_zoo(capsys):
         zoo.main([], [real, harmless])
     out = capsys.readouterr().out
     assert end.value.code == 1 and "SURVIVED" in out and "1 of 2 killed" in out, out
-    assert "by test_tensor_parallel.py::test_cuts_are_torch_chunks" in out
+    assert "by test_tensor_parallel.py::test_shards_are_those_of_tensor_split" in out
 
 
 @pytest.mark.parametrize(

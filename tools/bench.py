@@ -218,7 +218,7 @@ def distribute(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
 
     DTensor splits a matrix into contiguous rows, so the fused q, k, v matrix is reordered first:
     the q, k and v of one rank become neighbours. DTensor has no style for a position embedding
-    under sequence parallelism, so tensor_parallel.PositionShard is used.
+    under sequence parallelism, so gpt.PositionEmbedding slices the table.
     """
     outside = Shard(1) if sequence else Replicate()
     plan = {
@@ -239,7 +239,7 @@ def distribute(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
             plan |= {f"h.{name}.{norm}": SequenceParallel() for norm in ("ln_1", "ln_2")}
     if sequence:
         plan["ln_f"] = SequenceParallel()
-        model.wpe = tensor_parallel.PositionShard(model.wpe, 1, mesh.get_group(), True)
+        model.wpe.shard, model.wpe.shards = mesh.get_local_rank(), mesh.size()
     here = (name for name, module in model.named_modules() if not isinstance(module, nn.Identity))
     parallelize_module(model, mesh, {name: plan[name] for name in here if name in plan})
 

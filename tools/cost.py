@@ -136,9 +136,9 @@ def stages(layout: Layout, pp_rank: int) -> list[int]:
 
 
 def vocab_rows(config: gpt.GPTConfig, t: int, tp_rank: int = 0) -> int:
-    """Rows of the vocabulary on this tp rank. Only the last ranks can have fewer than rank 0."""
-    width = -(-config.vocab_size // t)
-    return min(config.vocab_size, (tp_rank + 1) * width) - tp_rank * width
+    """Rows of the vocabulary on this tp rank. Rank 0 has the most."""
+    start, stop = tensor_parallel.bounds(config.vocab_size, tp_rank, t)
+    return stop - start
 
 
 def units(
@@ -328,6 +328,9 @@ def predicted_rank_bytes(
         held["activations"] = n * min(min(bytes_of.values()) for bytes_of in each)
         held["activations"] *= pp_rank == 0
     held["activations"] += 8 * ends[1]
+    if layout.tp == 1:  # nn.Embedding saves views of the token ids of all microbatches
+        tokens = layout.microbatches * layout.micro_batch_size * config.seq_len
+        held["activations"] += 8 * tokens * ends[0]
     held["buffers"] += max(temporary.values())
     return held
 
@@ -670,19 +673,19 @@ def predicted_activation_bytes(
     tensor-parallel ranks. v: rows of the vocabulary on this rank. rest: policy, every, layers, a,
     attention.
 
-    The `first` stage also saves, per token, a row number (8 bytes) and whether this rank has the
-    row (1), and the dropout mask of the embedding. The `last` stage also saves, per microbatch,
-    input, mean and 1/std of the last layer norm; the input of the head; the probabilities [b, s, v]
-    in fp32 or wider; and per token the target (8 bytes) and, with t > 1, whether this rank has the
-    target and whether it counts (2). With t = 1 the loss is torch's, which saves one more scalar.
-    The token count of the batch (8) is saved once."""
+    The `first` stage also saves the dropout mask of the embedding and, with t > 1, per token, a row
+    number (8 bytes) and whether this rank has the row (1). The `last` stage also saves, per
+    microbatch, input, mean and 1/std of the last layer norm; the input of the head; the
+    probabilities [b, s, v] in fp32 or wider; and per token the target (8 bytes) and, with t > 1,
+    whether this rank has the target and whether it counts (2). With t = 1 the loss is torch's,
+    which saves one more scalar. The token count of the batch (8) is saved once."""
     sizes = dict(b=b, s=s, h=h, itemsize=itemsize, t=t, sequence=sequence, dropout=dropout,
                  stat=stat)  # fmt: skip
     loss_itemsize, sequence_shards = max(4, itemsize), t if sequence else 1
     hidden = b * s * h // sequence_shards
     microbatch = predicted_blocks_bytes(n_layer, **sizes, **rest)
     if first:
-        microbatch += 9 * b * s + hidden * dropout
+        microbatch += 9 * b * s * (t > 1) + hidden * dropout
     if last:
         microbatch += 2 * hidden * itemsize + 2 * b * s // sequence_shards * (stat or itemsize)
         microbatch += b * s * v * loss_itemsize

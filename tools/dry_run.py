@@ -362,9 +362,10 @@ def predicted_bytes(trainer: train_3d.Trainer) -> dict[str, int]:
 def predicted_zero(trainer: train_3d.Trainer) -> dict[str, cost.Payload]:
     """Payload by collective: "all_reduce" over the replica group, the others over the shards."""
     sync, args = trainer.sync, trainer.args
+    # Not gpt.PositionEmbedding, whose input is not token ids.
     tables = (nn.Embedding, tensor_parallel.VocabParallelEmbedding)
     uses = [
-        cost.Use(sync.units.index(unit), matmul=True, table=isinstance(layer, tables))
+        cost.Use(sync.units.index(unit), matmul=True, table=type(layer) in tables)
         for (unit,), layer in zip(sync.needs, zero.layers(trainer.model), strict=True)
     ]
     k = trainer.shard_group.size()

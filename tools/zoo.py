@@ -76,18 +76,19 @@ ZOO = [
         ("gpt.py", '{seed} {name}".encode()', '{seed} {len(new)}".encode()')],
         "tests/test_layouts.py::test_layout_equals_one_process", NUMBERS),
     Bug(5, "a fused qkv matrix sharded as one matrix", [
-        ("tensor_parallel.py", '"h.*.attn.c_attn": ("column", 3)', '"h.*.attn.c_attn": "column"')],
+        ("tensor_parallel.py", '"h.*.attn.c_attn": ("column", (1, 1, 1))',
+         '"h.*.attn.c_attn": "column"')],
         LAYOUTS, r"where='gradient h\.\d\.attn\.c_attn"),
     Bug(6, "three all-reduces in backward instead of one", [
         ("tensor_parallel.py", WAIT_D_X,
          "thirds = zip(grad.chunk(3, -1), weight.chunk(3, 0), strict=True)\n"
-         "            waits = [start(g @ w, ctx.group, need_weight) for g, w in thirds]\n"
-         "            wait_d_x = lambda: sum(wait() for wait in waits)")],
+         "        waits = [start(g @ w, ctx.group, need_weight) for g, w in thirds]\n"
+         "        wait_d_x = lambda: sum(wait() for wait in waits)")],
         "tests/test_tensor_parallel.py::test_collectives_of_a_block_and_what_hides_them",
         r"\('backward', 'all_reduce'\): \(9, \d+\)"),
     Bug(7, "LayerNorm gradients not summed over tp", [
         ("tensor_parallel.py",
-         "p.partial = group.size() > 1 and (partial or (sequence and not sharding))",
+         'p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "sharding"))',
          "p.partial = False")],
         LAYOUTS, r"where='gradient (h\.\d\.)?ln_"),
     Bug(8, "in-place all-reduce without mark_dirty", [
@@ -139,11 +140,12 @@ ZOO = [
         "tests/test_activation_ckpt.py::test_the_same_gradients_and_masks_bitwise",
         r"AssertionError: wte\.weight"),
     Bug(15, "replicated dropout differs between tp ranks", [
-        ("tensor_parallel.py", "group, sequence) if sequence else dropout", "group, sequence)")],
+        ("tensor_parallel.py", "group, sequence) if sequence else module",
+         'group, sequence) if sequence or hasattr(module, "draws") else module')],
         LAYOUTS, NUMBERS),
     Bug(15, "sharded dropout is equal on all tp ranks", [
-        ("tensor_parallel.py", "dropout.shard, dropout.shards = group.rank(), group.size()",
-         "dropout.shard, dropout.shards = 0, group.size()")],
+        ("tensor_parallel.py", "module.shard, module.shards = group.rank(), group.size()",
+         "module.shard, module.shards = 0, group.size()")],
         LAYOUTS, NUMBERS),
     Bug(16, "a short microbatch for a receive of fixed shape", [
         ("pipeline.py", "if found != (self.shape, self.dtype):", "if False:")],
@@ -190,8 +192,9 @@ ZOO = [
         "tests/test_pipeline.py::test_200_random_schedules_run",
         r"assert counted == pipe\.accumulations"),
     Bug(22, "the last rows of an uneven split are lost", [
-        ("tensor_parallel.py", "return -(-n // t)", "return n // t")],
-        "tests/test_tensor_parallel.py::test_cuts_are_torch_chunks_and_cover_the_whole",
+        ("tensor_parallel.py", "size, rest = divmod(n, t)", "size, rest = n // t, 0")],
+        "tests/test_tensor_parallel.py::"
+        "test_shards_are_those_of_tensor_split_and_cover_the_full_tensor",
         "assert False"),
     Bug(23, "a reduction over the wrong group", [
         ("train_3d.py", "tensor_parallel.all_reduce_partial(partial, self.tp_group)",
@@ -243,7 +246,7 @@ ZOO = [
         ("train_3d.py", "first, b = self.dp_group.rank() * rows_per_replica,", "first, b = 0,")],
         LAYOUTS, NUMBERS),
     Bug(31, "every sequence shard starts at position 0", [
-        ("tensor_parallel.py", "start = self.rank * x.size(1)", "start = 0")],
+        ("gpt.py", "start = self.shard * x.size(1)", "start = 0")],
         LAYOUTS, r"where='gradient wpe\.weight"),
     Bug(32, "ranks sample different tokens", [
         ("train_3d.py", "generator.manual_seed(self.args.seed)",
