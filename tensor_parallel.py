@@ -397,8 +397,8 @@ def parallelize(
     parameters. The model may be on the meta device. Tied weights stay tied. Raises ValueError if
     the plan does not fit the model. With t = 1, the model does not change.
 
-    All ranks must start from equal parameters: use the same seed or checkpoint. All ranks must call
-    the model with the same tokens. Neither is checked.
+    All ranks must start from equal parameters and call the model with the same tokens. Neither is
+    checked here. check_same_parameters() in ddp.py compares parameters.
 
     The attention of the model must take the number of heads and the sequence length from the shape
     of its queries. Weights may be split unevenly. With `sequence`, t must divide the sequence
@@ -411,8 +411,12 @@ def parallelize(
         for p in model.parameters():
             p.partial = False
         return model
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for pattern in plan:
+        if not any(fnmatch(name, pattern) for name in modules):
+            raise ValueError(f"the plan names {pattern!r}, but the model has no such module")
     new_parameter: dict[nn.Parameter, nn.Parameter] = {}  # tied modules share the new one as well
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    for name, module in modules.items():
         entry = next((plan[pattern] for pattern in plan if fnmatch(name, pattern)), None)
         style, fused = entry if isinstance(entry, tuple) else (entry, (1,))
         check_style(name, module, style)

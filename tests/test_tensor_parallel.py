@@ -266,15 +266,16 @@ def test_shards_differ_and_replicas_do_not():
 
 def parallelize_with(plan: dict, v: int):
     config = gpt.GPTConfig(1, 2, 8, v, 4, tied=False)
-    rest = {n: style for n, style in tp.GPT_PLAN.items() if n != "h.*.mlp.c_fc"}
-    tp.parallelize(gpt.build(config), plan | rest, dist.group.WORLD)
+    plan = tp.GPT_PLAN | plan
+    tp.parallelize(gpt.build(config), {n: s for n, s in plan.items() if s}, dist.group.WORLD)
 
 
 @pytest.mark.parametrize(
     "plan, v, message",
     [
         ({"h.*.mlp.c_fc": "columns"}, 4, "unknown style 'columns'; use one of column, row, vocab"),
-        ({"h.*.mlp.fc": "column"}, 4, "h.0.mlp.c_fc has parameters, but the plan does not name it"),
+        ({"h.*.mlp.c_fc": None}, 4, "h.0.mlp.c_fc has parameters, but the plan does not name it"),
+        ({"h.*.dropout": "tokens"}, 4, "plan names 'h.*.dropout', but the model has no such"),
         ({}, 3, "wte, style 'vocab': 3 rows .* for each of t = 4 ranks: .* smaller t"),
     ],
 )
