@@ -296,7 +296,7 @@ class Logger:
         recomputation.
     peak: TFLOP/s of a rank's device. If given, the MFU is reported: achieved / peak TFLOP/s
         (Chowdhery et al. 2022, PaLM, appendix B).
-    stop: number of steps after which this process ends. Default: `steps`.
+    stop: number of steps after which this process ends, if less than `steps`.
     append: keep the rows of the file. Steps that are repeated after a crash appear twice."""
 
     def __init__(self, path: str | None, steps: int, print_every: int, tokens_per_step: int,
@@ -304,7 +304,7 @@ class Logger:
                  append: bool = False):  # fmt: skip
         self.steps, self.print_every, self.tokens_per_step = steps, print_every, tokens_per_step
         self.tflop, self.peak = tflop, peak
-        self.stop = steps if stop is None else stop
+        self.stop = min(steps, stop or steps)
         self.is_main = int(os.environ.get("RANK", 0)) == 0
         check_writable("--log", path)
         mode = "a" if append else "w"

@@ -275,6 +275,16 @@ def test_launched_runs_are_the_plain_one(ranks, layout, how, text, tmp_path):
                 assert row[key] == pytest.approx(plain[key], rel=1e-12, abs=0), (name, key)
 
 
+@pytest.mark.parametrize("stop", [3, 4, 9])
+def test_every_step_is_logged(stop, text, tmp_path):
+    """Of a run of 4 steps, which ends at --stop-after if that is earlier. Nothing but the end of
+    the run makes the logger write: it has neither a validation nor a checkpoint."""
+    log = tmp_path / "log"
+    flags = ["--data", text, "--val-every", 0, "--stop-after", stop, "--log", log]
+    assert forked(0, train_3d.main, *TINY, *flags).returncode == 0
+    assert [row["step"] for row in read_log(log)] == [*range(min(stop, 4))]
+
+
 def test_a_trace_has_what_every_rank_did(text, tmp_path):
     path = tmp_path / "trace.json"
     flags = ["--data", text, "--pp", 2, "--schedule", "zb-h1", "--trace", path]
