@@ -11,7 +11,7 @@ Each strategy transforms a plain model. They are applied in this order:
 
 No strategy requires another: each can be left out. This file assigns ranks to groups, applies the
 strategies and runs the training loop. It also implements operations that span several groups: the
-sum of a tied embedding's gradients, the global gradient norm, checkpoints, validation and sampling.
+sum of a tied embedding's gradients, the global gradient norm, checkpoints and validation.
 
 tp, pp, dp: tensor, pipeline and data parallelism. t, p, d: their sizes; d = world size / (t * p).
 Stage: consecutive layers, on one pp rank. Replica: the t * p ranks that hold one copy of the model.
@@ -59,6 +59,7 @@ import activation_ckpt
 import checkpoint
 import data
 import ddp
+import generate
 import gpt
 import huggingface
 import measure
@@ -269,10 +270,10 @@ class Trainer:
             )
             return total / count
 
-        shape = self._boundary_shape(b, self.config.seq_len)
+        shape = self.boundary_shape(b, self.config.seq_len)
         return self.pipe.run(program, x.split(b), loss_of, shape, before)
 
-    def _boundary_shape(self, b: int, s: int) -> tuple[int, int, int]:
+    def boundary_shape(self, b: int, s: int) -> tuple[int, int, int]:
         """The shape of the activations that are sent between stages."""
         shards = self.tp_group.size() if self.args.sequence_parallel else 1
         return b, s // shards, self.config.n_embd
@@ -369,7 +370,7 @@ class Trainer:
             self.groups[key] = self.single_group if group is None else group
         return self.groups[key]
 
-    # --- checkpoints, validation, sampling ---
+    # --- checkpoints and validation ---
 
     def state_to_save(self) -> tuple[list[checkpoint.TensorSlice], dict]:
         """(slices of parameters and moments that this rank writes, scalars of the optimizer). The
@@ -388,59 +389,21 @@ class Trainer:
     def loaded(self) -> None:
         self.sync.after_step()  # copies the loaded pieces to the parameters
 
-    def _forward_program(self, m: int) -> pipeline.Program:
+    def forward_program(self, m: int) -> pipeline.Program:
+        """The actions and transfers of this rank in m forward passes without backward."""
         forwards = pipeline.forward_only(self.schedule, m)
         return pipeline.derive_programs(forwards)[self.pp_rank]
 
     @torch.no_grad()
     def validate(self, read: Callable) -> Tensor:
         """Mean loss over --val-batches global batches, equal on all ranks. read: see Trainer."""
-        program = self._forward_program(self.m)
+        program = self.forward_program(self.m)
         self.model.eval()
         loss = sum(self._run(program, read, index) for index in range(self.args.val_batches))
         self.model.train()
         loss *= self.tp_group.rank() == 0  # all tp ranks have the same value: tp rank 0 adds it
         dist.all_reduce(loss)  # payload: 1, over the world
         return loss / self.args.val_batches
-
-    @torch.no_grad()
-    def sample(
-        self, prompt: Tensor, n: int, temperature: float = 0.8, top_k: int | None = None
-    ) -> Tensor:
-        """The token ids `prompt`, a vector, followed by n generated ones, the same on every rank.
-        Each generated token takes one forward pass over at most s tokens. top_k: sample from the
-        top_k most likely tokens only. temperature 0: take the most likely one."""
-        program, generator = self._forward_program(1), torch.Generator()
-        generator.manual_seed(self.args.seed)
-        tokens, v = prompt.to(self.device), self.config.vocab_size
-        self.model.eval()
-        for _ in range(n):
-            logits = self._next_logits(program, tokens[-self.config.seq_len :])
-            values, indices = logits.double().cpu().topk(min(top_k or v, v))
-            p = torch.softmax((values - values[0]) / max(temperature, 1e-9), dim=0)
-            token = indices[torch.multinomial(p, 1, generator=generator)]
-            tokens = torch.cat([tokens, token.to(self.device)])
-        self.model.train()
-        return tokens
-
-    def _next_logits(self, program: pipeline.Program, tokens: Tensor) -> Tensor:
-        """The logits [v] of the token after `tokens`, on every rank."""
-        logits = torch.zeros(self.config.vocab_size, dtype=self.dtype, device=self.device)
-        last = len(tokens) - 1
-        # With sequence parallelism t must divide the length. Attention is causal, so padding after
-        # `last` does not change its logits.
-        x = nn.functional.pad(tokens[None], (0, -len(tokens) % self.tp_group.size()))
-
-        def store(output: Tensor, _: int) -> Tensor:  # [1, s, v/t]
-            """On the last stage of one replica: store this tp rank's shard of the logits."""
-            if self.dp_group.rank() == 0:
-                start, stop = self.model.lm_head.weight.sharding.bounds(len(logits))
-                logits[start:stop] = output[0, last]
-            return output.new_zeros(())  # in place of a loss
-
-        self.pipe.run(program, [x], store, self._boundary_shape(*x.shape))
-        dist.all_reduce(logits)  # payload: v, over the world
-        return logits
 
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:
@@ -561,10 +524,7 @@ def train(
         command = f"python -m tools.bubble {args.trace}"
         logger.say(f"--trace: wrote {args.trace}. To measure the bubble, run: {command}")
     if args.sample and not stopped:
-        prompt = torch.from_numpy(held_out[:16].astype("int64"))
-        ids = trainer.sample(prompt, args.sample).tolist()
-        before, after = data.decode(ids[:16], args.data), data.decode(ids[16:], args.data)
-        logger.say(f"--- sample after {before!r} ---\n{after}\n--------------")
+        logger.say(generate.sample_text(trainer, held_out))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # the handlers above keep the trainer alive
     if val_loss is not None and not stopped:
