@@ -68,6 +68,7 @@ import pipeline
 import startup
 import tensor_parallel
 import zero
+from logger import Logger
 
 # --- the model: transformations in order ----------------------------------------------------------
 
@@ -432,7 +433,7 @@ def start_to_host(t: Tensor) -> Callable[[], Tensor]:
 
 def resume(
     trainer: Trainer, found: list[checkpoint.Found], group: dist.ProcessGroup, run: dict,
-    logger: measure.Logger,
+    logger: Logger,
 ) -> int:  # fmt: skip
     """Load the newest undamaged checkpoint. Returns its number of completed steps, or 0 if no
     checkpoint exists. If all are damaged, exits with a message that names each."""
@@ -454,7 +455,7 @@ def resume(
 
 def train(
     args: argparse.Namespace, config: gpt.GPTConfig, corpus: tuple, device: torch.device,
-    logger: measure.Logger, draw: Callable | None, found: list[checkpoint.Found],
+    logger: Logger, draw: Callable | None, found: list[checkpoint.Found],
 ) -> bool:  # fmt: skip
     """Train, validate, save and sample. Returns False if the last save failed."""
     tokens, held_out = corpus
@@ -487,7 +488,7 @@ def train(
         trainer.watch(trace)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(trainer, "stop_requested", True))
-    end = min(args.steps, args.stop_after or args.steps)
+    end = logger.end
     stop_requests = start_to_host(torch.zeros(()))
     gc.freeze()  # exclude existing objects from garbage collection: scanning them takes time
     stopped = False
@@ -551,16 +552,11 @@ def main() -> None:
             return huggingface.export_gpt2(found, args.export, dist.group.WORLD)
         device, device_line = startup.pick_device(args.device)
         corpus = data.load(args.data, config.seq_len, config.vocab_size)
-        measure.check_writable("--trace", args.trace)
+        startup.check_writable("--log", args.log)
+        startup.check_writable("--trace", args.trace)
         checkpoint.check_writable(args.checkpoint_dir)
-        tokens = args.global_batch_size * config.seq_len
-        # 3: a backward pass takes twice as many operations as a forward pass. 1e-12: to TFLOP.
-        tflop = 1e-12 * 3 * gpt.forward_flops_per_token(config) * tokens / world_size
         peak = args.peak_tflops or startup.peak_tflops(device, args.dtype)
-        logger = measure.Logger(
-            args.log, args.steps, args.print_every, tokens, tflop, peak, args.stop_after,
-            append=bool(found),
-        )  # fmt: skip
+        logger = Logger(args, config, world_size, peak, append=bool(found))
     except ValueError as error:
         options.parser().error(str(error))
     for line in (device_line, *notes):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import time
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import measure
 import options
 import startup
 import train_3d
+from logger import Logger
 from tests.commands import TINY, forked
 from tools import gpu_check
 from tools.oracle import Case, judge, launch
@@ -208,19 +210,20 @@ def test_the_flops_of_a_token_are_counted():
 
 def test_mfu_of_a_run(tmp_path, monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
-    log = tmp_path / "log"
-    logger = measure.Logger(str(log), 1, 1, 1000, tflop=2.0, peak=8.0)
-    logger.start()
-    logger.step(0, torch.tensor([3.0, 1.0]), 0.1)  # a second later
-    logger.file.close()
-    (row,) = map(json.loads, log.read_text().splitlines())
-    assert (row["tokens_per_s"], row["tflops_per_rank"], row["mfu"]) == (1000, 2.0, 0.25)
-    logger = measure.Logger(str(log), 1, 1, 1000, tflop=2.0)
-    logger.start()
-    logger.step(0, torch.tensor([3.0, 1.0]), 0.1)
-    logger.file.close()
-    assert "mfu" not in log.read_text()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    path = tmp_path / "log"
+    args = options.parser().parse_args(["--log", str(path), "--steps", "1"])
+    config = gpt.MODELS["nano"]
+    tokens = args.global_batch_size * config.seq_len
+    tflop = 3e-12 * tokens * gpt.forward_flops_per_token(config)
+    for peak, mfu in ((8 * tflop, 0.0625), (None, None)):
+        logger = Logger(args, config, world_size=2, peak=peak)
+        logger.start()
+        logger.step(0, torch.tensor([3.0, 1.0]), 0.1)  # a second later
+        logger.file.close()
+        (row,) = map(json.loads, path.read_text().splitlines())
+        assert (row["tokens_per_s"], row.get("mfu")) == (tokens, mfu)
+        assert row["tflops_per_rank"] == pytest.approx(tflop / 2)
 
 
 def test_the_ranks_share_the_flops(tmp_path):

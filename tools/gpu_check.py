@@ -296,7 +296,7 @@ def main() -> None:
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     try:
         device, line = startup.pick_device(args.device)
-        measure.check_writable("--out", args.out)
+        startup.check_writable("--out", args.out)
     except ValueError as error:
         sys.exit(f"tools.gpu_check: {error}")
     print(line, flush=True)

@@ -397,7 +397,7 @@ def main() -> None:
         arguments.error(f"--rows {wrong[0]!r} is not one of {', '.join(map(repr, known))}")
     try:
         device, _ = startup.pick_device(args.device)
-        measure.check_writable("--out", args.out)
+        startup.check_writable("--out", args.out)
     except ValueError as error:
         arguments.error(str(error))
     args.device = device.type
