@@ -11,8 +11,6 @@ measured costs.
         loss = model(x)
     saved.bytes(), saved.peak                           bytes now, and the maximum so far
 
-    bytes_held(model.parameters())                      bytes of the distinct storages
-
     with trace.span("F0"):                              a timeline of all ranks
         ...
     trace.write("trace.json", "rank name")
@@ -55,7 +53,6 @@ _OPERATIONS = {
     "send": ("send", 0),
     "recv_": ("recv", 0),
 }
-_MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
 
 
 class Call(NamedTuple):
@@ -67,7 +64,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     phase: str  # "backward": in a backward pass, hooks and recomputation included; else "forward"
     ranks: int  # size of the group
-    hidden: bool = False  # asynchronous, and a matmul started before its result was used
+    hidden: bool = False  # set by tools/counting.py
 
 
 class Total(NamedTuple):
@@ -87,45 +84,19 @@ class Collectives(TorchDispatchMode):
         for name, group in (groups or {}).items():
             self.names.setdefault(group.group_name, name)
         self.calls: list[Call] = []
-        self._matmuls = 0  # so far
-        # Asynchronous calls with unused results: storage -> (index of the call, matmuls before it)
-        self._unused: dict[int, tuple[int, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operation = func.name().split("::")[1].split(".")[0]
         if func.namespace == "c10d" and operation in _OPERATIONS:
             name, position = _OPERATIONS[operation]
             tensors = args[position] if isinstance(args[position], list) else [args[position]]
-            if self._is_async(func, args):
-                output = args[0][0] if isinstance(args[0], list) else args[0]
-                self._unused[_storage(output)] = (len(self.calls), self._matmuls)
             payload, dtype = sum(t.numel() for t in tensors), tensors[0].dtype
             group, ranks = self._group(args)
             # Only a backward pass has a current autograd node.
             forward = torch._C._current_autograd_node() is None
             phase = "forward" if forward else "backward"
             self.calls.append(Call(name, group, payload, dtype, phase, ranks))
-        else:
-            self._find_uses(args)
-            self._matmuls += operation in _MATMULS
         return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _is_async(func, args) -> bool:
-        """torch 2.11 has no async_op argument, so every call counts as asynchronous there. A
-        synchronous call is still not hidden if its result is used before the next matmul. args
-        omits arguments that have their default value."""
-        names = [argument.name for argument in func._schema.arguments]
-        position = names.index("async_op") if "async_op" in names else len(args)
-        return args[position] if position < len(args) else True
-
-    def _find_uses(self, args) -> None:
-        """Mark a call as hidden if its result is among args and a matmul ran in between."""
-        for arg in args if self._unused else ():
-            for t in arg if isinstance(arg, (list, tuple)) else [arg]:
-                if isinstance(t, Tensor) and _storage(t) in self._unused:
-                    i, before = self._unused.pop(_storage(t))
-                    self.calls[i] = self.calls[i]._replace(hidden=self._matmuls > before)
 
     def _group(self, args) -> tuple[str, int]:
         """(name, size) of the process group among args."""
@@ -135,51 +106,28 @@ class Collectives(TorchDispatchMode):
                 return self.names.get(group.group_name, group.group_name), group.size()
         raise AssertionError("a collective without a group")
 
-    def select(self, group=None, operation=None, phase=None, hidden=None) -> list[Call]:
-        """The calls with these values. None matches all."""
-        wanted = {"group": group, "operation": operation, "phase": phase, "hidden": hidden}
-        return [
-            call
-            for call in self.calls
-            if all(v is None or getattr(call, k) == v for k, v in wanted.items())
-        ]
-
     def total(self, group=None, operation=None, phase=None, hidden=None) -> Total:
-        """Number and payload of the selected calls."""
-        calls = self.select(group, operation, phase, hidden)
-        return Total(len(calls), sum(call.payload for call in calls))
+        """Number and payload of the calls with these values. None matches all."""
+        wanted = {"group": group, "operation": operation, "phase": phase, "hidden": hidden}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        found = [c for c in self.calls if all(getattr(c, k) == v for k, v in wanted.items())]
+        return Total(len(found), sum(call.payload for call in found))
 
 
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def _storage(t: Tensor) -> int:
+def storage_id(t: Tensor) -> int:
     return t.untyped_storage()._cdata
-
-
-def bytes_held(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages of these tensors. Two views of one buffer count once, and a
-    view counts its full buffer."""
-    storages = {_storage(t): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def bytes_by_kind(
-    held: dict[str, list[Tensor]], optimizer: torch.optim.Optimizer
-) -> dict[str, int]:
-    """bytes_held() of each kind of `held`. The optimizer's moments are added to "optimizer"."""
-    moments = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
-    more = {"optimizer": moments}
-    return {kind: bytes_held([*tensors, *more.get(kind, [])]) for kind, tensors in held.items()}
 
 
 class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes of the storages that autograd saves for backward, each storage once. The
-    parameters of `model` and the tensors of `ignore` do not count. `peak` is the largest number of
-    bytes that were alive after a tensor was saved. Counting does not keep a tensor alive."""
+    parameters of `model` do not count. `peak` is the largest number of bytes that were alive after
+    a tensor was saved. Counting does not keep a tensor alive."""
 
-    def __init__(self, model: nn.Module, ignore: Iterable[Tensor] = ()):
-        self._ignored = [*model.parameters(), *ignore]
+    def __init__(self, model: nn.Module):
+        self._parameters = [*model.parameters()]
         self._saved: dict[int, tuple[StorageWeakRef, int]] = {}  # storage -> (reference, bytes)
         self.peak = 0
         super().__init__(self._pack, lambda t: t)
@@ -190,7 +138,7 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
 
     def _pack(self, t: Tensor) -> Tensor:
         # Compared at each call, because ZeRO-3 changes the storage of a parameter.
-        if all(_storage(t) != _storage(other) for other in self._ignored):
+        if all(storage_id(t) != storage_id(p) for p in self._parameters):
             ref = StorageWeakRef(t.untyped_storage())
             self._saved.setdefault(ref.cdata, (ref, t.untyped_storage().nbytes()))
             self.peak = max(self.peak, self.bytes())
@@ -200,7 +148,7 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
         """Bytes that are alive now, including the storages of `others`."""
         self._saved = {n: saved for n, saved in self._saved.items() if not saved[0].expired()}
         held = {number: nbytes for number, (_, nbytes) in self._saved.items()}
-        held |= {_storage(t): t.untyped_storage().nbytes() for t in others}
+        held |= {storage_id(t): t.untyped_storage().nbytes() for t in others}
         return sum(held.values())
 
 

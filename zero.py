@@ -627,7 +627,7 @@ class Zero1:
         return [piece for unit in self.units for piece in unit.pieces]
 
     def held(self) -> dict[str, list[Tensor]]:
-        """The tensors stored between steps, for measure.bytes_by_kind(). Some share memory."""
+        """The tensors stored between steps, for tools/counting.py. Some share memory."""
         held = {"parameters": [p for _, p in self.named], "gradients": [], "optimizer": []}
         for unit in self.units:
             held["parameters"].append(unit.parameter_shard)
