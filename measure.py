@@ -234,6 +234,13 @@ _WORKS = {
 }
 
 
+def exit_if_lost(title: str, error: BaseException) -> None:
+    """If `error` is that of a collective, print one line and end the process."""
+    if line := lost_collective(error):
+        print(f"{title}: rank {os.environ.get('RANK', 0)}: {line}", file=sys.stderr, flush=True)
+        os._exit(1)  # a normal exit would wait for collectives that never complete
+
+
 def lost_collective(error: BaseException) -> str | None:
     """One line on a collective that failed because another rank exited or did not respond: the
     operation, the ranks of its group, and the line of this repository that waited for it. None for
@@ -389,9 +396,7 @@ class Report:
 
     def __exit__(self, kind, error, _) -> None:
         if kind is not None:
-            if line := lost_collective(error):
-                print(f"{self.title}: rank {dist.get_rank()}: {line}", file=sys.stderr, flush=True)
-                os._exit(1)  # a collective that never completes would block a normal exit
+            exit_if_lost(self.title, error)
             return  # Python prints the traceback; torchrun stops the other ranks
         failed = torch.tensor(float(self.failed))
         dist.all_reduce(failed)

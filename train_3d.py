@@ -46,7 +46,6 @@ import datetime
 import functools
 import gc
 import os
-import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -86,8 +85,7 @@ class Trainer:
         GPT-2's initialisation.
     model: a function that builds the model; called on the meta device. The model must have the
         attributes h (blocks by number) and lm_head; with --recompute selective, each block also
-        attn.core.
-        Default: gpt.GPT(config).
+        attn.core. Default: gpt.GPT(config).
     plan: how each layer is sharded over tp, see tensor_parallel.parallelize().
     schedule: schedule(p, m) -> pipeline.Schedule. Default: --schedule.
     sync: a class with the interface of ddp.DDP, used instead of DDP or ZeRO. If it shards the
@@ -113,48 +111,37 @@ class Trainer:
         # The transformations, in the order of the docstring.
         with torch.device("meta"):
             self.model = model() if model else gpt.GPT(config)
-        split = self._take_stages()
-        tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
-        self._init_weights(draw)
-        self._wrap_blocks()
-        self._make_pipeline(split)
-        self.sync = self._make_sync(sync)
-        self.optimizer = self._make_optimizer()
 
-    def _take_stages(self) -> list[range]:
-        """Remove the layers of other ranks' stages. Returns the block numbers of every stage."""
-        stages = pipeline.stages_of(self.schedule)
-        self.pp_rank = self.pp_group.rank()
+        # Pipeline: remove the layers of other ranks' stages.
+        stages, self.pp_rank = pipeline.stages_of(self.schedule), self.pp_group.rank()
         self.stages = stages[self.pp_rank]
-        embedding, block, head = gpt.flops_per_token(self.config)
+        embedding, block, head = gpt.flops_per_token(config)
         split = pipeline.split_layers(
             len(self.model.h), sum(map(len, stages)), embedding / block, head / block
         )
         pipeline.take_stages(self.model, self.stages, split)
-        return split
 
-    def _init_weights(self, draw: Callable | None) -> None:
-        """Allocate and initialise this rank's parameters. Values do not depend on t, p or d."""
-        draw = draw or functools.partial(gpt.gpt2_draw, n_layer=self.config.n_layer)
-        gpt.init_weights(self.model, self.args.seed, self.dtype, self.device, draw)
+        tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
+
+        # Allocate and initialise this rank's parameters. Values do not depend on t, p or d.
+        draw = draw or functools.partial(gpt.gpt2_draw, n_layer=config.n_layer)
+        gpt.init_weights(self.model, args.seed, self.dtype, device, draw)
         # The seed, step and rows that determine dropout masks. A model may have no dropout.
         self.draws = getattr(self.model, "draws", gpt.Draws())
-        self.draws.seed = self.args.seed
+        self.draws.seed = args.seed
 
-    def _wrap_blocks(self) -> None:
-        """Apply --compile and --recompute to the blocks. Only each block's forward() is
-        compiled. Its hooks are not, nor is the attention core with --recompute selective."""
-        args, blocks = self.args, self.model.h
-        for block in blocks.values() if args.compile else ():
+        # Only each block's forward() is compiled. Its hooks are not, nor is the attention core with
+        # --recompute selective.
+        for block in self.model.h.values() if args.compile else ():
             if args.recompute == "selective":
                 block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
             block.forward = torch.compile(block.forward)
         activation_ckpt.checkpoint_blocks(
-            blocks, args.recompute, args.recompute_every, args.recompute_layers, self.draws.save
-        )
+            self.model.h, args.recompute, args.recompute_every, args.recompute_layers,
+            self.draws.save,
+        )  # fmt: skip
 
-    def _make_pipeline(self, split: list[range]) -> None:
-        """Make self.pipe, which runs self.program: the actions and transfers of this rank."""
+        # self.pipe runs self.program: the actions and transfers of this rank.
         chunks = pipeline.chunks_of(self.model, self.stages, split)
         split_backward = pipeline.splits_backward(self.schedule[self.pp_rank])
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
@@ -162,16 +149,17 @@ class Trainer:
             chunks, len(split), self.pp_group, self.dtype, self.device, split_backward, self.program
         )
 
+        self.sync = self._make_sync(sync)
+        self.optimizer = self._make_optimizer()
+
     def _make_sync(self, sync: Callable | None):
         """Attach DDP or ZeRO, which reduces gradients over dp. Each of its pieces() has a tensor
         that the optimizer updates on this rank: a parameter, its fp32 copy, or a shard of one."""
         args = self.args
         # How many times each parameter's gradient is accumulated per step before it is reduced.
         accumulations = self.pipe.accumulations(self.schedule[self.pp_rank])
-        how = {
-            "grad_dtype": options.DTYPES.get(args.grad_dtype),
-            "reduce_dtype": options.DTYPES.get(args.reduce_dtype),
-        }
+        dtypes = ("grad_dtype", "reduce_dtype")
+        how = {name: options.DTYPES.get(getattr(args, name)) for name in dtypes}
         if args.dp_nodes > 1 and self.inside_group.size() > 1:
             how["reduce"] = ddp.Hierarchical(self.inside_group, self.across_group)
         if sync or args.zero == 0:
@@ -198,8 +186,6 @@ class Trainer:
         for piece in self.sync.pieces():
             is_vector = piece.parameter.ndim < 2  # not of piece.tensor: ZeRO's shards are 1-D
             groups[int(is_vector)]["params"].append(piece.tensor)
-        placeholder = torch.zeros(0)  # for a rank without pieces: torch rejects an empty list
-        groups = [g for g in groups if g["params"]] or [{"params": [placeholder]}]
         # A dry run is on meta, which has no fused kernels.
         how = {"fused": True} if self.device.type != "meta" else {"foreach": True}
         if self.args.optimizer == "sgd":
@@ -414,20 +400,6 @@ def to_device(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device, non_blocking=True)
 
 
-def start_to_host(t: Tensor) -> Callable[[], Tensor]:
-    """Start to copy t to the host. Returns a function that waits for this copy only, not for later
-    work on the device, and returns the copy."""
-    host = torch.empty_like(t, device="cpu", pin_memory=t.is_cuda).copy_(t, non_blocking=True)
-    event = torch.get_device_module(t.device).Event()
-    event.record()
-
-    def finish() -> Tensor:
-        event.synchronize()
-        return host
-
-    return finish
-
-
 # --- the training loop ----------------------------------------------------------------------------
 
 
@@ -472,8 +444,6 @@ def train(
         return every > 0 and (step + 1) % every == 0
 
     trainer = Trainer(args, config, read, device, draw)
-    for line in options.describe(args, config, dist.get_world_size(), device):
-        logger.say(line)
     run = options.run_of(args, config) | {"corpus": data.fingerprint(tokens)}
     disk = None
     if args.checkpoint_dir:
@@ -488,18 +458,21 @@ def train(
         trainer.watch(trace)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(trainer, "stop_requested", True))
-    end = logger.end
-    stop_requests = start_to_host(torch.zeros(()))
+    # Each step's stop requests are read after the next step has been launched, so that the host
+    # does not wait for the device. `copied` waits for this copy only, not for later work.
+    stop_requests, copied = torch.zeros(()), torch.get_device_module(device).Event()
     gc.freeze()  # exclude existing objects from garbage collection: scanning them takes time
-    stopped = False
+    end, stopped = logger.end, False
     logger.start()
     for step in range(first, end):
         stats = trainer.step(step)
         logger.step(step, stats, trainer.learning_rate(step))
-        # Read the count of the previous step: the current one may still be running on the device.
-        stopped = step + 1 < end and stop_requests().item() > 0
-        stop_requests = start_to_host(stats[2])
-        last = stopped or step + 1 == end
+        last = step + 1 == end
+        if not last:
+            copied.synchronize()
+            stopped = last = stop_requests.item() > 0
+            stop_requests = stats[2].to("cpu", non_blocking=True)  # into pinned memory
+            copied.record()
         if is_due(args.val_every, step) or (args.val_every and step + 1 == args.steps):
             logger.flush()
             val_loss = trainer.validate(read_held_out)
@@ -535,8 +508,9 @@ def train(
 
 def main() -> None:
     if "--dry-run" in sys.argv:  # before parse_args(): tools/dry_run.py parses the options itself
-        runpy.run_module("tools.dry_run", run_name="__main__")
-        return
+        from tools import dry_run
+
+        return dry_run.main()
     try:
         # Checks that need no communication.
         args, found, notes = options.parse_args()
@@ -559,7 +533,7 @@ def main() -> None:
         logger = Logger(args, config, world_size, peak, append=bool(found))
     except ValueError as error:
         options.parser().error(str(error))
-    for line in (device_line, *notes):
+    for line in (device_line, *notes, *options.describe(args, config, world_size, device)):
         logger.say(line)
     try:
         startup.join_ranks(device, args.timeout)
@@ -572,11 +546,8 @@ def main() -> None:
         gc.collect()
         dist.barrier()  # a rank that exits early would close connections that others still use
     except RuntimeError as error:
-        if (line := measure.lost_collective(error)) is None:  # not the error of a collective
-            raise
-        rank = os.environ.get("RANK", 0)
-        print(f"train_3d.py: rank {rank}: {line}", file=sys.stderr, flush=True)
-        os._exit(1)  # a normal exit would wait for collectives that never complete
+        measure.exit_if_lost("train_3d.py", error)
+        raise
     dist.destroy_process_group()
     if not saved:
         sys.exit(1)
