@@ -157,8 +157,8 @@ def test_a_difference_is_marked_and_is_the_exit_code(monkeypatch, capsys):
     ("--dry-run --world-size 8 --rank 8", "--rank 8 with --world-size 8: give 0 to 7"),
     ("--dry-run --world-size 8 --tp 3", "world size 8 is not divisible by --tp 3"),
     ("--dry-run --recompute offload", "meta tensors cannot be offloaded: use another policy"),
-    ("--world-size 8", "--world-size without --dry-run: give"),
-    ("--rank 0", "--rank without --dry-run: give"),
+    ("--world-size 8", "--world-size 8 needs --dry-run: give"),
+    ("--rank 0", "--rank 0 needs --dry-run: give"),
 ])  # fmt: skip
 def test_dry_runs_that_cannot_be(flags, message):
     done = forked(0, train_3d.main, *flags.split())
