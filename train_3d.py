@@ -245,7 +245,7 @@ class Trainer:
         rows_per_replica = self.args.global_batch_size // self.dp_group.size()
         first, b = self.dp_group.rank() * rows_per_replica, self.args.micro_batch_size
         rows = range(first, first + rows_per_replica)
-        x, y = (to_device(tokens, self.device) for tokens in read(step, rows))
+        x, y = (data.to_device(tokens, self.device) for tokens in read(step, rows))
         count, targets = ddp.global_count(y, self.dp_group), y.split(b)
 
         def before(microbatch: int) -> None:  # dropout masks depend on the step and the rows
@@ -393,13 +393,6 @@ class Trainer:
         return loss / self.args.val_batches
 
 
-def to_device(t: Tensor, device: torch.device) -> Tensor:
-    """Copy t asynchronously. It is pinned first: a copy from pageable memory blocks the host."""
-    if t.device.type != device.type:
-        t = t.pin_memory()
-    return t.to(device, non_blocking=True)
-
-
 # --- the training loop ----------------------------------------------------------------------------
 
 
@@ -432,16 +425,12 @@ def train(
     """Train, validate, save and sample. Returns False if the last save failed."""
     tokens, held_out = corpus
 
-    def read(step: int, rows: range) -> tuple[Tensor, Tensor]:
-        return data.batch(tokens, step, rows, config.seq_len, args.seed)
+    read = functools.partial(data.batch, tokens, seq_len=config.seq_len, seed=args.seed)
 
     def read_held_out(index: int, rows: range) -> tuple[Tensor, Tensor]:
         start = index * args.global_batch_size
         shifted = range(start + rows.start, start + rows.stop)
         return data.validation_batch(held_out, shifted, config.seq_len)
-
-    def is_due(every: int, step: int) -> bool:  # every 0: never
-        return every > 0 and (step + 1) % every == 0
 
     trainer = Trainer(args, config, read, device, draw)
     run = options.run_of(args, config) | {"corpus": data.fingerprint(tokens)}
@@ -467,28 +456,29 @@ def train(
     for step in range(first, end):
         stats = trainer.step(step)
         logger.step(step, stats, trainer.learning_rate(step))
-        last = step + 1 == end
+        done = step + 1  # completed steps
+        last = done == end
         if not last:
             copied.synchronize()
             stopped = last = stop_requests.item() > 0
             stop_requests = stats[2].to("cpu", non_blocking=True)  # into pinned memory
             copied.record()
-        if is_due(args.val_every, step) or (args.val_every and step + 1 == args.steps):
+        if args.val_every and (done % args.val_every == 0 or done == args.steps):
             logger.flush()
             val_loss = trainer.validate(read_held_out)
             logger.validation(step, val_loss)
         if disk:
-            if last or is_due(args.save_every, step):
+            if last or (args.save_every and done % args.save_every == 0):
                 logger.flush()  # the log then has every step that the checkpoint includes
                 slices, numbers = trainer.state_to_save()
-                disk.save(step + 1, slices, run | {"optimizer": numbers})
+                disk.save(done, slices, run | {"optimizer": numbers})
             if last:
                 disk.wait()
             for result in disk.completed():
                 logger.saved(result)
         if stopped:
             logger.flush()
-            logger.say(f"stopped by a signal after step {step + 1}")
+            logger.say(f"stopped by a signal after step {done}")
             break
     if first >= end:
         logger.say(f"nothing to train: the run is at step {first} and ends at step {end}")

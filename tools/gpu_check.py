@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import data
 import gpt
 import measure
 import options
@@ -68,7 +69,7 @@ class Bare:
         """One training step. Returns [loss, gradient norm]."""
         args, b = self.args, self.args.micro_batch_size
         rows = range(args.global_batch_size)
-        x, y = (train_3d.to_device(t, self.device) for t in self.read(step, rows))
+        x, y = (data.to_device(t, self.device) for t in self.read(step, rows))
         count, total = (y >= 0).sum(), torch.zeros((), device=self.device)
         for p in self.parameters:
             p.grad = None

@@ -44,6 +44,7 @@ from torch import Tensor
 from torch.distributed.pipelining import Schedule1F1B
 from torch.distributed.tensor import DTensor
 
+import data
 import gpt
 import measure
 import options
@@ -154,7 +155,7 @@ class TorchLoop:
         self.valid, self.run = args.global_batch_size * config.seq_len, build(model)
 
     def step(self, step: int) -> Tensor:
-        x, y = (train_3d.to_device(t, self.device) for t in self.read(step, range(self.share)))
+        x, y = (data.to_device(t, self.device) for t in self.read(step, range(self.share)))
         return self.run(list(zip(x.split(self.b), y.split(self.b), strict=True)), self.valid)
 
 
