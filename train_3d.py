@@ -418,21 +418,16 @@ def resume(
     return step
 
 
-def train(
-    args: argparse.Namespace, config: gpt.GPTConfig, corpus: tuple, device: torch.device,
-    logger: Logger, draw: Callable | None, found: list[checkpoint.Found],
-) -> bool:  # fmt: skip
+def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoint.Found]) -> bool:
     """Train, validate, save and sample. Returns False if the last save failed."""
+    args, config, device = trainer.args, trainer.config, trainer.device
     tokens, held_out = corpus
-
-    read = functools.partial(data.batch, tokens, seq_len=config.seq_len, seed=args.seed)
 
     def read_held_out(index: int, rows: range) -> tuple[Tensor, Tensor]:
         start = index * args.global_batch_size
         shifted = range(start + rows.start, start + rows.stop)
         return data.validation_batch(held_out, shifted, config.seq_len)
 
-    trainer = Trainer(args, config, read, device, draw)
     run = options.run_of(args, config) | {"corpus": data.fingerprint(tokens)}
     disk = None
     if args.checkpoint_dir:
@@ -529,8 +524,9 @@ def main() -> None:
         startup.join_ranks(device, args.timeout)
         seen = {"corpus": data.fingerprint(corpus[0]), "device": startup.device_name(device)}
         startup.check_same(vars(args) | seen)
+        read = functools.partial(data.batch, corpus[0], seq_len=config.seq_len, seed=args.seed)
         draw = source.draw if source else None
-        saved = train(args, config, corpus, device, logger, draw, found)
+        saved = train(Trainer(args, config, read, device, draw), corpus, logger, found)
         # Free the trainer's groups now: gloo's threads must end before the interpreter does.
         gc.unfreeze()
         gc.collect()
