@@ -349,7 +349,6 @@ class Report:
     def __init__(self, title: str, timeout: float = 60):
         self.title, self.rows, self.failed = title, [], False
         self.timeout = datetime.timedelta(seconds=timeout)
-        self.tables: dict[str, list[str]] = {}
 
     def __enter__(self) -> "Report":
         if not dist.is_torchelastic_launched():
@@ -377,19 +376,6 @@ class Report:
         """A cost that must be exactly what its formula predicts."""
         self._row(what, f"predicted {predicted}", f"measured {measured}", predicted == measured)
 
-    def costs(self, table: str, what: str, predicted, measured) -> None:
-        """A row of costs by kind (dicts or NamedTuples) in a table. They must be exactly equal."""
-        predicted, measured = (
-            x if isinstance(x, dict) else x._asdict() for x in (predicted, measured)
-        )
-        header = f"  {table:28s}" + "".join(f"{kind:>20s}" for kind in predicted)
-        pairs = (f"{n:,} | {measured[kind]:,}" for kind, n in predicted.items())
-        ok = predicted == measured
-        line = "".join(f"{pair:>20s}" for pair in pairs)
-        lines = self.tables.setdefault(table, [header + "   predicted | measured"])
-        lines.append(f"    {what:26s}{line}   {'ok' if ok else 'MISMATCH'}")
-        self.failed |= not ok
-
     def _row(self, what: str, left: str, right: str, ok: bool) -> None:
         self.rows.append(f"  {what:34s} {left:>21s} | {right:25s} {'ok' if ok else 'MISMATCH'}")
         self.failed |= not ok
@@ -403,7 +389,7 @@ class Report:
         if dist.get_rank() == 0 or self.failed:
             ranks = f"rank {dist.get_rank()} of {dist.get_world_size()}"
             print(f"{self.title}, float64, {ranks}:")
-            print("\n".join(sum(self.tables.values(), self.rows)), flush=True)
+            print("\n".join(self.rows), flush=True)
         dist.barrier()
         dist.destroy_process_group()
         if failed > 0:

@@ -1143,8 +1143,9 @@ def main() -> None:
                 sizes = [padded([p.numel() for p in unit.place], d) for unit in sync.units]
                 skipped = sizes[0] + sizes[-1]  # the token table and the last layer
                 predicted = predicted_payload(sizes, d, kind.stage, m, world // d, reshard, skipped)
-            measured = {op: seen.total(None, op).payload // len(losses) for op in predicted}
-            report.costs("payload per step", name, predicted, measured)
+            for operation, payload in predicted.items():
+                measured = seen.total(None, operation).payload // len(losses)  # per step
+                report.equal(f"{name} {operation} payload", payload, measured)
 
 
 if __name__ == "__main__":
