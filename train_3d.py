@@ -89,7 +89,8 @@ class Trainer:
     plan: how each layer is sharded over tp, see tensor_parallel.parallelize().
     schedule: schedule(p, m) -> pipeline.Schedule. Default: --schedule.
     sync: a class with the interface of ddp.DDP, used instead of DDP or ZeRO. If it shards the
-        training state over dp, set --zero, so that the norm and checkpoints include every shard."""
+        training state over dp, set --zero, so that the norm and checkpoints include every shard.
+        All ranks of a tp group must have the same pieces of partial parameters, see step()."""
 
     def __init__(
         self, args: argparse.Namespace, config: gpt.GPTConfig, read: Callable, device: torch.device,
@@ -112,7 +113,7 @@ class Trainer:
         with torch.device("meta"):
             self.model = model() if model else gpt.GPT(config)
 
-        # Pipeline: remove the layers of other ranks' stages.
+        # Keep the layers of this rank's pipeline stages. All stages have about the same FLOPs.
         stages, self.pp_rank = pipeline.stages_of(self.schedule), self.pp_group.rank()
         self.stages = stages[self.pp_rank]
         embedding, block, head = gpt.flops_per_token(config)
@@ -121,6 +122,7 @@ class Trainer:
         )
         pipeline.take_stages(self.model, self.stages, split)
 
+        # Keep this rank's shard of each weight matrix.
         tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
 
         # Allocate and initialise this rank's parameters. Values do not depend on t, p or d.
@@ -130,18 +132,18 @@ class Trainer:
         self.draws = getattr(self.model, "draws", gpt.Draws())
         self.draws.seed = args.seed
 
-        # Only each block's forward() is compiled. Its hooks are not, nor is the attention core with
-        # --recompute selective.
-        for block in self.model.h.values() if args.compile else ():
+        # Apply --compile and --recompute. Only each block's forward() is compiled: not its hooks,
+        # nor the attention core with --recompute selective.
+        blocks = self.model.h
+        for block in blocks.values() if args.compile else ():
             if args.recompute == "selective":
                 block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
             block.forward = torch.compile(block.forward)
         activation_ckpt.checkpoint_blocks(
-            self.model.h, args.recompute, args.recompute_every, args.recompute_layers,
-            self.draws.save,
-        )  # fmt: skip
+            blocks, args.recompute, args.recompute_every, args.recompute_layers, self.draws.save
+        )
 
-        # self.pipe runs self.program: the actions and transfers of this rank.
+        # Make self.pipe, which runs self.program: the actions and transfers of this rank.
         chunks = pipeline.chunks_of(self.model, self.stages, split)
         split_backward = pipeline.splits_backward(self.schedule[self.pp_rank])
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
@@ -149,12 +151,13 @@ class Trainer:
             chunks, len(split), self.pp_group, self.dtype, self.device, split_backward, self.program
         )
 
+        # Attach DDP or ZeRO, which reduces gradients over dp.
         self.sync = self._make_sync(sync)
         self.optimizer = self._make_optimizer()
 
     def _make_sync(self, sync: Callable | None):
-        """Attach DDP or ZeRO, which reduces gradients over dp. Each of its pieces() has a tensor
-        that the optimizer updates on this rank: a parameter, its fp32 copy, or a shard of one."""
+        """DDP or ZeRO. Each of its pieces() has a tensor that the optimizer updates on this rank: a
+        parameter, its fp32 copy, or a shard of one."""
         args = self.args
         # How many times each parameter's gradient is accumulated per step before it is reduced.
         accumulations = self.pipe.accumulations(self.schedule[self.pp_rank])
@@ -163,21 +166,14 @@ class Trainer:
         if args.dp_nodes > 1 and self.inside_group.size() > 1:
             how["reduce"] = ddp.Hierarchical(self.inside_group, self.across_group)
         if sync or args.zero == 0:
-            result = (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **how)
-        else:
-            how["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
-            if args.zero == 3:
-                how["reshard_after_forward"] = args.zero_reshard_after_forward == 1
-                chunks = self.pipe.chunks.values()
-                # ZeRO-3 gathers the next layer ahead of its use, but not across stage boundaries.
-                how["starts"] = [next(iter(zero.layers(chunk))) for chunk in chunks]
-            result = zero.STAGES[args.zero](self.model, self.shard_group, accumulations, **how)
-        # tensor_parallel.py marks parameters as partial if each tp rank computes only part of their
-        # gradient. step() sums these over tp, so all tp ranks must have the same partial pieces.
-        partial = [piece for piece in result.pieces() if piece.parameter.partial]
-        named = [(f"{piece.name}[{piece.start}:]", piece.tensor) for piece in partial]
-        ddp.check_same_parameters(named, self.tp_group)
-        return result
+            return (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **how)
+        how["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
+        if args.zero == 3:
+            how["reshard_after_forward"] = args.zero_reshard_after_forward == 1
+            chunks = self.pipe.chunks.values()
+            # ZeRO-3 gathers the next layer ahead of its use, but not across stage boundaries.
+            how["starts"] = [next(iter(zero.layers(chunk))) for chunk in chunks]
+        return zero.STAGES[args.zero](self.model, self.shard_group, accumulations, **how)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of self.sync.pieces(). Weight decay applies to matrices, embeddings
@@ -213,8 +209,9 @@ class Trainer:
             self.sync.before_step()  # sets piece.tensor.grad, in fp32 for bf16 parameters
             # A parameter that no rank used in this step has no gradient.
             pieces = [piece for piece in self.sync.pieces() if piece.tensor.grad is not None]
-            # Sum over tp the gradients of which each tp rank has computed only a part. Example:
-            # with sequence parallelism, a norm is applied to this rank's tokens only.
+            # Sum over tp the gradients of which each tp rank has computed only a part, as
+            # tensor_parallel.py has marked. Example: with sequence parallelism, a norm is applied
+            # to this rank's tokens only.
             partial = [piece.tensor.grad for piece in pieces if piece.parameter.partial]
             tensor_parallel.all_reduce_partial(partial, self.tp_group)
             # If the embedding is tied, sum its gradient over the first and the last stage. Each has
