@@ -1,4 +1,4 @@
-"""Instruments: count collectives, memory and saved activations, record timelines, compare tensors.
+"""Instruments: count collectives and saved activations, record timelines, compare tensors.
 
 They change no result. The strategy files use them only in their demos, to compare predicted with
 measured costs.
