@@ -137,6 +137,13 @@ def _windows(tokens: np.ndarray, starts: list[int], seq_len: int) -> tuple[Tenso
     return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
 
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """Copy t asynchronously. It is pinned first: a copy from pageable memory blocks the host."""
+    if t.device.type != device.type:
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
+
+
 def main() -> None:
     train, validation = load(None)
     print(f"train {len(train):,} tokens, validation {len(validation):,} tokens")

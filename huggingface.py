@@ -57,20 +57,13 @@ class GPT2Folder:
             raise self._error(f"config.json has n_inner {inner}: expected 4 n_embd, {expected}")
         package = safetensors("--init-from")
         try:
-            self.file = package.safe_open(self._tensors(), framework="pt")
-        except package.SafetensorError as error:
+            self.file = package.safe_open(self.path / "model.safetensors", framework="pt")
+        except (OSError, package.SafetensorError) as error:
             raise self._error(f"model.safetensors cannot be read: {error}") from None
         self.keys = set(self.file.keys())
 
     def _error(self, problem: str) -> ValueError:
         return ValueError(f"--init-from {self.path}: {problem}")
-
-    def _tensors(self) -> Path:
-        path = self.path / "model.safetensors"
-        if not path.exists():
-            names = ", ".join(sorted(p.name for p in self.path.iterdir())[:4])
-            raise self._error(f"the folder contains {names} but no model.safetensors")
-        return path
 
     def _key(self, name: str) -> str:
         """The name of a parameter in the file. A tied lm_head.weight is stored as wte.weight."""

@@ -1,4 +1,4 @@
-"""Instruments: count collectives, memory and saved activations, record timelines, compare tensors.
+"""Instruments: count collectives and saved activations, record timelines, compare tensors.
 
 They change no result. The strategy files use them only in their demos, to compare predicted with
 measured costs.
@@ -10,8 +10,6 @@ measured costs.
     with SavedActivations(model) as saved:              what autograd stores for backward
         loss = model(x)
     saved.bytes(), saved.peak                           bytes now, and the maximum so far
-
-    bytes_held(model.parameters())                      bytes of the distinct storages
 
     with trace.span("F0"):                              a timeline of all ranks
         ...
@@ -55,7 +53,6 @@ _OPERATIONS = {
     "send": ("send", 0),
     "recv_": ("recv", 0),
 }
-_MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
 
 
 class Call(NamedTuple):
@@ -67,7 +64,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     phase: str  # "backward": in a backward pass, hooks and recomputation included; else "forward"
     ranks: int  # size of the group
-    hidden: bool = False  # asynchronous, and a matmul started before its result was used
+    hidden: bool = False  # set by tools/counting.py
 
 
 class Total(NamedTuple):
@@ -87,45 +84,19 @@ class Collectives(TorchDispatchMode):
         for name, group in (groups or {}).items():
             self.names.setdefault(group.group_name, name)
         self.calls: list[Call] = []
-        self._matmuls = 0  # so far
-        # Asynchronous calls with unused results: storage -> (index of the call, matmuls before it)
-        self._unused: dict[int, tuple[int, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operation = func.name().split("::")[1].split(".")[0]
         if func.namespace == "c10d" and operation in _OPERATIONS:
             name, position = _OPERATIONS[operation]
             tensors = args[position] if isinstance(args[position], list) else [args[position]]
-            if self._is_async(func, args):
-                output = args[0][0] if isinstance(args[0], list) else args[0]
-                self._unused[_storage(output)] = (len(self.calls), self._matmuls)
             payload, dtype = sum(t.numel() for t in tensors), tensors[0].dtype
             group, ranks = self._group(args)
             # Only a backward pass has a current autograd node.
             forward = torch._C._current_autograd_node() is None
             phase = "forward" if forward else "backward"
             self.calls.append(Call(name, group, payload, dtype, phase, ranks))
-        else:
-            self._find_uses(args)
-            self._matmuls += operation in _MATMULS
         return func(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _is_async(func, args) -> bool:
-        """torch 2.11 has no async_op argument, so every call counts as asynchronous there. A
-        synchronous call is still not hidden if its result is used before the next matmul. args
-        omits arguments that have their default value."""
-        names = [argument.name for argument in func._schema.arguments]
-        position = names.index("async_op") if "async_op" in names else len(args)
-        return args[position] if position < len(args) else True
-
-    def _find_uses(self, args) -> None:
-        """Mark a call as hidden if its result is among args and a matmul ran in between."""
-        for arg in args if self._unused else ():
-            for t in arg if isinstance(arg, (list, tuple)) else [arg]:
-                if isinstance(t, Tensor) and _storage(t) in self._unused:
-                    i, before = self._unused.pop(_storage(t))
-                    self.calls[i] = self.calls[i]._replace(hidden=self._matmuls > before)
 
     def _group(self, args) -> tuple[str, int]:
         """(name, size) of the process group among args."""
@@ -135,51 +106,28 @@ class Collectives(TorchDispatchMode):
                 return self.names.get(group.group_name, group.group_name), group.size()
         raise AssertionError("a collective without a group")
 
-    def select(self, group=None, operation=None, phase=None, hidden=None) -> list[Call]:
-        """The calls with these values. None matches all."""
-        wanted = {"group": group, "operation": operation, "phase": phase, "hidden": hidden}
-        return [
-            call
-            for call in self.calls
-            if all(v is None or getattr(call, k) == v for k, v in wanted.items())
-        ]
-
     def total(self, group=None, operation=None, phase=None, hidden=None) -> Total:
-        """Number and payload of the selected calls."""
-        calls = self.select(group, operation, phase, hidden)
-        return Total(len(calls), sum(call.payload for call in calls))
+        """Number and payload of the calls with these values. None matches all."""
+        wanted = {"group": group, "operation": operation, "phase": phase, "hidden": hidden}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        found = [c for c in self.calls if all(getattr(c, k) == v for k, v in wanted.items())]
+        return Total(len(found), sum(call.payload for call in found))
 
 
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def _storage(t: Tensor) -> int:
+def storage_id(t: Tensor) -> int:
     return t.untyped_storage()._cdata
-
-
-def bytes_held(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages of these tensors. Two views of one buffer count once, and a
-    view counts its full buffer."""
-    storages = {_storage(t): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def bytes_by_kind(
-    held: dict[str, list[Tensor]], optimizer: torch.optim.Optimizer
-) -> dict[str, int]:
-    """bytes_held() of each kind of `held`. The optimizer's moments are added to "optimizer"."""
-    moments = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
-    more = {"optimizer": moments}
-    return {kind: bytes_held([*tensors, *more.get(kind, [])]) for kind, tensors in held.items()}
 
 
 class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes of the storages that autograd saves for backward, each storage once. The
-    parameters of `model` and the tensors of `ignore` do not count. `peak` is the largest number of
-    bytes that were alive after a tensor was saved. Counting does not keep a tensor alive."""
+    parameters of `model` do not count. `peak` is the largest number of bytes that were alive after
+    a tensor was saved. Counting does not keep a tensor alive."""
 
-    def __init__(self, model: nn.Module, ignore: Iterable[Tensor] = ()):
-        self._ignored = [*model.parameters(), *ignore]
+    def __init__(self, model: nn.Module):
+        self._parameters = [*model.parameters()]
         self._saved: dict[int, tuple[StorageWeakRef, int]] = {}  # storage -> (reference, bytes)
         self.peak = 0
         super().__init__(self._pack, lambda t: t)
@@ -190,7 +138,7 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
 
     def _pack(self, t: Tensor) -> Tensor:
         # Compared at each call, because ZeRO-3 changes the storage of a parameter.
-        if all(_storage(t) != _storage(other) for other in self._ignored):
+        if all(storage_id(t) != storage_id(p) for p in self._parameters):
             ref = StorageWeakRef(t.untyped_storage())
             self._saved.setdefault(ref.cdata, (ref, t.untyped_storage().nbytes()))
             self.peak = max(self.peak, self.bytes())
@@ -200,7 +148,7 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
         """Bytes that are alive now, including the storages of `others`."""
         self._saved = {n: saved for n, saved in self._saved.items() if not saved[0].expired()}
         held = {number: nbytes for number, (_, nbytes) in self._saved.items()}
-        held |= {_storage(t): t.untyped_storage().nbytes() for t in others}
+        held |= {storage_id(t): t.untyped_storage().nbytes() for t in others}
         return sum(held.values())
 
 
@@ -274,103 +222,6 @@ class Trace:
             json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
 
 
-# --- the log of a run -----------------------------------------------------------------------------
-
-
-def check_writable(flag: str, path: str | None) -> None:
-    """Create the file on rank 0, which writes it. Raises ValueError there if that fails."""
-    try:
-        if path and int(os.environ.get("RANK", 0)) == 0:
-            open(path, "a").close()
-    except OSError as error:
-        raise ValueError(f"{flag} {path} cannot be written: {error.strerror}") from None
-
-
-class Logger:
-    """Rank 0 prints progress lines and writes a JSON object per step. The other ranks do nothing.
-
-    Losses are copied from the device every `print_every` steps, so the host does not wait for the
-    device after each step.
-
-    tflop: floating-point operations of the model per step and rank, in 10^12, without those of
-        recomputation.
-    peak: TFLOP/s of a rank's device. If given, the MFU is reported: achieved / peak TFLOP/s
-        (Chowdhery et al. 2022, PaLM, appendix B).
-    stop: number of steps after which this process ends. Default: `steps`.
-    append: keep the rows of the file. Steps that are repeated after a crash appear twice."""
-
-    def __init__(self, path: str | None, steps: int, print_every: int, tokens_per_step: int,
-                 tflop: float, peak: float | None = None, stop: int | None = None,
-                 append: bool = False):  # fmt: skip
-        self.steps, self.print_every, self.tokens_per_step = steps, print_every, tokens_per_step
-        self.tflop, self.peak = tflop, peak
-        self.stop = steps if stop is None else stop
-        self.is_main = int(os.environ.get("RANK", 0)) == 0
-        check_writable("--log", path)
-        mode = "a" if append else "w"
-        self.file = open(path, mode, buffering=1) if path and self.is_main else None
-        self.pending: list[tuple[int, Tensor, float]] = []
-
-    def start(self) -> None:
-        """Start the clock that measures the steps until the next flush()."""
-        self.since = time.perf_counter()
-
-    def step(self, step: int, stats: Tensor, lr: float) -> None:
-        """Record a step. stats: [loss, gradient norm, ...] on any device."""
-        self.pending.append((step, stats, lr))
-        if len(self.pending) == self.print_every or step + 1 == self.stop:
-            self.flush()
-
-    def flush(self) -> None:
-        """Print and write the recorded steps. Waits for the device."""
-        if not self.pending:
-            return
-        rows = torch.stack([stats for _, stats, _ in self.pending]).tolist()
-        seconds = (time.perf_counter() - self.since) / len(rows)
-        speed, tflops = self.tokens_per_step / seconds, self.tflop / seconds
-        mfu = {"mfu": tflops / self.peak} if self.peak else {}
-        for (step, _, lr), (loss, norm, *_) in zip(self.pending, rows, strict=True):
-            row = dict(loss=loss, grad_norm=norm, lr=lr, tokens_per_s=speed, tflops_per_rank=tflops)
-            if not math.isfinite(norm):
-                row["skipped"] = True  # see Trainer.step
-                self.say(f"step {step + 1:5d}/{self.steps}  update skipped: gradient norm {norm}")
-            self._write(step, **row, **mfu)
-        left = seconds * (self.stop - step - 1)
-        self.say(
-            f"step {step + 1:5d}/{self.steps}  loss {loss:.4f}  norm {norm:.3f}  lr {lr:.1e}  "
-            f"{speed:,.0f} tokens/s  {tflops:.3g} TFLOP/s per rank  "
-            + "".join(f"MFU {100 * x:.1f} %  " for x in mfu.values())
-            + f"{left:.0f} s left"
-        )
-        self.pending = []
-        self.start()
-
-    def validation(self, step: int, loss: Tensor) -> None:
-        self._write(step, val_loss=loss.item())
-        self.say(f"step {step + 1:5d}/{self.steps}  val loss {loss.item():.4f}")
-        self.start()  # the time of the validation does not count as training
-
-    def saved(self, result: NamedTuple) -> None:
-        """Report a checkpoint: checkpoint.SaveResult."""
-        step, size, pause, seconds, failed = result
-        self._write(step - 1, saved=failed is None, save_pause_s=pause, save_s=seconds)
-        what = f"saved  {size / 1e6:.1f} MB in {seconds:.2f} s"
-        if failed:
-            what = f"save FAILED, earlier checkpoints are unchanged: {failed}"
-        pause = f"training paused for {1e3 * pause:.0f} ms"
-        self.say(f"step {step:5d}/{self.steps}  {what}; {pause}")
-
-    def say(self, line: str) -> None:
-        """Print a line on rank 0."""
-        if self.is_main:
-            print(line, flush=True)
-
-    def _write(self, step: int, **row) -> None:
-        if self.file:
-            position = {"step": step, "tokens": (step + 1) * self.tokens_per_step}
-            self.file.write(json.dumps(position | row) + "\n")
-
-
 # --- errors of collectives ------------------------------------------------------------------------
 
 # torch's name of a Work object's operation -> name in this file. gloo's reduce-scatter has UNKNOWN.
@@ -381,6 +232,13 @@ _WORKS = {
     "_REDUCE_SCATTER_BASE": "reduce_scatter",
     "UNKNOWN": "reduce_scatter",
 }
+
+
+def exit_if_lost(title: str, error: BaseException) -> None:
+    """If `error` is that of a collective, print one line and end the process."""
+    if line := lost_collective(error):
+        print(f"{title}: rank {os.environ.get('RANK', 0)}: {line}", file=sys.stderr, flush=True)
+        os._exit(1)  # a normal exit would wait for collectives that never complete
 
 
 def lost_collective(error: BaseException) -> str | None:
@@ -491,7 +349,6 @@ class Report:
     def __init__(self, title: str, timeout: float = 60):
         self.title, self.rows, self.failed = title, [], False
         self.timeout = datetime.timedelta(seconds=timeout)
-        self.tables: dict[str, list[str]] = {}
 
     def __enter__(self) -> "Report":
         if not dist.is_torchelastic_launched():
@@ -519,35 +376,20 @@ class Report:
         """A cost that must be exactly what its formula predicts."""
         self._row(what, f"predicted {predicted}", f"measured {measured}", predicted == measured)
 
-    def costs(self, table: str, what: str, predicted, measured) -> None:
-        """A row of costs by kind (dicts or NamedTuples) in a table. They must be exactly equal."""
-        predicted, measured = (
-            x if isinstance(x, dict) else x._asdict() for x in (predicted, measured)
-        )
-        header = f"  {table:28s}" + "".join(f"{kind:>20s}" for kind in predicted)
-        pairs = (f"{n:,} | {measured[kind]:,}" for kind, n in predicted.items())
-        ok = predicted == measured
-        line = "".join(f"{pair:>20s}" for pair in pairs)
-        lines = self.tables.setdefault(table, [header + "   predicted | measured"])
-        lines.append(f"    {what:26s}{line}   {'ok' if ok else 'MISMATCH'}")
-        self.failed |= not ok
-
     def _row(self, what: str, left: str, right: str, ok: bool) -> None:
         self.rows.append(f"  {what:34s} {left:>21s} | {right:25s} {'ok' if ok else 'MISMATCH'}")
         self.failed |= not ok
 
     def __exit__(self, kind, error, _) -> None:
         if kind is not None:
-            if line := lost_collective(error):
-                print(f"{self.title}: rank {dist.get_rank()}: {line}", file=sys.stderr, flush=True)
-                os._exit(1)  # a collective that never completes would block a normal exit
+            exit_if_lost(self.title, error)
             return  # Python prints the traceback; torchrun stops the other ranks
         failed = torch.tensor(float(self.failed))
         dist.all_reduce(failed)
         if dist.get_rank() == 0 or self.failed:
             ranks = f"rank {dist.get_rank()} of {dist.get_world_size()}"
             print(f"{self.title}, float64, {ranks}:")
-            print("\n".join(sum(self.tables.values(), self.rows)), flush=True)
+            print("\n".join(self.rows), flush=True)
         dist.barrier()
         dist.destroy_process_group()
         if failed > 0:

@@ -68,21 +68,16 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def at_least(low: int, kind: type = int) -> Callable[[str], float]:
-    """An argparse type for finite numbers that are at least `low`."""
+def at_least(low: int, kind: type = int, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type for numbers that are at least `low` and less than `below`."""
+    upper = f" and less than {below}" if below < math.inf else ""
 
     def number(text: str):
-        if not low <= (value := kind(text)) < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        if not low <= (value := kind(text)) < below:
+            raise argparse.ArgumentTypeError(f"must be at least {low}{upper}, got {value}")
         return value
 
     return number
-
-
-def probability(text: str) -> float:
-    if not 0.0 <= (value := float(text)) < 1.0:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, got {value}")
-    return value
 
 
 def parser() -> Parser:
@@ -105,7 +100,7 @@ def parser() -> Parser:
     add("--untied", action="store_true", help="do not share the embedding with the output head")
     add("--attention", choices=("sdpa", "explicit"), default="sdpa",
         help="sdpa: PyTorch's fused attention; explicit: separate matmuls and softmax")
-    add("--dropout", type=probability, default=0.0, metavar="P",
+    add("--dropout", type=at_least(0, float, below=1), default=0.0, metavar="P",
         help="dropout probability; above 0, attention is explicit")
     add("--init-from", metavar="DIR", help="start from the GPT-2 in this Hugging Face folder")
 
@@ -133,7 +128,8 @@ def parser() -> Parser:
         "gradients are summed over ranks (default: bf16)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: cuda if every local rank has its own GPU, else cpu")
-    add("--compile", action="store_true", help="compile each block with torch.compile")
+    add("--compile", action="store_true", help="compile each block with torch.compile: one graph, "
+        "or several with --tp > 1 or a zero-bubble schedule, which it cannot trace completely")
     add("--peak-tflops", type=at_least(1e-3, float), metavar="X",
         help="peak TFLOP/s of one rank, for the MFU (default: known for some GPUs)")
 
@@ -250,38 +246,27 @@ def check(
     require_multiple("--global-batch-size", rows, f"d {d} x --micro-batch-size {b}", d * b)
     require_multiple("d", d, f"--zero-shard-size {k}", k or 1, f"give a divisor of {d}")
     require_multiple("d", d, f"--dp-nodes {nodes}", nodes, f"give a divisor of {d}")
-    for name in ("recompute_every", "recompute_layers"):
-        if (n := getattr(args, name) or 0) > config.n_layer:
-            raise ValueError(f"{flag(name)} {n} exceeds --n-layer {config.n_layer}: lower it")
-    if k and not args.zero:
-        raise ValueError(
-            f"--zero-shard-size {k} with --zero 0 has no effect: give --zero 1, 2 or 3"
-        )
-    if nodes > 1 and args.zero:
-        raise ValueError(
-            f"--dp-nodes {nodes} with --zero {args.zero}: it applies to --zero 0 (DDP); give "
-            "--zero-shard-size, the number of ranks per node, instead"
-        )
-    if args.zero < 3 and not args.zero_reshard_after_forward:
-        raise ValueError(
-            f"--zero-reshard-after-forward 0 with --zero {args.zero} has no effect: give --zero 3"
-        )
+    default = parser().get_default
+    for name, accepted, needed in (
+        ("zero_shard_size", args.zero > 0, "--zero 1, 2 or 3"),
+        ("zero_reshard_after_forward", args.zero == 3, "--zero 3"),
+        ("dp_nodes", args.zero == 0, "--zero 0"),
+        ("grad_dtype", args.dtype == "bf16", "--dtype bf16"),
+        ("reduce_dtype", args.dtype == "bf16", "--dtype bf16"),
+        ("world_size", args.dry_run, "--dry-run"),
+        ("rank", args.dry_run, "--dry-run"),
+        ("all_ranks", args.dry_run, "--dry-run"),
+    ):
+        value = getattr(args, name)
+        if value != default(name) and not accepted:
+            raise ValueError(
+                f"{flag(name)} {value} needs {needed}: give that too, or leave out {flag(name)}"
+            )
     if args.compile and args.recompute == "offload":
         raise ValueError(
             "--compile with --recompute offload: compiled kernels expect saved tensors in their "
             "original strides; leave out one of the two"
         )
-    for name in ("grad_dtype", "reduce_dtype"):
-        if (value := getattr(args, name)) and args.dtype != "bf16":
-            raise ValueError(
-                f"{flag(name)} {value} with --dtype {args.dtype} has no effect: give --dtype bf16, "
-                f"or leave out {flag(name)}"
-            )
-    dry_run_only = {"world_size": args.world_size, "rank": args.rank}
-    dry_run_only["all_ranks"] = args.all_ranks or None
-    for name, value in dry_run_only.items():
-        if value is not None and not args.dry_run:
-            raise ValueError(f"{flag(name)} without --dry-run: give --dry-run too, or leave it out")
     schedule = make_schedule(args, rows // (d * b))
     pipeline.split_layers(config.n_layer, sum(map(len, schedules.stages_of(schedule))))
     if config.vocab_size < t:
@@ -311,11 +296,6 @@ def make_schedule(args: argparse.Namespace, m: int) -> schedules.Schedule:
 # --- the first lines of output --------------------------------------------------------------------
 
 
-# torch.compile 2.13 cannot trace asynchronous collectives in a backward (t > 1), or a backward that
-# queues weight gradients (zero bubble). Number of graphs per block, by (t > 1, zero bubble):
-GRAPHS_PER_BLOCK = {(False, False): 1, (True, False): 7, (False, True): 9, (True, True): 11}
-
-
 def describe(
     args: argparse.Namespace, config: gpt.GPTConfig, world_size: int, device: torch.device
 ) -> list[str]:
@@ -332,19 +312,16 @@ def describe(
         f"recompute {args.recompute}{', compiled' if args.compile else ''}"
     ]
     zero_bubble = any(map(schedules.splits_backward, make_schedule(args, m)))
-    graphs = GRAPHS_PER_BLOCK[t > 1, zero_bubble]
-    if args.compile and graphs > 1:
-        reason = "weight gradients that are queued" if zero_bubble else "asynchronous collectives"
-        more = " or more" * (args.dropout > 0 or args.recompute == "selective")
-        lines.append(f"--compile: {graphs}{more} graphs per block, because of {reason} in backward")
+    if args.compile and (t > 1 or zero_bubble):
+        reason = "weight gradients are deferred" if zero_bubble else "collectives are asynchronous"
+        lines.append(f"--compile: several graphs per block, because {reason}, see docs/gpu.md")
     if args.zero and d == 1:
         lines.append(f"--zero {args.zero} has no effect: d is 1, so there are no other replicas")
     if args.sequence_parallel and t == 1:
         lines.append("--sequence-parallel has no effect: t is 1")
-    fused = args.attention == "sdpa" and not args.dropout
-    if args.dropout and args.attention == "sdpa":
+    if args.attention == "sdpa" and args.dropout:
         lines.append("--dropout: attention is explicit, because the fused kernel takes no masks")
-    if args.recompute == "selective" and fused:
+    elif args.attention == "sdpa" and args.recompute == "selective":
         lines.append("--recompute selective saves little memory: sdpa does not store s x s scores")
     if args.recompute == "offload" and device.type == "cpu":
         lines.append("--recompute offload saves no memory on a CPU: all memory is host memory")
@@ -382,8 +359,7 @@ def parse_args(
         saved, completed = found[0].about, parser()
         # --model sets all sizes, so the saved ones are not used.
         values = saved["arguments"] | ({} if args.model else saved["sizes"])
-        names = [name for name in (*RUN, *SIZES) if name in values]
-        completed.set_defaults(**{name: values[name] for name in names})
+        completed.set_defaults(**values)
         if completed.parse_args(argv).dtype != "bf16":
             completed.set_defaults(grad_dtype=None, reduce_dtype=None)  # these apply to bf16 only
         args = completed.parse_args(argv)
@@ -402,21 +378,16 @@ def run_of(args: argparse.Namespace, config: gpt.GPTConfig) -> dict:
 def compare(run: dict, saved: dict) -> list[str]:
     """Compare a resumed run with the one that was saved. Returns a message if options of RUN have
     changed. Raises ValueError if the checkpoint does not fit: another model or optimizer."""
-    now, before = run["arguments"], saved["arguments"]
-    for name in ("optimizer", "untied"):
-        if now[name] != before[name]:
+    now, before = (x["sizes"] | x["arguments"] for x in (run, saved))
+    fixed = (*SIZES, "untied", "optimizer")
+    changed = [name for name, value in now.items() if before.get(name, value) != value]
+    for name in changed:
+        if name in fixed:
             raise ValueError(
-                f"--resume: {name} is {now[name]}, but the checkpoint has {before[name]}: leave "
-                f"out --{name}"
+                f"--resume: {flag(name)} is {now[name]}, but the checkpoint has {before[name]}: "
+                "leave out the options of the model and the optimizer"
             )
-    if run["sizes"] != saved["sizes"]:
-        new, old = (", ".join(f"{k} {v}" for k, v in x["sizes"].items()) for x in (run, saved))
-        raise ValueError(
-            f"--resume: the model has {new}, but the checkpoint has {old}: leave out the sizes"
-        )
-    changed = [
-        f"{flag(name)} {before[name]} -> {value}"
-        for name, value in now.items()
-        if before.get(name, value) != value
-    ]
-    return [f"--resume: changed options: {', '.join(changed)}"] if changed else []
+    if not changed:
+        return []
+    listed = (f"{flag(name)} {before[name]} -> {now[name]}" for name in changed)
+    return [f"--resume: changed options: {', '.join(listed)}"]

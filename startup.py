@@ -65,6 +65,15 @@ def peak_tflops(device: torch.device, dtype: str) -> float | None:
     return next((peak for start, peak in PEAKS.items() if name.startswith(start)), None)
 
 
+def check_writable(flag: str, path: str | None) -> None:
+    """Create the file on rank 0, which writes it. Raises ValueError there if that fails."""
+    try:
+        if path and int(os.environ.get("RANK", 0)) == 0:
+            open(path, "a").close()
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written: {error.strerror}") from None
+
+
 def join_ranks(device: torch.device, timeout: int = 600) -> None:
     """Initialise the default process group: torchrun's ranks, or this process alone. Raises
     SystemExit if a rank does not connect within `timeout` seconds, or if some ranks have a GPU and

@@ -11,7 +11,7 @@ Each strategy transforms a plain model. They are applied in this order:
 
 No strategy requires another: each can be left out. This file assigns ranks to groups, applies the
 strategies and runs the training loop. It also implements operations that span several groups: the
-sum of a tied embedding's gradients, the global gradient norm, checkpoints, validation and sampling.
+sum of a tied embedding's gradients, the global gradient norm, checkpoints and validation.
 
 tp, pp, dp: tensor, pipeline and data parallelism. t, p, d: their sizes; d = world size / (t * p).
 Stage: consecutive layers, on one pp rank. Replica: the t * p ranks that hold one copy of the model.
@@ -46,7 +46,6 @@ import datetime
 import functools
 import gc
 import os
-import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -59,6 +58,7 @@ import activation_ckpt
 import checkpoint
 import data
 import ddp
+import generate
 import gpt
 import huggingface
 import measure
@@ -69,6 +69,7 @@ import startup
 import tensor_parallel
 import zero
 import zero3
+from logger import Logger
 
 # --- the model: transformations in order ----------------------------------------------------------
 
@@ -86,12 +87,12 @@ class Trainer:
         GPT-2's initialisation.
     model: a function that builds the model; called on the meta device. The model must have the
         attributes h (blocks by number) and lm_head; with --recompute selective, each block also
-        attn.core.
-        Default: gpt.GPT(config).
+        attn.core. Default: gpt.GPT(config).
     plan: how each layer is sharded over tp, see tensor_parallel.parallelize().
     schedule: schedule(p, m) -> schedules.Schedule. Default: --schedule.
     sync: a class with the interface of ddp.DDP, used instead of DDP or ZeRO. If it shards the
-        training state over dp, set --zero, so that the norm and checkpoints include every shard."""
+        training state over dp, set --zero, so that the norm and checkpoints include every shard.
+        All ranks of a tp group must have the same pieces of partial parameters, see step()."""
 
     def __init__(
         self, args: argparse.Namespace, config: gpt.GPTConfig, read: Callable, device: torch.device,
@@ -113,38 +114,29 @@ class Trainer:
         # The transformations, in the order of the docstring.
         with torch.device("meta"):
             self.model = model() if model else gpt.GPT(config)
-        split = self._take_stages()
-        tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
-        self._init_weights(draw)
-        self._wrap_blocks()
-        self._make_pipeline(split)
-        self.sync = self._make_sync(sync)
-        self.optimizer = self._make_optimizer()
 
-    def _take_stages(self) -> list[range]:
-        """Remove the layers of other ranks' stages. Returns the block numbers of every stage."""
-        stages = schedules.stages_of(self.schedule)
-        self.pp_rank = self.pp_group.rank()
+        # Keep the layers of this rank's pipeline stages. All stages have about the same FLOPs.
+        stages, self.pp_rank = schedules.stages_of(self.schedule), self.pp_group.rank()
         self.stages = stages[self.pp_rank]
-        embedding, block, head = gpt.flops_per_token(self.config)
+        embedding, block, head = gpt.flops_per_token(config)
         split = pipeline.split_layers(
             len(self.model.h), sum(map(len, stages)), embedding / block, head / block
         )
         pipeline.take_stages(self.model, self.stages, split)
-        return split
 
-    def _init_weights(self, draw: Callable | None) -> None:
-        """Allocate and initialise this rank's parameters. Values do not depend on t, p or d."""
-        draw = draw or functools.partial(gpt.gpt2_draw, n_layer=self.config.n_layer)
-        gpt.init_weights(self.model, self.args.seed, self.dtype, self.device, draw)
+        # Keep this rank's shard of each weight matrix.
+        tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
+
+        # Allocate and initialise this rank's parameters. Values do not depend on t, p or d.
+        draw = draw or functools.partial(gpt.gpt2_draw, n_layer=config.n_layer)
+        gpt.init_weights(self.model, args.seed, self.dtype, device, draw)
         # The seed, step and rows that determine dropout masks. A model may have no dropout.
         self.draws = getattr(self.model, "draws", gpt.Draws())
-        self.draws.seed = self.args.seed
+        self.draws.seed = args.seed
 
-    def _wrap_blocks(self) -> None:
-        """Apply --compile and --recompute to the blocks. Only each block's forward() is
-        compiled. Its hooks are not, nor is the attention core with --recompute selective."""
-        args, blocks = self.args, self.model.h
+        # Apply --compile and --recompute. Only each block's forward() is compiled: not its hooks,
+        # nor the attention core with --recompute selective.
+        blocks = self.model.h
         for block in blocks.values() if args.compile else ():
             if args.recompute == "selective":
                 block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
@@ -153,42 +145,36 @@ class Trainer:
             blocks, args.recompute, args.recompute_every, args.recompute_layers, self.draws.save
         )
 
-    def _make_pipeline(self, split: list[range]) -> None:
-        """Make self.pipe, which runs self.program: the actions and transfers of this rank."""
+        # Make self.pipe, which runs self.program: the actions and transfers of this rank.
         chunks = pipeline.chunks_of(self.model, self.stages, split)
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
         self.pipe = pipeline.Pipeline(
             chunks, len(split), self.pp_group, self.dtype, self.device, self.program
         )
 
+        # Attach DDP or ZeRO, which reduces gradients over dp.
+        self.sync = self._make_sync(sync)
+        self.optimizer = self._make_optimizer()
+
     def _make_sync(self, sync: Callable | None):
-        """Attach DDP or ZeRO, which reduces gradients over dp. Each of its pieces() has a tensor
-        that the optimizer updates on this rank: a parameter, its fp32 copy, or a shard of one."""
+        """DDP or ZeRO. Each of its pieces() has a tensor that the optimizer updates on this rank: a
+        parameter, its fp32 copy, or a shard of one."""
         args = self.args
         # How many times each parameter's gradient is accumulated per step before it is reduced.
         accumulations = self.pipe.accumulations()
-        how = {
-            "grad_dtype": options.DTYPES.get(args.grad_dtype),
-            "reduce_dtype": options.DTYPES.get(args.reduce_dtype),
-        }
+        dtypes = ("grad_dtype", "reduce_dtype")
+        how = {name: options.DTYPES.get(getattr(args, name)) for name in dtypes}
         if args.dp_nodes > 1 and self.inside_group.size() > 1:
             how["reduce"] = ddp.Hierarchical(self.inside_group, self.across_group)
         if sync or args.zero == 0:
-            result = (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **how)
-        else:
-            how["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
-            if args.zero == 3:
-                how["reshard_after_forward"] = args.zero_reshard_after_forward == 1
-                chunks = self.pipe.chunks.values()
-                # ZeRO-3 gathers the next layer ahead of its use, but not across stage boundaries.
-                how["starts"] = [next(iter(zero.layers(chunk))) for chunk in chunks]
-            result = zero3.STAGES[args.zero](self.model, self.shard_group, accumulations, **how)
-        # tensor_parallel.py marks parameters as partial if each tp rank computes only part of their
-        # gradient. step() sums these over tp, so all tp ranks must have the same partial pieces.
-        partial = [piece for piece in result.pieces() if piece.parameter.partial]
-        named = [(f"{piece.name}[{piece.start}:]", piece.tensor) for piece in partial]
-        ddp.check_same_parameters(named, self.tp_group)
-        return result
+            return (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **how)
+        how["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
+        if args.zero == 3:
+            how["reshard_after_forward"] = args.zero_reshard_after_forward == 1
+            chunks = self.pipe.chunks.values()
+            # ZeRO-3 gathers the next layer ahead of its use, but not across stage boundaries.
+            how["starts"] = [next(iter(zero.layers(chunk))) for chunk in chunks]
+        return zero3.STAGES[args.zero](self.model, self.shard_group, accumulations, **how)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of self.sync.pieces(). Weight decay applies to matrices, embeddings
@@ -197,8 +183,6 @@ class Trainer:
         for piece in self.sync.pieces():
             is_vector = piece.parameter.ndim < 2  # not of piece.tensor: ZeRO's shards are 1-D
             groups[int(is_vector)]["params"].append(piece.tensor)
-        placeholder = torch.zeros(0)  # for a rank without pieces: torch rejects an empty list
-        groups = [g for g in groups if g["params"]] or [{"params": [placeholder]}]
         # A dry run is on meta, which has no fused kernels.
         how = {"fused": True} if self.device.type != "meta" else {"foreach": True}
         if self.args.optimizer == "sgd":
@@ -226,8 +210,9 @@ class Trainer:
             self.sync.before_step()  # sets piece.tensor.grad, in fp32 for bf16 parameters
             # A parameter that no rank used in this step has no gradient.
             pieces = [piece for piece in self.sync.pieces() if piece.tensor.grad is not None]
-            # Sum over tp the gradients of which each tp rank has computed only a part. Example:
-            # with sequence parallelism, a norm is applied to this rank's tokens only.
+            # Sum over tp the gradients of which each tp rank has computed only a part, as
+            # tensor_parallel.py has marked. Example: with sequence parallelism, a norm is applied
+            # to this rank's tokens only.
             partial = [piece.tensor.grad for piece in pieces if piece.parameter.partial]
             tensor_parallel.all_reduce_partial(partial, self.tp_group)
             # If the embedding is tied, sum its gradient over the first and the last stage. Each has
@@ -258,7 +243,7 @@ class Trainer:
         rows_per_replica = self.args.global_batch_size // self.dp_group.size()
         first, b = self.dp_group.rank() * rows_per_replica, self.args.micro_batch_size
         rows = range(first, first + rows_per_replica)
-        x, y = (to_device(tokens, self.device) for tokens in read(step, rows))
+        x, y = (data.to_device(tokens, self.device) for tokens in read(step, rows))
         count, targets = ddp.global_count(y, self.dp_group), y.split(b)
 
         def before(microbatch: int) -> None:  # dropout masks depend on the step and the rows
@@ -270,10 +255,10 @@ class Trainer:
             )
             return total / count
 
-        shape = self._boundary_shape(b, self.config.seq_len)
+        shape = self.boundary_shape(b, self.config.seq_len)
         return self.pipe.run(program, x.split(b), loss_of, shape, before)
 
-    def _boundary_shape(self, b: int, s: int) -> tuple[int, int, int]:
+    def boundary_shape(self, b: int, s: int) -> tuple[int, int, int]:
         """The shape of the activations that are sent between stages."""
         shards = self.tp_group.size() if self.args.sequence_parallel else 1
         return b, s // shards, self.config.n_embd
@@ -370,7 +355,7 @@ class Trainer:
             self.groups[key] = self.single_group if group is None else group
         return self.groups[key]
 
-    # --- checkpoints, validation, sampling ---
+    # --- checkpoints and validation ---
 
     def state_to_save(self) -> tuple[list[checkpoint.TensorSlice], dict]:
         """(slices of parameters and moments that this rank writes, scalars of the optimizer). The
@@ -389,14 +374,15 @@ class Trainer:
     def loaded(self) -> None:
         self.sync.after_step()  # copies the loaded pieces to the parameters
 
-    def _forward_program(self, m: int) -> pipeline.Program:
+    def forward_program(self, m: int) -> pipeline.Program:
+        """The actions and transfers of this rank in m forward passes without backward."""
         forwards = schedules.forward_only(self.schedule, m)
         return pipeline.derive_programs(forwards)[self.pp_rank]
 
     @torch.no_grad()
     def validate(self, read: Callable) -> Tensor:
         """Mean loss over --val-batches global batches, equal on all ranks. read: see Trainer."""
-        program = self._forward_program(self.m)
+        program = self.forward_program(self.m)
         self.model.eval()
         loss = sum(self._run(program, read, index) for index in range(self.args.val_batches))
         self.model.train()
@@ -404,74 +390,13 @@ class Trainer:
         dist.all_reduce(loss)  # payload: 1, over the world
         return loss / self.args.val_batches
 
-    @torch.no_grad()
-    def sample(
-        self, prompt: Tensor, n: int, temperature: float = 0.8, top_k: int | None = None
-    ) -> Tensor:
-        """The token ids `prompt`, a vector, followed by n generated ones, the same on every rank.
-        Each generated token takes one forward pass over at most s tokens. top_k: sample from the
-        top_k most likely tokens only. temperature 0: take the most likely one."""
-        program, generator = self._forward_program(1), torch.Generator()
-        generator.manual_seed(self.args.seed)
-        tokens, v = prompt.to(self.device), self.config.vocab_size
-        self.model.eval()
-        for _ in range(n):
-            logits = self._next_logits(program, tokens[-self.config.seq_len :])
-            values, indices = logits.double().cpu().topk(min(top_k or v, v))
-            p = torch.softmax((values - values[0]) / max(temperature, 1e-9), dim=0)
-            token = indices[torch.multinomial(p, 1, generator=generator)]
-            tokens = torch.cat([tokens, token.to(self.device)])
-        self.model.train()
-        return tokens
-
-    def _next_logits(self, program: pipeline.Program, tokens: Tensor) -> Tensor:
-        """The logits [v] of the token after `tokens`, on every rank."""
-        logits = torch.zeros(self.config.vocab_size, dtype=self.dtype, device=self.device)
-        last = len(tokens) - 1
-        # With sequence parallelism t must divide the length. Attention is causal, so padding after
-        # `last` does not change its logits.
-        x = nn.functional.pad(tokens[None], (0, -len(tokens) % self.tp_group.size()))
-
-        def store(output: Tensor, _: int) -> Tensor:  # [1, s, v/t]
-            """On the last stage of one replica: store this tp rank's shard of the logits."""
-            if self.dp_group.rank() == 0:
-                tp_rank, t = self.tp_group.rank(), self.tp_group.size()
-                start, stop = tensor_parallel.bounds(len(logits), tp_rank, t)
-                logits[start:stop] = output[0, last]
-            return output.new_zeros(())  # in place of a loss
-
-        self.pipe.run(program, [x], store, self._boundary_shape(*x.shape))
-        dist.all_reduce(logits)  # payload: v, over the world
-        return logits
-
-
-def to_device(t: Tensor, device: torch.device) -> Tensor:
-    """Copy t asynchronously. It is pinned first: a copy from pageable memory blocks the host."""
-    if t.device.type != device.type:
-        t = t.pin_memory()
-    return t.to(device, non_blocking=True)
-
-
-def start_to_host(t: Tensor) -> Callable[[], Tensor]:
-    """Start to copy t to the host. Returns a function that waits for this copy only, not for later
-    work on the device, and returns the copy."""
-    host = torch.empty_like(t, device="cpu", pin_memory=t.is_cuda).copy_(t, non_blocking=True)
-    event = torch.get_device_module(t.device).Event()
-    event.record()
-
-    def finish() -> Tensor:
-        event.synchronize()
-        return host
-
-    return finish
-
 
 # --- the training loop ----------------------------------------------------------------------------
 
 
 def resume(
     trainer: Trainer, found: list[checkpoint.Found], group: dist.ProcessGroup, run: dict,
-    logger: measure.Logger,
+    logger: Logger,
 ) -> int:  # fmt: skip
     """Load the newest undamaged checkpoint. Returns its number of completed steps, or 0 if no
     checkpoint exists. If all are damaged, exits with a message that names each."""
@@ -491,27 +416,16 @@ def resume(
     return step
 
 
-def train(
-    args: argparse.Namespace, config: gpt.GPTConfig, corpus: tuple, device: torch.device,
-    logger: measure.Logger, draw: Callable | None, found: list[checkpoint.Found],
-) -> bool:  # fmt: skip
+def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoint.Found]) -> bool:
     """Train, validate, save and sample. Returns False if the last save failed."""
+    args, config, device = trainer.args, trainer.config, trainer.device
     tokens, held_out = corpus
-
-    def read(step: int, rows: range) -> tuple[Tensor, Tensor]:
-        return data.batch(tokens, step, rows, config.seq_len, args.seed)
 
     def read_held_out(index: int, rows: range) -> tuple[Tensor, Tensor]:
         start = index * args.global_batch_size
         shifted = range(start + rows.start, start + rows.stop)
         return data.validation_batch(held_out, shifted, config.seq_len)
 
-    def is_due(every: int, step: int) -> bool:  # every 0: never
-        return every > 0 and (step + 1) % every == 0
-
-    trainer = Trainer(args, config, read, device, draw)
-    for line in options.describe(args, config, dist.get_world_size(), device):
-        logger.say(line)
     run = options.run_of(args, config) | {"corpus": data.fingerprint(tokens)}
     disk = None
     if args.checkpoint_dir:
@@ -526,34 +440,38 @@ def train(
         trainer.watch(trace)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(trainer, "stop_requested", True))
-    end = min(args.steps, args.stop_after or args.steps)
-    stop_requests = start_to_host(torch.zeros(()))
+    # Each step's stop requests are read after the next step has been launched, so that the host
+    # does not wait for the device. `copied` waits for this copy only, not for later work.
+    stop_requests, copied = torch.zeros(()), torch.get_device_module(device).Event()
     gc.freeze()  # exclude existing objects from garbage collection: scanning them takes time
-    stopped = False
+    end, stopped = logger.end, False
     logger.start()
     for step in range(first, end):
         stats = trainer.step(step)
         logger.step(step, stats, trainer.learning_rate(step))
-        # Read the count of the previous step: the current one may still be running on the device.
-        stopped = step + 1 < end and stop_requests().item() > 0
-        stop_requests = start_to_host(stats[2])
-        last = stopped or step + 1 == end
-        if is_due(args.val_every, step) or (args.val_every and step + 1 == args.steps):
+        done = step + 1  # completed steps
+        last = done == end
+        if not last:
+            copied.synchronize()
+            stopped = last = stop_requests.item() > 0
+            stop_requests = stats[2].to("cpu", non_blocking=True)  # into pinned memory
+            copied.record()
+        if args.val_every and (done % args.val_every == 0 or done == args.steps):
             logger.flush()
             val_loss = trainer.validate(read_held_out)
             logger.validation(step, val_loss)
         if disk:
-            if last or is_due(args.save_every, step):
+            if last or (args.save_every and done % args.save_every == 0):
                 logger.flush()  # the log then has every step that the checkpoint includes
                 slices, numbers = trainer.state_to_save()
-                disk.save(step + 1, slices, run | {"optimizer": numbers})
+                disk.save(done, slices, run | {"optimizer": numbers})
             if last:
                 disk.wait()
             for result in disk.completed():
                 logger.saved(result)
         if stopped:
             logger.flush()
-            logger.say(f"stopped by a signal after step {step + 1}")
+            logger.say(f"stopped by a signal after step {done}")
             break
     if first >= end:
         logger.say(f"nothing to train: the run is at step {first} and ends at step {end}")
@@ -563,10 +481,7 @@ def train(
         command = f"python -m tools.bubble {args.trace}"
         logger.say(f"--trace: wrote {args.trace}. To measure the bubble, run: {command}")
     if args.sample and not stopped:
-        prompt = torch.from_numpy(held_out[:16].astype("int64"))
-        ids = trainer.sample(prompt, args.sample).tolist()
-        before, after = data.decode(ids[:16], args.data), data.decode(ids[16:], args.data)
-        logger.say(f"--- sample after {before!r} ---\n{after}\n--------------")
+        logger.say(generate.sample_text(trainer, held_out))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # the handlers above keep the trainer alive
     if val_loss is not None and not stopped:
@@ -576,8 +491,9 @@ def train(
 
 def main() -> None:
     if "--dry-run" in sys.argv:  # before parse_args(): tools/dry_run.py parses the options itself
-        runpy.run_module("tools.dry_run", run_name="__main__")
-        return
+        from tools import dry_run
+
+        return dry_run.main()
     try:
         # Checks that need no communication.
         args, found, notes = options.parse_args()
@@ -593,36 +509,29 @@ def main() -> None:
             return huggingface.export_gpt2(found, args.export, dist.group.WORLD)
         device, device_line = startup.pick_device(args.device)
         corpus = data.load(args.data, config.seq_len, config.vocab_size)
-        measure.check_writable("--trace", args.trace)
+        startup.check_writable("--log", args.log)
+        startup.check_writable("--trace", args.trace)
         checkpoint.check_writable(args.checkpoint_dir)
-        tokens = args.global_batch_size * config.seq_len
-        # 3: a backward pass takes twice as many operations as a forward pass. 1e-12: to TFLOP.
-        tflop = 1e-12 * 3 * gpt.forward_flops_per_token(config) * tokens / world_size
         peak = args.peak_tflops or startup.peak_tflops(device, args.dtype)
-        logger = measure.Logger(
-            args.log, args.steps, args.print_every, tokens, tflop, peak, args.stop_after,
-            append=bool(found),
-        )  # fmt: skip
+        logger = Logger(args, config, world_size, peak, append=bool(found))
     except ValueError as error:
         options.parser().error(str(error))
-    for line in (device_line, *notes):
+    for line in (device_line, *notes, *options.describe(args, config, world_size, device)):
         logger.say(line)
     try:
         startup.join_ranks(device, args.timeout)
         seen = {"corpus": data.fingerprint(corpus[0]), "device": startup.device_name(device)}
         startup.check_same(vars(args) | seen)
+        read = functools.partial(data.batch, corpus[0], seq_len=config.seq_len, seed=args.seed)
         draw = source.draw if source else None
-        saved = train(args, config, corpus, device, logger, draw, found)
+        saved = train(Trainer(args, config, read, device, draw), corpus, logger, found)
         # Free the trainer's groups now: gloo's threads must end before the interpreter does.
         gc.unfreeze()
         gc.collect()
         dist.barrier()  # a rank that exits early would close connections that others still use
     except RuntimeError as error:
-        if (line := measure.lost_collective(error)) is None:  # not the error of a collective
-            raise
-        rank = os.environ.get("RANK", 0)
-        print(f"train_3d.py: rank {rank}: {line}", file=sys.stderr, flush=True)
-        os._exit(1)  # a normal exit would wait for collectives that never complete
+        measure.exit_if_lost("train_3d.py", error)
+        raise
     dist.destroy_process_group()
     if not saved:
         sys.exit(1)

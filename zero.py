@@ -633,8 +633,8 @@ class Zero1:
         return [piece for unit in self.units for piece in unit.pieces]
 
     def held(self) -> dict[str, list[Tensor]]:
-        """The tensors that this object stores between steps, for measure.bytes_by_kind(), without
-        the moments in the optimizer. Some share memory."""
+        """The tensors that this object stores between steps, for tools/counting.py, without the
+        moments in the optimizer. Some share memory."""
         held = {"parameters": [p for _, p in self.named], "gradients": [], "optimizer": []}
         for unit in self.units:
             held["parameters"].append(unit.parameter_shard)
@@ -835,8 +835,9 @@ def compare(report, name: str, trained: tuple, expected: tuple, predicted: dict)
             shard = slice(piece.start, piece.start + piece.tensor.numel())
             true[piece.name] = full[piece.name].grad.flatten()[shard]
         report.close(f"{name} max |d gradient|", gradients, true)
-    measured = {op: seen.total(None, op).payload // len(losses) for op in predicted}
-    report.costs("payload per step", name, predicted, measured)
+    for operation, payload in predicted.items():
+        measured = seen.total(None, operation).payload // len(losses)  # per step
+        report.equal(f"{name} {operation} payload", payload, measured)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import gpt
 import measure
 import zero
 import zero3
+from tools import counting
 from tools.oracle import Case, judge, launch
 
 
@@ -118,7 +119,7 @@ def gpt_step(version, dtype=torch.float64, grad_dtype=None):
     optimizer = torch.optim.AdamW(tensors)
     rows = range(4 * group.rank(), 4 * group.rank() + 4)
     for step in range(2):
-        with measure.Collectives({"dp": group}) as seen:
+        with counting.Collectives({"dp": group}) as seen:
             if sync:
                 sync.start()
             x, y = data.batch(tokens, step, rows, config.seq_len, seed=0)
@@ -126,7 +127,7 @@ def gpt_step(version, dtype=torch.float64, grad_dtype=None):
                 gpt.cross_entropy(net(xs), ys).backward()
             if sync:
                 sync.finish()
-                held = measure.bytes_by_kind(sync.held(), optimizer)
+                held = counting.bytes_by_kind(sync.held(), optimizer)
                 sync.step(optimizer)
             else:
                 version(net.parameters(), group)

@@ -132,16 +132,10 @@ def test_a_dry_run_of_each_of_8_ranks_is_the_real_run(case):
     assert dry_run.deadlock([seen.queue for seen in ranks]) is None
 
 
-def dry(*flags: str):
-    """train_3d.py as a command: runpy warns of a module that is imported already."""
-    before = functools.partial(sys.modules.pop, "tools.dry_run")
-    return forked(0, train_3d.main, *flags, before=before)
-
-
 def test_the_dry_run_of_a_rank_of_3072():
     flags = ("--dry-run --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --zero 1 "
              "--global-batch-size 48 --micro-batch-size 1").split()  # fmt: skip
-    done = dry(*flags)
+    done = forked(0, train_3d.main, *flags)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
     assert "stage 32 (2 blocks); 8 microbatches" in done.stdout and "differs" not in done.stdout
     assert re.search(r"send to rank 1584: 8\n", done.stdout)
@@ -163,11 +157,11 @@ def test_a_difference_is_marked_and_is_the_exit_code(monkeypatch, capsys):
     ("--dry-run --world-size 8 --rank 8", "--rank 8 with --world-size 8: give 0 to 7"),
     ("--dry-run --world-size 8 --tp 3", "world size 8 is not divisible by --tp 3"),
     ("--dry-run --recompute offload", "meta tensors cannot be offloaded: use another policy"),
-    ("--world-size 8", "--world-size without --dry-run: give"),
-    ("--rank 0", "--rank without --dry-run: give"),
+    ("--world-size 8", "--world-size 8 needs --dry-run: give"),
+    ("--rank 0", "--rank 0 needs --dry-run: give"),
 ])  # fmt: skip
 def test_dry_runs_that_cannot_be(flags, message):
-    done = dry(*flags.split())
+    done = forked(0, train_3d.main, *flags.split())
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and message in line and line.startswith("train_3d.py: error: ")
 

@@ -24,8 +24,10 @@ import data
 import ddp
 import gpt
 import measure
+import options
 import train_3d
 import zero
+from logger import Logger
 from tests.commands import TINY, forked, read_log
 from tools.oracle import Case, launch, trainer_of
 
@@ -134,8 +136,8 @@ def test_a_save_after_a_step_with_an_infinite_gradient_holds_the_state_before_it
 
 
 def test_the_logger_says_that_an_update_was_skipped(tmp_path, capsys):
-    logger = measure.Logger(str(tmp_path / "log"), steps=3, print_every=3, tokens_per_step=1,
-                            tflop=1.0)  # fmt: skip
+    flags = ["--log", str(tmp_path / "log"), "--steps", "3", "--print-every", "3"]
+    logger = Logger(options.parser().parse_args(flags), gpt.MODELS["nano"])
     logger.start()
     for step, norm in enumerate((1.0, math.inf, math.nan)):
         logger.step(step, torch.tensor([2.0, norm, 0.0]), lr=0.1)

@@ -115,6 +115,7 @@ def logged_run() -> None:
         wait(self)
         log.append(f"wait for {self.step}")
 
+    Event.step = None  # of an event that was never recorded
     train_3d.Trainer.step, Event.record, Event.synchronize = step, recorded, waited
     torch.get_device_module = lambda _: device
     train_3d.main()

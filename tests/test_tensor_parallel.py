@@ -13,6 +13,7 @@ import gpt
 import measure
 import pipeline
 import tensor_parallel as tp
+from tools import counting
 from tools.oracle import draw, launch
 
 D = torch.float64
@@ -172,7 +173,7 @@ def counts(n_layer: int, b: int, sequence: bool):
     tp.parallelize(model, tp.GPT_PLAN, group, sequence)
     assert model.wte.weight is model.lm_head.weight, "tied no more"
     x = torch.zeros(b, s, dtype=torch.int64)
-    with measure.Collectives({"tp": group}) as seen:
+    with counting.Collectives({"tp": group}) as seen:
         tp.vocab_parallel_cross_entropy(model(x), x, model.lm_head, group).backward()
     hidden = {op: seen.total("tp", op, "backward", hidden=True).calls for op in tp_operations}
     counted = {(k, op): tuple(seen.total("tp", op, k))

@@ -11,7 +11,7 @@ import gpt
 import measure
 import zero
 import zero3
-from tools import cost
+from tools import cost, counting
 from tools.oracle import launch
 
 SIZES = [((3, 5), (8,)), ((7,),), ((1,), (6, 3))]  # by layer: 23, 7, 19; no d divides a prime
@@ -73,10 +73,10 @@ def pieces_and_step(stage: int, options: dict, hybrid: bool):
             gathered = any(unit.gathered for unit in sync.units)
             assert stage < 3 or gathered == (sync.group.size() == 1), "kept too long"
             sync.finish()
-            assert measure.bytes_held(p.grad for p in named.values()) == 8 * len(named)
+            assert counting.bytes_held(p.grad for p in named.values()) == 8 * len(named)
             whole = [*named.values(), *(u.parameter_shard for u in sync.units)]
-            held["parameters"] = measure.bytes_held(whole)
-            held["gradients"] = measure.bytes_held(u.gradient_shard for u in sync.units)
+            held["parameters"] = counting.bytes_held(whole)
+            held["gradients"] = counting.bytes_held(u.gradient_shard for u in sync.units)
             sync.before_step()
             for _, piece, _, _ in sync.pieces():
                 piece.data -= 0.1 * piece.grad
@@ -279,7 +279,7 @@ def bf16_steps(stage: int, options: dict, grad_dtype, replicate: bool):
             (gpt.cross_entropy(model(mine[:, :-1]), mine[:, 1:]) / 48).backward()
         sync.finish()
         assert all(t.grad is None for _, t, _, _ in sync.pieces()), "fp32 copies from last step"
-        held = measure.bytes_by_kind(sync.held(), optimizer)
+        held = counting.bytes_by_kind(sync.held(), optimizer)
         sync.before_step()
         optimizer.step()
         sync.after_step()
@@ -325,13 +325,14 @@ def gpt_steps(stage: int, options: dict, hybrid: bool, dtype, grad_dtype):
         for x in tokens.chunk(M):
             gpt.cross_entropy(net(x), x).backward()
         sync.finish()
-        held = measure.bytes_by_kind(sync.held(), optimizer)
+        held = counting.bytes_by_kind(sync.held(), optimizer)
         sync.before_step()
         optimizer.step()
         return held
 
     to_the_optimizer()
-    with measure.Collectives(names) as seen:  # from after_step(), since layers wait for its gathers
+    # From after_step(), since layers wait for its gathers.
+    with counting.Collectives(names) as seen:
         sync.after_step()
         held = to_the_optimizer()
     uses = [
@@ -423,7 +424,7 @@ def optimizer_bytes(stage: int, options: dict) -> int:
     for piece in pieces:
         piece.grad = torch.zeros_like(piece)
     optimizer.step()
-    return measure.bytes_by_kind(sync.held(), optimizer)["optimizer"]
+    return counting.bytes_by_kind(sync.held(), optimizer)["optimizer"]
 
 
 @pytest.mark.parametrize("stage, options", VARIANTS[:3])

@@ -85,6 +85,7 @@ import schedules
 import tensor_parallel
 import train_3d
 import zero3
+from logger import Logger
 from tools import bubble, cost, links
 from tools.oracle import launch
 
@@ -681,7 +682,8 @@ def loop_shares(config: gpt.GPTConfig, steps: int = 10) -> dict[str, float]:
     trainer = make_trainer(config, timed("data", read), stage="1")
     trainer._global_stats = timed("norm", trainer._global_stats)
     with tempfile.NamedTemporaryFile("w") as file, contextlib.redirect_stdout(file):
-        logger = measure.Logger(file.name, steps, steps, ROWS * config.seq_len, 1.0)
+        args = vars(trainer.args) | {"log": file.name, "steps": steps, "print_every": steps}
+        logger = Logger(argparse.Namespace(**args), config)
         log = timed("log", logger.step)
         timed_step = timed("step", lambda i: log(i, trainer.step(i), trainer.learning_rate(i)))
         for i in range(WARMUP):

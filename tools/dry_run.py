@@ -46,7 +46,7 @@ import schedules
 import tensor_parallel
 import train_3d
 import zero
-from tools import cost
+from tools import cost, counting
 
 AXES = ("tp", "pp", "dp", "shard", "replica", "inside", "across", "tied")
 Traffic = dict[tuple[str, str], tuple[int, int]]  # (group, operation) -> (calls, bytes)
@@ -291,7 +291,7 @@ def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True, step
         nbytes = call.payload * call.dtype.itemsize
         counted[call.group, call.operation] += torch.tensor([1, nbytes])
     counted = {key: tuple(both.tolist()) for key, both in counted.items()}
-    held = measure.bytes_by_kind(trainer.sync.held(), trainer.optimizer)
+    held = counting.bytes_by_kind(trainer.sync.held(), trainer.optimizer)
     expected = predicted_bytes(trainer)
     return Seen(
         trainer, rank, {kind: (n, expected[kind]) for kind, n in held.items()},

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import data
 import gpt
 import measure
 import options
@@ -67,7 +68,7 @@ class Bare:
         """One training step. Returns [loss, gradient norm]."""
         args, b = self.args, self.args.micro_batch_size
         rows = range(args.global_batch_size)
-        x, y = (train_3d.to_device(t, self.device) for t in self.read(step, rows))
+        x, y = (data.to_device(t, self.device) for t in self.read(step, rows))
         count, total = (y >= 0).sum(), torch.zeros((), device=self.device)
         for p in self.parameters:
             p.grad = None
@@ -270,7 +271,7 @@ def main() -> None:
     os.environ["LOCAL_WORLD_SIZE"] = "1"
     try:
         device, line = startup.pick_device(args.device)
-        measure.check_writable("--out", args.out)
+        startup.check_writable("--out", args.out)
     except ValueError as error:
         sys.exit(f"tools.gpu_check: {error}")
     print(line, flush=True)

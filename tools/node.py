@@ -44,6 +44,7 @@ from torch import Tensor
 from torch.distributed.pipelining import Schedule1F1B
 from torch.distributed.tensor import DTensor
 
+import data
 import gpt
 import measure
 import options
@@ -154,7 +155,7 @@ class TorchLoop:
         self.valid, self.run = args.global_batch_size * config.seq_len, build(model)
 
     def step(self, step: int) -> Tensor:
-        x, y = (train_3d.to_device(t, self.device) for t in self.read(step, range(self.share)))
+        x, y = (data.to_device(t, self.device) for t in self.read(step, range(self.share)))
         return self.run(list(zip(x.split(self.b), y.split(self.b), strict=True)), self.valid)
 
 
@@ -397,7 +398,7 @@ def main() -> None:
         arguments.error(f"--rows {wrong[0]!r} is not one of {', '.join(map(repr, known))}")
     try:
         device, _ = startup.pick_device(args.device)
-        measure.check_writable("--out", args.out)
+        startup.check_writable("--out", args.out)
     except ValueError as error:
         arguments.error(str(error))
     args.device = device.type

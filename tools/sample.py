@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 import checkpoint
 import data
+import generate
 import huggingface
 import options
 import startup
@@ -67,7 +68,8 @@ def main() -> None:
         checkpoint.read(newest.path, wanted, dist.group.WORLD)
         trainer.loaded()
         wrong += more
-    tokens = trainer.sample(torch.tensor(prompt), mine.n, mine.temperature, mine.top_k).tolist()
+    how = (mine.n, mine.temperature, mine.top_k)
+    tokens = generate.sample(trainer, torch.tensor(prompt), *how).tolist()
     if dist.get_rank() == 0:
         print(*wrong, decode(tokens), sep="\n")
     del trainer

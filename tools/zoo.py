@@ -249,8 +249,8 @@ ZOO = [
         ("gpt.py", "start = self.shard * x.size(1)", "start = 0")],
         LAYOUTS, r"where='gradient wpe\.weight"),
     Bug(32, "ranks sample different tokens", [
-        ("train_3d.py", "generator.manual_seed(self.args.seed)",
-         "generator.manual_seed(self.args.seed + dist.get_rank())")],
+        ("generate.py", "manual_seed(trainer.args.seed)",
+         "manual_seed(trainer.args.seed + dist.get_rank())")],
         "tests/test_train_3d.py::test_launched_runs_are_the_plain_one", "assert .*estion"),
     Bug(33, "a save writes values that training has changed", [
         ("checkpoint.py", "s._replace(tensor=buffer.copy_(s.tensor, non_blocking=True))", "s")],
