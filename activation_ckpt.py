@@ -1,10 +1,10 @@
 """Activation checkpointing: save fewer tensors in forward, recompute or reload them in backward.
 
 Autograd saves the tensors that backward needs: "saved tensors", or activations. Their size grows
-with batch size, sequence length and depth, and often exceeds that of the model. The policies below
-keep fewer of them on the device in each block. If a block gives the same results when it is rerun
+with batch size, sequence length and depth, and often exceeds that of the model. All policies below
+except "none" keep fewer of them on the device. If a block gives the same results when it is rerun
 with the same random numbers, losses and gradients are bitwise identical to those without
-checkpointing. offload() states one exception.
+checkpointing. The docstring of offload() describes one exception.
 
     x0 x1 x2 x3: inputs and outputs of three blocks. u w z: tensors inside a block.
     [ ]: saved on the device from forward to backward.
@@ -25,15 +25,15 @@ are the FLOPs of the matmuls in a block's forward, and B = 2 F those in its back
     offload    0                         F + B                  nothing
 
 The table is for a GPT-2 block without dropout, in which attention is matmul, softmax, matmul. Fused
-attention does not store the attention weights, so there "selective" reduces memory use very little.
+attention does not store the attention weights, so with it "selective" saves very little memory.
 During a block's backward, its recomputed tensors are in memory too.
 
-The recomputation, or second forward, must draw the same dropout masks. It runs when backward first
-needs a saved tensor of the block, repeats the block's collectives in order, and stops at the last
-saved tensor. If ranks save different tensors, they stop at different points, and one can wait
-forever in a collective that another never starts. A tensor-parallel block without dropout saves
-nothing after its last collective, so "full" repeats all collectives but that one. "selective"
-repeats none.
+The recomputation, or second forward, must draw the same dropout masks. It starts when backward
+first needs a saved tensor of the block, and stops as soon as all tensors that the first forward
+saved have been recomputed. It repeats the collectives of the block up to that point. If ranks save
+different tensors, they stop at different points, and one can wait forever in a collective that
+another never starts. A tensor-parallel block without dropout saves nothing after its last
+collective, so "full" repeats all collectives but that one. "selective" repeats none.
 
     torchrun --standalone --nproc-per-node 2 activation_ckpt.py
 
@@ -70,7 +70,7 @@ class CheckpointFunction(torch.autograd.Function):
         x = ctx.saved_tensors[0].detach().requires_grad_()
         with torch.enable_grad():
             y = ctx.function(x)
-        torch.autograd.backward(y, grad)  # adds to the .grad of the function's parameters, too
+        torch.autograd.backward(y, grad)  # sets x.grad, and adds to the .grad of the parameters
         return None, x.grad
 
 
@@ -83,8 +83,8 @@ def checkpoint(function: Callable, *inputs: Tensor, rerun: Callable | None = Non
     """Call function(*inputs) under saved-tensor hooks. Autograd stores an index in place of each
     saved tensor. When backward first needs one, unpack() reruns the function, which recomputes all
     of them. A recomputed tensor is freed after its first use. If it is used again, for example by a
-    second backward with retain_graph=True, the function runs again. rerun(): is called instead of
-    the function; recompute() passes one.
+    second backward with retain_graph=True, the function runs again. If `rerun` is given, the second
+    forward calls rerun() instead of the function. recompute() uses this.
 
     This is torch.utils.checkpoint.checkpoint(use_reentrant=False) without its keyword arguments,
     its handling of RNG and autocast state, and its detection of inputs modified in place."""
@@ -101,12 +101,13 @@ def checkpoint(function: Callable, *inputs: Tensor, rerun: Callable | None = Non
         t = t.detach()  # else a node that saves its own output would be in a reference cycle
         recomputed[len(recomputed)] = t
         if len(recomputed) == len(shapes):
-            raise EarlyStop
+            raise EarlyStop  # an operation saves its inputs before it computes, so it is skipped
         return t
 
     def unpack(index: int) -> Tensor:
         if index not in recomputed:
-            recomputed.clear()  # store() numbers the tensors from 0
+            recomputed.clear()  # store() numbers the tensors from len(recomputed)
+            # backward runs with grad mode disabled. Without it, nothing would be saved.
             hooks = saved_tensors_hooks(store, lambda t: t)
             with contextlib.suppress(EarlyStop), torch.enable_grad(), hooks:
                 rerun()
@@ -155,8 +156,9 @@ class SaveInput(torch.autograd.Function):
     error if the input has been modified in place.
 
     The output is an empty tensor that refers to the node. Nothing is computed from it, so autograd
-    never runs the node, and does not free the input. The input is freed with the last saved tensor
-    of the block, because the hooks of the block hold `rerun`, and `rerun` holds the outputs."""
+    never runs the node and does not free its input. Instead, the input is freed when backward has
+    released all saved tensors of the block: their hooks hold `rerun` (see recompute()), and `rerun`
+    holds the outputs."""
 
     @staticmethod
     def forward(ctx, leaf: Tensor, x: Tensor) -> Tensor:
@@ -170,19 +172,21 @@ class SaveInput(torch.autograd.Function):
 
 
 def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **kwargs) -> Any:
-    """Call function(*args, **kwargs). Of the tensors that backward needs, only those among the
-    arguments are kept, also if they are in tuples, lists or dicts. The others are recomputed.
+    """Call function(*args, **kwargs). All tensor arguments are kept, including those in tuples,
+    lists or dicts. Other tensors that autograd would save are recomputed.
 
     save_rng() is called before the first forward. It returns a function that returns a context
-    manager, in which the second forward draws the same random numbers. EarlyStop passes through
-    this context manager, so it must restore the state in a `finally`. train_3d.py passes Draws.save
-    from gpt.py, because the dropout masks there do not come from torch's default generators.
+    manager, in which the second forward draws the same random numbers. This context manager must
+    restore the state even on an exception, because EarlyStop passes through it. train_3d.py passes
+    Draws.save from gpt.py, because the dropout masks there do not come from torch's default
+    generators.
 
-    Raises ValueError in backward if the second forward saves fewer tensors or other shapes. Surplus
-    tensors are not noticed. Gradients can be wrong without an error if the function reads state
-    that has changed since the first forward, or modifies a saved tensor in place."""
+    Raises ValueError in backward if the second forward saves fewer tensors, or tensors of other
+    shapes. Surplus tensors are not noticed. Gradients can be wrong without an error if the function
+    reads state that has changed since the first forward, or modifies in place a tensor that it has
+    saved (changes to inputs are detected, see SaveInput)."""
     leaf = torch.empty(0, requires_grad=True)
-    nodes = tree_map_only(Tensor, lambda x: SaveInput.apply(leaf, x), (args, kwargs))
+    outputs = tree_map_only(Tensor, lambda x: SaveInput.apply(leaf, x), (args, kwargs))
     restore_rng = save_rng()
     # 3. Autocast: the second forward must compute in the dtypes of the first, but backward usually
     # runs outside of the autocast context.
@@ -191,10 +195,10 @@ def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **
         for device in ("cpu", "cuda")
     )
 
-    # This must not refer to args or kwargs. They would keep the inputs in memory even if outer
+    # rerun() must not refer to args or kwargs. They would keep the inputs in memory even if outer
     # hooks have offloaded or dropped them.
     def rerun() -> None:
-        detached_args, detached_kwargs = tree_map_only(Tensor, SaveInput.load, nodes)
+        detached_args, detached_kwargs = tree_map_only(Tensor, SaveInput.load, outputs)
         with cpu_autocast, cuda_autocast, restore_rng():
             function(*detached_args, **detached_kwargs)
 
@@ -207,9 +211,9 @@ def recompute(function: Callable, *args, save_rng: Callable = save_torch_rng, **
 def offload(function: Callable, module: nn.Module, *args, **kwargs) -> Any:
     """Call `function`, the forward of `module`, and keep its saved tensors in host memory. Nothing
     is recomputed. Parameters are not copied. A tensor that two nodes save is copied twice. Tensors
-    are reloaded with the same strides. The exception are tensors with gaps between their elements,
-    such as a slice of a larger one. They are reloaded without gaps, which can change the rounding
-    of a matmul.
+    are reloaded with the same strides. Exceptions are tensors with gaps between their elements,
+    such as a slice of a larger tensor, and expanded tensors. They are reloaded densely, which can
+    change the rounding of a matmul.
 
     On a GPU, the copies run on the stream of the computation, in order with it. So no events are
     needed: PyTorch's allocators reuse device memory in stream order, and pinned memory only when
@@ -244,7 +248,7 @@ def checkpoint_blocks(
     save_rng: Callable = save_torch_rng,
     core: str = "attn.core",
 ) -> None:
-    """Apply the policy to every `every`-th of the first `layers` blocks (default: all), in place.
+    """Apply the policy, in place, to blocks 0, every, 2 every, .. of the first `layers` blocks.
     Checkpointing fewer blocks costs less recomputation but more memory. save_rng: see recompute().
 
     Only forward methods are replaced: those of the blocks or, for "selective", of the submodule at
@@ -292,11 +296,13 @@ def flops(policy: str, b: int, s: int, h: int) -> int:
 
 
 # --- demo -----------------------------------------------------------------------------------------
-# Each rank trains a separate model on separate rows. Checkpointing itself does not communicate.
+# Each rank trains a separate model on separate rows. Its blocks contain no collectives.
 
 
 def measured_cost(model: nn.Module, x: Tensor) -> tuple[int, int]:
-    """Bytes saved by all blocks, and FLOPs of their forward and backward. x [b, s, h]."""
+    """The largest number of bytes saved by all blocks at once, and the FLOPs of their forward,
+    backward and recomputation. x [b, s, h]. SavedActivations has outer saved-tensor hooks: it
+    counts what the hooks of checkpoint() and offload() leave to autograd."""
     from torch.utils.flop_counter import FlopCounterMode
 
     import measure

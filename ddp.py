@@ -6,18 +6,18 @@
 
 Each of d ranks holds a replica of the model and computes gradients for its rows of the global
 batch. An all-reduce sums the gradients, so all ranks apply the same update and replicas stay equal.
-Replicas must be equal at the start. DDP checks this at construction. The two functions before it do
-not. Each rank divides its loss by the number of targets in the global
-batch, so gradients are summed and not averaged. With gradient accumulation, they are all-reduced
-once per step. Ranks may have different numbers of rows and microbatches.
+Replicas must be equal at the start. DDP checks this at construction, versions 1 and 2 do not. Each
+rank divides its loss by the number of targets in the global batch, so gradients are summed and not
+averaged. With gradient accumulation, they are all-reduced once per step. Ranks may have different
+numbers of rows and microbatches.
 
 A ring all-reduce is a reduce-scatter followed by an all-gather. In each half, every rank sends
 (d-1)/d of the gradient. After the first half, each rank holds 1/d of the summed gradient. ZeRO-1
 (zero.py) runs the optimizer at that point and then gathers parameters instead of gradients.
 
     per rank and step       payload                 calls            overlaps with backward
-    version 1               Psi                     1 per parameter  no
-    version 2               Psi                     1                no
+    1 all_reduce_gradients  Psi                     1 per parameter  no
+    2 all_reduce_flat       Psi                     1                no
     DDP                     Psi                     1 per bucket     all but the last bucket,
                                                                      from step 2 on
     DDP with Hierarchical   2 Psi inside a host,    3 per bucket     all but the last 3 buckets,
@@ -35,7 +35,7 @@ to 2 Psi more. zero.py shards this state.
     torchrun --standalone --nproc-per-node 4 ddp.py
 
 Li et al. 2020, PyTorch Distributed (arXiv 2006.15704), section 3.2, on buckets and overlap.
-Goyal et al. 2017 (arXiv 1706.02677), section 2 on sums and averages, section 4 on hosts.
+Goyal et al. 2017 (arXiv 1706.02677), section 3 on sums and averages, section 4 on hosts.
 """
 
 import itertools
@@ -101,7 +101,7 @@ def global_count(targets: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 # --- version 2: one collective --------------------------------------------------------------------
 # Version 1 pays the latency of a collective once per parameter, version 2 once per step. On a CPU,
-# version 2 shortens the step of a small model by 10 to 20 %. At hidden sizes of 768 and above, it
+# version 2 shortens the step of a small model by 10 to 20%. At hidden sizes of 768 and above, it
 # makes no difference. Version 2 copies the gradients into a buffer of Psi elements.
 
 
@@ -153,7 +153,7 @@ class DDP:
         sync.finish()                     # gradients are sums over the ranks
         sync.step(optimizer, clip=1.0)    # instead of clip_grad_norm_() and optimizer.step()
 
-    tokens: the number of valid targets in the global batch, from global_count().
+    Above, tokens is the number of valid targets in the global batch, from global_count().
 
     model: must have the same parameters, with the same values, on all ranks of `group`. Buffers are
         neither checked nor synchronized. Frozen parameters are skipped.
@@ -174,9 +174,9 @@ class DDP:
         of a stage may use different parameters in one step. With overlap they would start
         all-reduces at different points relative to their sends and receives, which can deadlock.
 
-    A parameter that no rank uses in a step has `.grad` None after finish(). If a rank does not use
-    a parameter, or a parameter receives fewer gradients than `accumulations`, that rank reduces the
-    parameter's bucket and all later ones in finish(). The other ranks wait for it there.
+    A parameter that no rank uses in a step has `.grad` None after finish(). If, on some rank, a
+    parameter is unused or receives fewer gradients than `accumulations`, that rank launches the
+    parameter's bucket and all later ones only in finish(), and the other ranks wait for it.
 
     From the first backward of a step until finish() returns, issue no other collective on `group`.
     Manual writes to a bf16 parameter are lost at the next step, since the optimizer updates an fp32
@@ -214,6 +214,7 @@ class DDP:
         # fp32 master weights: bf16 rounding would lose small updates.
         narrow = [p for _, p in self.parameters if p.dtype.itemsize < 4]
         self.masters = {p: p.detach().float().requires_grad_() for p in narrow}
+        # What the optimizer must hold instead of a parameter, see check_optimizer().
         self.piece_of = {piece.parameter: piece for piece in self.pieces()}
         self.piece_of |= {piece.tensor: piece for piece in self.pieces()}  # adds the fp32 copies
         # A weak reference, so that the hooks do not keep this object and its group alive.
@@ -237,8 +238,7 @@ class DDP:
         """Call before the first backward of a step. Until finish(), every `.grad` is None.
 
         start() can also abandon a step: it waits for the pending all-reduces and discards the
-        gradients. All ranks must have stopped at the same point, before they called
-        before_step()."""
+        gradients. All ranks must have stopped after the same backward, before before_step()."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip
@@ -261,8 +261,8 @@ class DDP:
         """Autograd calls this after it has stored a gradient of parameter i in p.grad. Move the
         gradient to its bucket, then launch the buckets that are complete and next in order.
 
-        During backward, p.grad is not a view of the bucket. The dtype of the bucket may differ from
-        that of the parameter, and torch.compile cannot compile a layer whose parameter has a
+        During backward, p.grad is not a view of the bucket, because the bucket may have another
+        dtype than the parameter, and torch.compile cannot compile a layer whose parameter has a
         `.grad` of another dtype."""
         if p.grad is None:  # a custom backward returned None
             return
@@ -319,8 +319,9 @@ class DDP:
         self.phase = "finished"
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Tensor | None:
-        """Call after finish(). Runs before_step(), clips the gradients to the global norm `clip`,
-        runs optimizer.step() and after_step(). Returns the norm before clipping; None without clip.
+        """Call after finish(). Runs before_step(), scales the gradients so that their norm is at
+        most `clip`, then runs optimizer.step() and after_step(). Returns the norm before clipping;
+        None without clip.
 
         Raises ValueError if clip is given and a gradient is distributed over tensor-parallel ranks.
         In that case call before_step(), clip by the gradient norm of the full model, then call
@@ -372,10 +373,10 @@ class DDP:
         """Assign parameters to buckets in the order in which the first step completed their
         gradients on the group's first rank. Parameters whose gradient is incomplete come last.
 
-        The first step already reduces in this layout. The order in which a ring adds the ranks'
-        terms of an element depends on the position of the element in the bucket. A resumed run
-        constructs a new DDP. If its first step reduced in another layout, the run would not be
-        bitwise equal to an uninterrupted one."""
+        The first step already reduces in this layout. The position of an element in its bucket
+        determines the order in which a ring adds the terms of the ranks, and so the rounding. A
+        resumed run constructs a new DDP. If its first step reduced in another layout, the run would
+        not be bitwise equal to an uninterrupted one."""
         if self.parameters:
             order = [*dict.fromkeys([*self.ready, *range(len(self.parameters))])]
             numbers = torch.tensor(order, device=self.buckets[0].device)
@@ -384,8 +385,8 @@ class DDP:
         self.learned = True
 
     def _lay_out(self, order: Iterable[int]) -> None:
-        """Assign parameters to buckets. `order` holds their indices. A bucket has one dtype and is
-        closed when it holds at least bucket_bytes."""
+        """Assign parameters to buckets. `order` holds their indices. A bucket has one dtype. It is
+        closed when it holds at least bucket_bytes (the first: 1/25 of that), or at the end."""
         self.buckets: list[Tensor] = []
         self.members: list[list[int]] = []
         self.sent_dtypes: list[torch.dtype] = []
@@ -411,9 +412,10 @@ class DDP:
         for i, p, view in zip(members, parameters, flat.split(sizes), strict=True):
             if self.gradients[i] is not None:  # the gradient of the first step, in the old layout
                 view.copy_(self.gradients[i].flatten())
-            # grad_dtype = None allows a `.grad` of any dtype. A tied matrix can get two gradients
-            # per backward, which autograd sums before it calls the hook. With grad_dtype = dtype,
-            # it sums them in the dtype of the bucket. gpt.py sets tied_name on tied matrices.
+            # p.grad_dtype is an attribute of PyTorch. None allows a `.grad` of any dtype. A tied
+            # matrix can get two gradients per backward, which autograd sums before it calls the
+            # hook. The dtype of the bucket makes it sum them in that dtype instead of bf16. gpt.py
+            # sets tied_name on tied matrices.
             p.grad_dtype = dtype if hasattr(p, "tied_name") else None
             self.gradients[i] = view.view_as(p)
             self.bucket_of[i] = len(self.buckets)
@@ -452,13 +454,14 @@ def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
 # Links between hosts are slower than links inside a host. In a ring all-reduce over d ranks, each
 # host sends 2 (d-1)/d Psi elements to the next host. If gradients are first summed inside each of k
 # hosts, a host sends only 2 (k-1)/k Psi. This saves a third with 2 hosts of 2 ranks, and little
-# with many hosts. The ring between hosts has k ranks, so it takes 2 (k-1) rounds over the slow
-# links instead of 2 (d-1). At 1 Gbit/s, with 2 hosts of 2 ranks, Hierarchical reduces 25 MB in
-# about 30 % less time than one ring. With few ranks, it takes longer for small payloads, because
-# three collectives have more overhead than one. `make hierarchy` measures the time and the bytes
-# between hosts.
+# with many hosts. The rings between hosts have k ranks each, so they take 2 (k-1) rounds over the
+# slow links instead of 2 (d-1). With 1 Gbit/s between 2 hosts of 2 ranks, Hierarchical reduces 25
+# MB in about 30% less time than one ring. With few ranks, it takes longer for small payloads,
+# because three collectives have more overhead than one. `make hierarchy` measures the time and the
+# bytes between hosts.
 
-# PyTorch 2.13 renamed these functions and warns about the old names. 2.11 has only the old names.
+# PyTorch 2.13 renamed reduce_scatter_tensor and all_gather_into_tensor, and warns about these
+# names. 2.11 has only them.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -480,7 +483,7 @@ class Hierarchical:
         self.stream = None
 
     def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
-        """`group` is not used: it consists of the ranks inside all hosts."""
+        """`group` is not used: `inside` and `across` together reach all of its ranks."""
         self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
         self.stream = self.stream or self.device.Stream()
         # The phases must not start before `flat` is filled. On a CPU, streams are no-ops.
@@ -498,8 +501,11 @@ class Hierarchical:
     def _advance(self) -> None:
         """Start the next phase of each bucket, oldest first, in the same order on all ranks."""
         with self.device.stream(self.stream):
-            # next() starts a phase and returns its handle, or None after the last phase.
-            self.in_flight = [phases for phases in self.in_flight if next(phases, None)]
+            unfinished = []
+            for phases in self.in_flight:
+                if next(phases, None) is not None:  # a handle, or None after the last phase
+                    unfinished.append(phases)
+            self.in_flight = unfinished
 
     def _phases(self, flat: Tensor) -> Iterator[dist.Work]:
         """Each next() waits for the phase in progress and starts the following one."""
@@ -547,7 +553,7 @@ def check_same_parameters(
 
 def checksum(p: Tensor) -> int:
     """The sum of the elements' bit patterns as integers. It does not depend on the order of
-    summation, so equal tensors always have equal checksums."""
+    summation, so bitwise equal tensors always have equal checksums."""
     if p.is_meta:  # it has no values
         return 0
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.itemsize]
@@ -641,7 +647,8 @@ def train(rows: range, group: dist.ProcessGroup, all_reduce: Callable, reduce: C
     config = gpt.GPTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=256, seq_len=32)
     tokens, m, steps = data.example(), 2, 3
     model = gpt.build(config, seed=0, dtype=torch.float64)
-    # A large eps: AdamW divides by the gradient's size, which would amplify rounding errors.
+    # A large eps: AdamW divides by the root of the mean squared gradient. Where that is tiny, it
+    # would amplify rounding errors.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     sync = DDP(model, group, m, bucket_bytes=2**16, reduce=reduce) if reduce else None
     start = sync.start if sync else optimizer.zero_grad
@@ -650,7 +657,8 @@ def train(rows: range, group: dist.ProcessGroup, all_reduce: Callable, reduce: C
         start()
         x, y = data.batch(tokens, step, rows, config.seq_len, seed=0)
         for xs, ys in zip(x.chunk(m), y.chunk(m), strict=True):
-            loss = gpt.cross_entropy(model(xs), ys) / (4 * group.size() * config.seq_len)
+            total = gpt.cross_entropy(model(xs), ys)  # a sum over the targets, all of them valid
+            loss = total / (4 * group.size() * config.seq_len)
             loss.backward()
             losses[step] += loss.detach()
         if sync:

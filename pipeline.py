@@ -53,9 +53,10 @@ def train_step(
     inputs: one tensor per microbatch, all of one shape; only rank 0 reads them. loss_of(output, i)
     -> scalar, used by the last rank: the loss summed over the tokens of microbatch i, divided by
     the number of tokens in the full batch. boundary: a tensor with the shape [b, s, h], dtype and
-    device of those sent between stages. Stage outputs are not checked against it. Returns the sum
-    of the losses on the last rank and 0 on the others, so an all-reduce gives it to all.
-    Under NCCL, neighbours must have exchanged a tensor before the first step (see Pipeline)."""
+    device of the tensors sent between stages. Stage outputs are not checked against it. Returns the
+    sum of the losses on the last rank and 0 on the others, so an all-reduce gives it to all. Under
+    NCCL, neighbours must have exchanged a tensor before the first step: a first transfer in the
+    middle of a schedule can hang (see Pipeline._connect)."""
     rank, last, m = group.rank(), group.size() - 1, len(inputs)
     in_flight = collections.deque()  # (input, output) of each microbatch between its F and its B
     total = boundary.new_zeros((), dtype=torch.promote_types(boundary.dtype, torch.float32))
@@ -111,7 +112,7 @@ def train_step(
 # - Apart from its exchanges, version 1 just executes a list of actions, such as F F B F B F B B. So
 #   each schedule is written as data: one list of actions per rank, see schedules.py.
 # - Pairing sends with receives by hand does not scale to several chunks per rank, to V-shaped stage
-#   placement (zb_v), or to split backwards. So transfers are derived from one order of all actions.
+#   placement (zb-v), or to split backwards. So transfers are derived from one order of all actions.
 # - `forward`, `backward` and `exchange` become methods of one executor, `Pipeline`.
 #
 # A list of actions with its transfers is called a program. This one is derived for rank 1 of 3 in
@@ -151,8 +152,9 @@ def derive_programs(schedule: Schedule) -> list[Program]:
 
     This cannot deadlock, even if every transfer blocks until both ranks have posted it: the first
     unfinished event in the order is next on every rank that takes part in it, so it can always
-    proceed. Under NCCL, where one handle waits for a whole batch, this still holds: the transfers
-    of a batch are posted together, and all precede the rank's next action in the order."""
+    proceed. This also holds under NCCL, where one handle waits for a whole batch. The transfers of
+    a batch are posted together, and all of them precede the rank's next action in the order. So an
+    action only waits for earlier events."""
     rank_of = {stage: rank for rank, row in enumerate(stages_of(schedule)) for stage in row}
     events = []  # (key, ranks, event). Ties: transfers first, then by n, identically on all ranks.
     for n, (rank, action, start, end) in enumerate(simulate(schedule)):
@@ -177,7 +179,9 @@ def receive_ahead(program: Program, rank: int) -> Program:
     """The program of `rank` with each receive posted one batch earlier: [<F0] F0 [<F1 >F0] F1 [>F1]
     becomes [<F0] [<F1] F0 [>F0] F1 [>F1]. This is faster under gloo, where a send to a rank that
     has not yet posted the matching receive is delayed until that rank's gloo thread gets to run. In
-    each direction, the order of transfers between two ranks does not change.
+    each direction, the order of transfers between two ranks does not change, so receives still
+    match their sends. Under gloo, a posted receive blocks no other transfer, so there is no
+    deadlock.
 
     Do not use this with NCCL, which runs all transfers of a group in one queue: if two ranks both
     posted receives early, each receive could block the send that the other rank waits for."""
@@ -324,13 +328,14 @@ def deferred_forward(linear: nn.Linear, x: Tensor) -> Tensor:
 
 def defer_weight_gradients(model: nn.Module, queue: list) -> None:
     """Makes the backward of each linear layer append to `queue` a function that computes the weight
-    gradient. Layers with a frozen weight are not changed.
+    gradient. Two kinds of layers do not change: those with a frozen weight, and subclasses of
+    nn.Linear without the method `multiply`.
 
-    This overrides the forward of each nn.Linear, even if it was already overridden on the instance,
-    and the method multiply(x, bias) -> x @ weight.T + bias of layers that have one, such as those
-    of tensor_parallel.py. Such a layer may also define gather_input(x), which returns the input of
-    the matmul, and reduce_input_gradient(d_x), which returns the gradient of x from the gradient of
-    that input."""
+    This replaces the forward of each plain nn.Linear, even if it was already replaced on the
+    instance. In the layers of tensor_parallel.py and others that define multiply(x, bias) -> x @
+    weight.T + bias, it replaces that method. Such a layer may also define gather_input(x), which
+    returns the input of the matmul, and reduce_input_gradient(d_x), which returns the gradient of x
+    from the gradient of that input."""
     for layer in model.modules():
         is_linear = type(layer) is nn.Linear
         if (is_linear or hasattr(layer, "multiply")) and layer.weight.requires_grad:
@@ -349,7 +354,7 @@ def defer_weight_gradients(model: nn.Module, queue: list) -> None:
 class Pipeline:
     """Runs the programs of this rank.
 
-    chunks: {stage: module} for the stages of this rank. n_stages: the number of stages on all
+    chunks: {stage: module} for the stages of this rank. n_stages: the total number of stages of all
     ranks. dtype, device: those of all tensors sent between stages. program: the training program of
     this rank. If it has W actions, the linear layers defer their weight gradients.
 
@@ -365,7 +370,7 @@ class Pipeline:
         self.m = 1 + max(action.microbatch for action in actions_of(program))
         self.is_gloo = group.size() > 1 and dist.get_backend(group) == "gloo"  # see receive_ahead
         self.watch: Callable = lambda action: contextlib.nullcontext()
-        self.running = False  # stays True if run() raises
+        self.running = False  # stays True if run() raises after its checks
         self.queue: list[Callable] = []  # weight gradients deferred by the current B
         if splits_backward(actions_of(program)):
             for chunk in chunks.values():
@@ -382,7 +387,7 @@ class Pipeline:
         dist.all_reduce(zero, group=self.group)  # payload: 1 element, once per Pipeline
         transfers = [t for step in program if not isinstance(step, Action) for t in step]
         for pair in sorted({(min(t.src, t.dst), max(t.src, t.dst)) for t in transfers}):
-            peer = dict(group=self.group, group_peer=sum(pair) - rank)
+            peer = dict(group=self.group, group_peer=sum(pair) - rank)  # the other of the two
             send = dist.P2POp(dist.isend, zero, **peer)
             receive = dist.P2POp(dist.irecv, torch.empty_like(zero), **peer)
             for handle in dist.batch_isend_irecv([send, receive]):  # payload: 1 element each
@@ -391,7 +396,8 @@ class Pipeline:
     def accumulations(self) -> dict[nn.Parameter, int]:
         """How often the gradient of each trainable parameter is accumulated per training step: once
         per microbatch, in B, or in W if its layer defers it. A tied matrix can be accumulated in B
-        and in W, and in two stages. train_3d.py passes this to DDP or ZeRO."""
+        and in W, and in two stages. train_3d.py passes this to DDP or ZeRO, which count gradients
+        to know when one is complete."""
         uses: dict[nn.Parameter, set] = {}
         for stage, chunk in self.chunks.items():
             for module in chunk.modules():
@@ -413,10 +419,11 @@ class Pipeline:
         by the last stage. shape: (b, s, h), the same for all tensors sent between stages.
         before(microbatch) is called before each forward.
 
-        Raises ValueError if the program does not match the chunks or the inputs, or if a stage's
-        output has another shape or dtype or does not depend on its input. Only ranks that detect
-        the mistake raise; others time out. All ranks must pass programs of the same schedule. With
-        p > 1, raises RuntimeError if an earlier run() raised."""
+        Raises ValueError if the program does not match the chunks or the inputs, if a tensor for
+        another stage does not have `shape` and the dtype of the Pipeline, or if the output of a
+        stage does not depend on its input. Only ranks that detect the mistake raise; others time
+        out. All ranks must pass programs of the same schedule. With several ranks, raises
+        RuntimeError if an earlier run() failed after its checks."""
         if self.running and self.group.size() > 1:
             raise RuntimeError("an earlier run() failed, and some of its transfers may be "
                                "incomplete: restart all ranks")  # fmt: skip
@@ -473,7 +480,7 @@ class Pipeline:
             slots.append((box, key, tensor))
             operations.append(dist.P2POp(operation, tensor, group=self.group, group_peer=peer))
         handles = dist.batch_isend_irecv(operations)  # payload: b s h per transfer
-        if len(handles) < len(operations):  # NCCL
+        if len(handles) < len(operations):  # NCCL returns one handle for the batch
             handles = handles[:1] * len(operations)
         for (box, key, tensor), handle in zip(slots, handles, strict=True):
             box[key] = (tensor, handle)
@@ -516,8 +523,8 @@ class Pipeline:
         if torch.is_grad_enabled():
             root = y  # what B starts from: the loss, or the gradient edge of the output
             if stage < self.last:
-                # An edge keeps the graph but not the values of y, which backward does not need. A
-                # first stage without trainable parameters has no graph.
+                # An edge keeps the graph, but not the values of y, unless the graph has saved them.
+                # A first stage without trainable parameters has no graph.
                 root = torch.autograd.graph.get_gradient_edge(y) if y.requires_grad else None
             self.in_flight[microbatch, stage] = x, root
 

@@ -31,8 +31,9 @@ p ranks r = 0..p-1; c chunks per rank; m microbatches per step:
 
 Bubble: idle / busy time of all ranks; an unsplit B takes 2 time units, other actions take 1. Held:
 the largest number of microbatches whose activations a rank stores at once, from F until B (or W). A
-microbatch stored for one of c chunks counts as 1/c. Sends: tensors sent by a middle rank. All hold
-for m >= p; those of zb-v for m >= 2p - 1, and "held" of interleaved for m = 2p, 3p, ...
+microbatch stored for one of c chunks counts as 1/c. Sends: tensors sent by a middle rank. The
+formulas are valid for m >= p, with two exceptions: zb-v requires m >= 2p - 1, and "held" of
+interleaved m = 2p, 3p, ...
 
 To draw a schedule: python -m tools.draw zb-v --p 4 --m 8
 
@@ -69,7 +70,7 @@ def stages_of(schedule: Schedule) -> list[list[int]]:
 
 
 def splits_backward(actions: list[Action]) -> bool:
-    """Whether these actions include W. A schedule splits backwards on all ranks or on none."""
+    """Whether these actions include W. A valid schedule has W on all ranks or on none."""
     return any(action.kind == "W" for action in actions)
 
 
@@ -82,9 +83,9 @@ def label(action: Action, stages: Sequence[int]) -> str:
 
 
 # --- the schedules --------------------------------------------------------------------------------
-# To add one, write a function that returns its lists for p ranks, m microbatches and a number of
-# chunks per rank. Add it to SCHEDULES and, if they are known, its closed forms to predicted_bubble
-# and predicted_held.
+# To add one, write a function that returns the list of actions of each rank, given the number of
+# ranks p, of microbatches m and of chunks per rank. Add it to SCHEDULES. If its bubble and "held"
+# have closed forms, add these to predicted_bubble and predicted_held.
 
 
 def from_phases(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) -> list[Action]:
@@ -114,8 +115,10 @@ def gpipe(p: int, m: int, chunks: int = 1) -> Schedule:
 
 
 def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
-    """A rank starts with one forward for each later rank, then alternates forward and backward. So
-    rank r holds at most p - r microbatches. With p = 1 this is gradient accumulation."""
+    """A rank starts with one forward for each later rank, then alternates forward and backward.
+    With fewer forwards at the start it would be idle: the first gradient arrives only after
+    microbatch 0 has passed all later ranks. With more, it would hold more activations. Rank r holds
+    at most p - r microbatches. With p = 1 this is gradient accumulation."""
     require_chunks("1f1b", chunks, 1)
     return [from_phases(m, [(p - 1 - r, "F"), (m, "FB")], [r]) for r in range(p)]
 
@@ -125,9 +128,9 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
     has fewer layers than in 1F1B, so later ranks start sooner and the bubble is smaller.
 
     Microbatches are processed in groups: all of a group on the first chunk, then all of it on the
-    second, and so on. A group has p microbatches, because the first one reaches the second chunk of
-    rank 0 after p forwards. If p does not divide m, some groups have more, up to 2p - 1. If m < p,
-    there is one group of m."""
+    second, and so on. A group has p microbatches: its first microbatch needs a forward on each of
+    the p ranks before it returns to rank 0, and p forwards keep rank 0 busy until then. If p does
+    not divide m, some groups have more, up to 2p - 1. If m < p, there is one group of m."""
     n = max(1, m // p)  # number of groups
     groups = [range(math.ceil(m * j / n), math.ceil(m * (j + 1) / n)) for j in range(n)]
     schedule = []
@@ -137,7 +140,8 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
         backwards = [Action("B", i, (chunks - 1 - c) * p + r) for group, c in order for i in group]
         # The number of forwards before the steady phase, which starts with a forward: the first
         # group on all chunks but the last, plus two per later rank. One per later rank would do if
-        # transfers took no time. With one chunk it is one per later rank, as in 1F1B.
+        # transfers took no time. The second one hides them, and holds more activations. With one
+        # chunk it is one per later rank, so that the schedule equals 1F1B.
         warmup = (chunks - 1) * len(groups[0]) + (p - 1 - r) * min(chunks, 2)
         warmup = min(warmup, len(forwards))
         steady = itertools.chain(*zip(forwards[warmup:], backwards, strict=False))
@@ -147,8 +151,8 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
 
 
 def zb_h1(p: int, m: int, chunks: int = 1) -> Schedule:
-    """1F1B with split backwards. On rank r, the W of a microbatch runs after the B of the next r
-    microbatches. So every rank holds up to p microbatches, as rank 0 does in 1F1B."""
+    """1F1B with each backward split into B and W. On rank r, the W of a microbatch runs after the B
+    of the next r microbatches. So every rank holds up to p microbatches, as rank 0 does in 1F1B."""
     require_chunks("zb-h1", chunks, 1)
     return [
         from_phases(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
@@ -157,12 +161,14 @@ def zb_h1(p: int, m: int, chunks: int = 1) -> Schedule:
 
 def zb_v(p: int, m: int, chunks: int = 2) -> Schedule:
     """Two chunks per rank, with stages placed in a V: stage k < p is on rank k, and stage k >= p on
-    rank 2p - 1 - k. Rank 0 holds the first and the last stage.
+    rank 2p - 1 - k. Rank 0 holds the first and the last stage, so it starts its backwards as soon
+    as the forward of microbatch 0 has returned. All ranks hold the same number of activations.
 
-    With at least 2p - 1 microbatches, rank r starts r time units late and is not idle between its
-    first and its last action. The paper calls this zero bubble, because in it a rank updates its
-    weights and starts the next step as soon as it has finished. Here it waits for the gradient norm
-    over all ranks, which clipping needs. This wait is the bubble in the table."""
+    With at least 2p - 1 microbatches, rank r starts r time units after rank 0, and is not idle
+    between its first and its last action. It finishes p - 1 - r units before the last rank. The
+    paper calls this zero bubble, because its ranks do not wait for each other between steps. Here
+    all ranks wait for the gradient norm, which clipping needs. The idle time at the start and at
+    the end is the bubble in the table."""
     require_chunks("zb-v", chunks, 2)
     n = max(m, 2 * p - 1)  # the phases need this many; microbatches m and above are removed
     schedule = []
@@ -173,7 +179,7 @@ def zb_v(p: int, m: int, chunks: int = 2) -> Schedule:
             (p - r, "fbw"),  # until the first chunk receives a gradient
             (n - p, "FBWfbw"),  # steady state
             (r, "Bb"),  # no forwards remain; earlier ranks wait for B, so W is deferred
-            (p - r, "BW"),
+            (p - r, "BW"),  # no b remains
             (n, "wW"),  # the deferred W
         ]
         row = from_phases(n, phases, [r, 2 * p - 1 - r])
@@ -211,7 +217,8 @@ class Span(NamedTuple):
 
 class ScheduleError(ValueError):
     """The schedule is wrong at schedule[rank][place]. `place` is the length of the row if an action
-    is missing. Both are 0 if the stages are wrong. options.py reports them as line and column."""
+    is missing. Both are 0 if the stages are wrong. read_schedule() reports them as line and
+    column."""
 
     def __init__(self, rank: int, place: int, message: str):
         super().__init__(message)
@@ -219,9 +226,10 @@ class ScheduleError(ValueError):
 
 
 def dependency(action: Action, last: int) -> Action | None:
-    """The action whose result this one needs, None for F on stage 0. F needs F of the previous
+    """The action whose result this one needs, or None for F on stage 0. F needs F of the previous
     stage. B needs B of the next stage or, on the last stage, F of the same stage. W needs B of the
-    same stage. last: the number of the last stage."""
+    same stage. (B also needs F of the same stage on other stages, but B of the next stage can only
+    run after it.) last: the number of the last stage."""
     kind, microbatch, stage = action
     if kind == "F":
         return Action("F", microbatch, stage - 1) if stage > 0 else None
@@ -231,7 +239,8 @@ def dependency(action: Action, last: int) -> Action | None:
 
 
 def consumer(action: Action) -> Action:
-    """The action on the next or previous stage that needs the result of this F or B."""
+    """The action that needs the result of this one: F of the next stage for F, B of the previous
+    stage for B. That stage does not exist for F of the last stage and B of the first."""
     return action._replace(stage=action.stage + (1 if action.kind == "F" else -1))
 
 
@@ -257,12 +266,14 @@ def simulate(
     dependency has finished.
 
     time(action): the duration, by default that of unit_time. transfer: the time to send a tensor to
-    another rank. The schedule must contain the dependency of each of its actions; see check().
+    another rank. The schedule must contain the dependency of each of its actions, as check()
+    verifies.
     Raises ScheduleError if ranks wait for each other in a cycle."""
     time, stages = time or unit_time(schedule), stages_of(schedule)
     rank_of = {stage: rank for rank, row in enumerate(stages) for stage in row}
     remaining = [collections.deque(row) for row in schedule]
-    end: dict[Action | None, float] = {None: 0.0}  # of the actions that have run
+    # The end of each action that has run. None stands for "no dependency".
+    end: dict[Action | None, float] = {None: 0.0}
     free, spans = [0.0] * len(schedule), []
 
     def next_dependency(rank: int) -> Action | None:
@@ -280,7 +291,7 @@ def simulate(
                 spans.append(Span(rank, action, start, free[rank]))
                 progress = True
     stuck = [rank for rank, row in enumerate(remaining) if row]
-    if stuck:
+    if stuck:  # the action that a stuck rank needs has not run, so its rank is stuck too
         ranks, lines = cycle(stuck[0], lambda rank: rank_of[next_dependency(rank).stage]), []
         for rank in ranks:
             action, needed = remaining[rank][0], next_dependency(rank)
@@ -323,7 +334,8 @@ def bubble(spans: list[Span]) -> float:
 
 
 def draw(schedule: Schedule) -> str:
-    """A picture of the schedule in unit_time: one line per rank, one column per time unit."""
+    """A picture of the schedule, with the durations of unit_time: one line per rank, one column per
+    time unit."""
     spans, stages = simulate(schedule), stages_of(schedule)
     names = {span: label(span.action, stages[span.rank]) for span in spans}
     width, length = 1 + max(map(len, names.values())), int(max(span.end for span in spans))
@@ -332,7 +344,7 @@ def draw(schedule: Schedule) -> str:
         start, end = int(span.start), int(span.end)
         fill = "-" if end - start > 1 else " "
         rows[span.rank][start] = names[span].ljust((end - start) * width - 1, fill) + " "
-        rows[span.rank][start + 1 : end] = [""] * (end - start - 1)  # the name fills all columns
+        rows[span.rank][start + 1 : end] = [""] * (end - start - 1)  # the padded name covers them
     return "\n".join(f"rank {rank} |{''.join(row)}".rstrip() for rank, row in enumerate(rows))
 
 
@@ -340,7 +352,8 @@ def draw(schedule: Schedule) -> str:
 
 
 def predicted_bubble(name: str, p: int, m: int, chunks: int = 1) -> float:
-    """Idle time / busy time, in unit_time. Valid if m >= p, and for zb-v if m >= 2p - 1."""
+    """Idle time / busy time, with the durations of unit_time. Valid if m >= p, and for zb-v if m >=
+    2p - 1."""
     divisor = {"gpipe": 1, "1f1b": 1, "interleaved": chunks, "zb-h1": 3, "zb-v": 6}[name]
     return (p - 1) / (divisor * m)
 
@@ -364,10 +377,12 @@ def read_schedule(path: str, p: int, m: int) -> Schedule:
         0 2: F0 F1 f0 b0 w0 ...
         1:   F0 F1 B0 W0 ...
 
-    An action is a kind, a microbatch, and the chunk if it is not chunk 0: F0.1, or f0 for chunk 1.
-    The kinds are F (forward), B (backward) and W (weight gradients, if B leaves them out). The
-    numbers before the colon are the stages of the rank's chunks. Without them, chunk c of rank r is
-    stage c p + r. Raises ValueError with the line and the column."""
+    An action is a kind, a microbatch and, unless it is 0, the chunk: F0.2 has chunk 2. Chunk 1 may
+    be written F0.1 or f0. The kinds are F (forward), B (backward) and W (weight gradients). If the
+    file contains W, B leaves the weight gradients out. The numbers before the colon are the stages
+    of the rank. Chunks are numbered in the order of their stages. Without the numbers, chunk c of
+    rank r is stage c p + r. If the file or the schedule is invalid, raises ValueError with the line
+    and the column."""
 
     def wrong(number: int, column: int, what: str) -> ValueError:
         return ValueError(f"--schedule {path}, line {number}, column {column}: {what}")

@@ -29,9 +29,10 @@ reduce-scatter.
     with sequence parallel     2 all-gather       4 all-gather       10 (t-1)/t b s h
                                2 reduce-scatter   2 reduce-scatter
 
-Each rank stores 1/t of the matrices, of their gradients and of their optimizer state. It stores 1/t
-of the activations inside attention and MLP, and with sequence parallelism 1/t of all activations.
-Most collectives do not overlap with computation, so the t ranks should be within one node.
+Each rank stores 1/t of the sharded matrices, of their gradients and of their optimizer state.
+Norms, the biases of row-parallel layers and the position table are replicated. It stores 1/t of the
+activations inside attention and MLP, and with sequence parallelism 1/t of all activations. Most
+collectives do not overlap with computation, so the t ranks should be within one node.
 
     torchrun --standalone --nproc-per-node 2 tensor_parallel.py
 
@@ -62,7 +63,7 @@ class CopyToGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return x.view_as(x)
+        return x.view_as(x)  # not x: autograd treats an input that is returned specially
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -101,8 +102,9 @@ def mlp(x: Tensor, w1: Tensor, w2: Tensor, group: dist.ProcessGroup) -> Tensor:
 # Version 1 is a correct tensor-parallel MLP. The full version handles a complete model. It adds:
 #   1. f is fused with its matmul. In backward, the all-reduce of the gradient of x then overlaps
 #      with the matmul for the weight gradient.
-#   2. Sequence parallelism. Each rank computes the norms, dropouts and residual additions of 1/t of
-#      the tokens, and stores only those activations. The cost: backward gathers x a second time.
+#   2. Sequence parallelism. Outside attention and MLP, each rank computes the norms, dropouts and
+#      residual additions of 1/t of the tokens, and stores the activations of only those tokens. The
+#      cost: backward gathers x a second time.
 #   3. parallelize() replaces the layers of a model by parallel layers, according to a plan.
 #   4. The embedding and the cross-entropy are split by vocabulary. Logits are never gathered.
 
@@ -110,9 +112,10 @@ def mlp(x: Tensor, w1: Tensor, w2: Tensor, group: dist.ProcessGroup) -> Tensor:
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# Each start_* function launches a collective and returns a function that waits for the result.
-# ColumnLinear.backward passes async_op=True to overlap the collective with a matmul. Other calls
-# are synchronous: NCCL then uses the current CUDA stream, and torch.compile can trace the call.
+# Each start_* function launches a collective and returns a function that waits for it and returns
+# the result. ColumnLinear.backward passes async_op=True to overlap the collective with a matmul.
+# All other calls are synchronous, so that NCCL runs them on the current CUDA stream, and
+# torch.compile can trace them.
 #
 # all_gather concatenates along dim 0 and reduce_scatter splits dim 0, but the sequence is dim 1 of
 # [b, s, h]. So the output of all_gather and the input of reduce_scatter are permuted.
@@ -191,7 +194,8 @@ class ReduceScatterFromGroup(torch.autograd.Function):
 
 def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:
     """g. It is separate from its matmul, and saves nothing for backward. Activation checkpointing
-    stops when it has restored the last saved tensor of a block, so it does not run a g after it."""
+    stops recomputing a block once it has the last saved tensor, so it does not repeat a g that
+    comes after this tensor."""
     return (ReduceScatterFromGroup if sequence else ReduceFromGroup).apply(x, group)
 
 
@@ -237,8 +241,8 @@ def shard_parameter(p: nn.Parameter, dim: int, fused: tuple[int, ...], group) ->
     sizes = tuple(unit * n for n in fused)
     if rest or min(sizes) < t:
         raise ValueError(
-            f"{p.size(dim)} rows or columns cannot be split in the proportions {fused}, with at "
-            f"least one of each for each of t = {t} ranks: correct the plan, or use a smaller t"
+            f"{p.size(dim)} rows or columns cannot be split in the proportions {fused} so that "
+            f"each of t = {t} ranks gets some of each matrix: correct the plan, or use a smaller t"
         )
     sharding = Sharding(p.shape, dim, sizes, group.rank(), t)
     shard = nn.Parameter(sharding.shard(p.detach()), requires_grad=p.requires_grad)
@@ -255,9 +259,11 @@ def shard_parameter(p: nn.Parameter, dim: int, fused: tuple[int, ...], group) ->
 
 
 def check_type(module: nn.Module, kind: type[nn.Module]) -> None:
-    """For a style that replaces a module, and would drop what a subclass or an option computes."""
-    options = [getattr(module, name, None) for name in ("padding_idx", "max_norm")]
-    if type(module) is not kind or options != [None, None]:
+    """Raises ValueError unless `module` is exactly a `kind`, without padding_idx and max_norm. A
+    style that replaces it would drop what a subclass or these options compute."""
+    values = [getattr(module, option, None) for option in ("padding_idx", "max_norm")]
+    has_option = any(value is not None for value in values)
+    if type(module) is not kind or has_option:
         raise ValueError(
             f"this style replaces a plain nn.{kind.__name__}, not {module}: name the plain layer "
             "inside it, or add a style to STYLES"
@@ -269,7 +275,8 @@ class ColumnParallelLinear(nn.Module):
 
     Fuse matrices with the same input, so that they share one f. The split ignores heads: the model
     must check that each rank gets complete heads. gpt.Attention also requires the same number of
-    heads on every rank. Fewer key/value heads than ranks need a style that replicates heads."""
+    heads on every rank. A model with fewer key/value heads than ranks needs a style that gives the
+    same head to several ranks, which this file does not have."""
 
     def __init__(self, linear: nn.Linear, fused: tuple[int, ...], group, sequence: bool):
         super().__init__()
@@ -293,7 +300,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """This rank's columns [b, s, in/t] -> [b, s, out], or with `sequence` [b, s/t, out]."""
+    """This rank's input features [b, s, in/t] -> [b, s, out], or with `sequence` [b, s/t, out]."""
 
     def __init__(self, linear: nn.Linear, fused: tuple[int, ...], group, sequence: bool):
         super().__init__()
@@ -343,13 +350,13 @@ def shard_heads(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Mo
 
 def shard_tokens(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
     """For gpt.Dropout and gpt.PositionEmbedding on [b, s, h], or with `sequence` on [b, s/t, h].
-    The position table is replicated. Each rank adds the rows of its tokens."""
+    The position table is replicated. Each rank adds the rows of its own positions."""
     return shard_heads(module, fused, group, sequence) if sequence else module
 
 
 def replicate(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
     """For a module outside attention and MLP, such as a norm. With `sequence` it gets [b, s/t, h].
-    An nn.Dropout also needs random generators in the same state on all ranks."""
+    Without `sequence`, an nn.Dropout needs random generators in the same state on all ranks."""
     return module
 
 
@@ -395,7 +402,8 @@ def parallelize(
     """Replaces modules of `model` in place, according to `plan`, and returns the model. The first
     pattern that matches a module's name applies. The plan must name every module that holds
     parameters. The model may be on the meta device. Tied weights stay tied. Raises ValueError if
-    the plan does not fit the model. With t = 1, the model does not change.
+    the plan does not fit the model. With t = 1, the plan is not checked, and the modules do not
+    change.
 
     All ranks must start from equal parameters and call the model with the same tokens. Neither is
     checked here. check_same_parameters() in ddp.py compares parameters.
@@ -415,12 +423,15 @@ def parallelize(
     for pattern in plan:
         if not any(fnmatch(name, pattern) for name in modules):
             raise ValueError(f"the plan names {pattern!r}, but the model has no such module")
-    new_parameter: dict[nn.Parameter, nn.Parameter] = {}  # tied modules share the new one as well
+    # {old: new}. The first module that holds a parameter makes the new one. Modules that are tied
+    # to it get the same one.
+    new_parameter: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in modules.items():
         entry = next((plan[pattern] for pattern in plan if fnmatch(name, pattern)), None)
         style, fused = entry if isinstance(entry, tuple) else (entry, (1,))
         check_style(name, module, style)
-        if style is None or isinstance(module, nn.Identity):  # a layer of another pipeline stage
+        # nn.Identity: in place of a layer of another pipeline stage.
+        if style is None or isinstance(module, nn.Identity):
             continue
         old = dict(module.named_parameters(recurse=False))
         try:
@@ -470,7 +481,7 @@ def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup)
     gradients = [g for g in gradients if g is not None]
     if gradients:
         flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat, group=group)  # payload: norms, row biases, wpe
+        dist.all_reduce(flat, group=group)  # payload: norms, row biases, wpe; "partial"
         for g, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             g.copy_(total.view_as(g))
 
@@ -512,7 +523,8 @@ def vocab_parallel_cross_entropy(
     ignored. Computed in fp32, or in float64 for float64 logits."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if group.size() == 1:  # F.cross_entropy reads and writes the logits fewer times
-        # Maps negative targets to -1, in a copy: the caller may overwrite targets before backward.
+        # clamp() maps negative targets to -1. It also copies them: autograd saves the copy, so the
+        # caller may overwrite `targets` before backward.
         flat = targets.flatten().clamp(min=-1)
         return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
     v = head.weight.sharding.shape[0]
@@ -529,7 +541,7 @@ def predicted_collectives(
 ) -> dict[tuple[str, str], tuple[int, int]]:  # fmt: skip
     """(phase, operation) -> (calls, payload in elements) per rank and step of m microbatches, for a
     pipeline stage with n_layer blocks. first: the stage has the embedding. last: it has lm_head and
-    the loss. all_reduce_partial is not included."""
+    the loss. Not included: all_reduce_partial, and what activation checkpointing repeats."""
     f = 2 * n_layer + last  # attention and MLP of each block, and lm_head
     g = 2 * n_layer + first  # attention and MLP of each block, and the embedding
     if sequence:
@@ -616,7 +628,8 @@ def main() -> None:
             seen, local = compare(name, train_gpt, sequence)
             # m = STEPS: one microbatch per step
             costs = predicted_collectives(N_LAYER, B, S, H, m=STEPS, sequence=sequence)
-            if sequence:  # all_reduce_partial, once per step; "forward" means outside of backward
+            if sequence:  # add all_reduce_partial, which is called once per step, after backward.
+                # `seen` counts all calls outside of backward as "forward".
                 calls, payload = costs["forward", "all_reduce"]
                 partial = sum(p.numel() for p in local.values() if p.partial)
                 costs["forward", "all_reduce"] = calls + STEPS, payload + STEPS * partial

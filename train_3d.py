@@ -9,33 +9,37 @@ Each strategy transforms a plain model. They are applied in this order:
     checkpoint_blocks          activation_ckpt.py    recompute activations, or offload them
     DDP, Zero1, Zero2, Zero3   ddp, zero, zero3.py   reduce gradients; shard the training state
 
-No strategy requires another: each can be left out. This file assigns ranks to groups, applies the
-strategies and runs the training loop. It also implements operations that span several groups: the
-sum of a tied embedding's gradients, the global gradient norm, checkpoints and validation.
+No strategy requires another: each can be left out. Stages and shards are taken on the meta device,
+so no rank allocates the full model. Blocks are checkpointed next, which replaces their forward. DDP
+or ZeRO comes last, because it attaches hooks to the final layers and parameters.
+
+This file assigns ranks to groups, applies the strategies and runs the training loop. It also
+contains what depends on several strategies: gradients that are summed over tp or over two stages,
+the global gradient norm, and who saves what.
 
 tp, pp, dp: tensor, pipeline and data parallelism. t, p, d: their sizes; d = world size / (t * p).
-Stage: consecutive layers, on one pp rank. Replica: the t * p ranks that hold one copy of the model.
+Stage: consecutive layers, on one pp rank. Replica: t * p ranks that process the same rows.
 World size 8 with t = p = d = 2:
 
                     stage 0                 stage 1
-                 +-----------+           +-----------+      tp (0-1, 2-3, ..): shards of each layer
-    replica 0    |  0     1  |  -------> |  4     5  |      pp (0-4, 1-5, ..): consecutive layers,
-                 +-----------+           +-----------+          activations are sent between them
-                       |                       |            dp (0-2, 1-3, ..): equal weights,
-                 +-----------+           +-----------+          different rows of the batch,
-    replica 1    |  2     3  |  -------> |  6     7  |          gradients are summed
-                 +-----------+           +-----------+
+                 +-----------+           +-----------+      tp ({0, 1}, {2, 3}, ..): shards of each
+    replica 0    |  0     1  |  -------> |  4     5  |          layer
+                 +-----------+           +-----------+      pp ({0, 4}, {1, 5}, ..): consecutive
+                       |                       |                layers; activations are sent
+                 +-----------+           +-----------+      dp ({0, 2}, {1, 3}, ..): equal weights,
+    replica 1    |  2     3  |  -------> |  6     7  |          different rows of the batch;
+                 +-----------+           +-----------+          gradients are summed
 
 tp communicates most, so it is the innermost axis: its ranks are consecutive, usually on one node.
-pp communicates least, so it is the outermost axis.
+pp usually communicates least, and only between neighbours, so it is the outermost axis.
 
-b: rows of a microbatch. s: tokens per row. h: hidden size. v: vocabulary size. m: microbatches per
-step of one replica, m = global batch size / (d * b). Gradients accumulate over the m microbatches.
-With m > 1, different stages work on different microbatches at the same time.
+b: rows of a microbatch. s: tokens per row. v: vocabulary size. m: microbatches per replica and
+step, m = global batch size / (d * b). Gradients accumulate over the m microbatches. With m > 1,
+different stages work on different microbatches at the same time.
 
     python train_3d.py                                                          one process
     torchrun --standalone --nproc-per-node 8 -- train_3d.py --tp 2 --pp 2 --zero 1
-    (Without `--`, torchrun would take our --log for an abbreviation of its --log-dir.)
+    (`--` is needed with --log, which torchrun would take for an abbreviation of its --log-dir.)
 
 Narayanan et al. 2021, Megatron-LM on GPU clusters (arXiv 2104.04473), sections 2 and 3.
 """
@@ -86,13 +90,14 @@ class Trainer:
     draw: the function that returns a parameter's initial values, see gpt.init_weights(). Default:
         GPT-2's initialisation.
     model: a function that builds the model; called on the meta device. The model must have the
-        attributes h (blocks by number) and lm_head; with --recompute selective, each block also
-        attn.core. Default: gpt.GPT(config).
+        attributes h (a ModuleDict of blocks, whose keys are their numbers) and lm_head. With
+        --recompute selective, each block must have attn.core. Default: gpt.GPT(config).
     plan: how each layer is sharded over tp, see tensor_parallel.parallelize().
     schedule: schedule(p, m) -> schedules.Schedule. Default: --schedule.
     sync: a class with the interface of ddp.DDP, used instead of DDP or ZeRO. If it shards the
-        training state over dp, set --zero, so that the norm and checkpoints include every shard.
-        All ranks of a tp group must have the same pieces of partial parameters, see step()."""
+        training state over dp, also set --zero, so that the norm and checkpoints include every
+        shard. step() sums partial gradients over tp, so all ranks of a tp group must divide these
+        parameters into the same pieces."""
 
     def __init__(
         self, args: argparse.Namespace, config: gpt.GPTConfig, read: Callable, device: torch.device,
@@ -111,11 +116,12 @@ class Trainer:
         schedules.check(self.schedule, self.m)
         self._make_groups(t, p, d)
 
-        # The transformations, in the order of the docstring.
+        # The transformations, in the order given in the module docstring.
         with torch.device("meta"):
             self.model = model() if model else gpt.GPT(config)
 
-        # Keep the layers of this rank's pipeline stages. All stages have about the same FLOPs.
+        # Keep the layers of this rank's pipeline stages. split_layers() balances their FLOPs. The
+        # costs of embedding and head are in units of a block.
         stages, self.pp_rank = schedules.stages_of(self.schedule), self.pp_group.rank()
         self.stages = stages[self.pp_rank]
         embedding, block, head = gpt.flops_per_token(config)
@@ -130,12 +136,14 @@ class Trainer:
         # Allocate and initialise this rank's parameters. Values do not depend on t, p or d.
         draw = draw or functools.partial(gpt.gpt2_draw, n_layer=config.n_layer)
         gpt.init_weights(self.model, args.seed, self.dtype, device, draw)
-        # The seed, step and rows that determine dropout masks. A model may have no dropout.
+        # `draws` holds the seed, step and rows that determine dropout masks. For a model without
+        # dropout, it is not used.
         self.draws = getattr(self.model, "draws", gpt.Draws())
         self.draws.seed = args.seed
 
-        # Apply --compile and --recompute. Only each block's forward() is compiled: not its hooks,
-        # nor the attention core with --recompute selective.
+        # Apply --compile and --recompute. The forward() of each block is compiled, but not the
+        # hooks that ZeRO attaches. With --recompute selective, the attention core is not compiled,
+        # so that it can be rerun alone.
         blocks = self.model.h
         for block in blocks.values() if args.compile else ():
             if args.recompute == "selective":
@@ -145,7 +153,8 @@ class Trainer:
             blocks, args.recompute, args.recompute_every, args.recompute_layers, self.draws.save
         )
 
-        # Make self.pipe, which runs self.program: the actions and transfers of this rank.
+        # Make self.pipe, which runs self.program: the actions and transfers of this rank in a
+        # training step. chunks: {stage: the module that runs it}.
         chunks = pipeline.chunks_of(self.model, self.stages, split)
         self.program = pipeline.derive_programs(self.schedule)[self.pp_rank]
         self.pipe = pipeline.Pipeline(
@@ -157,8 +166,8 @@ class Trainer:
         self.optimizer = self._make_optimizer()
 
     def _make_sync(self, sync: Callable | None):
-        """DDP or ZeRO. Each of its pieces() has a tensor that the optimizer updates on this rank: a
-        parameter, its fp32 copy, or a shard of one."""
+        """Make the DDP or ZeRO object. Its pieces() are what the optimizer of this rank updates.
+        The tensor of a piece is a parameter, its fp32 copy, or a shard of one of these."""
         args = self.args
         # How many times each parameter's gradient is accumulated per step before it is reduced.
         accumulations = self.pipe.accumulations()
@@ -177,8 +186,8 @@ class Trainer:
         return zero3.STAGES[args.zero](self.model, self.shard_group, accumulations, **how)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of self.sync.pieces(). Weight decay applies to matrices, embeddings
-        included, but not to biases and norms."""
+        """Make the optimizer that updates self.sync.pieces(). Weight decay applies to matrices,
+        embeddings included, but not to biases and norms."""
         groups = [{"params": [], "weight_decay": decay} for decay in (self.args.weight_decay, 0.0)]
         for piece in self.sync.pieces():
             is_vector = piece.parameter.ndim < 2  # not of piece.tensor: ZeRO's shards are 1-D
@@ -205,19 +214,19 @@ class Trainer:
         loss = self._run(self.program, self.read, step)
 
         with self.span("reduce gradients"):
-            # Wait for the sums over dp: replicas have processed different rows.
+            # Wait for the sums over dp. Replicas have processed different rows.
             self.sync.finish()
             self.sync.before_step()  # sets piece.tensor.grad, in fp32 for bf16 parameters
             # A parameter that no rank used in this step has no gradient.
             pieces = [piece for piece in self.sync.pieces() if piece.tensor.grad is not None]
-            # Sum over tp the gradients of which each tp rank has computed only a part, as
-            # tensor_parallel.py has marked. Example: with sequence parallelism, a norm is applied
-            # to this rank's tokens only.
+            # Each tp rank has computed only a part of some gradients, whose parameters
+            # tensor_parallel.py marks as partial. Sum them over tp. For example, with sequence
+            # parallelism, the weight of a LayerNorm has the gradient of this rank's tokens only.
             partial = [piece.tensor.grad for piece in pieces if piece.parameter.partial]
             tensor_parallel.all_reduce_partial(partial, self.tp_group)
             # If the embedding is tied, sum its gradient over the first and the last stage. Each has
-            # a copy, and the gradient of one use: as embedding, or as output head. Their pieces
-            # match, because ZeRO shards a tied embedding separately from all other parameters.
+            # a copy, whose gradient comes from only one use: as the embedding, or as the output
+            # head. The copies have equal pieces, because ZeRO gives a tied matrix its own unit.
             tied = [piece.tensor.grad for piece in pieces if hasattr(piece.parameter, "tied_name")]
             pipeline.all_reduce_tied(tied, self.tied_group)
             # Sum losses, squared norms and stop requests over all ranks.
@@ -266,8 +275,8 @@ class Trainer:
     def _global_stats(self, loss: Tensor, pieces: list) -> Tensor:
         """[loss, gradient norm, stop requests], computed with one all-reduce over the world. No
         value is counted twice. The loss is nonzero only on the last stage, where all tp ranks have
-        the same value and tp rank 0 adds it. Gradients are equal within replica_group, whose first
-        rank adds the squared norm of the gradients that it owns, see _owns()."""
+        the same value and tp rank 0 contributes it. Gradients are equal within replica_group. Its
+        first rank contributes the squared norm of the gradients that it owns, see _owns()."""
         first_tp, first_replica = self.tp_group.rank() == 0, self.replica_group.rank() == 0
         owned = [piece.tensor.grad for piece in pieces if self._owns(piece.parameter)]
         owned = owned if first_replica else []
@@ -276,16 +285,17 @@ class Trainer:
         stop = loss.new_full((), float(self.stop_requested))
         stats = torch.stack([loss * first_tp, squared_norm, stop])
         if dist.get_world_size() > 1:
-            dist.all_reduce(stats)  # payload: 3, over the world
+            dist.all_reduce(stats)  # payload: 3 elements, over the world
         stats[1].sqrt_()
         return stats
 
     def _owns(self, p: nn.Parameter) -> bool:
         """True if this rank is responsible for its elements of p in the global norm and in
-        checkpoints. The ranks of a replica_group return the same value: the first adds the norm,
-        and all share the checkpoint writes. Several tp or pp ranks can hold the same elements, but
-        only one owns them: a tp rank owns its shards, tp rank 0 owns replicated parameters, and the
-        first stage owns a tied embedding, of which the last stage has a copy."""
+        checkpoints. Within a replica, several tp or pp ranks can hold the same elements, but only
+        one owns them: a tp rank owns its shards, tp rank 0 owns replicated parameters, and the
+        first stage owns a tied embedding, of which the last stage has a copy. All ranks of a
+        replica_group return the same value. The first of them contributes to the norm, and all
+        share the checkpoint writes."""
         sharded = hasattr(p, "sharding")
         duplicate = hasattr(p, "tied_name") and 0 not in self.stages
         return (sharded or self.tp_group.rank() == 0) and not duplicate
@@ -306,9 +316,10 @@ class Trainer:
 
     def _make_groups(self, t: int, p: int, d: int) -> None:
         """Make this rank's process group for each axis. Ranks are numbered with tp innermost, then
-        dp, then pp. With ZeRO, k consecutive dp ranks shard one copy of the training state: they
-        form shard_group. The d / k ranks that hold equal shards, one rank per copy, form
-        replica_group. k is 1 for DDP.
+        dp, then pp. With ZeRO, every k consecutive dp ranks (--zero-shard-size, by default d) form
+        a shard_group, which shards one copy of the training state. The d / k ranks that hold the
+        same shard, one per copy, form a replica_group. With DDP, k is 1, so replica_group is
+        dp_group.
 
         Axes with the same ranks share one group, which saves communicators. With more than one
         rank in the world, axes of size 1 use single_group, which never communicates."""
@@ -398,17 +409,18 @@ def resume(
     trainer: Trainer, found: list[checkpoint.Found], group: dist.ProcessGroup, run: dict,
     logger: Logger,
 ) -> int:  # fmt: skip
-    """Load the newest undamaged checkpoint. Returns its number of completed steps, or 0 if no
-    checkpoint exists. If all are damaged, exits with a message that names each."""
+    """Load the newest undamaged checkpoint. All ranks load the same one, because newest_complete()
+    exchanges what they have found. Returns its number of completed steps, or 0 if no checkpoint
+    exists. If all are damaged, exits with a message that names each."""
     try:
-        newest, wrong = checkpoint.newest_complete(found, group)
+        newest, damaged = checkpoint.newest_complete(found, group)
         if newest is None:
             return 0
         checkpoint.read(newest.path, trainer.state_to_load(newest.about["optimizer"]), group)
     except ValueError as error:
         options.parser().error(f"--resume: {error}")
     trainer.loaded()
-    for line in wrong:
+    for line in damaged:
         logger.say(f"--resume: skipped a damaged checkpoint: {line}")
     step, changed = newest.about["step"], newest.about["corpus"] != run["corpus"]
     note = "; the corpus has changed since this checkpoint was saved" if changed else ""
@@ -440,8 +452,9 @@ def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoin
         trainer.watch(trace)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: setattr(trainer, "stop_requested", True))
-    # Each step's stop requests are read after the next step has been launched, so that the host
-    # does not wait for the device. `copied` waits for this copy only, not for later work.
+    # A signal on any rank stops all ranks after the same step. The stop requests of a step are
+    # copied to the host asynchronously, and read after the next step has been launched. So the
+    # device always has work queued. The event `copied` marks the end of the copy.
     stop_requests, copied = torch.zeros(()), torch.get_device_module(device).Event()
     gc.freeze()  # exclude existing objects from garbage collection: scanning them takes time
     end, stopped = logger.end, False
@@ -452,7 +465,7 @@ def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoin
         done = step + 1  # completed steps
         last = done == end
         if not last:
-            copied.synchronize()
+            copied.synchronize()  # the stop requests of the step before this one
             stopped = last = stop_requests.item() > 0
             stop_requests = stats[2].to("cpu", non_blocking=True)  # into pinned memory
             copied.record()

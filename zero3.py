@@ -310,7 +310,7 @@ class Zero3(Zero2):
         # input of the second call, whose hook on y reshards the layer.
         input_nodes = self.input_nodes.pop(i)
         for node in map(node_of, outputs):
-            # An input that is returned as it was has the node of an earlier layer.
+            # An input that is returned unchanged has the node of an earlier layer.
             if node is not None and not any(node is other for other in input_nodes):
                 node.register_prehook(weak(self._before_backward, i))
 
