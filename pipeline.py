@@ -425,8 +425,10 @@ class Pipeline:
         out. All ranks must pass programs of the same schedule. With several ranks, raises
         RuntimeError if an earlier run() failed after its checks."""
         if self.running and self.group.size() > 1:
-            raise RuntimeError("an earlier run() failed, and some of its transfers may be "
-                               "incomplete: restart all ranks")  # fmt: skip
+            raise RuntimeError(
+                "an earlier run was interrupted, and some of its transfers may be incomplete: "
+                "restart all ranks and resume from the newest checkpoint"
+            )
         actions = actions_of(program)
         stages, m = {action.stage for action in actions}, 1 + max(a.microbatch for a in actions)
         if stages != {*self.chunks} or (0 in stages and len(inputs) != m):

@@ -448,28 +448,6 @@ def test_a_short_last_microbatch_is_refused_where_it_is_made():
         launch(2, short_microbatch)
 
 
-def a_run_after_a_failure():
-    group, schedule = dist.group.WORLD, schedules.gpipe(2, 1)
-    program = pipeline.derive_programs(schedule)[group.rank()]
-    chunks = {group.rank(): nn.Linear(3, 3)}
-    pipe = pipeline.Pipeline(chunks, 2, group, torch.float32, "cpu", program)
-
-    def fail(microbatch):
-        raise KeyError(microbatch)
-
-    arguments = program, [torch.ones(1, 3)], lambda y, _: y.sum(), (1, 3)
-    if group.rank() == 0:
-        with pytest.raises(KeyError):
-            pipe.run(*arguments, before=fail)
-        with pytest.raises(RuntimeError, match="an earlier run.. failed.*restart all ranks"):
-            pipe.run(*arguments)
-
-
-def test_a_run_after_a_failed_one_is_refused():
-    """Rank 1 may have received a tensor of the first run, or not."""
-    launch(2, a_run_after_a_failure)
-
-
 class Tower(nn.Module):
     """A stage that is a function."""
 

@@ -100,7 +100,7 @@ ZOO = [
         "tests/test_tensor_parallel.py::test_vocabulary_parallel_loss",
         "the logits were overwritten"),
     Bug(9, "the gradient norm is not summed over ranks", [
-        ("train_3d.py", "dist.all_reduce(stats)  # payload: 3, over the world",
+        ("train_3d.py", "dist.all_reduce(stats)  # payload: 3 elements, over the world",
          "here = stats[1].clone()\n        dist.all_reduce(stats)\n        stats[1] = here")],
         LAYOUTS, NORM),
     Bug(9, "replicated parameters counted t times in the norm", [
@@ -136,7 +136,7 @@ ZOO = [
          "        return reduce_output(y, self.group, self.sequence)")],
         LAYOUTS, r"where='gradient h\.\d\."),
     Bug(14, "recomputation draws new dropout masks", [
-        ("activation_ckpt.py", "cpu, cuda, restore_rng():", "cpu, cuda:")],
+        ("activation_ckpt.py", "cpu_autocast, cuda_autocast, restore_rng():", "cpu_autocast, cuda_autocast:")],
         "tests/test_activation_ckpt.py::test_the_same_gradients_and_masks_bitwise",
         r"AssertionError: wte\.weight"),
     Bug(15, "replicated dropout differs between tp ranks", [
