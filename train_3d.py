@@ -50,6 +50,7 @@ import datetime
 import functools
 import gc
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -504,9 +505,8 @@ def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoin
 
 def main() -> None:
     if "--dry-run" in sys.argv:  # before parse_args(): tools/dry_run.py parses the options itself
-        from tools import dry_run
-
-        return dry_run.main()
+        runpy.run_module("tools.dry_run", run_name="__main__")
+        return
     try:
         # Checks that need no communication.
         args, found, notes = options.parse_args()
