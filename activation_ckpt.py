@@ -1,10 +1,11 @@
 """Activation checkpointing: save fewer tensors in forward, recompute or reload them in backward.
 
-Autograd saves the tensors that backward needs: "saved tensors", or activations. Their size grows
-with batch size, sequence length and depth, and often exceeds that of the model. All policies below
-except "none" keep fewer of them on the device. If a block gives the same results when it is rerun
-with the same random numbers, losses and gradients are bitwise identical to those without
-checkpointing. The docstring of offload() describes one exception.
+Autograd saves the tensors that backward needs ("saved tensors"): parameters, which are in memory
+anyway, and activations. The size of the activations grows with batch size, sequence length and
+depth, and often exceeds that of the model. All policies below except "none" keep fewer of them on
+the device. If a block gives the same results when it is rerun with the same random numbers, losses
+and gradients are bitwise identical to those without checkpointing. The docstring of offload()
+describes one exception.
 
     x0 x1 x2 x3: inputs and outputs of three blocks. u w z: tensors inside a block.
     [ ]: saved on the device from forward to backward.
@@ -13,7 +14,7 @@ checkpointing. The docstring of offload() describes one exception.
     full        [x0      ] [x1      ] [x2      ] x3    inputs; backward reruns each block's forward
     selective   [x0 u   z] [x1 u   z] [x2 u   z] x3    all but the attention weights w, which are
                                                        large and cheap to recompute
-    offload     [        ] [        ] [        ] x3    nothing: all saved tensors are on the host
+    offload     [        ] [        ] [        ] x3    nothing: all activations are on the host
 
 b microbatch size, s sequence length, h hidden size, a attention heads. F = 24 b s h^2 + 4 b s^2 h
 are the FLOPs of the matmuls in a block's forward, and B = 2 F those in its backward.
@@ -82,9 +83,9 @@ class EarlyStop(BaseException):
 def checkpoint(function: Callable, *inputs: Tensor, rerun: Callable | None = None) -> Any:
     """Call function(*inputs) under saved-tensor hooks. Autograd stores an index in place of each
     saved tensor. When backward first needs one, unpack() reruns the function, which recomputes all
-    of them. A recomputed tensor is freed after its first use. If it is used again, for example by a
-    second backward with retain_graph=True, the function runs again. If `rerun` is given, the second
-    forward calls rerun() instead of the function. recompute() uses this.
+    of them. A recomputed tensor is freed after its first use. If it is needed again, for example by
+    a second backward after one with retain_graph=True, the function runs again. If `rerun` is
+    given, the second forward calls rerun() instead of the function. recompute() uses this.
 
     This is torch.utils.checkpoint.checkpoint(use_reentrant=False) without its keyword arguments,
     its handling of RNG and autocast state, and its detection of inputs modified in place."""
@@ -101,13 +102,14 @@ def checkpoint(function: Callable, *inputs: Tensor, rerun: Callable | None = Non
         t = t.detach()  # else a node that saves its own output would be in a reference cycle
         recomputed[len(recomputed)] = t
         if len(recomputed) == len(shapes):
-            raise EarlyStop  # an operation saves its inputs before it computes, so it is skipped
+            raise EarlyStop  # usually t is an input of an operation, which is then skipped
         return t
 
     def unpack(index: int) -> Tensor:
         if index not in recomputed:
             recomputed.clear()  # store() numbers the tensors from len(recomputed)
-            # backward runs with grad mode disabled. Without it, nothing would be saved.
+            # Grad mode is disabled in backward. It must be enabled, or nothing would be saved. The
+            # graph is discarded, so the unpack hook is only used by a nested checkpoint.
             hooks = saved_tensors_hooks(store, lambda t: t)
             with contextlib.suppress(EarlyStop), torch.enable_grad(), hooks:
                 rerun()
@@ -219,6 +221,7 @@ def offload(function: Callable, module: nn.Module, *args, **kwargs) -> Any:
     needed: PyTorch's allocators reuse device memory in stream order, and pinned memory only when
     its copy has finished. The copies do not overlap with computation. Overlapping them would need a
     second stream, an event after each copy, and reloads that start one block ahead."""
+    # Compared by storage, because a matmul saves a view of its weight.
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
 
     def pack(t: Tensor) -> tuple[torch.device, Tensor]:
@@ -248,8 +251,9 @@ def checkpoint_blocks(
     save_rng: Callable = save_torch_rng,
     core: str = "attn.core",
 ) -> None:
-    """Apply the policy, in place, to blocks 0, every, 2 every, .. of the first `layers` blocks.
-    Checkpointing fewer blocks costs less recomputation but more memory. save_rng: see recompute().
+    """Apply the policy, in place, to one block in `every`, starting with block 0, among the first
+    `layers` blocks (None: all). Checkpointing fewer blocks costs less recomputation but more
+    memory. save_rng: see recompute().
 
     Only forward methods are replaced: those of the blocks or, for "selective", of the submodule at
     path `core` in each block, which computes attention from q, k and v. The second forward does
@@ -301,8 +305,9 @@ def flops(policy: str, b: int, s: int, h: int) -> int:
 
 def measured_cost(model: nn.Module, x: Tensor) -> tuple[int, int]:
     """The largest number of bytes saved by all blocks at once, and the FLOPs of their forward,
-    backward and recomputation. x [b, s, h]. SavedActivations has outer saved-tensor hooks: it
-    counts what the hooks of checkpoint() and offload() leave to autograd."""
+    backward and recomputation. x [b, s, h]. SavedActivations counts with saved-tensor hooks of its
+    own. Only the innermost hooks apply to a tensor, so inside checkpoint() and offload() it counts
+    nothing, except the inputs that SaveInput saves."""
     from torch.utils.flop_counter import FlopCounterMode
 
     import measure

@@ -196,7 +196,7 @@ class DDP:
         overlap: bool = True,
     ):  # fmt: skip
         group = dist.group.WORLD if group is None else group
-        if group is None:
+        if group is None:  # WORLD is None before init_process_group()
             raise ValueError("there is no process group: call dist.init_process_group() first")
         self.group, self.reduce, self.bucket_bytes = group, reduce, bucket_bytes
         self.grad_dtype = grad_dtype or torch.float32
@@ -214,7 +214,8 @@ class DDP:
         # fp32 master weights: bf16 rounding would lose small updates.
         narrow = [p for _, p in self.parameters if p.dtype.itemsize < 4]
         self.masters = {p: p.detach().float().requires_grad_() for p in narrow}
-        # What the optimizer must hold instead of a parameter, see check_optimizer().
+        # Maps each trainable parameter, and the tensor that the optimizer must hold for it, to its
+        # Piece. These tensors are the same except for bf16.
         self.piece_of = {piece.parameter: piece for piece in self.pieces()}
         self.piece_of |= {piece.tensor: piece for piece in self.pieces()}  # adds the fp32 copies
         # A weak reference, so that the hooks do not keep this object and its group alive.
@@ -238,7 +239,8 @@ class DDP:
         """Call before the first backward of a step. Until finish(), every `.grad` is None.
 
         start() can also abandon a step: it waits for the pending all-reduces and discards the
-        gradients. All ranks must have stopped after the same backward, before before_step()."""
+        gradients. All ranks must have launched the same buckets, for example because all stopped
+        after the same microbatch and had used the same parameters."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip
@@ -303,7 +305,7 @@ class DDP:
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
         unused_here = {i for i, n in enumerate(self.missing) if n == self.accumulations[i]}
-        for i in unused_here:
+        for i in unused_here:  # before _learn(), which copies the gradients to new buckets
             self.gradients[i].fill_(-0.0)  # see is_unused
         if self.overlap and not self.learned:
             self._learn()
@@ -412,10 +414,10 @@ class DDP:
         for i, p, view in zip(members, parameters, flat.split(sizes), strict=True):
             if self.gradients[i] is not None:  # the gradient of the first step, in the old layout
                 view.copy_(self.gradients[i].flatten())
-            # p.grad_dtype is an attribute of PyTorch. None allows a `.grad` of any dtype. A tied
-            # matrix can get two gradients per backward, which autograd sums before it calls the
-            # hook. The dtype of the bucket makes it sum them in that dtype instead of bf16. gpt.py
-            # sets tied_name on tied matrices.
+            # p.grad_dtype is a tensor attribute of PyTorch: the dtype that p.grad must have. None
+            # allows any. A tied matrix can get two gradients per backward, which autograd sums
+            # before it calls the hook. If grad_dtype is the dtype of the bucket, it sums them in
+            # that dtype instead of bf16. gpt.py sets tied_name on tied matrices.
             p.grad_dtype = dtype if hasattr(p, "tied_name") else None
             self.gradients[i] = view.view_as(p)
             self.bucket_of[i] = len(self.buckets)
@@ -460,8 +462,8 @@ def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
 # because three collectives have more overhead than one. `make hierarchy` measures the time and the
 # bytes between hosts.
 
-# PyTorch 2.13 renamed reduce_scatter_tensor and all_gather_into_tensor, and warns about these
-# names. 2.11 has only them.
+# PyTorch 2.13 renamed reduce_scatter_tensor and all_gather_into_tensor, and warns if the old names
+# are used. 2.11 has only the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 

@@ -50,13 +50,14 @@ def train_step(
     """Runs one step of this rank's stage and adds the gradients to `.grad`. GPipe runs all forwards
     before the first backward. 1F1B runs each backward as early as possible, which saves memory.
 
-    inputs: one tensor per microbatch, all of one shape; only rank 0 reads them. loss_of(output, i)
-    -> scalar, used by the last rank: the loss summed over the tokens of microbatch i, divided by
-    the number of tokens in the full batch. boundary: a tensor with the shape [b, s, h], dtype and
-    device of the tensors sent between stages. Stage outputs are not checked against it. Returns the
-    sum of the losses on the last rank and 0 on the others, so an all-reduce gives it to all. Under
-    NCCL, neighbours must have exchanged a tensor before the first step: a first transfer in the
-    middle of a schedule can hang (see Pipeline._connect)."""
+    inputs: one tensor per microbatch, all of one shape. Only rank 0 reads their values; the other
+    ranks use only their number. loss_of(output, i) -> scalar, used by the last rank: the loss
+    summed over the tokens of microbatch i, divided by the number of tokens in the full batch.
+    boundary: a tensor with the shape [b, s, h], dtype and device of the tensors sent between
+    stages. Stage outputs are not checked against it. Returns the sum of the losses on the last rank
+    and 0 on the others, so an all-reduce gives it to all. Under NCCL, neighbours must have
+    exchanged a tensor before the first step: a first transfer in the middle of a schedule can hang
+    (see Pipeline._connect)."""
     rank, last, m = group.rank(), group.size() - 1, len(inputs)
     in_flight = collections.deque()  # (input, output) of each microbatch between its F and its B
     total = boundary.new_zeros((), dtype=torch.promote_types(boundary.dtype, torch.float32))
@@ -96,6 +97,7 @@ def train_step(
     for i in range(warmup):  # warm-up: forwards only
         y = forward(i, exchange(rank - 1, receive=True))
         exchange(rank + 1, send=y)
+    # x: the input of the next forward
     x = exchange(rank - 1, receive=True) if warmup < m else None
     for i in range(warmup, m):  # steady state: one forward, one backward
         gradient = exchange(rank + 1, send=forward(i, x), receive=True)
@@ -111,8 +113,9 @@ def train_step(
 #
 # - Apart from its exchanges, version 1 just executes a list of actions, such as F F B F B F B B. So
 #   each schedule is written as data: one list of actions per rank, see schedules.py.
-# - Pairing sends with receives by hand does not scale to several chunks per rank, to V-shaped stage
-#   placement (zb-v), or to split backwards. So transfers are derived from one order of all actions.
+# - Pairing sends with receives by hand does not scale to several chunks per rank, to stages placed
+#   in a V (zb-v: rank 0 holds the first and the last stage), or to a split backward (section 3). So
+#   transfers are derived from one order of all actions.
 # - `forward`, `backward` and `exchange` become methods of one executor, `Pipeline`.
 #
 # A list of actions with its transfers is called a program. This one is derived for rank 1 of 3 in
@@ -177,11 +180,11 @@ def derive_programs(schedule: Schedule) -> list[Program]:
 
 def receive_ahead(program: Program, rank: int) -> Program:
     """The program of `rank` with each receive posted one batch earlier: [<F0] F0 [<F1 >F0] F1 [>F1]
-    becomes [<F0] [<F1] F0 [>F0] F1 [>F1]. This is faster under gloo, where a send to a rank that
-    has not yet posted the matching receive is delayed until that rank's gloo thread gets to run. In
-    each direction, the order of transfers between two ranks does not change, so receives still
-    match their sends. Under gloo, a posted receive blocks no other transfer, so there is no
-    deadlock.
+    becomes [<F0] [<F1] F0 [>F0] F1 [>F1]. This is faster under gloo: if the receive is already
+    posted, a send writes its data at once. Otherwise it waits for the receive, and then for the
+    gloo thread of the sender to run. In each direction, the order of transfers between two ranks
+    does not change, so receives still match their sends. Under gloo, a posted receive blocks no
+    other transfer, so there is no deadlock.
 
     Do not use this with NCCL, which runs all transfers of a group in one queue: if two ranks both
     posted receives early, each receive could block the send that the other rank waits for."""
@@ -263,7 +266,8 @@ def chunks_of(model: nn.Module, stages: Sequence[int], split: list[range]) -> di
 
 
 def all_reduce_tied(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sums the gradients of a tied embedding, in place. The first stage uses the matrix as the
+    """Sums each tensor of `gradients` over the ranks of `group`, in place: the gradient of a tied
+    embedding, or with ZeRO this rank's pieces of it. The first stage uses the matrix as the
     embedding and the last stage uses it as the head, so each computes one term of its gradient.
     The two copies must start equal and get equal updates, and a global gradient norm must count
     only one of them. group: the ranks of these two stages. If one rank holds both, this is a no-op,
@@ -274,13 +278,13 @@ def all_reduce_tied(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
 
 
 # 3. Split backward: for linear layers, B computes the input gradients and appends the work for the
-# weight gradients to a queue, and W does this work. B computes all gradients of embeddings, norms
-# and biases, because they are cheap.
+# weight gradients to a queue. W does this work later, when the rank would otherwise be idle. B
+# computes all gradients of embeddings, norms and biases, because they are cheap.
 
 
 class DeferredLinear(torch.autograd.Function):
-    """F.linear whose backward does not compute the gradient of layer.weight. It appends a function
-    that computes it to layer.weight_grad_queue.
+    """F.linear whose backward does not compute the gradient of layer.weight. Instead, it appends to
+    layer.weight_grad_queue a function that computes this gradient.
 
     The weight is not an input of this Function. Otherwise autograd would call the weight's hooks in
     B, before its gradient exists. layer: see defer_weight_gradients."""
@@ -317,7 +321,7 @@ def add_weight_gradient(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
 
 
 def deferred_multiply(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-    if not x.requires_grad:  # the layers before this one are frozen
+    if not x.requires_grad:  # previous layers are frozen, or gradients are disabled
         x = x.detach().requires_grad_()  # otherwise autograd would not call backward()
     return DeferredLinear.apply(x, bias, layer)
 
@@ -332,10 +336,10 @@ def defer_weight_gradients(model: nn.Module, queue: list) -> None:
     nn.Linear without the method `multiply`.
 
     This replaces the forward of each plain nn.Linear, even if it was already replaced on the
-    instance. In the layers of tensor_parallel.py and others that define multiply(x, bias) -> x @
-    weight.T + bias, it replaces that method. Such a layer may also define gather_input(x), which
-    returns the input of the matmul, and reduce_input_gradient(d_x), which returns the gradient of x
-    from the gradient of that input."""
+    instance. In layers that define multiply(x, bias), such as those of tensor_parallel.py, it
+    replaces that method. multiply() returns gather_input(x) @ weight.T + bias, where gather_input()
+    returns x if the layer does not define it. A layer that defines it may also define
+    reduce_input_gradient(d_x), which returns the gradient of x from that of gather_input(x)."""
     for layer in model.modules():
         is_linear = type(layer) is nn.Linear
         if (is_linear or hasattr(layer, "multiply")) and layer.weight.requires_grad:
@@ -417,7 +421,7 @@ class Pipeline:
         program: the training program, or one without B, which runs without gradients. inputs: one
         tensor per microbatch, used by the first stage. loss_of(output, microbatch) -> scalar, used
         by the last stage. shape: (b, s, h), the same for all tensors sent between stages.
-        before(microbatch) is called before each forward.
+        before(microbatch) is called before each forward, for example to set the rows for dropout.
 
         Raises ValueError if the program does not match the chunks or the inputs, if a tensor for
         another stage does not have `shape` and the dtype of the Pipeline, or if the output of a
@@ -498,7 +502,7 @@ class Pipeline:
         """Stores the result of this F or B for its consumer: in `inbox` if the consumer is on this
         rank, else in `outbox`, from which the next _post sends it."""
         found = getattr(tensor, "shape", None), getattr(tensor, "dtype", None)
-        if found != (self.shape, self.dtype):  # None: a tuple, or no gradient
+        if found != (self.shape, self.dtype):  # (None, None): a tuple, or x.grad is None
             raise ValueError(
                 f"the result of {action.kind}{action.microbatch} of stage {action.stage} has shape "
                 f"{found[0]}, dtype {found[1]}: it must be one tensor of the shape given to run(), "

@@ -30,14 +30,14 @@ p ranks r = 0..p-1; c chunks per rank; m microbatches per step:
     zb-v          2    (p-1) / (6 m)  p                   4
 
 Bubble: idle / busy time of all ranks; an unsplit B takes 2 time units, other actions take 1. Held:
-the largest number of microbatches whose activations a rank stores at once, from F until B (or W). A
-microbatch stored for one of c chunks counts as 1/c. Sends: tensors sent by a middle rank. The
-formulas are valid for m >= p, with two exceptions: zb-v requires m >= 2p - 1, and "held" of
-interleaved m = 2p, 3p, ...
+the largest number of microbatches whose activations a rank stores at once. It stores them from F
+until the end of B or, if the schedule has W, of W. A microbatch stored for one of c chunks counts
+as 1/c. Sends: tensors sent by a middle rank. The formulas are valid for m >= p, with two
+exceptions: zb-v requires m >= 2p - 1, and "held" of interleaved is valid for m = 2p, 3p, ...
 
 To draw a schedule: python -m tools.draw zb-v --p 4 --m 8
 
-GPipe: arXiv 1811.06965. 1F1B, interleaved: 2104.04473. ZB-H1: 2401.10241. ZB-V: 2405.15362.
+GPipe: arXiv 1811.06965. 1F1B, interleaved: 2104.04473. ZB-H1, ZB-V: 2401.10241 (section 6).
 """
 
 import collections
@@ -96,7 +96,8 @@ def from_phases(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) ->
     actions = []
     for letter in itertools.chain(*(letters * times for times, letters in phases)):
         if used[letter] < m:
-            actions.append(Action(letter.upper(), used[letter], stages[letter.islower()]))
+            chunk = int(letter.islower())
+            actions.append(Action(letter.upper(), used[letter], stages[chunk]))
             used[letter] += 1
     return actions
 
@@ -116,9 +117,10 @@ def gpipe(p: int, m: int, chunks: int = 1) -> Schedule:
 
 def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
     """A rank starts with one forward for each later rank, then alternates forward and backward.
-    With fewer forwards at the start it would be idle: the first gradient arrives only after
-    microbatch 0 has passed all later ranks. With more, it would hold more activations. Rank r holds
-    at most p - r microbatches. With p = 1 this is gradient accumulation."""
+    With fewer forwards at the start it would be idle for longer: the first gradient arrives only
+    after the forward and backward of microbatch 0 on all later ranks. With more, it would hold more
+    activations and finish no sooner. Rank r holds at most p - r microbatches. With p = 1 this is
+    gradient accumulation."""
     require_chunks("1f1b", chunks, 1)
     return [from_phases(m, [(p - 1 - r, "F"), (m, "FB")], [r]) for r in range(p)]
 
@@ -127,10 +129,11 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
     """1F1B with several chunks per rank: rank r holds the stages r, p + r, 2 p + r, ... Each stage
     has fewer layers than in 1F1B, so later ranks start sooner and the bubble is smaller.
 
-    Microbatches are processed in groups: all of a group on the first chunk, then all of it on the
-    second, and so on. A group has p microbatches: its first microbatch needs a forward on each of
-    the p ranks before it returns to rank 0, and p forwards keep rank 0 busy until then. If p does
-    not divide m, some groups have more, up to 2p - 1. If m < p, there is one group of m."""
+    Microbatches are processed in groups: the forwards of a group on the first chunk, then on the
+    second, and so on, and its backwards from the last chunk to the first. A group has p
+    microbatches: its first microbatch needs a forward on each of the p ranks before it returns to
+    rank 0, and p forwards keep rank 0 busy until then. If p does not divide m, some groups have
+    more, up to 2p - 1. If m < p, there is one group of m."""
     n = max(1, m // p)  # number of groups
     groups = [range(math.ceil(m * j / n), math.ceil(m * (j + 1) / n)) for j in range(n)]
     schedule = []
@@ -144,6 +147,7 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
         # chunk it is one per later rank, so that the schedule equals 1F1B.
         warmup = (chunks - 1) * len(groups[0]) + (p - 1 - r) * min(chunks, 2)
         warmup = min(warmup, len(forwards))
+        # The forwards after the warm-up alternate with the first backwards. The drain is the rest.
         steady = itertools.chain(*zip(forwards[warmup:], backwards, strict=False))
         drain = backwards[len(forwards) - warmup :]
         schedule.append([*forwards[:warmup], *steady, *drain])
@@ -152,7 +156,8 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
 
 def zb_h1(p: int, m: int, chunks: int = 1) -> Schedule:
     """1F1B with each backward split into B and W. On rank r, the W of a microbatch runs after the B
-    of the next r microbatches. So every rank holds up to p microbatches, as rank 0 does in 1F1B."""
+    of the next r microbatches. This adds r to the p - r microbatches that it holds in 1F1B, so
+    every rank holds up to p."""
     require_chunks("zb-h1", chunks, 1)
     return [
         from_phases(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
@@ -177,7 +182,7 @@ def zb_v(p: int, m: int, chunks: int = 2) -> Schedule:
             (2 * (p - r) - 1, "F"),  # until the second chunk receives microbatch 0
             (r, "fF"),  # until the first gradient is received
             (p - r, "fbw"),  # until the first chunk receives a gradient
-            (n - p, "FBWfbw"),  # steady state
+            (n - p, "FBWfbw"),  # steady state; no F remains in the last p - 1 - r rounds
             (r, "Bb"),  # no forwards remain; earlier ranks wait for B, so W is deferred
             (p - r, "BW"),  # no b remains
             (n, "wW"),  # the deferred W
@@ -228,8 +233,8 @@ class ScheduleError(ValueError):
 def dependency(action: Action, last: int) -> Action | None:
     """The action whose result this one needs, or None for F on stage 0. F needs F of the previous
     stage. B needs B of the next stage or, on the last stage, F of the same stage. W needs B of the
-    same stage. (B also needs F of the same stage on other stages, but B of the next stage can only
-    run after it.) last: the number of the last stage."""
+    same stage. (On the other stages, B needs F of its own stage, too. But B of the next stage can
+    only run after this F.) last: the number of the last stage."""
     kind, microbatch, stage = action
     if kind == "F":
         return Action("F", microbatch, stage - 1) if stage > 0 else None
@@ -239,8 +244,9 @@ def dependency(action: Action, last: int) -> Action | None:
 
 
 def consumer(action: Action) -> Action:
-    """The action that needs the result of this one: F of the next stage for F, B of the previous
-    stage for B. That stage does not exist for F of the last stage and B of the first."""
+    """The action on another stage that needs the result of this F or B: F of the next stage for F,
+    B of the previous stage for B. For F of the last stage and B of the first, the result has the
+    number of a stage that does not exist."""
     return action._replace(stage=action.stage + (1 if action.kind == "F" else -1))
 
 
@@ -377,12 +383,12 @@ def read_schedule(path: str, p: int, m: int) -> Schedule:
         0 2: F0 F1 f0 b0 w0 ...
         1:   F0 F1 B0 W0 ...
 
-    An action is a kind, a microbatch and, unless it is 0, the chunk: F0.2 has chunk 2. Chunk 1 may
-    be written F0.1 or f0. The kinds are F (forward), B (backward) and W (weight gradients). If the
-    file contains W, B leaves the weight gradients out. The numbers before the colon are the stages
-    of the rank. Chunks are numbered in the order of their stages. Without the numbers, chunk c of
-    rank r is stage c p + r. If the file or the schedule is invalid, raises ValueError with the line
-    and the column."""
+    An action is a kind, a microbatch and a chunk, which is left out if it is 0: F0.2 has chunk 2.
+    Chunk 1 may be written F0.1 or f0. The kinds are F (forward), B (backward) and W (weight
+    gradients). If the file contains W, B leaves the weight gradients out. The numbers before the
+    colon are the stages of the rank. Chunks are numbered in the order of their stages. Without the
+    numbers, chunk c of rank r is stage c p + r. If the file or the schedule is invalid, raises
+    ValueError with the line and the column."""
 
     def wrong(number: int, column: int, what: str) -> ValueError:
         return ValueError(f"--schedule {path}, line {number}, column {column}: {what}")

@@ -30,9 +30,10 @@ reduce-scatter.
                                2 reduce-scatter   2 reduce-scatter
 
 Each rank stores 1/t of the sharded matrices, of their gradients and of their optimizer state.
-Norms, the biases of row-parallel layers and the position table are replicated. It stores 1/t of the
-activations inside attention and MLP, and with sequence parallelism 1/t of all activations. Most
-collectives do not overlap with computation, so the t ranks should be within one node.
+Norms, the biases of row-parallel layers and the position table are replicated. Each rank also
+stores 1/t of the activations inside attention and MLP or, with sequence parallelism, 1/t of all
+activations. Half of the collectives do not overlap with computation (all of those in forward, and g
+in backward), so the t ranks should be within one node.
 
     torchrun --standalone --nproc-per-node 2 tensor_parallel.py
 
@@ -63,7 +64,7 @@ class CopyToGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return x.view_as(x)  # not x: autograd treats an input that is returned specially
+        return x.view_as(x)  # not x: autograd has special rules for an input that is returned
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -132,6 +133,7 @@ def start_all_gather(x: Tensor, group, async_op: bool = False) -> Callable[[], T
     t = group.size()
     stacked = x.new_empty(t * x.size(0), *x.shape[1:])  # [t b, s/t, h]
     handle = all_gather(stacked, x.contiguous(), group=group, async_op=async_op)  # payload: b s h
+    # [t b, s/t, h] -> [t, b, s/t, h] -> [b, t, s/t, h] -> [b, s, h]
     return lambda: finish(handle, stacked).unflatten(0, (t, -1)).movedim(0, 1).flatten(1, 2)
 
 
@@ -193,9 +195,9 @@ class ReduceScatterFromGroup(torch.autograd.Function):
 
 
 def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:
-    """g. It is separate from its matmul, and saves nothing for backward. Activation checkpointing
-    stops recomputing a block once it has the last saved tensor, so it does not repeat a g that
-    comes after this tensor."""
+    """g. It saves nothing for backward, and is separate from its matmul, which does. Activation
+    checkpointing with early stop ends the recomputation of a block at the last saved tensor, so a g
+    after that tensor is not run again."""
     return (ReduceScatterFromGroup if sequence else ReduceFromGroup).apply(x, group)
 
 
@@ -254,13 +256,14 @@ def shard_parameter(p: nn.Parameter, dim: int, fused: tuple[int, ...], group) ->
 # that replaces `module`. Only "column" and "row" use `fused` (see shard_parameter).
 #
 # Some pipeline schedules compute weight gradients later than input gradients. For these,
-# pipeline.defer_weight_gradients replaces multiply() on each column- and row-parallel layer. The
-# replacement calls gather_input() and reduce_input_gradient() for the communication of f.
+# pipeline.defer_weight_gradients replaces multiply() on each column- and row-parallel layer. On a
+# column-parallel layer, the replacement calls gather_input() and reduce_input_gradient() for the
+# communication of f. A row-parallel layer has no f.
 
 
 def check_type(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raises ValueError unless `module` is exactly a `kind`, without padding_idx and max_norm. A
-    style that replaces it would drop what a subclass or these options compute."""
+    """Raises ValueError unless the type of `module` is exactly `kind`, or if it has a padding_idx
+    or a max_norm. A style that replaces it would drop what a subclass or these options compute."""
     values = [getattr(module, option, None) for option in ("padding_idx", "max_norm")]
     has_option = any(value is not None for value in values)
     if type(module) is not kind or has_option:
@@ -313,7 +316,7 @@ class RowParallelLinear(nn.Module):
         y = reduce_output(self.multiply(x, None), self.group, self.sequence)
         return y if self.bias is None else y.add_(self.bias)
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:  # as in ColumnParallelLinear
         return F.linear(x, self.weight, bias)
 
 
@@ -356,7 +359,8 @@ def shard_tokens(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.M
 
 def replicate(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
     """For a module outside attention and MLP, such as a norm. With `sequence` it gets [b, s/t, h].
-    Without `sequence`, an nn.Dropout needs random generators in the same state on all ranks."""
+    Without `sequence`, an nn.Dropout needs random generators in the same state on all ranks. With
+    it, in different states, because the ranks hold different tokens."""
     return module
 
 
@@ -481,7 +485,7 @@ def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup)
     gradients = [g for g in gradients if g is not None]
     if gradients:
         flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat, group=group)  # payload: norms, row biases, wpe; "partial"
+        dist.all_reduce(flat, group=group)  # payload: the partial parameters
         for g, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             g.copy_(total.view_as(g))
 
@@ -504,7 +508,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         sums = torch.stack([exponentials.sum(dim=-1), at_target])  # [2, b, s]
         dist.all_reduce(sums, group=group)  # payload: 2 b s
         valid = targets >= 0
-        ctx.save_for_backward(exponentials.div_(sums[0].unsqueeze(-1)), local, outside, valid)
+        probabilities = exponentials.div_(sums[0].unsqueeze(-1))
+        ctx.save_for_backward(probabilities, local, outside, valid)
         return ((sums[0].log() - sums[1]) * valid).sum()
 
     @staticmethod

@@ -10,15 +10,16 @@ Each strategy transforms a plain model. They are applied in this order:
     DDP, Zero1, Zero2, Zero3   ddp, zero, zero3.py   reduce gradients; shard the training state
 
 No strategy requires another: each can be left out. Stages and shards are taken on the meta device,
-so no rank allocates the full model. Blocks are checkpointed next, which replaces their forward. DDP
-or ZeRO comes last, because it attaches hooks to the final layers and parameters.
+so no rank allocates the full model. Activation checkpointing replaces the forward of blocks. DDP or
+ZeRO comes last: it attaches hooks to layers and parameters, which must not be replaced afterwards.
 
 This file assigns ranks to groups, applies the strategies and runs the training loop. It also
 contains what depends on several strategies: gradients that are summed over tp or over two stages,
 the global gradient norm, and who saves what.
 
 tp, pp, dp: tensor, pipeline and data parallelism. t, p, d: their sizes; d = world size / (t * p).
-Stage: consecutive layers, on one pp rank. Replica: t * p ranks that process the same rows.
+Stage: consecutive layers, on one pp rank. Replica: t * p ranks that process the same rows. (The
+groups called "replica" in _make_groups() are others: with ZeRO, ranks that hold the same shard.)
 World size 8 with t = p = d = 2:
 
                     stage 0                 stage 1
@@ -97,8 +98,8 @@ class Trainer:
     schedule: schedule(p, m) -> schedules.Schedule. Default: --schedule.
     sync: a class with the interface of ddp.DDP, used instead of DDP or ZeRO. If it shards the
         training state over dp, also set --zero, so that the norm and checkpoints include every
-        shard. step() sums partial gradients over tp, so all ranks of a tp group must divide these
-        parameters into the same pieces."""
+        shard. step() sums the gradients of partial parameters, which tensor_parallel.py marks, over
+        tp. So all ranks of a tp group must divide such a parameter into the same pieces."""
 
     def __init__(
         self, args: argparse.Namespace, config: gpt.GPTConfig, read: Callable, device: torch.device,
@@ -146,10 +147,11 @@ class Trainer:
         # hooks that ZeRO attaches. With --recompute selective, the attention core is not compiled,
         # so that it can be rerun alone.
         blocks = self.model.h
-        for block in blocks.values() if args.compile else ():
-            if args.recompute == "selective":
-                block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
-            block.forward = torch.compile(block.forward)
+        if args.compile:
+            for block in blocks.values():
+                if args.recompute == "selective":
+                    block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
+                block.forward = torch.compile(block.forward)
         activation_ckpt.checkpoint_blocks(
             blocks, args.recompute, args.recompute_every, args.recompute_layers, self.draws.save
         )
@@ -227,7 +229,8 @@ class Trainer:
             tensor_parallel.all_reduce_partial(partial, self.tp_group)
             # If the embedding is tied, sum its gradient over the first and the last stage. Each has
             # a copy, whose gradient comes from only one use: as the embedding, or as the output
-            # head. The copies have equal pieces, because ZeRO gives a tied matrix its own unit.
+            # head. Both copies are divided into the same pieces, because ZeRO shards a tied matrix
+            # separately from other parameters.
             tied = [piece.tensor.grad for piece in pieces if hasattr(piece.parameter, "tied_name")]
             pipeline.all_reduce_tied(tied, self.tied_group)
             # Sum losses, squared norms and stop requests over all ranks.
@@ -333,7 +336,7 @@ class Trainer:
             use_local_synchronization=True,
         )  # fmt: skip
         k = self.args.zero_shard_size or (d if self.args.zero else 1)
-        ranks = torch.arange(p * d * t).view(p, d // k, k, t)  # [pp, replica, shard, tp]
+        ranks = torch.arange(p * d * t).view(p, d // k, k, t)  # [pp, copy of the state, shard, tp]
         self.tp_group = self._make_group("tp", ranks, 3)
         self.dp_group = self._make_group("dp", ranks, 1, 2)
         self.pp_group = self._make_group("pp", ranks, 0)

@@ -11,9 +11,9 @@ shard of the parameters, and then all-gathers parameters instead of gradients. E
 optimizer state for its shard only, and the communication volume does not change. ZeRO-2 also shards
 the gradients. ZeRO-3, in zero3.py, also shards the parameters.
 
-Psi is the number of parameters, d the number of ranks that shard them, m the number of microbatches
-per step. The payload of a collective is the number of elements of its full tensor: the input of a
-reduce-scatter, the output of an all-gather. An all-reduce sends as much as one of each.
+Psi is the number of parameters, d the number of ranks that shard state, m the number of
+microbatches per step. The payload of a collective is the number of elements of its full tensor: the
+input of a reduce-scatter, the output of an all-gather. An all-reduce sends as much as one of each.
 
     per rank  bytes after the last backward           payload per step
               parameters  gradients  optimizer state  reduce-scatter  all-gather
@@ -77,7 +77,7 @@ class MinimalZero1:
     the sum of the ranks' gradients is the gradient of the global mean loss.
     parameters: equal on all ranks, and of one dtype. Frozen parameters are left unchanged.
 
-    Not supported: fp32 master copies of bf16 parameters; clipping, as clip_grad_norm_([shard], 1)
+    Not supported: fp32 master copies of bf16 parameters; clipping, because clip_grad_norm_([shard])
     would use the norm of one shard; model.to() after construction, which replaces the views.
 
     After step(), only this rank's shard of the gradients has been summed. The gradient of an unused
@@ -116,10 +116,10 @@ class MinimalZero1:
 # per layer and step instead of one.
 #
 # The full version has one flat buffer per layer instead of one per model, so the collective of one
-# layer overlaps with the computation of other layers. The optimizer gets a tensor for each
-# parameter that overlaps the shards of the rank, so parameter groups work. Also supported: bf16
-# with fp32 master weights, unused and tied parameters, gradient clipping, load_state_dict(), hybrid
-# sharding. Most misuse raises ValueError.
+# layer overlaps with the computation of other layers. For each parameter that lies at least partly
+# in this rank's shards, the optimizer gets a tensor with that part, so parameter groups work. Also
+# supported: bf16 with fp32 master weights, unused and tied parameters, gradient clipping,
+# load_state_dict(), hybrid sharding. Most misuse raises ValueError.
 
 
 def aligned(numel: int) -> int:
@@ -182,10 +182,11 @@ class Unit:
             self.gradient_shard = self.gradients[self.mine]
             for p, here in self.place.items():
                 self.gradient_of[p] = self.gradients[here].view_as(p)
-                # grad_dtype = None allows a `.grad` of any dtype. A tied matrix can get two
-                # gradients per backward, which autograd sums before it calls the hook. If
-                # p.grad_dtype is the dtype of the buffer, it sums them in that dtype. gpt.py sets
-                # tied_name on tied matrices. ZeRO-2 has no buffer and does not set p.grad_dtype.
+                # p.grad_dtype is a tensor attribute of PyTorch: the dtype that p.grad must have.
+                # None allows any. A tied matrix can get two gradients per backward, which autograd
+                # sums before it calls the hook. If p.grad_dtype is the dtype of the buffer, it sums
+                # them in that dtype. gpt.py sets tied_name on tied matrices. ZeRO-2 does not set
+                # p.grad_dtype, so that all gradients have the dtype of the parameter.
                 p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None
         else:
             self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
@@ -325,12 +326,13 @@ def unit_key(p: nn.Parameter, layer: list[nn.Parameter]) -> tuple:
     """Parameters of a layer with equal keys form one unit.
 
     Some gradients are also summed over pipeline or tensor-parallel ranks. A shard of such a
-    parameter must start and end at the same elements on all these ranks. So it has its own unit
-    if the offsets in a common buffer would differ between them. There are two cases. (1) A matrix
-    tied across two pipeline stages, which has a tied_name. (2) Parameters that tensor_parallel.py
-    marks as partial, because each rank computes only part of their gradient, if other matrices of
-    the layer are split unevenly. sharding.sizes: the sizes of fused matrices along the split
-    dimension. sharding.size: the number of tensor-parallel ranks."""
+    parameter must start and end at the same elements on all these ranks. So such parameters are
+    kept out of the main unit of the layer if their offsets in it would differ between ranks. There
+    are two cases. (1) A matrix tied across two pipeline stages, which has a tied_name. (2)
+    Parameters that tensor_parallel.py marks as partial, because each rank computes only part of
+    their gradient, if other matrices of the layer are split unevenly. sharding.sizes: the full
+    sizes, along the split dimension, of the matrices that are fused in a parameter. sharding.size:
+    the number of tensor-parallel ranks."""
     shardings = [q.sharding for q in layer if hasattr(q, "sharding")]
     is_uneven = any(n % sharding.size for sharding in shardings for n in sharding.sizes)
     is_partial = is_uneven and getattr(p, "partial", False)
@@ -400,9 +402,10 @@ class Zero1:
         self._make_units(grad_dtype, reduce_dtype)
         self._attach_hooks(model)
 
-        # A round reduce-scatters every unit once. ZeRO-2 has a round per microbatch. If a pipeline
-        # rank holds the first and the last stage, a tied matrix receives two gradients per
-        # microbatch, so its count is 2 m. The number of rounds is the smallest count, m.
+        # A round reduce-scatters every unit once. ZeRO-2 has a round per microbatch. A pipeline
+        # rank that holds the first and the last stage runs two backwards per microbatch, and each
+        # adds a gradient to a tied matrix, whose count is 2 m. The number of rounds is the smallest
+        # count.
         one_round = self.stage == 1 or not overlap
         self.rounds = 1 if one_round else min(self.accumulations.values(), default=1)
         # The order in a round. Backward usually completes the last unit first.
@@ -456,8 +459,8 @@ class Zero1:
         gradient of this rank.
 
         start() can also abandon a step: it waits for the pending collectives and discards the
-        gradients. All ranks must have stopped at the same point, before they called
-        before_step()."""
+        gradients. All ranks must have launched the same collectives, for example because all
+        stopped after the same microbatch and had used the same parameters."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip
@@ -545,9 +548,9 @@ class Zero1:
 
     def finish(self) -> None:
         """Call after the last backward of a step. On return, this rank's gradient shards are sums
-        over all ranks. If a parameter received fewer gradients than `accumulations`, its unit and
-        all later ones in launch order are reduced here. Until the next start(), reading a `.grad`
-        raises ValueError."""
+        over all ranks. If a parameter received fewer gradients than `accumulations`, the
+        reduce-scatter that waits for it and all later ones are started here. Until the next
+        start(), using the `.grad` of a model parameter raises ValueError."""
         if self.phase != "backward":
             raise ValueError("finish() without start(): call start() before the first backward of "
                              "a step, and finish() once after the last")  # fmt: skip
@@ -611,7 +614,7 @@ class Zero1:
         self.start_gathering()
         self.phase = "idle"
 
-    def start_gathering(self) -> None:
+    def start_gathering(self) -> None:  # ZeRO-3 overrides it
         for unit in self.units:
             unit.unshard()
 
@@ -743,7 +746,8 @@ class ShardedParameter(nn.Parameter):
 
 
 class ReducedGradient(Tensor):
-    """The class of every `.grad` after finish(). Reading it or adding to it raises ValueError."""
+    """The class of the `.grad` of every trainable parameter of the model from finish() to start().
+    Reading it or adding to it raises ValueError."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

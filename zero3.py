@@ -23,8 +23,8 @@ per step. The payload of a collective is the number of elements of its full tens
 
 The bytes are for bf16 parameters and AdamW. ZeRO-2 and ZeRO-3 accumulate gradients in fp32, and
 store an fp32 master copy of the shard. With fp32 parameters, all rows have the factors 4, 4 and 8.
-During a step, ZeRO-3 also stores up to two gathered layers, the current and the next one, and one
-flat buffer for the gradients of a layer.
+During a step, ZeRO-3 usually also stores two gathered layers, the current and the next one, the
+gradients of the current layer, and one flat buffer that is being reduce-scattered.
 
 S counts the elements that are gathered once per microbatch instead of twice: those of the last
 layer, and those of embedding tables, whose backward does not read them. "kept" is ZeRO-3 with
@@ -87,11 +87,12 @@ class ShardedLayer(nn.Module):
         optimizer = AdamW(model.parameters())
 
     Replace every layer that has trainable parameters: the gradients of a layer that is not replaced
-    are not summed over the ranks. The loss of a rank is the sum over its targets, divided by the
-    number of targets in the global batch. So the sum of the ranks' gradients is the gradient of the
-    mean loss. The parameters of all ranks must be equal at the start. Frozen parameters of the
-    layer are not sharded. Not supported: parameters that two layers share, parameters of several
-    dtypes, and fp32 master copies. clip_grad_norm_() would use the norm of one shard."""
+    are not summed over the ranks. The loss of a rank must be the sum over its targets, divided by
+    the number of targets in the global batch. Then the sum of the ranks' gradients is the gradient
+    of the mean loss. The parameters of all ranks must be equal at the start. Frozen parameters of
+    the layer are not sharded. Not supported: parameters that two layers share, parameters of
+    several dtypes, and fp32 master copies. clip_grad_norm_() would use the norm of this rank's
+    shards, so each rank would clip differently."""
 
     def __init__(self, layer: nn.Module, group: dist.ProcessGroup):
         super().__init__()
@@ -119,16 +120,24 @@ class ShardedLayer(nn.Module):
 # needs no activation checkpointing: it frees the memory to which the saved tensors of autograd
 # refer, and fills it again before backward. The model may still use checkpointing.
 #
-# Zero3 inherits from the classes of zero.py. A layer is a block, or another module that directly
-# holds parameters. A unit is a flat buffer with parameters of a layer, usually all of them. A layer
-# has several units if, for example, some of its parameters are frozen. In each microbatch, Zero2
-# reduce-scatters the gradients of a unit as soon as all of them have been computed, and adds the
-# sum to this rank's shard. If two layers share a parameter, it is in a unit of the first of them,
-# and autograd sums its two gradients before that. The optimizer updates shards, with fp32 master
-# copies for bf16. The code below uses these attributes:
+# Zero3 inherits from the classes of zero.py. The training loop calls start() before the first
+# forward of a step and finish() after the last backward, as with Zero1 and Zero2. A layer is a
+# transformer block, or a module outside the blocks that directly holds parameters. Such a module
+# can contain other layers. A unit is a flat buffer with parameters of a layer, usually all of them.
+# A layer has several units if, for example, some of its parameters are frozen. In each microbatch,
+# Zero2 reduce-scatters the gradients of a unit as soon as all of them have been computed, and adds
+# the sum to this rank's shard of the gradients. If two layers share a parameter, it is in a unit of
+# the first of them, and autograd sums its two gradients before the reduce-scatter. The optimizer
+# updates shards of the parameters, with fp32 master copies for bf16.
 #
+# weak(method, ...) is a hook that does not keep the Zero3 object alive. not_compiled(hook) keeps
+# torch.compile from tracing it. The code below uses these attributes:
+#
+#     self.modules        {modules of the model}. A deep copy of the model keeps the hooks, but its
+#                         modules are not in this set, so the hooks ignore it.
 #     self.layers         {layer: its parameters}, in the order of model.modules()
-#     self.needs          the units of each layer, by the index of the layer
+#     self.units          all units
+#     self.needs          by the index of the layer, the units that hold any of its parameters
 #     self.unit_of        {parameter: its unit}
 #     self.accumulations  {parameter: the number of gradients that it receives per step}
 #     self.missing        {parameter: the number that it has not received in this step}
@@ -154,8 +163,8 @@ class ShardedUnit(Unit):
     def reshard(self) -> None:
         """Free the full parameters. The storage object remains, because parameters and saved
         tensors are views of it. On a GPU, kernels that read the memory may still be queued. This is
-        safe: the allocator reuses the memory only for work on the same stream, which runs after
-        them."""
+        safe: the allocator reuses the memory only for tensors of the same stream, whose kernels run
+        after them. Collectives also wait for this stream first."""
         super().reshard()
         if not self.gathered:  # with one rank, it stays gathered
             self.parameters.untyped_storage().resize_(0)
@@ -179,8 +188,9 @@ class Zero3(Zero2):
 
     Two kinds of layers stay gathered until the last backward of the step: those that contain other
     layers, and those that need a backward but return no tensor that requires a gradient. After a
-    backward with create_graph=True, layers stay gathered until finish(). An embedding that takes
-    only token ids and has one parameter must not read it in backward, see _after_forward()."""
+    backward with create_graph=True, layers stay gathered until finish(). A layer that takes only
+    integer tensors and has one parameter is treated as an embedding table: its backward must not
+    read the parameter."""
 
     stage = 3
     unit_class = ShardedUnit
@@ -192,7 +202,7 @@ class Zero3(Zero2):
         super().__init__(model, *args, **kwargs)
         self.reshard_after_forward = reshard_after_forward
         self.stage_starts = {i for i, layer in enumerate(self.layers) if layer in starts}
-        self.stage_starts |= {0, len(self.layers)}  # nothing before or after these to prefetch
+        self.stage_starts |= {0, len(self.layers)}  # nothing precedes the first or follows the last
         copy_out = weak(self._copy_out)
         model.register_state_dict_post_hook(lambda _, *args: copy_out(*args))
         # By the index of the layer. is_outer: it contains other layers. is_table: it is an
@@ -200,9 +210,9 @@ class Zero3(Zero2):
         # is_table.
         self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
         self.is_table = [type(layer) is nn.Embedding for layer in self.layers]
-        # Parameters whose layer must be gathered when they receive a gradient. Exceptions: weights
-        # whose gradient pipeline.py defers, and tables, see _after_forward(). Their layer may have
-        # been resharded before.
+        # _accumulated() checks that the layer of these parameters is gathered when they receive a
+        # gradient. Exceptions, whose layer may already be resharded: weights whose gradient
+        # pipeline.py defers, and tables, see _after_forward().
         deferred = {module.weight for module in self.modules
                     if getattr(module, "weight_grad_queue", None) is not None}  # fmt: skip
         self.must_be_gathered = self.accumulations.keys() - deferred
@@ -214,7 +224,7 @@ class Zero3(Zero2):
         super().start()
         self.create_graph = False  # whether a backward of this step has create_graph=True
         self.never_resharded: set[int] = set()  # layers that _reshard_layer() skips
-        self.input_nodes: dict[int, list] = {}  # of each layer, from before to after its forward
+        self.input_nodes: dict[int, list] = {}  # by layer: those of its inputs, before its forward
         for unit in self.units:
             unit.reshard()
 
@@ -275,7 +285,7 @@ class Zero3(Zero2):
             return
         inputs, parameters = [*tensors_in((args, kwargs))], self.layers[layer]
         outputs = [y for y in tensors_in(output) if y.requires_grad]
-        if self.is_outer[i]:  # stays gathered in a step, and is resharded after validation
+        if self.is_outer[i]:  # stays gathered in a step, but not after a forward in validation
             if not outputs and self.phase != "backward":
                 self._reshard_layer(i)
             return
@@ -299,6 +309,7 @@ class Zero3(Zero2):
         # Keep the last layer of each stage. In the last stage, its backward comes next. In other
         # stages, the backward of an earlier microbatch often comes next, and starts with this
         # layer.
+        # In validation, no output requires a gradient, and every layer is resharded.
         keep_gathered = i + 1 in self.stage_starts or not self.reshard_after_forward
         if not is_view and not (outputs and keep_gathered):
             self._reshard_layer(i)
@@ -338,7 +349,7 @@ class Zero3(Zero2):
 
     def finish(self) -> None:
         super().finish()
-        for unit in self.units:
+        for unit in self.units:  # those with frozen or unused parameters may still be gathered
             unit.reshard()
 
     def _copy_out(self, state: dict, prefix: str, _) -> None:
@@ -431,7 +442,7 @@ def main() -> None:
         trained = zero.train(rows, group, m, functools.partial(shard_layers, group=group))
         model = trained[1]
         report.close("version 1 largest error", *shards_and_expected(model, expected[1], group))
-        n = d * sum(p.numel() for p in model.parameters())
+        n = d * sum(p.numel() for p in model.parameters())  # with padding, since all are shards
         # wpe only adds a slice of its table to its input. This saves no tensor for backward, so
         # checkpoint() does not recompute it, and it is gathered once per microbatch.
         gathered = 2 * n - d * model.wpe.shard.numel()
