@@ -72,50 +72,50 @@ draw: $(SETUP)  ## draw a schedule, with bubble and memory: P=4 M=8 SCHEDULE=zb-
 
 links: NPROC = 2
 links: $(SETUP)  ## time each collective on this machine, by size; OUT=FILE for JSON (10 s)
-	$(TORCHRUN) $(NPROC) -m tools.links $(if $(OUT),--out $(OUT))
+	$(TORCHRUN) $(NPROC) -m tools.bench.links $(if $(OUT),--out $(OUT))
 
 memory: NPROC = 4
 memory: $(SETUP)  ## resident memory by ZeRO stage and recompute policy, measured and predicted (Linux, 1 min)
-	$(PY) -m tools.memory --nproc $(NPROC)
+	$(PY) -m tools.bench.memory --nproc $(NPROC)
 
-bench-checkpoint: BENCH = tools.bench_checkpoint
+bench-checkpoint: BENCH = tools.bench.checkpoint
 bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETUP)  ## step time compared with PyTorch's implementation; OUT=FILE (9 min)
-	$(PY) -m $(or $(BENCH),tools.bench $(@:bench-%=%)) $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(PY) -m $(or $(BENCH),tools.bench.compare $(@:bench-%=%)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 parity: $(SETUP)  ## compare all layouts of NPROC ranks with one process, in one table (3 min)
-	$(PY) -m tools.parity --nproc $(NPROC)
+	$(PY) -m tools.verify.parity --nproc $(NPROC)
 
 fuzz: $(SETUP)  ## compare N random configurations with one process, from SEED (1 min)
-	$(PY) -m tools.fuzz --n $(N) --seed $(SEED) $(ARGS)
+	$(PY) -m tools.verify.fuzz --n $(N) --seed $(SEED) $(ARGS)
 
 zoo: $(SETUP)  ## insert known bugs one by one into a copy and check that a test fails: ARGS="--only 9" (12 min)
-	$(PY) -m tools.zoo $(ARGS)
+	$(PY) -m tools.verify.mutants $(ARGS)
 
 races: N = 20
 races: $(SETUP)  ## N runs of each overlapped path under random delays, compared bit by bit (12 min)
-	$(PY) -m tools.races --n $(N) --seed $(SEED)
+	$(PY) -m tools.verify.races --n $(N) --seed $(SEED)
 
 drill: NPROC = 4
 drill: $(SETUP)  ## kill DRILLS ranks of a run at random and compare its losses with an undisturbed run (5 min)
-	$(PY) -m tools.drill --drills $(DRILLS) --nproc $(NPROC) $(ARGS)
+	$(PY) -m tools.verify.kill_ranks --drills $(DRILLS) --nproc $(NPROC) $(ARGS)
 
 plan: $(SETUP)  ## the recipe, the best layout and its launch command: ARGS="--model gpt-175b --gpus 1024"
-	@$(PY) -m tools.plan $(ARGS)
+	@$(PY) -m tools.plan.plan $(ARGS)
 
-plan-check: MODULE = tools.plan_check
+plan-check: MODULE = tools.plan.plan_check
 published plan-check: $(SETUP)  ## compare the cost model with published tables (30 s); with this machine (5 min)
-	$(PY) -m $(or $(MODULE),tools.published) $(ARGS)
+	$(PY) -m $(or $(MODULE),tools.plan.published) $(ARGS)
 
 dry-run: MODEL = --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --global-batch-size 3072
 dry-run: $(SETUP)  ## run one rank of 3072 without memory and count its operations; ARGS for another run (1 min)
 	$(PY) train_3d.py --dry-run $(or $(ARGS),$(MODEL) --micro-batch-size 1)
 
 two-hosts hierarchy: $(SETUP)  ## torchrun on 2 simulated hosts; traffic and time between hosts (as root; 1, 3 min)
-	$(PY) -m tools.$(subst -,_,$@) $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(PY) -m tools.bench.$(subst -,_,$@) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-gpu-drill: GPU_DRILL = PYTHON=$(PY) tools/gpu_drill.sh $(or $(OUT),gpu_drill.md) $(ARGS)
+gpu-drill: GPU_DRILL = PYTHON=$(PY) tools/bench/gpu_drill.sh $(or $(OUT),gpu_drill.md) $(ARGS)
 gpu-check gpu-drill node: $(SETUP)  ## one GPU compared with a bare loop; NCCL on one GPU; NPROC GPUs: OUT=FILE (5, 10, 30 min)
-	$(or $(GPU_DRILL),$(PY) -m tools.$(subst -,_,$@) $(if $(filter node,$@),--nproc $(NPROC)) $(if $(OUT),--out $(OUT)) $(ARGS))
+	$(or $(GPU_DRILL),$(PY) -m tools.bench.$(subst -,_,$@) $(if $(filter node,$@),--nproc $(NPROC)) $(if $(OUT),--out $(OUT)) $(ARGS))
 
 plot: $(SETUP)  ## plot losses over tokens: RUNS="a.jsonl b.jsonl" OUT=runs.png, if matplotlib is installed
 	$(PY) -m tools.plot $(RUNS) $(if $(OUT),--out $(OUT))

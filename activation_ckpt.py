@@ -274,7 +274,7 @@ def checkpoint_blocks(
 
 # --- cost -----------------------------------------------------------------------------------------
 # Cost of one GPT-2 block with explicit attention, without dropout, in fp32 or fp64, in one process.
-# tools/cost.py has the other cases.
+# tools/plan/cost.py has the other cases.
 
 
 def saved_bytes(policy: str, b: int, s: int, h: int, a: int, itemsize: int) -> int:

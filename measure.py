@@ -64,7 +64,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     phase: str  # "backward": in a backward pass, hooks and recomputation included; else "forward"
     ranks: int  # size of the group
-    hidden: bool = False  # set by tools/counting.py
+    hidden: bool = False  # set by tools/verify/counting.py
 
 
 class Total(NamedTuple):

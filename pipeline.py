@@ -471,7 +471,7 @@ class Pipeline:
         kind (output or gradient), to free its tensor. That send is earlier in the global order, so
         the wait cannot deadlock. Under NCCL all transfers of a batch share one handle, so waiting
         for one waits for all. wait() blocks the current CUDA stream, not the host. In a simulation
-        (tools/waits.py), waiting for complete batches adds little to the bubble."""
+        (tools/verify/waits.py), waiting for complete batches adds little to the bubble."""
         operations, slots = [], []
         for action, src, dst in batch:
             if src == self.group.rank():

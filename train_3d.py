@@ -495,7 +495,7 @@ def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoin
     if trace:
         pp, dp, tp = trainer.pp_rank, trainer.dp_group.rank(), trainer.tp_group.rank()
         trace.write(args.trace, f"pp {pp}, dp {dp}, tp {tp}")
-        command = f"python -m tools.bubble {args.trace}"
+        command = f"python -m tools.plan.bubble {args.trace}"
         logger.say(f"--trace: wrote {args.trace}. To measure the bubble, run: {command}")
     if args.sample and not stopped:
         logger.say(generate.sample_text(trainer, held_out))
@@ -507,8 +507,8 @@ def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoin
 
 
 def main() -> None:
-    if "--dry-run" in sys.argv:  # before parse_args(): tools/dry_run.py parses the options itself
-        runpy.run_module("tools.dry_run", run_name="__main__")
+    if "--dry-run" in sys.argv:  # before parse_args(): it parses the options itself
+        runpy.run_module("tools.plan.dry_run", run_name="__main__")
         return
     try:
         # Checks that need no communication.

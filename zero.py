@@ -636,8 +636,8 @@ class Zero1:
         return [piece for unit in self.units for piece in unit.pieces]
 
     def held(self) -> dict[str, list[Tensor]]:
-        """The tensors that this object stores between steps, for tools/counting.py, without the
-        moments in the optimizer. Some share memory."""
+        """The tensors that this object stores between steps, without the moments in the optimizer.
+        Some share memory. tools/verify/counting.py counts them."""
         held = {"parameters": [p for _, p in self.named], "gradients": [], "optimizer": []}
         for unit in self.units:
             held["parameters"].append(unit.parameter_shard)

@@ -16,8 +16,9 @@ from torch import Tensor
 import gpt
 import measure
 import options
-from tools import dry_run, oracle
-from tools.oracle import Case, launch
+from tools.plan.plan import dry_run
+from tools.verify import oracle
+from tools.verify.oracle import Case, launch
 
 BF16 = torch.bfloat16
 

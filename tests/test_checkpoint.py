@@ -39,8 +39,8 @@ from tests.commands import (
     until,
 )
 from tests.test_train_3d import text  # noqa: F401
-from tools.fuzz import draw_resume
-from tools.oracle import STEPS, Case, judge, launch, reader, trainer_of
+from tools.verify.fuzz import draw_resume
+from tools.verify.oracle import STEPS, Case, judge, launch, reader, trainer_of
 
 # --- slices ---------------------------------------------------------------------------------------
 

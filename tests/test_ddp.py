@@ -12,8 +12,8 @@ import gpt
 import measure
 import zero
 import zero3
-from tools import counting
-from tools.oracle import Case, judge, launch
+from tools.verify import counting
+from tools.verify.oracle import Case, judge, launch
 
 
 def model() -> torch.nn.Sequential:

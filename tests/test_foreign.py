@@ -18,7 +18,7 @@ import measure
 import tensor_parallel
 import zero
 import zero3
-from tools.oracle import launch
+from tools.verify.oracle import launch
 
 KINDS = [ddp.DDP, zero.Zero1, zero.Zero2, zero3.Zero3]
 V, S, H, CLIP, M, STEPS, ROWS = 13, 6, 8, 0.2, 2, 3, 12

@@ -15,7 +15,7 @@ import tensor_parallel
 import zero
 from measure import TOLERANCE
 from schedules import Action, draw
-from tools.oracle import Case, judge, launch
+from tools.verify.oracle import Case, judge, launch
 
 # --- a schedule of one's own: GPipe in waves of w microbatches, so that memory is bounded by w ----
 

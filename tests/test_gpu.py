@@ -20,8 +20,8 @@ import startup
 import train_3d
 from logger import Logger
 from tests.commands import TINY, forked
-from tools import gpu_check
-from tools.oracle import Case, judge, launch
+from tools.bench.compare import gpu_check
+from tools.verify.oracle import Case, judge, launch
 
 
 @pytest.mark.slow

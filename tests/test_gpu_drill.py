@@ -1,4 +1,4 @@
-"""tools/gpu_drill.sh on the CPU: it works there, and says what needs a GPU."""
+"""tools/bench/gpu_drill.sh on the CPU: it works there, and says what needs a GPU."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import torch
 
 import train_3d
 from tests.commands import ROOT, TINY, forked
-from tools import gpu_drill
-from tools.oracle import CPU, Errors
+from tools.bench.compare import gpu_drill
+from tools.verify.oracle import CPU, Errors
 
 PARTS = [*gpu_drill.PARTS]
 
@@ -21,7 +21,8 @@ PARTS = [*gpu_drill.PARTS]
 def drill(out, python: str, *parts: str, slower: int = 1) -> tuple[int, str, dict[str, str]]:
     """The exit code, the file, and the result of each part."""
     environment = os.environ | {"PYTHON": python, "SLOWER": str(slower)}
-    done = subprocess.run([ROOT / "tools/gpu_drill.sh", out, *parts], env=environment, text=True,
+    drill = ROOT / "tools/bench/gpu_drill.sh"
+    done = subprocess.run([drill, out, *parts], env=environment, text=True,
                           capture_output=True, timeout=900)  # fmt: skip
     said = out.read_text()
     table = said[said.index("| part | result | seconds |") :]
@@ -62,7 +63,8 @@ esac
     expected = dict.fromkeys(PARTS, "passed")
     expected |= {"late": "failed", "syncs": "not run", "speed": "out of time"}
     assert code == 1 and results == {"part": "result"} | expected
-    assert said.startswith("## a GPU\n\n### parity\n\n-m tools.gpu_drill parity --device cuda\n")
+    command = "-m tools.bench.gpu_drill parity --device cuda"
+    assert said.startswith(f"## a GPU\n\n### parity\n\n{command}\n")
     assert "```\nrank 1 is wrong\n```" in said
 
 
@@ -83,7 +85,7 @@ def test_no_time_is_left(tmp_path):
 
 
 def test_a_part_that_does_not_exist(tmp_path):
-    line = [ROOT / "tools/gpu_drill.sh", tmp_path / "drill.md", "praity"]
+    line = [ROOT / "tools/bench/gpu_drill.sh", tmp_path / "drill.md", "praity"]
     done = subprocess.run(line, env=os.environ | {"PYTHON": "true"}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "gpu_drill.sh: there is no part named praity \n"
 

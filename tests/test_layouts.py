@@ -18,9 +18,9 @@ import schedules
 import tensor_parallel
 import train_3d
 from measure import TOLERANCE
-from tools import dry_run
-from tools.fuzz import draw_case, refusal, verdict
-from tools.oracle import Case, judge
+from tools.plan.plan import dry_run
+from tools.verify.fuzz import draw_case, refusal, verdict
+from tools.verify.oracle import Case, judge
 
 # Each option of a layout and its tested values. LIVE defines when a value has an effect.
 FACTORS = {

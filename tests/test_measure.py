@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 import measure
 import zero
-from tools import counting
-from tools.oracle import launch
+from tools.verify import counting
+from tools.verify.oracle import launch
 
 
 def every_operation():

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import gpt
-from tools import gpu_check, node, oracle
+from tools.bench.compare import gpu_check, node
+from tools.verify import oracle
 
 TINY = "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 16 --vocab-size 64 --untied"
 
@@ -162,7 +163,8 @@ def test_the_report(monkeypatch, tmp_path):
     said, code = report(monkeypatch, tmp_path, "--rows", "bare loop", "ZeRO-3", "2 x 2 x d")
     assert code == 0, said
     for what in ("# 2 ranks on one machine", "says nothing about GPUs", "| 2 | all_reduce |",
-                 "| t=2 p=1 d=1, ZeRO-0, 1f1b, SP |", "All within 1e-12", "`python -m tools.node",
+                 "| t=2 p=1 d=1, ZeRO-0, 1f1b, SP |", "All within 1e-12",
+                 "`python -m tools.bench.node",
                  "| 2 x 2 x d | not possible with 2 ranks |"):  # fmt: skip
         assert what in said, what
     rows = {line.split(" | ")[0]: line.split(" | ") for line in said.splitlines()}
@@ -243,9 +245,9 @@ def broken():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle, "STEPS", 2)
         patch.setattr(node.parity, "cases", lambda n, n_head: [oracle.Case(d=2, m=1, steps=1)])
-        whole = node.compare(2, torch.device("cpu"))["parity"]
+        whole = node.check_layouts(2, torch.device("cpu"))["parity"]
         patch.setattr("ddp.global_count", lambda y, group: (y >= 0).sum())
-        return whole, node.compare(2, torch.device("cpu"))["parity"]
+        return whole, node.check_layouts(2, torch.device("cpu"))["parity"]
 
 
 def test_parity_sees_a_bug():
@@ -267,7 +269,7 @@ def groups_not_given_back() -> tuple[int, int]:
         case = oracle.Case(t=2, d=2, m=1, steps=1)
         patch.setattr(node.parity, "cases", lambda n, n_head: [case, case])
         patch.setattr(oracle, "layout", layout)
-        node.compare(4, torch.device("cpu"))
+        node.check_layouts(4, torch.device("cpu"))
     return max(most) - before, len(groups) - before
 
 

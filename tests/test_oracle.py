@@ -12,8 +12,8 @@ from torch import nn
 import ddp
 import measure
 from tests.commands import Forked
-from tools import oracle
-from tools.oracle import TOLERANCES, Case, judge
+from tools.verify import oracle
+from tools.verify.oracle import TOLERANCES, Case, judge
 
 
 def after_the_last_step(spoil):

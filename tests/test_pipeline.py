@@ -20,9 +20,9 @@ import tensor_parallel
 from pipeline import derive_programs
 from schedules import Action, check
 from tests.test_schedules import NAMES, SIZES, random_schedule
-from tools import oracle
-from tools.oracle import launch
-from tools.waits import check_no_deadlock
+from tools.verify import oracle
+from tools.verify.oracle import launch
+from tools.verify.waits import check_no_deadlock
 
 
 def test_the_timeline_in_the_docstring():

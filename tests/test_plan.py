@@ -17,9 +17,9 @@ import options
 import schedules
 import train_3d
 from tests.commands import forked
-from tools import calibrate, cost, dry_run, plan, published
-from tools.cost import HARDWARE, Layout
-from tools.oracle import Case, launch, trainer_of
+from tools.plan.cost import HARDWARE, Layout
+from tools.plan.plan import calibrate, cost, dry_run, plan, published
+from tools.verify.oracle import Case, launch, trainer_of
 
 # --- a rank's bytes, traffic and FLOPs ------------------------------------------------------------
 
@@ -422,4 +422,4 @@ def test_what_cannot_be_planned(monkeypatch, flags, message):
     with pytest.raises(SystemExit) as end:
         plan.main()
     assert isinstance(end.value.code, str) and "\n" not in end.value.code
-    assert end.value.code.startswith("tools.plan: error: ") and message in end.value.code
+    assert end.value.code.startswith("tools.plan.plan: error: ") and message in end.value.code

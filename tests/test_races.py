@@ -11,8 +11,8 @@ import ddp
 import measure
 import pipeline
 import zero
-from tools import races
-from tools.oracle import Case
+from tools.verify import races
+from tools.verify.oracle import Case
 
 SMALL = dict(n_layer=3, n_head=2, n_embd=4, vocab_size=5, seq_len=4, b=1, steps=2, dtype="float64")
 CASES = {

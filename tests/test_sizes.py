@@ -3,7 +3,7 @@
 import pytest
 
 from measure import TOLERANCE
-from tools.oracle import Case, judge
+from tools.verify.oracle import Case, judge
 
 MODEL = dict(n_layer=3, steps=2, b=1)
 T5 = dict(t=5, n_head=5, n_embd=20, vocab_size=41, seq_len=10, **MODEL)  # 9, 9, 9, 9, 5 words

@@ -29,7 +29,7 @@ import train_3d
 import zero
 from logger import Logger
 from tests.commands import TINY, forked, read_log
-from tools.oracle import Case, launch, trainer_of
+from tools.verify.oracle import Case, launch, trainer_of
 
 SMALL = dict(n_head=2, n_embd=8, vocab_size=19, seq_len=6)
 

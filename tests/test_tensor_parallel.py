@@ -13,8 +13,8 @@ import gpt
 import measure
 import pipeline
 import tensor_parallel as tp
-from tools import counting
-from tools.oracle import draw, launch
+from tools.verify import counting
+from tools.verify.oracle import draw, launch
 
 D = torch.float64
 

@@ -46,7 +46,7 @@ from tools import (
     races,
     sample,
 )  # fmt: skip
-from tools.oracle import Case, Errors, judge, launch
+from tools.verify.oracle import Case, Errors, judge, launch
 
 
 class Silent:
@@ -131,7 +131,7 @@ def test_fuzz_reports_a_failure_with_its_replay_line(monkeypatch, capsys):
         fuzz.main()
     out = capsys.readouterr().out
     assert exit_.value.code == 1 and "FAIL" in out
-    assert "replay: python -m tools.fuzz --case '{\"d\": 2}'" in out
+    assert "replay: python -m tools.verify.fuzz --case '{\"d\": 2}'" in out
 
 
 def test_what_fails_is_made_small(monkeypatch):

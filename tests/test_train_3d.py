@@ -32,9 +32,9 @@ import tensor_parallel
 import train_3d
 import zero
 from tests.commands import ROOT, TINY, command_line, environment, forked, read_log, run
-from tools import bubble, dry_run
-from tools.drill import ranks_of
-from tools.oracle import Case, judge, launch, reader, trainer_of
+from tools.plan.plan import bubble, dry_run
+from tools.verify.kill_ranks import ranks_of
+from tools.verify.oracle import Case, judge, launch, reader, trainer_of
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def test_a_trace_has_what_every_rank_did(text, tmp_path):
         for step, i in itertools.product(range(4), range(2)):
             assert at[rank, step, f"F{i}"][1] <= at[rank + 2, step, f"F{i}"][0]
             assert at[rank + 2, step, f"B{i}"][1] <= at[rank, step, f"B{i}"][0]
-    assert f"python -m tools.bubble {path}" in result.stdout
+    assert f"python -m tools.plan.bubble {path}" in result.stdout
     assert float(re.search(r"measured (\S+)", bubble.table(bubble.read_steps(path)))[1]) > 0
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import schedules
 from tests.commands import ROOT
-from tools import waits
+from tools.verify import waits
 
 NAMES = {"1f1b": "1F1B", "interleaved": "interleaved", "zb-h1": "ZB-H1", "zb-v": "ZB-V"}
 

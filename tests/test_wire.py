@@ -15,8 +15,8 @@ import ddp
 import gpt
 import tensor_parallel as tp
 import zero
-from tools.links import WIRE
-from tools.oracle import launch
+from tools.bench.links import WIRE
+from tools.verify.oracle import launch
 
 SENT: collections.Counter = collections.Counter()  # (from, to), ranks of the world -> bytes
 

@@ -11,8 +11,9 @@ import gpt
 import measure
 import zero
 import zero3
-from tools import cost, counting
-from tools.oracle import launch
+from tools.plan.plan import cost
+from tools.verify import counting
+from tools.verify.oracle import launch
 
 SIZES = [((3, 5), (8,)), ((7,),), ((1,), (6, 3))]  # by layer: 23, 7, 19; no d divides a prime
 M = 2

@@ -1,8 +1,8 @@
 """Measures how the placement of ranks on hosts affects traffic between hosts and step time.
 
-    make hierarchy    python -m tools.hierarchy     as root, 3 minutes, on an idle machine
+    make hierarchy    python -m tools.bench.hierarchy     as root, 3 minutes, on an idle machine
 
-Hosts are network namespaces of this machine (tools/hosts.py) with 2 ranks each. Communication
+Hosts are network namespaces of this machine (tools/bench/hosts.py) with 2 ranks each. Communication
 inside a host is as fast as the machine copies memory; a host sends --mbit Mbit/s to other hosts.
 tp, pp and dp are tensor, pipeline and data parallelism. "across" means that the ranks of a group
 are on different hosts, "inside" that they are on the same host. Three tables are printed:
@@ -17,8 +17,8 @@ are on different hosts, "inside" that they are on the same host. Three tables ar
 "MB across" are bytes that a host sends to other hosts per step, determined in three ways: from the
 counted collectives, assuming rings; from the formulas of the strategy files; and from the counters
 of the network interface, which include headers. The exit code is 1 if the first two are not equal.
-"predicted" is the time given by tools/cost.py with this machine's speed (tools/calibrate.py), the
-configured bandwidth, and cores that are shared by the ranks.
+"predicted" is the time given by tools/plan/cost.py with this machine's speed
+(tools/plan/calibrate.py), the configured bandwidth, and cores that are shared by the ranks.
 """
 
 import argparse
@@ -35,12 +35,12 @@ import torch.distributed as dist
 import ddp
 import gpt
 import options
-from tools import cost, dry_run, hosts, links
-from tools.calibrate import PROGRAM, calibrate
-from tools.cost import Hardware, Layout
-from tools.oracle import launch
-from tools.plan import Job
-from tools.plan_check import step_seconds, trainer_of
+from tools.bench.compare import hosts, links
+from tools.plan.calibrate import PROGRAM, calibrate
+from tools.plan.cost import Hardware, Layout
+from tools.plan.plan import Job, cost, dry_run
+from tools.plan.plan_check import step_seconds, trainer_of
+from tools.verify.oracle import launch
 
 CONFIG = gpt.GPTConfig(4, 8, 128, 256, 256)
 ROWS = 16  # global batch size
@@ -241,7 +241,7 @@ def main() -> None:
     add("--out", metavar="FILE", help="write the tables as JSON")
     args = arguments.parse_args()
     if lack := hosts.missing():
-        return print(f"tools.hierarchy: skipped: {lack}")
+        return print(f"tools.bench.hierarchy: skipped: {lack}")
     cores = len(os.sched_getaffinity(0))
     fast = calibrate(2)
     with hosts.Hosts(args.hosts, args.mbit) as net:

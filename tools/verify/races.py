@@ -1,6 +1,6 @@
 """Looks for race conditions: runs each overlapped path with delays and compares all results.
 
-    make races N=20 SEED=0    python -m tools.races --n 20 --seed 0
+    make races N=20 SEED=0    python -m tools.verify.races --n 20 --seed 0
 
 A path is one configuration that overlaps communication with computation. Its losses, gradient
 norms, gradients, parameters and checkpoints must be equal, bit by bit, to those of a run without
@@ -36,7 +36,7 @@ import ddp
 import gpt
 import tensor_parallel
 import zero
-from tools.oracle import STEPS, Case, Compared, Errors, compared, judge, launch, trainer_of
+from tools.verify.oracle import STEPS, Case, Compared, Errors, compared, judge, launch, trainer_of
 
 SIZES = dict(n_layer=4, n_head=4, n_embd=16, vocab_size=19, seq_len=8, m=4, b=1, dtype="float32")
 PATHS = {

@@ -1,8 +1,8 @@
 """Compares steps that the cost model predicts with steps measured on this machine.
 
-    make plan-check    python -m tools.plan_check     5 minutes, on an idle machine
+    make plan-check    python -m tools.plan.plan_check     5 minutes, on an idle machine
 
-For 20 layouts of 1 and 2 ranks it calibrates the cost model (tools/calibrate.py), predicts the
+For 20 layouts of 1 and 2 ranks it calibrates the cost model (tools/plan/calibrate.py), predicts the
 step, runs train_3d.py's step, and prints measured | predicted | error. The last line has the median
 and the largest absolute error.
 """
@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 import options
 import train_3d
-from tools import plan
-from tools.calibrate import PROGRAM, SIZES, calibrate
-from tools.cost import Layout
-from tools.oracle import launch
+from tools.plan.calibrate import PROGRAM, SIZES, calibrate
+from tools.plan.cost import Layout
+from tools.plan.plan import plan
+from tools.verify.oracle import launch
 
 
 def layouts() -> list[Layout]:

@@ -1,7 +1,7 @@
 """Kills ranks of a run at random moments and compares its losses with those of an undisturbed run.
 
     make drill DRILLS=20 NPROC=4 ARGS="-- --tp 2 --zero 1"
-    python -m tools.drill --drills 20 --nproc 4 -- --tp 2 --zero 1
+    python -m tools.verify.kill_ranks --drills 20 --nproc 4 -- --tp 2 --zero 1
 
 Flags after -- are passed to train_3d.py. After each SIGKILL torchrun restarts all ranks
 (`--max-restarts`), and they resume from the newest complete checkpoint (`--resume`). The layout
@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--n-layer 4 --n-head 2 --n-embd 64 --seq-len 64 --global-batch-size 8 --micro-batch-size 2 "
     "--device cpu --val-every 0 --print-every 1 --save-every 5 --data train_3d.py"

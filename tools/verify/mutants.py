@@ -1,7 +1,7 @@
 """Applies known bugs, one by one, to a copy of the repository and checks that a test fails.
 
-    make zoo                     python -m tools.zoo                    all bugs
-    make zoo ARGS="--only 9"     python -m tools.zoo --only 9 norm      by number or word of a name
+    make zoo                     python -m tools.verify.mutants                    all bugs
+    make zoo ARGS="--only 9"  python -m tools.verify.mutants --only 9 norm  by number or by word
 
 The bugs are mistakes that similar projects have made; docs/bugs.md describes each. A bug consists
 of a patch (old text -> new text), the test that must fail, and a regular expression for its error.
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOT_COPIED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "checkpoints")
 LIMIT = 150  # seconds per test
 

@@ -8,7 +8,7 @@ optimizer on the full batch, in float64. The layout runs on forked ranks, which 
 milliseconds to start and rendezvous through a FileStore. After the last step each rank compares
 every tensor it holds with its shard of the reference's tensor.
 
-Most tests, and tools/parity.py, fuzz.py and races.py, are built on this module. It is not a
+Most tests, and tools/verify/parity.py, fuzz.py and races.py, are built on this module. It is not a
 command.
 """
 
@@ -68,8 +68,8 @@ class Errors(NamedTuple):
 
 
 # Tolerances of loss, norm, gradient and parameter. They exceed the effect of rounding. For bf16
-# they were chosen from 295 random layouts of tools.fuzz with n_embd >= 6: the errors were at most
-# 0.005, 0.064, 0.20 and 0.12, and up to 0.13 in the norm with a single rank. (A LayerNorm of 4
+# they were chosen from 295 random layouts of tools.verify.fuzz with n_embd >= 6: the errors were at
+# most 0.005, 0.064, 0.20 and 0.12, and up to 0.13 in the norm with a single rank. (A LayerNorm of 4
 # entries amplifies rounding further.) Bugs with smaller effects must be found in float64.
 TOLERANCES = {
     "float64": (measure.TOLERANCE,) * 4,

@@ -11,8 +11,8 @@ torch's fake backend and return immediately.
 
 For each rank it prints counted | predicted: bytes of memory, calls and bytes of each collective,
 FLOPs of the matmuls. The predictions are the formulas `predicted_*` of the strategy files and of
-tools/cost.py. A line that differs is marked and makes the exit code 1. --all-ranks (up to 8 ranks)
-also checks that the collectives and transfers of all ranks match and cannot deadlock.
+tools/plan/cost.py. A line that differs is marked and makes the exit code 1. --all-ranks (up to 8
+ranks) also checks that the collectives and transfers of all ranks match and cannot deadlock.
 
 Activations are compared only with explicit attention: on the meta device,
 scaled_dot_product_attention uses other kernels than on a CPU or GPU and saves other tensors.
@@ -46,7 +46,8 @@ import schedules
 import tensor_parallel
 import train_3d
 import zero
-from tools import cost, counting
+from tools.plan.plan import cost
+from tools.verify import counting
 
 AXES = ("tp", "pp", "dp", "shard", "replica", "inside", "across", "tied")
 Traffic = dict[tuple[str, str], tuple[int, int]]  # (group, operation) -> (calls, bytes)
@@ -325,7 +326,7 @@ def queue_of(
 
 
 def layout_of(trainer: train_3d.Trainer) -> cost.Layout:
-    """The trainer's layout, as tools/cost.py describes it."""
+    """The trainer's layout, as tools/plan/cost.py describes it."""
     args = trainer.args
     return cost.Layout(
         args.tp, args.pp, trainer.dp_group.size(), args.zero, args.micro_batch_size, trainer.m,
@@ -336,7 +337,7 @@ def layout_of(trainer: train_3d.Trainer) -> cost.Layout:
 
 
 def program_of(trainer: train_3d.Trainer) -> cost.Program:
-    """The trainer's dtypes, as tools/cost.py describes them."""
+    """The trainer's dtypes, as tools/plan/cost.py describes them."""
     args, own = trainer.args, trainer.dtype
     wide = torch.promote_types(own, torch.float32)
     stat = own if trainer.device.type == "cpu" else wide

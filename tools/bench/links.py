@@ -1,7 +1,7 @@
 """Measures the time of collectives and transfers between ranks, by size and number of ranks.
 
     make links
-    torchrun --standalone --nproc-per-node 2 -m tools.links --out links.json
+    torchrun --standalone --nproc-per-node 2 -m tools.bench.links --out links.json
 
 For each group size it first checks that an all-reduce equals a reduce-scatter followed by an
 all-gather, on which ZeRO relies. It then prints one row per operation and payload (bytes of the

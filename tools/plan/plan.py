@@ -1,7 +1,7 @@
 """Chooses a layout for a model and a number of GPUs, and predicts its memory and step time.
 
     make plan ARGS="--model gpt2-xl --gpus 16 --hardware h100-80 --global-batch-size 64 --zero"
-    python -m tools.plan --model gpt-175b --gpus 1536 --hardware a100-80 --global-batch-size 1536
+    python -m tools.plan.plan --model gpt-175b --gpus 1536 --hardware a100-80 --global-batch-size 3072
 
 A layout has t tensor-parallel ranks, p pipeline ranks and d replicas. Two layouts are proposed:
 
@@ -14,7 +14,7 @@ A layout has t tensor-parallel ranks, p pipeline ranks and d replicas. Two layou
 
 For both it prints bytes and times, why the best is faster, a bar chart of its memory and time, the
 days of training, and the torchrun command. --json prints the same as JSON. Memory and time are
-predicted by tools/cost.py. `make published` compares these predictions with measurements, and
+predicted by tools/plan/cost.py. `make published` compares these predictions with measurements, and
 docs/recipe.md lists what the model leaves out.
 """
 
@@ -30,8 +30,8 @@ import torch
 
 import gpt
 import options
-from tools import cost
-from tools.cost import HARDWARE, Hardware, Layout, Times
+from tools.plan.cost import HARDWARE, Hardware, Layout, Times
+from tools.plan.plan import cost
 
 # Fraction of a GPU's memory that the counted bytes may use. The rest is for fragmentation, NCCL's
 # buffers, CUDA's context and larger microbatches. With 0.7 the recipe gives the (t, p) of all ten
@@ -397,7 +397,7 @@ def report(job: Job, zero: bool, tokens: float, asked: dict, model: list[str]) -
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        sys.exit(f"tools.plan: error: {message}")
+        sys.exit(f"tools.plan.plan: error: {message}")
 
 
 def read_hardware(name: str, own: dict[str, float]) -> Hardware:
@@ -429,7 +429,7 @@ def read_hardware(name: str, own: dict[str, float]) -> Hardware:
 
 
 def parser() -> Parser:
-    p = Parser("tools.plan", description=__doc__.splitlines()[0], allow_abbrev=False)
+    p = Parser("tools.plan.plan", description=__doc__.splitlines()[0], allow_abbrev=False)
     add, natural = p.add_argument, options.at_least(1)
     add("--model", choices=gpt.MODELS, default="gpt-175b",
         help="named sizes; the next flags override them")  # fmt: skip

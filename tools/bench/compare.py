@@ -1,10 +1,10 @@
 """Compares the step times of this repository with those of PyTorch's implementations.
 
-    make bench-dp      python -m tools.bench dp      2 ranks, data parallelism and ZeRO
-    make bench-tp      python -m tools.bench tp      2 ranks, tensor parallelism
-    make bench-pp      python -m tools.bench pp      2 ranks, pipelines, 8 microbatches of one row
-    make bench-ckpt    python -m tools.bench ckpt    1 rank, recomputation, explicit attention
-    make bench-3d      python -m tools.bench 3d      8 ranks, t = p = d = 2, train_3d.py's step
+    make bench-dp      python -m tools.bench.compare dp      2 ranks, data parallelism and ZeRO
+    make bench-tp      python -m tools.bench.compare tp      2 ranks, tensor parallelism
+    make bench-pp  python -m tools.bench.compare pp  2 ranks, pipelines, 8 microbatches of one row
+    make bench-ckpt  python -m tools.bench.compare ckpt  1 rank, recomputation, explicit attention
+    make bench-3d  python -m tools.bench.compare 3d  8 ranks, t = p = d = 2, train_3d.py's step
 
 t, p and d are the sizes of tensor, pipeline and data parallelism, m is the number of microbatches,
 h the hidden size. Ranks are forked processes of one thread that communicate through gloo. All
@@ -27,7 +27,7 @@ lower bound of the step time. The columns:
     bubble           idle time / busy time (pp): simulated with the measured duration of F, B and W
                      and with instantaneous transfers, then measured
     wire             bytes that a ring sends, per rank and step
-    links            predicted time of the collectives without overlap, from tools/links.py
+    links            predicted time of the collectives without overlap, from tools/bench/links.py
     CPU              CPU time of a rank / wall time
     other CPU        CPU time of other processes on this machine / wall time
     d loss           largest difference from the losses of one process
@@ -86,8 +86,9 @@ import tensor_parallel
 import train_3d
 import zero3
 from logger import Logger
-from tools import bubble, cost, links
-from tools.oracle import launch
+from tools.bench.compare import links
+from tools.plan.plan import bubble, cost
+from tools.verify.oracle import launch
 
 # RANKS: ranks along each parallel axis of a suite. ROUNDS: the least number of rounds.
 RANKS, ROWS, WARMUP, ROUNDS = 2, 8, 2, 2

@@ -1,11 +1,12 @@
 """Trains with torchrun on two simulated hosts and compares the run with a single process.
 
-    make two-hosts    python -m tools.two_hosts     as root, 1 minute
+    make two-hosts    python -m tools.bench.two_hosts     as root, 1 minute
 
-The hosts are network namespaces of this machine (tools/hosts.py). torchrun is started on each of
-them, as on a cluster, with two ranks per host. Tensor parallelism stays inside a host; the pipeline
-has one stage per host. The tool prints the losses and gradient norms of both runs in float64, and
-for each host the bytes that its network interface sent and the bytes predicted by pipeline.py.
+The hosts are network namespaces of this machine (tools/bench/hosts.py). torchrun is started on each
+of them, as on a cluster, with two ranks per host. Tensor parallelism stays inside a host; the
+pipeline has one stage per host. The tool prints the losses and gradient norms of both runs in
+float64, and for each host the bytes that its network interface sent and the bytes predicted by
+pipeline.py.
 
 The exit code is 1 if the results differ or an interface sent less, or much more, than predicted.
 """
@@ -22,9 +23,9 @@ import measure
 import options
 import pipeline
 import schedules
-from tools import hosts
+from tools.bench.compare import hosts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
     "--n-layer 4 --n-head 4 --n-embd 64 --seq-len 64 --global-batch-size 16 --micro-batch-size 4 "
     "--dtype float64 --optimizer sgd --lr 0.1 --clip 0.5 --device cpu --data train_3d.py "
@@ -106,7 +107,7 @@ def main() -> None:
                            help="bandwidth between the hosts, Mbit/s per direction")  # fmt: skip
     steps, mbit = vars(arguments.parse_args()).values()
     if lack := hosts.missing():
-        return print(f"tools.two_hosts: skipped: {lack}")
+        return print(f"tools.bench.two_hosts: skipped: {lack}")
     flags = [*MODEL, f"--steps={steps}"]
     with tempfile.TemporaryDirectory() as folder, hosts.Hosts(2, mbit) as net:
         log = f"{folder}/two-hosts.jsonl"

@@ -1,6 +1,6 @@
 """Compares every valid layout of N ranks with a single process, in float64 and in float32.
 
-    make parity NPROC=8    python -m tools.parity --nproc 8
+    make parity NPROC=8    python -m tools.verify.parity --nproc 8
 
 A layout is a choice of t, p, d (sizes of tensor, pipeline and data parallelism), sequence
 parallelism (SP), ZeRO stage and pipeline schedule. Each is trained for a few steps, and the table
@@ -18,7 +18,7 @@ import time
 
 import measure
 import schedules
-from tools.oracle import Case, judge
+from tools.verify.oracle import Case, judge
 
 
 def cases(nproc: int, n_head: int) -> list[Case]:

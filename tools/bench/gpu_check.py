@@ -1,6 +1,6 @@
 """Compares the trainer of train_3d.py on one GPU with a plain training loop.
 
-    make gpu-check OUT=gpu.md    python -m tools.gpu_check --out gpu.md     5 minutes
+    make gpu-check OUT=gpu.md    python -m tools.bench.gpu_check --out gpu.md     5 minutes
 
 The plain loop (class `Bare`, "bare loop" in the tables) consists of the model, microbatches,
 clipping and AdamW. It uses none of the strategies. The trainer runs with t = p = d = 1, so its
@@ -35,8 +35,8 @@ import measure
 import options
 import startup
 import train_3d
-from tools import dry_run
-from tools.oracle import EPS, draw
+from tools.plan.plan import dry_run
+from tools.verify.oracle import EPS, draw
 
 STEPS = 3  # of the comparison in float64
 SMALL = "--n-layer 2 --n-head 2 --n-embd 64 --seq-len 64 --vocab-size 512".split()
@@ -273,7 +273,7 @@ def main() -> None:
         device, line = startup.pick_device(args.device)
         startup.check_writable("--out", args.out)
     except ValueError as error:
-        sys.exit(f"tools.gpu_check: {error}")
+        sys.exit(f"tools.bench.gpu_check: {error}")
     print(line, flush=True)
     startup.join_ranks(device)
     lines, failed = [], []

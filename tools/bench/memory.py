@@ -1,6 +1,6 @@
 """Measures the resident memory of ZeRO stages and recompute policies, compared with the formulas.
 
-    make memory NPROC=4    python -m tools.memory --nproc 4     Linux with glibc
+    make memory NPROC=4    python -m tools.bench.memory --nproc 4     Linux with glibc
 
 The first table has one row per ZeRO stage, in float32 and bf16: predicted bytes of parameters,
 gradients and optimizer state, and the increase of resident memory caused by the model, read between
@@ -29,8 +29,8 @@ import activation_ckpt
 import ddp
 import gpt
 import zero3
-from tools import cost
-from tools.oracle import launch
+from tools.plan.plan import cost
+from tools.verify.oracle import launch
 
 TOLERANCE = 0.01  # relative to the first row of a table
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h

@@ -1,6 +1,6 @@
 """Measures the time of checkpoint.py's saves, compared with torch.save of the same tensors.
 
-    make bench-checkpoint    python -m tools.bench_checkpoint [--folder DIR] [--out FILE]
+    make bench-checkpoint    python -m tools.bench.checkpoint [--folder DIR] [--out FILE]
 
 A layout has t tensor-parallel ranks or d replicas; h is the hidden size. For each layout it
 measures the following ROUNDS times and reports medians:
@@ -37,8 +37,8 @@ import checkpoint
 import gpt
 import options
 import train_3d
-from tools.bench import bind, cores
-from tools.oracle import Case, launch, reader
+from tools.bench.compare import bind, cores
+from tools.verify.oracle import Case, launch, reader
 
 ROUNDS = 5
 CASES = {

@@ -1,11 +1,11 @@
 """Trains random configurations and compares each with a single process.
 
-    make fuzz N=50 SEED=0    python -m tools.fuzz --n 50 --seed 0
-    python -m tools.fuzz --case '{"t": 2, "d": 2, "zero": 1}'            replays one configuration
+    make fuzz N=50 SEED=0    python -m tools.verify.fuzz --n 50 --seed 0
+    python -m tools.verify.fuzz --case '{"t": 2, "d": 2, "zero": 1}'  replays one configuration
 
-Compared are losses, gradient norms, every gradient and every parameter (tools/oracle.py). A quarter
-of the runs are saved and resumed in another layout. About one configuration in eight is invalid and
-must be refused with a one-line message.
+Compared are losses, gradient norms, every gradient and every parameter (tools/verify/oracle.py). A
+quarter of the runs are saved and resumed in another layout. About one configuration in eight is
+invalid and must be refused with a one-line message.
 
 It prints one line per configuration with the largest relative errors. A configuration that fails is
 printed as a command that replays it, and is then reduced to a smaller one that also fails. The
@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import activation_ckpt
 import options
 import schedules
-from tools.oracle import STEPS, Case, judge
+from tools.verify.oracle import STEPS, Case, judge
 
 # Fields of a Case that may change when a run is resumed. b and m may change, too, as long as the
 # global batch stays the same.
@@ -261,9 +261,9 @@ def main(argv: list[str] | None = None) -> None:
               flush=True)  # fmt: skip
         if not ok:
             failed += 1
-            print(f"     replay: python -m tools.fuzz --case '{case}'", flush=True)
+            print(f"     replay: python -m tools.verify.fuzz --case '{case}'", flush=True)
             small = shrink(case)
-            print(f"     smallest that fails: python -m tools.fuzz --case '{small}'\n"
+            print(f"     smallest that fails: python -m tools.verify.fuzz --case '{small}'\n"
                   f"     {verdict(small)[1]}", flush=True)  # fmt: skip
     seconds = time.monotonic() - since
     if len(drawn) > 1:

@@ -1,8 +1,8 @@
 """Checks of everything that needs a GPU, on a single GPU, in parts of one or two minutes.
 
     make gpu-drill OUT=gpu_drill.md                   all parts, in at most ten minutes
-    tools/gpu_drill.sh gpu_drill.md [PART ...]        all parts, or those that are named
-    python -m tools.gpu_drill PART --device cuda      one part
+    tools/bench/gpu_drill.sh gpu_drill.md [PART ...]        all parts, or those that are named
+    python -m tools.bench.gpu_drill PART --device cuda      one part
 
 The parts, in the order in which the script runs them:
 
@@ -49,10 +49,11 @@ import measure
 import options
 import startup
 import train_3d
-from tools import gpu_check, oracle, races
-from tools.oracle import Case
+from tools.bench.compare import gpu_check
+from tools.verify import oracle, races
+from tools.verify.oracle import Case
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NEEDS_A_GPU = 3
 SHARED_GPU = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_MAX_CTAS": "2",
               "NCCL_LAUNCH_ORDER_IMPLICIT": "1", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
@@ -386,7 +387,8 @@ def memcheck(device: torch.device, failed: list[str]) -> Iterator[str]:
         raise SystemExit(NEEDS_A_GPU)
     # --report-api-errors no: NCCL and torch make probing API calls that fail by design.
     sanitizer = "compute-sanitizer --tool memcheck --target-processes all --report-api-errors no"
-    line = [*sanitizer.split(), sys.executable, "-m", "tools.gpu_drill", "tiny", "--device", "cuda"]
+    command = ["-m", "tools.bench.gpu_drill", "tiny", "--device", "cuda"]
+    line = [*sanitizer.split(), sys.executable, *command]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     output = [line for line in done.stdout.splitlines() if not line.startswith("=====")]
     errors = re.findall("=+ (?:Invalid|Misaligned|.*out of bounds|Program hit).*", done.stdout)

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Runs the checks of tools/gpu_drill.py on one GPU, in at most ten minutes.
+# Runs the checks of tools/bench/gpu_drill.py on one GPU, in at most ten minutes.
 #
 #   make gpu-drill OUT=gpu_drill.md
-#   tools/gpu_drill.sh gpu_drill.md [PART ...]       only the named parts
+#   tools/bench/gpu_drill.sh gpu_drill.md [PART ...]       only the named parts
 #
 # Each part runs under a time limit and appends its Markdown to the file. The last table lists which
 # parts passed. The exit code is 1 if a part failed or ran out of time. Without a GPU, parts that can
 # run on a CPU use small models over gloo. SLOWER=3 multiplies the time limits by 3.
 set -uo pipefail
-out=$(realpath -m "${1:?usage: tools/gpu_drill.sh FILE [PART ...]}")
+out=$(realpath -m "${1:?usage: tools/bench/gpu_drill.sh FILE [PART ...]}")
 chosen=" ${*:2} "
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python} slower=${SLOWER:-1} failed=0 results=()
 export OMP_NUM_THREADS=1
 export PYTORCH_NVML_BASED_CUDA_CHECK=1 # is_available() must not initialise CUDA: ranks are forked
@@ -35,7 +35,7 @@ part() { # name, seconds
   limit=$((limit < left ? limit : left))
   printf '\n### %s\n\n' "$1" >> "$out"
   if ((limit > 0)); then
-    timeout --kill-after 5 "$limit" "$python" -m tools.gpu_drill "$1" --device "$device" \
+    timeout --kill-after 5 "$limit" "$python" -m tools.bench.gpu_drill "$1" --device "$device" \
       >> "$out" 2> "$errors"
     code=$?
   fi

@@ -1,18 +1,18 @@
 """Reports on a machine with several GPUs: hardware, links, correctness, speed of every strategy.
 
-    make node OUT=node.md    python -m tools.node --nproc 8 --out node.md     8 GPUs: 30 minutes
+    make node OUT=node.md    python -m tools.bench.node --nproc 8 --out node.md    8 GPUs: 30 min
 
 The report is Markdown and has four sections:
 - the machine and its software;
-- latency and bandwidth of the collectives (tools/links.py);
+- latency and bandwidth of the collectives (tools/bench/links.py);
 - parity: the largest difference between each layout and one process, in float64;
 - the speed of every strategy in bf16, of this repository and of PyTorch.
 
 Each row of the last table is a separate launch with fresh memory; a failure is reported in its row.
-The rows are the loop without parallelism of tools/gpu_check.py on one GPU ("bare loop"), strategies
-of this repository run by train_3d.Trainer, and the PyTorch variants of tools/bench.py ("torch
-..."). All process the same number of tokens per GPU, in microbatches of 4 rows. With tensor
-parallelism (TP) microbatches have 8 rows, because the TP ranks share them.
+The rows are the loop without parallelism of tools/bench/gpu_check.py on one GPU ("bare loop"),
+strategies of this repository run by train_3d.Trainer, and the PyTorch variants of
+tools/bench/compare.py ("torch ..."). All process the same number of tokens per GPU, in microbatches
+of 4 rows. With tensor parallelism (TP) microbatches have 8 rows, because the TP ranks share them.
 
 All rows compute in bf16 and let AdamW update fp32 copies of the parameters. PyTorch's strategies
 leave these copies to the user, so the class `Masters` makes them. Two differences remain: PyTorch's
@@ -50,9 +50,10 @@ import measure
 import options
 import startup
 import train_3d
-from tools import bench, gpu_check, oracle, parity
+from tools.bench.compare import compare, gpu_check
+from tools.verify import oracle, parity
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = 16  # sequences per GPU and step
 # t divides neither the 25 heads nor the 50257 tokens of gpt2-xl, so both are changed. Untied
 # because torch.distributed.pipelining cannot tie weights.
@@ -79,19 +80,19 @@ def trainer_rows(n: int) -> dict[str, str | None]:
 
 
 def torch_rows(n: int) -> dict[str, Callable | None]:
-    """Row -> variant of tools/bench.py; None if the layout does not exist for n ranks."""
+    """Row -> variant of tools/bench/compare.py; None if the layout does not exist for n ranks."""
     batch = n * ROWS
     pp = "torch pipelining, 1F1B"
     return {
-        "torch DDP": functools.partial(bench.torch_ddp, bucket_mb=25, sharded=False),
-        "torch fully_shard": functools.partial(bench.torch_fsdp, reshard=True),
-        "torch fully_shard, kept": functools.partial(bench.torch_fsdp, reshard=False),
-        "torch DTensor TP": functools.partial(bench.torch_tp, sequence=False),
-        "torch DTensor TP+SP": functools.partial(bench.torch_tp, sequence=True),
+        "torch DDP": functools.partial(compare.torch_ddp, bucket_mb=25, sharded=False),
+        "torch fully_shard": functools.partial(compare.torch_fsdp, reshard=True),
+        "torch fully_shard, kept": functools.partial(compare.torch_fsdp, reshard=False),
+        "torch DTensor TP": functools.partial(compare.torch_tp, sequence=False),
+        "torch DTensor TP+SP": functools.partial(compare.torch_tp, sequence=True),
         pp: functools.partial(
-            bench.torch_pp, kind=Schedule1F1B, chunks=1, fold=False, m=batch // microbatch(pp)),
+            compare.torch_pp, kind=Schedule1F1B, chunks=1, fold=False, m=batch // microbatch(pp)),
         "torch 2 x 2 x d": functools.partial(
-            bench.torch_3d, reshard=True, m=batch // 2 // microbatch("torch 2 x 2 x d"))
+            compare.torch_3d, reshard=True, m=batch // 2 // microbatch("torch 2 x 2 x d"))
         if n == 8 else None,
     }  # fmt: skip
 
@@ -143,11 +144,11 @@ class Masters:
 
 
 class TorchLoop:
-    """A variant of tools/bench.py with the method step(step), like train_3d.Trainer."""
+    """A variant of tools/bench/compare.py with the method step(step), like train_3d.Trainer."""
 
     def __init__(self, build: Callable, args: argparse.Namespace, config: gpt.GPTConfig,
                  device: torch.device, share: int, b: int):  # fmt: skip
-        bench.adamw = Masters
+        compare.adamw = Masters
         with torch.device("meta"):
             model = gpt.GPT(config)
         gpt.init_weights(model, args.seed, torch.bfloat16, device, oracle.draw)
@@ -196,7 +197,7 @@ def on_rank(row: str, n: int, model: str, steps: int, device: torch.device) -> d
             "tflop": 3e-12 * gpt.forward_flops_per_token(config) * tokens}  # fmt: skip
 
 
-def compare(n: int, device: torch.device) -> dict:
+def check_layouts(n: int, device: torch.device) -> dict:
     """Compares layouts of n ranks with one process, over the backend of `device`.
 
     Returns {"parity": {case: largest relative error}}.
@@ -236,7 +237,7 @@ def one_row(args: argparse.Namespace) -> None:
     device, _ = startup.pick_device(args.device)
     startup.join_ranks(device)
     if args.row == PARITY:
-        found = compare(args.nproc, device)
+        found = check_layouts(args.nproc, device)
     else:
         found = on_rank(args.row, args.nproc, model_of(args, device), args.steps, device)
     if dist.get_rank() == 0:
@@ -274,7 +275,7 @@ def launch(row: str, args: argparse.Namespace) -> dict | str:
                "--steps", str(args.steps), f"--model={args.model}"]  # fmt: skip
         high = {"TORCH_NCCL_HIGH_PRIORITY": "1"} if PRIORITY in row else {}
         ranks = 1 if row == BARE else args.nproc
-        wrong = torchrun(ranks, ["-m", "--", "tools.node", *own], **high)
+        wrong = torchrun(ranks, ["-m", "--", "tools.bench.node", *own], **high)
         return wrong or json.loads(Path(out).read_text())
 
 
@@ -300,7 +301,7 @@ def links_table(n: int, device: torch.device) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/links"
         own = ["--device", device.type, *sizes, "--out", out]
-        if wrong := torchrun(n, ["-m", "--", "tools.links", *own]):
+        if wrong := torchrun(n, ["-m", "--", "tools.bench.links", *own]):
             return [wrong]
         fits = json.loads(Path(out).read_text())["fit"]
     speed = {True: lambda f: f"{f['gb_per_s']:.2f}", False: lambda f: "too noisy"}
@@ -374,7 +375,7 @@ def report(args: argparse.Namespace, device: torch.device, say: Callable[[str], 
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("tools.node", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser("tools.bench.node", description=__doc__.splitlines()[0])
     add = p.add_argument
     add("--nproc", type=options.at_least(2), default=8, help="ranks, one per GPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -411,7 +412,8 @@ def main() -> None:
             Path(args.out).write_text("\n".join(lines) + "\n")
 
     same = report(args, device, say)
-    say(f"\n`python -m tools.node {' '.join(sys.argv[1:])}`: {time.monotonic() - since:.0f} s")
+    seconds = time.monotonic() - since
+    say(f"\n`python -m tools.bench.node {' '.join(sys.argv[1:])}`: {seconds:.0f} s")
     sys.exit(not same)
 
 

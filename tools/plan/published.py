@@ -1,6 +1,6 @@
-"""Compares the cost model of tools/cost.py with published measurements.
+"""Compares the cost model of tools/plan/cost.py with published measurements.
 
-    make published               python -m tools.published
+    make published               python -m tools.plan.published
     make published ARGS=--fit    also fits the constants of the model to the tables (3 min)
 
 For each row of a published table it prints published | predicted | error. Below each table it
@@ -34,8 +34,8 @@ from typing import NamedTuple
 import torch
 
 import gpt
-from tools import cost
-from tools.cost import HARDWARE, Hardware, Layout, Program
+from tools.plan.cost import HARDWARE, Hardware, Layout, Program
+from tools.plan.plan import cost
 
 A100 = HARDWARE["a100-80"]
 SEQ, VOCABULARY = 2048, 51200

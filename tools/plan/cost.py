@@ -43,7 +43,7 @@ class Hardware(NamedTuple):
     memory_gb_per_s: float
     link_gb_per_s: float  # per GPU, inside a machine
     network_gb_per_s: float  # per GPU, between machines
-    # Fitted to published tables by tools/published.py:
+    # Fitted to published tables by tools/plan/published.py:
     matmul: float = 0.75  # fraction of tflops that a large matmul reaches
     ramp_gflop: float = 17.0  # a matmul of this size reaches half of it
     passes: float = 2.4  # memory traffic of forward / bytes saved for backward; backward likewise

@@ -1,11 +1,11 @@
-"""Measures this machine and returns it as a `Hardware` for the cost model of tools/cost.py.
+"""Measures this machine and returns it as a `Hardware` for the cost model of tools/plan/cost.py.
 
-    python -m tools.plan --calibrate --gpus 2 ...     plans for this machine
+    python -m tools.plan.plan --calibrate --gpus 2 ...     plans for this machine
 
 calibrate() runs three measurements on n ranks at the same time, with one thread each: forward and
 backward of chains of transformer blocks, gloo collectives between matmuls, and AdamW. Speeds and
 latencies are fitted to them. No training step is measured, so that steps can be predicted:
-tools/plan_check.py compares predicted and measured steps.
+tools/plan/plan_check.py compares predicted and measured steps.
 """
 
 import statistics
@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 import gpt
-from tools import cost
-from tools.cost import Hardware, Program
-from tools.oracle import launch
+from tools.plan.cost import Hardware, Program
+from tools.plan.plan import cost
+from tools.verify.oracle import launch
 from zero import all_gather, reduce_scatter
 
 PROGRAM = Program(itemsize=4, grad_itemsize=4, reduce_itemsize=4)  # a CPU has no fast bf16

@@ -1,6 +1,6 @@
 """Two simulations of the network under a pipeline's transfers. Nothing is run.
 
-    python -m tools.waits
+    python -m tools.verify.waits
 
 bubble() computes how much waiting on GPU streams adds to the bubble. Each rank has one stream for
 compute and one for transfers, and the host runs ahead of both. A batch of transfers starts when the
