@@ -1,7 +1,7 @@
 """Chooses a layout for a model and a number of GPUs, and predicts its memory and step time.
 
     make plan ARGS="--model gpt2-xl --gpus 16 --hardware h100-80 --global-batch-size 64 --zero"
-    python -m tools.plan.plan --model gpt-175b --gpus 1536 --hardware a100-80 --global-batch-size 3072
+    python -m tools.plan.plan --model gpt-175b --gpus 96 --hardware a100-80 --global-batch-size 1536
 
 A layout has t tensor-parallel ranks, p pipeline ranks and d replicas. Two layouts are proposed:
 
