@@ -30,8 +30,8 @@ import torch
 
 import gpt
 import options
+from tools.plan import cost
 from tools.plan.cost import HARDWARE, Hardware, Layout, Times
-from tools.plan.plan import cost
 
 # Fraction of a GPU's memory that the counted bytes may use. The rest is for fragmentation, NCCL's
 # buffers, CUDA's context and larger microbatches. With 0.7 the recipe gives the (t, p) of all ten
