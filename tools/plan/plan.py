@@ -466,7 +466,9 @@ def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
     own = {field: x for field in Hardware._fields[1:6] if (x := getattr(args, field)) is not None}
     program = cost.DEFAULT_PROGRAM
     if args.calibrate:
-        from tools import calibrate  # imported here because it imports the trainer, which is slow
+        from tools.plan import (
+            calibrate,  # imported here because it imports the trainer, which is slow
+        )
 
         hardware = calibrate.calibrate(min(2, args.gpus))._replace(**own)
         program = calibrate.PROGRAM
