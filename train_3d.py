@@ -50,8 +50,8 @@ import contextlib
 import datetime
 import functools
 import gc
+import importlib
 import os
-import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -508,8 +508,7 @@ def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoin
 
 def main() -> None:
     if "--dry-run" in sys.argv:  # before parse_args(): it parses the options itself
-        runpy.run_module("tools.plan.dry_run", run_name="__main__")
-        return
+        return importlib.import_module("tools.plan.dry_run").main()
     try:
         # Checks that need no communication.
         args, found, notes = options.parse_args()
