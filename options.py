@@ -91,7 +91,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{name} has become a command: python -m {module} {' '.join(rest)}")
         if unknown:
             known = [name for name in self._option_string_actions if name not in RENAMED]
-            hint = did_you_mean(unknown[0].split("=")[0], known)
+            hints = (did_you_mean(name.split("=")[0], known) for name in unknown)
+            hint = next(filter(None, hints), "")
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found
 

@@ -94,6 +94,7 @@ def text(tmp_path) -> str:
         ("--steps 3 --batch-size=3", 1, r".* --batch-size=3; did you mean --global-batch-size\?"),
         ("--savinterval 3", 1, r"unrecognized .*; did you mean --save-interval\?"),
         ("--qqq", 1, r"unrecognized arguments: --qqq\n$"),
+        ("--qqq --log-intervall 3", 1, r"unrecognized .*; did you mean --log-interval\?\n$"),
         ("--dtype bfloat16", 1, r"--dtype: invalid choice.*; did you mean bf16\?"),
         ("--dtype fp32", 1, r"--dtype: invalid choice.*; did you mean float32\?"),
         ("--device gpu", 1, r"--device: invalid choice.*; did you mean cuda\?"),
