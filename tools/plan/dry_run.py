@@ -1,9 +1,11 @@
 """Runs one step of any rank of any run in one process, and counts its memory, traffic and FLOPs.
 
     make dry-run
-    python train_3d.py --dry-run --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 \\
+    python -m tools.plan.dry_run --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 \\
         --global-batch-size 3072 --micro-batch-size 1
-    python train_3d.py --dry-run --world-size 8 --all-ranks --tp 2 --pp 2
+    python -m tools.plan.dry_run --world-size 8 --all-ranks --tp 2 --pp 2
+
+All other options are those of train_3d.py.
 
 The trainer is that of a real run, with its schedule, hooks and process groups. Its tensors are on
 torch's meta device, so they have shapes but no values and take no memory. Its collectives use
@@ -112,19 +114,19 @@ FLOPS = flop_registry | {
 }  # fmt: skip
 
 
-class Flops(TorchDispatchMode):
-    """Counts the FLOPs of matmuls.
+class Counter(measure.Collectives):
+    """Also counts the FLOPs of matmuls. One mode for both, because each takes time in each call.
 
     torch's FlopCounterMode is not used because its module hooks keep inputs alive, which would be
     counted as activations.
     """
 
-    total = 0
+    flops = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(function, types, args, kwargs)
         if formula := FLOPS.get(function._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 
@@ -138,12 +140,20 @@ class Shapes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.known: dict = {}
+        self.cached: dict = {}  # operation -> whether its results are cached
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # see measure.Collectives
+        return False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, schema = kwargs or {}, function._schema
-        if function is torch.ops.aten._unsafe_view.default or any(
-            a.alias_info for a in (*schema.arguments, *schema.returns)
-        ):
+        kwargs = kwargs or {}
+        if function not in self.cached:
+            schema = function._schema
+            self.cached[function] = function is not torch.ops.aten._unsafe_view.default and not any(
+                a.alias_info for a in (*schema.arguments, *schema.returns)
+            )
+        if not self.cached[function]:
             return function(*args, **kwargs)
         key = (function, self.about(args), *((name, self.about(x)) for name, x in kwargs.items()))
         if key in self.known:
@@ -281,13 +291,12 @@ def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True, step
     """
     groups = groups_of(trainer)
     members = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
-    batches, peak, counter = [], [0], Flops()
+    batches, peak, counter = [], [0], Counter(groups)
     watched = watched_activations(trainer, peak) if activations else contextlib.nullcontext()
-    with (watched, watched_transfers(batches), counter,
-          measure.Collectives(groups) as collectives):  # fmt: skip
+    with watched, watched_transfers(batches), counter:
         stats = trainer.step(step)
     calls, counted = collections.defaultdict(list), collections.Counter()
-    for call in collectives.calls:
+    for call in counter.calls:
         calls[call.group].append(call)
         nbytes = call.payload * call.dtype.itemsize
         counted[call.group, call.operation] += torch.tensor([1, nbytes])
@@ -297,8 +306,8 @@ def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True, step
     return Seen(
         trainer, rank, {kind: (n, expected[kind]) for kind, n in held.items()},
         (peak[0], expected["activations"]), (counted, predicted_traffic(trainer)),
-        (counter.total, predicted_flops(trainer)), [*itertools.chain(*batches)], calls, members,
-        queue_of(rank, collectives.calls, batches, members), stats,
+        (counter.flops, predicted_flops(trainer)), [*itertools.chain(*batches)], calls, members,
+        queue_of(rank, counter.calls, batches, members), stats,
     )  # fmt: skip
 
 
@@ -546,8 +555,20 @@ def deadlock(queues: list[Queue]) -> str | None:
     return "deadlock: " + "; ".join(lines)
 
 
+def parser() -> options.Parser:
+    """The options of train_3d.py, and those of the dry run."""
+    p = options.parser("tools.plan.dry_run")
+    p.description = "Count what one rank of a run stores, sends and computes in a step."
+    add = p.add_argument_group("dry run").add_argument
+    add("--world-size", type=options.at_least(1), default=1, metavar="N", help="number of ranks")
+    add("--rank", type=options.at_least(0), metavar="R", help="the rank to count (default: 0)")
+    add("--all-ranks", action="store_true",
+        help="count every rank, and check that their communication matches")  # fmt: skip
+    return p
+
+
 def main() -> None:
-    arguments = options.parser()
+    arguments = parser()
     args = arguments.parse_args()
     start = time.perf_counter()
     try:
@@ -575,11 +596,10 @@ def main() -> None:
 
 def ranks_of(args: argparse.Namespace) -> list[int]:
     """The ranks to run. Raises ValueError if the flags are not valid."""
-    n = args.world_size = args.world_size or 1
+    n = args.world_size
     if args.recompute == "offload":
         raise ValueError(
-            "--dry-run with --recompute offload: meta tensors cannot be offloaded: use another "
-            "policy"
+            "--recompute offload: meta tensors cannot be offloaded: use another policy"
         )
     if args.all_ranks:
         if n > 8:
