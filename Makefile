@@ -99,7 +99,7 @@ sample: $(SETUP)
 	@$(PY) -m tools.sample $(if $(CHECKPOINT),--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
 plot: $(SETUP)
-	@test -e $(firstword $(RUNS)) || { echo "$(firstword $(RUNS)) does not exist: run make train first"; exit 2; }
+	@test -e $(firstword $(RUNS)) || { echo "$(firstword $(RUNS)) does not exist: run make train first" >&2; exit 2; }
 	@$(PY) -m tools.plot $(RUNS) $(GIVEN_OUT) $(ARGS)
 
 #:
@@ -200,12 +200,8 @@ node: $(SETUP)
 
 #:
 #: Develop
-#:  figures           1 min   draw the pictures of docs/img again  [ARGS]
 #:  lint              1 s     run ruff, if it is installed
 #:  clean             1 s     remove .venv and caches; keep checkpoints and losses
-
-figures: $(SETUP)
-	$(PY) -m tools.figures $(ARGS)
 
 lint: $(SETUP)
 	@$(PY) -m ruff --version > /dev/null || (echo "ruff is optional: $(PY) -m pip install ruff"; exit 1)
@@ -218,4 +214,4 @@ clean:
 .PHONY: help setup draw tp pp ddp zero zero3 ckpt train sample plot
 .PHONY: plan dry-run published plan-check test test-all parity fuzz races mutants zoo kill-ranks drill
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint links memory
-.PHONY: two-hosts hierarchy gpu-check gpu-drill node figures lint clean
+.PHONY: two-hosts hierarchy gpu-check gpu-drill node lint clean

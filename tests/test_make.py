@@ -13,7 +13,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests.commands import ROOT, read_log
-from tools import launch
+from tools import launch, sample
 
 HELP = [line[2:] for line in (ROOT / "Makefile").read_text().splitlines() if line[:2] == "#:"]
 # {target: {variable: default, or None}}, from the help
@@ -69,7 +69,8 @@ def test_make_alone_is_help_in_five_groups():
 
 
 def test_every_target_is_in_the_help_and_has_a_recipe():
-    rules = re.findall(r"^([a-z0-9][a-z0-9 -]*):(?![^:\n]*=)", (ROOT / "Makefile").read_text(), re.M)
+    text = (ROOT / "Makefile").read_text()
+    rules = re.findall(r"^([a-z0-9][a-z0-9 -]*):(?![^:\n]*=)", text, re.MULTILINE)
     assert {*" ".join(rules).split()} == {*TARGETS, *OLD, "help"}
     for target in TARGETS.keys() - {"setup"}:
         assert (line := recipe(target)), target
@@ -124,7 +125,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[list[str] | 
     ("--stepz 3", "--stepz"),
     ("--tp 3", "8 ranks cannot be divided into --tp 3 x --pp 1: start a multiple of 3 (make train "
      "NPROC=9), or change --tp or --pp (TP=, PP=)"),
-    ("--tp 8 --n-head 6", "--n-head 6 is not divisible by --tp 8"),
+    ("--tp 8 --n-embd 126 --n-head 6", "--n-head 6 is not divisible by --tp 8"),
     ("--device cuda", "8 local ranks and 0 GPUs"),
     ("--data none.txt", "--data none.txt does not exist"),
     ("--resume", "checkpoints does not exist"),
@@ -179,16 +180,18 @@ def test_a_python_without_torch_is_one_line(tmp_path):
         assert len(rest) == 1, done.stderr  # make's
 
 
-@pytest.mark.parametrize("words", [["draw", "1f1b"], ["draw", "1f1b", "--m", "2000"]])
-def test_a_closed_pipe_is_no_traceback(words):
-    """Once when what was buffered is written at the end, and once in the middle."""
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_a_closed_pipe_is_no_traceback(size):
+    """Once when the buffered output is written at the end, and once in the middle."""
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     job = subprocess.Popen(
-        [sys.executable, "-m", f"tools.{words[0]}", *words[1:]], cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", f"import tools; print({size} * 'x'); print('end')"],  # like a tool
+        cwd=ROOT, env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     job.stdout.close()
-    assert job.stderr.read() == ""
-    job.wait(timeout=60)
+    with job:
+        assert job.stderr.read() == ""
+    assert job.returncode == (0 if size == 1 else 1)
 
 
 # --- train, sample, plot --------------------------------------------------------------------------
@@ -241,15 +244,17 @@ def test_without_save_nothing_is_added(clone, monkeypatch):
 
 
 def test_sample_and_plot_before_train_are_one_line(clone):
-    for words, message in (
-        (["sample"], "there is no checkpoint: run make train first"),
-        (["sample", "CHECKPOINT=saves"], "saves has no checkpoint: run make train first"),
-        (["plot"], "run.jsonl does not exist: run make train first"),
-    ):  # fmt: skip
-        done = make(*words, folder=clone)
+    for target, message in (
+        ("sample", "there is no checkpoint: run make train first"),
+        ("plot", "run.jsonl does not exist: run make train first"),
+    ):
+        done = make(target, folder=clone)
         assert done.returncode == 2 and done.stdout == ""
         ours, makes = done.stderr.splitlines()
         assert message in ours and "Error 2" in makes, done.stderr
+    with pytest.raises(ValueError, match="saves has no checkpoint: run make train first"):
+        sample.source_of("saves", None)
+    assert sample.source_of(None, "gpt2") == ["--init-from", "gpt2"]
 
 
 @pytest.mark.slow
