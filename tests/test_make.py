@@ -36,7 +36,7 @@ def make(*arguments: str, folder: Path = ROOT, python: str = sys.executable):
     outside = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # as from a shell
     return subprocess.run(
         ["make", *arguments, *([f"PYTHON={python}"] if python else [])], cwd=folder, env=outside,
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
