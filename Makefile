@@ -106,7 +106,7 @@ plot: $(SETUP)
 #: Plan
 #:  plan              5 s     recommend a layout, with its launch command  [ARGS]
 #:                            ARGS="--model gpt-175b --gpus 1024"
-#:  dry-run           1 min   count what one rank of 3072 stores, sends and computes  [ARGS]
+#:  dry-run           20 s    count what one rank of 3072 stores, sends and computes  [ARGS]
 #:  published         30 s    compare the cost model with published tables  [ARGS]
 #:  plan-check        5 min   compare the cost model with this machine  [ARGS]
 
@@ -115,7 +115,7 @@ plan: $(SETUP)
 
 dry-run: MODEL = --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --global-batch-size 3072
 dry-run: $(SETUP)
-	$(PY) train_3d.py --dry-run $(or $(ARGS),$(MODEL) --micro-batch-size 1)
+	$(PY) -m tools.plan.dry_run $(or $(ARGS),$(MODEL) --micro-batch-size 1)
 
 plan-check: MODULE = tools.plan.plan_check
 published plan-check: $(SETUP)
