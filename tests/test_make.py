@@ -184,7 +184,7 @@ def test_a_python_without_torch_is_one_line(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
     python.chmod(0o755)
-    for target in ("draw", "tp", "train", "sample", "plan", "parity"):
+    for target in ("draw", "tp", "train", "sample", "plan", "parity", "test"):
         done = make(target, python=str(python))
         assert done.returncode == 2
         first, *rest = done.stderr.splitlines()
