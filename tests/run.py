@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import tools  # noqa: F401 (it reports a Python without torch)
+
 
 def main() -> int:
     since, linux = time.monotonic(), hasattr(os, "sched_getaffinity")

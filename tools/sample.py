@@ -1,5 +1,6 @@
 """Generates text from a checkpoint of train_3d.py, or from a GPT-2 in Hugging Face's format.
 
+    make sample                                 the newest run of make train
     make sample CHECKPOINT=checkpoints ARGS="--n 200 --top-k 40"
     python -m tools.sample --checkpoint-dir checkpoints --n 200 --temperature 0.8 --top-k 40
     python -m tools.sample --init-from gpt2 --prompt "Machines that learn"
@@ -17,6 +18,7 @@ torchrun and sharded by --tp, --pp and so on.
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -29,10 +31,12 @@ import huggingface
 import options
 import startup
 import train_3d
+from tools import launch
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    description = __doc__.splitlines()[0]
+    arguments = options.Parser("sample", description=description, allow_abbrev=False)
     add = arguments.add_argument
     add("--n", type=int, default=200, help="number of tokens to generate")
     add("--temperature", type=options.at_least(0, float), default=0.8,
@@ -40,12 +44,14 @@ def main() -> None:
     add("--top-k", type=options.at_least(1), metavar="K", help="sample from the K most likely only")
     add("--prompt", default="\n")
     add("--tokenizer", metavar="FILE", help="default: tokenizer.json in the --init-from folder")
+    add("--checkpoint-dir", metavar="DIR", help="default: the newest run of make train")
+    add("--init-from", metavar="DIR", help="a GPT-2 in Hugging Face's format")
     mine, rest = arguments.parse_known_args()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     # train_3d.py's checks need a valid batch size. Sampling does not use it.
     rest += [f"--global-batch-size={world_size}", "--micro-batch-size=1"]
-    rest += [] if "--init-from" in rest else ["--resume"]
     try:
+        rest += source_of(mine.checkpoint_dir, mine.init_from)
         args, found, wrong = options.parse_args(rest)
         source = huggingface.GPT2Folder(args.init_from) if args.init_from else None
         config = options.check(args, world_size, source)
@@ -75,6 +81,25 @@ def main() -> None:
     del trainer
     dist.barrier()
     dist.destroy_process_group()
+
+
+def source_of(folder: str | None, init_from: str | None) -> list[str]:
+    """Flags of train_3d.py that load the model. Raises ValueError if there is no checkpoint."""
+    if init_from:
+        return ["--init-from", init_from]
+    if not folder:
+        runs = launch.saved_runs()
+        if not runs:
+            raise ValueError(
+                "there is no checkpoint: run make train first, or give CHECKPOINT=DIR "
+                "(--checkpoint-dir DIR) or ARGS='--init-from DIR'"
+            )
+        folder = runs[-1]
+        if len(runs) > 1 and int(os.environ.get("RANK", 0)) == 0:
+            print(f"sample: {folder} is the newest of {', '.join(runs)}", file=sys.stderr)
+    elif not [*Path(folder).glob("step-*")]:
+        raise ValueError(f"{folder} has no checkpoint: run make train first, or give another one")
+    return ["--checkpoint-dir", folder, "--resume"]
 
 
 def codec(tokenizer: str | None, args: argparse.Namespace) -> tuple:

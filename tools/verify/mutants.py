@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_COPIED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "checkpoints")
+NOT_COPIED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "checkpoints*")
 LIMIT = 150  # seconds per test
 
 
