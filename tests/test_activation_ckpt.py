@@ -16,7 +16,7 @@ import activation_ckpt as ckpt
 import gpt
 import measure
 import tensor_parallel
-from tools.plan.plan import cost
+from tools.plan import cost
 from tools.verify.oracle import launch
 
 B, S, H, A, L = 3, 10, 12, 2, 5

@@ -16,7 +16,7 @@ from torch import Tensor
 import gpt
 import measure
 import options
-from tools.plan.plan import dry_run
+from tools.plan import dry_run
 from tools.verify import oracle
 from tools.verify.oracle import Case, launch
 

@@ -26,7 +26,7 @@ import startup
 import train_3d
 import zero
 from tests.commands import ROOT, TINY, Forked, command_line, environment, free_port, until
-from tools.bench.compare import hosts
+from tools.bench import hosts
 
 ENDLESS = [*TINY, "--steps", 100_000, "--val-every", 0, "--print-every", 1, "--timeout", 30]
 

@@ -20,7 +20,7 @@ import startup
 import train_3d
 from logger import Logger
 from tests.commands import TINY, forked
-from tools.bench.compare import gpu_check
+from tools.bench import gpu_check
 from tools.verify.oracle import Case, judge, launch
 
 

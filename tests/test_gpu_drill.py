@@ -12,7 +12,7 @@ import torch
 
 import train_3d
 from tests.commands import ROOT, TINY, forked
-from tools.bench.compare import gpu_drill
+from tools.bench import gpu_drill
 from tools.verify.oracle import CPU, Errors
 
 PARTS = [*gpu_drill.PARTS]

@@ -6,8 +6,8 @@ import pytest
 
 import gpt
 from tests.test_hosts import namespaces  # noqa: F401
-from tools.bench.compare import hierarchy, hosts, two_hosts
-from tools.plan.plan import cost
+from tools.bench import hierarchy, hosts, two_hosts
+from tools.plan import cost
 
 SMALL = gpt.GPTConfig(2, 4, 64, 64, 64)
 

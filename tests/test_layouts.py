@@ -18,7 +18,7 @@ import schedules
 import tensor_parallel
 import train_3d
 from measure import TOLERANCE
-from tools.plan.plan import dry_run
+from tools.plan import dry_run
 from tools.verify.fuzz import draw_case, refusal, verdict
 from tools.verify.oracle import Case, judge
 

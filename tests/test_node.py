@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import gpt
-from tools.bench.compare import gpu_check, node
+from tools.bench import gpu_check, node
 from tools.verify import oracle
 
 TINY = "--n-layer 2 --n-head 2 --n-embd 32 --seq-len 16 --vocab-size 64 --untied"

@@ -13,8 +13,8 @@ import ddp
 import gpt
 import options
 import train_3d
+from tools.plan import dry_run
 from tools.plan.dry_run import Event, deadlock
-from tools.plan.plan import dry_run
 from tools.verify.oracle import Case
 
 SMALL = dict(n_layer=4, n_head=4, n_embd=16, vocab_size=19, seq_len=8, b=1, attention="explicit",

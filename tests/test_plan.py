@@ -17,8 +17,8 @@ import options
 import schedules
 import train_3d
 from tests.commands import forked
+from tools.plan import calibrate, cost, dry_run, plan, published
 from tools.plan.cost import HARDWARE, Layout
-from tools.plan.plan import calibrate, cost, dry_run, plan, published
 from tools.verify.oracle import Case, launch, trainer_of
 
 # --- a rank's bytes, traffic and FLOPs ------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import schedules
 from schedules import Action, check, simulate
 from tools.draw import wrap
-from tools.plan.plan import cost
+from tools.plan import cost
 
 MICROBATCHES = (*range(1, 21), 31, 32, 33, 48, 63, 64)
 SIZES = [(p, m) for p in range(1, 17) for m in MICROBATCHES]

@@ -15,7 +15,7 @@ import options
 import train_3d
 from tests.commands import TINY, forked
 from tests.streams import Device, Event, tensors_in
-from tools.plan.plan import dry_run
+from tools.plan import dry_run
 from tools.verify.oracle import Case, launch, trainer_of
 
 # --- the host -------------------------------------------------------------------------------------

@@ -32,20 +32,13 @@ import startup
 import train_3d
 import zero
 from measure import TOLERANCE
-from tools import (
-    bench,
-    bench_checkpoint,
-    bubble,
-    draw,
-    drill,
-    fuzz,
-    links,
-    memory,
-    parity,
-    plot,
-    races,
-    sample,
-)  # fmt: skip
+from tools import draw, plot, sample
+from tools.bench import checkpoint as bench_checkpoint
+from tools.bench import compare as bench
+from tools.bench import links, memory
+from tools.plan import bubble
+from tools.verify import fuzz, parity, races
+from tools.verify import kill_ranks as drill
 from tools.verify.oracle import Case, Errors, judge, launch
 
 

@@ -32,7 +32,7 @@ import tensor_parallel
 import train_3d
 import zero
 from tests.commands import ROOT, TINY, command_line, environment, forked, read_log, run
-from tools.plan.plan import bubble, dry_run
+from tools.plan import bubble, dry_run
 from tools.verify.kill_ranks import ranks_of
 from tools.verify.oracle import Case, judge, launch, reader, trainer_of
 

@@ -11,7 +11,7 @@ import gpt
 import measure
 import zero
 import zero3
-from tools.plan.plan import cost
+from tools.plan import cost
 from tools.verify import counting
 from tools.verify.oracle import launch
 

@@ -23,7 +23,7 @@ import sys
 import options
 import pipeline
 import schedules
-from tools.plan.plan import cost
+from tools.plan import cost
 
 COLORS = {"F": 44, "B": 42, "W": 43, "f": 46, "b": 102, "w": 103}  # backgrounds
 

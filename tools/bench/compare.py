@@ -86,8 +86,8 @@ import tensor_parallel
 import train_3d
 import zero3
 from logger import Logger
-from tools.bench.compare import links
-from tools.plan.plan import bubble, cost
+from tools.bench import links
+from tools.plan import bubble, cost
 from tools.verify.oracle import launch
 
 # RANKS: ranks along each parallel axis of a suite. ROUNDS: the least number of rounds.

@@ -35,7 +35,7 @@ import measure
 import options
 import startup
 import train_3d
-from tools.plan.plan import dry_run
+from tools.plan import dry_run
 from tools.verify.oracle import EPS, draw
 
 STEPS = 3  # of the comparison in float64

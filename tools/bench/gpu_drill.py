@@ -49,7 +49,7 @@ import measure
 import options
 import startup
 import train_3d
-from tools.bench.compare import gpu_check
+from tools.bench import gpu_check
 from tools.verify import oracle, races
 from tools.verify.oracle import Case
 

@@ -35,10 +35,11 @@ import torch.distributed as dist
 import ddp
 import gpt
 import options
-from tools.bench.compare import hosts, links
+from tools.bench import hosts, links
+from tools.plan import cost, dry_run
 from tools.plan.calibrate import PROGRAM, calibrate
 from tools.plan.cost import Hardware, Layout
-from tools.plan.plan import Job, cost, dry_run
+from tools.plan.plan import Job
 from tools.plan.plan_check import step_seconds, trainer_of
 from tools.verify.oracle import launch
 

@@ -29,7 +29,7 @@ import activation_ckpt
 import ddp
 import gpt
 import zero3
-from tools.plan.plan import cost
+from tools.plan import cost
 from tools.verify.oracle import launch
 
 TOLERANCE = 0.01  # relative to the first row of a table

@@ -50,7 +50,7 @@ import measure
 import options
 import startup
 import train_3d
-from tools.bench.compare import compare, gpu_check
+from tools.bench import compare, gpu_check
 from tools.verify import oracle, parity
 
 ROOT = Path(__file__).resolve().parents[2]

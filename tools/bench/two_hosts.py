@@ -23,7 +23,7 @@ import measure
 import options
 import pipeline
 import schedules
-from tools.bench.compare import hosts
+from tools.bench import hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (

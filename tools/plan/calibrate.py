@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 import gpt
+from tools.plan import cost
 from tools.plan.cost import Hardware, Program
-from tools.plan.plan import cost
 from tools.verify.oracle import launch
 from zero import all_gather, reduce_scatter
 

@@ -46,7 +46,7 @@ import schedules
 import tensor_parallel
 import train_3d
 import zero
-from tools.plan.plan import cost
+from tools.plan import cost
 from tools.verify import counting
 
 AXES = ("tp", "pp", "dp", "shard", "replica", "inside", "across", "tied")

@@ -30,8 +30,8 @@ import torch
 
 import gpt
 import options
+from tools.plan import cost
 from tools.plan.cost import HARDWARE, Hardware, Layout, Times
-from tools.plan.plan import cost
 
 # Fraction of a GPU's memory that the counted bytes may use. The rest is for fragmentation, NCCL's
 # buffers, CUDA's context and larger microbatches. With 0.7 the recipe gives the (t, p) of all ten
@@ -466,7 +466,9 @@ def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
     own = {field: x for field in Hardware._fields[1:6] if (x := getattr(args, field)) is not None}
     program = cost.DEFAULT_PROGRAM
     if args.calibrate:
-        from tools import calibrate  # imported here because it imports the trainer, which is slow
+        from tools.plan import (
+            calibrate,  # imported here because it imports the trainer, which is slow
+        )
 
         hardware = calibrate.calibrate(min(2, args.gpus))._replace(**own)
         program = calibrate.PROGRAM

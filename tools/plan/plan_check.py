@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 import options
 import train_3d
+from tools.plan import plan
 from tools.plan.calibrate import PROGRAM, SIZES, calibrate
 from tools.plan.cost import Layout
-from tools.plan.plan import plan
 from tools.verify.oracle import launch
 
 

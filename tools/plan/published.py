@@ -34,8 +34,8 @@ from typing import NamedTuple
 import torch
 
 import gpt
+from tools.plan import cost
 from tools.plan.cost import HARDWARE, Hardware, Layout, Program
-from tools.plan.plan import cost
 
 A100 = HARDWARE["a100-80"]
 SEQ, VOCABULARY = 2048, 51200
