@@ -39,6 +39,7 @@ def test_lines_are_selected():
     assert shown("lines 3-") == "... 3 4 5 6 7 8 9"
     assert shown("match [35]$", "first 1") == "3" and shown("match [35]$") == "3 5"
     assert transcripts.shown("x" * 30, ("width 10",)) == "xxxxxx ...\n"
+    assert transcripts.shown("words and words", ("width 10",)) == "words ...\n"
     for wrong in ("lines x", "slowly"):
         with pytest.raises(ValueError, match=wrong):
             shown(wrong)
@@ -101,6 +102,11 @@ def test_the_tool_lists_and_updates_what_is_stale(page, capsys):
     assert run_tool(capsys, page) == (0, [": up to date", ": updated"])
     assert page.read_text() == before.replace("3\n```", "2\n```")
     assert run_tool(capsys, page, "--check") == (0, [": up to date"] * 2)
+    page.write_text(before.replace("; slow", "; numbers vary"))
+    assert run_tool(capsys, page, "--check") == (0, [": up to date"] * 2)
+    assert "3\n```" in page.read_text()
+    assert run_tool(capsys, page) == (0, [": up to date"] * 2)
+    assert "3\n```" not in page.read_text()
 
 
 def test_a_command_that_fails_changes_nothing(page, capsys):

@@ -23,7 +23,8 @@ Options after the command, separated by semicolons:
 
 Without the last two, numbers are compared to 6 digits. Times and rates are not compared, and all
 numbers below 1e-9 are equal: they are rounding errors. A block that is equal in this sense is not
-rewritten. The exit code is 1 if a command failed or, with --check, if a block is out of date.
+rewritten, unless its numbers or its text vary. The exit code is 1 if a command failed or, with
+--check, if a block is out of date.
 """
 
 import argparse
@@ -44,6 +45,7 @@ BLOCK = re.compile(
 )
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 RATE = re.compile(r"[\d,.]+(e[+-]?\d+)?(?= ?(s|ms|us|min|tokens/s|TFLOP/s|GB/s)\b)")
+VARY = ("numbers vary", "text varies")
 TINY = 1e-9  # differences from one process, in float64
 
 
@@ -109,8 +111,11 @@ def shown(output: str, options: tuple[str, ...]) -> str:
             lines = lines[: int(value)]
         elif name == "width":
             width = int(value)
-            lines = [line if len(line) <= width else line[: width - 4] + " ..." for line in lines]
-        elif option not in ("slow", "long", "numbers vary", "text varies"):
+            lines = [
+                line if len(line) <= width else line[: width - 4].rstrip() + " ..."
+                for line in lines
+            ]
+        elif option not in ("slow", "long", *VARY):
             raise ValueError(f"unknown option: {option}")
     return "\n".join(lines) + "\n"
 
@@ -180,7 +185,7 @@ def main(argv: list[str] | None = None, files: list[Path] | None = None) -> None
             new = shown(run(transcript.command), transcript.options)
             stale = is_stale(transcript, new)
             verdict = ("OUT OF DATE" if args.check else "updated") if stale else "up to date"
-            if stale and not args.check:
+            if not args.check and (stale or {*transcript.options} & {*VARY}):
                 update(transcript, new)
             bad += stale and args.check
         except ValueError as error:
