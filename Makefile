@@ -108,7 +108,7 @@ published plan-check: $(SETUP)  ## compare the cost model with published tables 
 
 dry-run: MODEL = --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --global-batch-size 3072
 dry-run: $(SETUP)  ## run one rank of 3072 without memory and count its operations; ARGS for another run (1 min)
-	$(PY) train_3d.py --dry-run $(or $(ARGS),$(MODEL) --micro-batch-size 1)
+	$(PY) -m tools.plan.dry_run $(or $(ARGS),$(MODEL) --micro-batch-size 1)
 
 two-hosts hierarchy: $(SETUP)  ## torchrun on 2 simulated hosts; traffic and time between hosts (as root; 1, 3 min)
 	$(PY) -m tools.bench.$(subst -,_,$@) $(if $(OUT),--out $(OUT)) $(ARGS)

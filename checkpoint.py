@@ -16,7 +16,8 @@ Example: the fused qkv weight, [3 h, h] with hidden size h, on tp rank 0 of 2:
 With ZeRO, a rank holds a contiguous range of this shard, flattened. As slices of a matrix, that is
 the end of a row, some complete rows, and the beginning of a row.
 
-torch.distributed.checkpoint reads and writes the files:
+torch.distributed.checkpoint reads and writes the files. checkpoint_dcp.py is the interface to it,
+and is imported only where a tensor is read or written, because the import takes a second.
 
     DIR/step-20/            exists only if it is complete
         __0_0.distcp ...    tensors: one file per rank                          (torch's format)
@@ -35,11 +36,9 @@ Lian et al. 2024, Universal Checkpointing (arXiv 2406.18820); Wan et al. 2024, B
 (arXiv 2407.20143), on slices of flattened shards.
 """
 
-import enum
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import tempfile
@@ -52,15 +51,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import (
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 FORMAT = 1  # version of checkpoint.json and of the tensor names
 
@@ -74,14 +65,6 @@ class TensorSlice(NamedTuple):
     shape: tuple[int, ...]  # of the full tensor
     offsets: tuple[int, ...]  # index of the slice's first element in the full tensor
     tensor: Tensor  # the values
-
-    @property
-    def index(self) -> MetadataIndex:
-        return MetadataIndex(self.name, self.offsets)
-
-    @property
-    def chunk(self) -> dcp.ChunkStorageMetadata:
-        return dcp.ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.size())
 
 
 def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple, tuple]]:
@@ -177,110 +160,6 @@ def split_between_replicas(slices: list[TensorSlice], rank: int, size: int) -> l
     return mine
 
 
-# --- the interface to torch.distributed.checkpoint ------------------------------------------------
-
-
-class SavePlanner(dcp.DefaultSavePlanner):
-    """Writes the slices of this rank. torch combines the plans of all ranks and raises an error if
-    slices overlap or if a part of a tensor is missing."""
-
-    def __init__(self, slices: list[TensorSlice]):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.slices = {s.index: s for s in slices}
-
-    def create_local_plan(self) -> dcp.SavePlan:
-        items = []
-        for s in self.slices.values():
-            properties = TensorProperties.create_from_tensor(s.tensor)
-            data = TensorWriteData(s.chunk, properties, torch.Size(s.shape))
-            items.append(dcp.WriteItem(s.index, WriteItemType.SHARD, tensor_data=data))
-        self.plan = dcp.SavePlan(items)
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.slices[index].tensor
-
-
-class LoadPlanner(dcp.DefaultLoadPlanner):
-    """Fills the slices of this rank from the stored slices that overlap them."""
-
-    def __init__(self, slices: list[TensorSlice]):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.slices = {s.index: s for s in slices}
-
-    def create_local_plan(self) -> dcp.LoadPlan:
-        items, by_name = [], {}
-        for s in self.slices.values():
-            by_name.setdefault(s.name, []).append(s)
-        for name, mine in by_name.items():
-            stored = self.metadata.state_dict_metadata.get(name)
-            if not isinstance(stored, TensorStorageMetadata):
-                raise ValueError(f"{name} is missing")
-            if tuple(stored.size) != mine[0].shape:
-                raise ValueError(f"{name} is {list(stored.size)}: expected {list(mine[0].shape)}")
-            new = create_read_items_for_chunk_list(name, stored, [s.chunk for s in mine])
-            found = sum(math.prod(item.lengths) for item in new)
-            if found != (wanted := sum(s.tensor.numel() for s in mine)):
-                raise ValueError(f"{name} has {found} of the {wanted} elements of this rank")
-            items += new
-        return dcp.LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.slices[index].tensor
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Reads .metadata, which is a pickle. A pickle can call any function by name, so only the names
-    that torch writes there are allowed."""
-
-    allowed = {
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-            "MetadataIndex", "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch": {"Size", "float32", "float64", "bfloat16"},
-        "torch.serialization": {"_get_layout"},
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str):
-        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.2 pickles an enum's member
-            return self._member
-        if name not in self.allowed.get(module, ()):
-            raise pickle.UnpicklingError(f"it uses {module}.{name}, which no checkpoint contains")
-        return super().find_class(module, name)
-
-    @staticmethod
-    def _member(owner: object, name: str) -> enum.Enum:
-        if isinstance(owner, enum.EnumMeta):
-            return owner[name]
-        raise pickle.UnpicklingError(f"it uses {name} of {owner}, which no checkpoint contains")
-
-
-class Writer(dcp.FileSystemWriter):
-    """After a save, `files` is {name: [size, crc32]} of the files that this rank has written."""
-
-    def storage_meta(self) -> None:
-        """Returns None, so that .metadata contains no path of this machine and no path class."""
-
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner):
-        try:
-            written = super().write_data(plan, planner)
-        except RuntimeError as error:  # torch.save raises one that hides the OSError of a full disk
-            raise error.__context__ or error from None
-        mine = Path(self.path).glob(f"{plan.storage_data.prefix}*")
-        self.files = {path.name: _size_and_crc(path) for path in mine}
-        return written
-
-
-class Reader(dcp.FileSystemReader):
-    """Reads .metadata with MetadataUnpickler. torch reads the tensors with weights_only=True."""
-
-    def read_metadata(self) -> dcp.Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            return MetadataUnpickler(file).load()
-
-
 # --- reading a directory of checkpoints -----------------------------------------------------------
 # To resume, every rank calls find(), then newest_complete() and read(), which are collectives.
 
@@ -346,7 +225,7 @@ def _crc_of(about: dict) -> int:
     return zlib.crc32(json.dumps(about, sort_keys=True).encode())
 
 
-def _size_and_crc(path: Path) -> list[int]:
+def size_and_crc(path: Path) -> list[int]:
     size = crc = 0
     with open(path, "rb") as file:
         while block := file.read(2**22):
@@ -363,10 +242,12 @@ def verify(found: Found, rank: int, ranks: int) -> None:
             raise CorruptCheckpoint(f"{path} is missing")
         if (size := path.stat().st_size) != expected[0]:
             raise CorruptCheckpoint(f"{path} has {size} bytes, expected {expected[0]}")
-        if (actual := _size_and_crc(path)) != expected:
+        if (actual := size_and_crc(path)) != expected:
             raise CorruptCheckpoint(
                 f"{path} has changed: crc32 {actual[1]}, expected {expected[1]}"
             )
+    from checkpoint_dcp import Reader
+
     try:
         stored = Reader(found.path).read_metadata().storage_data.values()
     except Exception as error:  # a damaged pickle can raise any exception
@@ -409,9 +290,11 @@ def newest_complete(
 
 def read(path: Path, slices: list[TensorSlice], group: dist.ProcessGroup) -> None:
     """Fill `slices` from a checkpoint. All ranks of `group` must call it. Raises ValueError."""
+    import checkpoint_dcp
+
     try:
-        dcp.load({}, storage_reader=Reader(path), planner=LoadPlanner(slices), process_group=group)
-    except dcp.CheckpointException as error:
+        checkpoint_dcp.load(path, slices, group)
+    except checkpoint_dcp.CheckpointException as error:
         raise ValueError(f"{path}: {_first_line(error)}") from None
 
 
@@ -487,6 +370,8 @@ class Checkpoints:
         return [self.results.pop(0) for _ in range(len(self.results))]
 
     def _write(self, step: int, slices: list[TensorSlice], about: dict, pause: float) -> None:
+        import checkpoint_dcp
+
         start, size, self.failed = time.perf_counter(), 0, None
         is_first, path = self.group.rank() == 0, self.directory / f"tmp-step-{step}"
         try:
@@ -494,17 +379,18 @@ class Checkpoints:
                 for old in self.directory.glob("tmp-step-*"):  # of interrupted saves
                     shutil.rmtree(old, ignore_errors=True)
             dist.barrier(self.group)
-            writer = Writer(path, per_thread_copy_ahead=0)  # the copies are in host memory already
-            dcp.save({}, storage_writer=writer, planner=SavePlanner(slices),
-                     process_group=self.group)  # fmt: skip
+            written = checkpoint_dcp.save(path, slices, self.group)
             everyone = [None] * self.group.size() if is_first else None
-            dist.gather_object(writer.files, everyone, group=self.group, group_dst=0)
+            dist.gather_object(written, everyone, group=self.group, group_dst=0)
             if is_first:
-                everyone.append({".metadata": _size_and_crc(path / ".metadata")})
+                everyone.append({".metadata": size_and_crc(path / ".metadata")})
                 files = {name: value for each in everyone for name, value in each.items()}
                 size = sum(n for n, _ in files.values())
                 self._finish(path, step, {**about, "format": FORMAT, "step": step, "files": files})
-        except (Exception, dcp.CheckpointException) as error:  # any error: training continues
+        except (
+            Exception,
+            checkpoint_dcp.CheckpointException,
+        ) as error:  # any error: training continues
             self.failed = _first_line(error)
             if is_first:
                 shutil.rmtree(path, ignore_errors=True)

@@ -264,10 +264,15 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
 
+def default_warmup(steps: int) -> int:
+    """A tenth of the steps, but at least 10: with fewer, the loss of a short run jumps."""
+    return max(10, steps // 10)
+
+
 def learning_rate(step: int, steps: int, warmup: int | None, peak: float) -> float:
-    """Linear warmup to `peak` over `warmup` steps (default: steps / 10), starting at peak / warmup.
-    Then cosine decay to peak / 10 at step `steps`. Constant after that."""
-    warmup = max(1, steps // 10) if warmup is None else warmup
+    """Linear warmup to `peak` over `warmup` steps (default: default_warmup(steps)), starting at
+    peak / warmup. Then cosine decay to peak / 10 at step `steps`. Constant after that."""
+    warmup = default_warmup(steps) if warmup is None else warmup
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))

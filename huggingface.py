@@ -2,7 +2,7 @@
 
     source = GPT2Folder(directory)              --init-from: any GPT-2 saved by `transformers`
     gpt.init_weights(model, .., source.draw)    loads them into any layout
-    export_gpt2(found, directory, group)        --export: converts the newest checkpoint
+    export_gpt2(found, directory, group)        python -m tools.convert: the newest checkpoint
 
 Needs the package safetensors.
 """
@@ -98,12 +98,14 @@ def export_gpt2(
 
     candidates: from checkpoint.find(). group: this process alone. Raises ValueError if all
     checkpoints are damaged, or if the folder cannot be written."""
-    save_file = safetensors("--export").torch.save_file
+    import checkpoint_dcp
+
+    save_file = safetensors("tools.convert").torch.save_file
     found, wrong = checkpoint.newest_complete(candidates, group)
     for line in wrong:
-        print(f"--export: skipped a damaged checkpoint: {line}")
+        print(f"skipped a damaged checkpoint: {line}")
     sizes = found.about["sizes"]
-    stored = checkpoint.Reader(found.path).read_metadata().state_dict_metadata
+    stored = checkpoint_dcp.Reader(found.path).read_metadata().state_dict_metadata
     slices = [
         checkpoint.TensorSlice(name, tuple(s.size), (0,) * len(s.size), torch.empty(s.size))
         for name, s in stored.items()
@@ -126,18 +128,18 @@ def export_gpt2(
         save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
         (Path(directory) / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     except OSError as error:
-        raise ValueError(f"--export {directory} cannot be written: {error.strerror}") from None
+        raise ValueError(f"--out {directory} cannot be written: {error.strerror}") from None
     print(
-        f"--export: wrote {found.path} to {directory}. Load it with "
+        f"wrote {found.path} to {directory}. Load it with "
         "transformers.GPT2LMHeadModel.from_pretrained."
     )
 
 
-def safetensors(flag: str):
+def safetensors(user: str):
     """Import the optional package. Raises ValueError if it is not installed."""
     try:
         import safetensors
         import safetensors.torch
     except ImportError:
-        raise ValueError(f"{flag} needs a package: pip install safetensors") from None
+        raise ValueError(f"{user} needs a package: pip install safetensors") from None
     return safetensors

@@ -2,7 +2,7 @@
 
     args, found, notes = parse_args()            options, completed from a checkpoint with --resume
     config = check(args, world_size)             the model's configuration
-    schedule = make_schedule(args, m)            the schedule that --schedule and --chunks select
+    schedule = make_schedule(args, m)            the schedule of --schedule and --virtual-stages
     lines = describe(args, config, world_size, device)
 
 The checks use only the options, the world size and files that every rank can read. All ranks reach
@@ -14,12 +14,14 @@ consecutive layers on one pipeline-parallel rank. Chunk: one of the stages of a 
 """
 
 import argparse
+import copy
 import dataclasses
+import difflib
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -39,33 +41,115 @@ SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len")
 RUN = ("untied", "attention", "dropout", "data", "global_batch_size", "steps", "lr", "warmup_steps",
        "optimizer", "weight_decay", "clip", "seed", "dtype", "grad_dtype",
        "reduce_dtype")  # fmt: skip
+# Former names of options. They are accepted, but not listed.
+RENAMED = {
+    "--log": "--metrics", "--print-every": "--log-interval", "--val-every": "--eval-interval",
+    "--val-batches": "--eval-iters", "--save-every": "--save-interval", "--keep": "--keep-latest",
+    "--clip": "--grad-clip", "--chunks": "--virtual-stages",
+}  # fmt: skip
+# Former options that are commands now.
+MOVED = {
+    "--dry-run": "tools.plan.dry_run", "--world-size": "tools.plan.dry_run",
+    "--rank": "tools.plan.dry_run", "--all-ranks": "tools.plan.dry_run",
+    "--export": "tools.convert",
+}  # fmt: skip
+# Names that other programs use, for did_you_mean().
+SYNONYMS = {
+    "--batch-size": "--global-batch-size", "--learning-rate": "--lr", "--max-steps": "--steps",
+    "--max-iters": "--steps", "--train-iters": "--steps", "--warmup-iters": "--warmup-steps",
+    "--num-layers": "--n-layer", "--num-attention-heads": "--n-head", "--hidden-size": "--n-embd",
+    "--block-size": "--seq-len", "--seq-length": "--seq-len", "--clip-grad": "--grad-clip",
+    "--tensor-model-parallel-size": "--tp", "--pipeline-model-parallel-size": "--pp",
+    "--load": "--resume", "--save": "--checkpoint-dir", "--precision": "--dtype",
+    "bfloat16": "bf16", "fp32": "float32", "float": "float32", "fp64": "float64",
+    "double": "float64", "gpu": "cuda", "adam": "adamw",
+}  # fmt: skip
 
 
 # --- options --------------------------------------------------------------------------------------
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with the entry of `known` that is most similar to `name`, or an empty string."""
+    known, meant = [*known], SYNONYMS.get(name)
+    if meant not in known:
+        meant = next(iter(difflib.get_close_matches(name, known, n=1)), None)
+    return f"; did you mean {meant}?" if meant else ""
+
+
 class Parser(argparse.ArgumentParser):
     """Reports an error as one line from one rank, and exits with code 2 on every rank."""
 
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        argv = sys.argv[1:] if args is None else [*args]
+        found, unknown = self.parse_known_args(argv, namespace)
+        for name in unknown:
+            if module := MOVED.get(name.split("=")[0]):
+                rest = (
+                    [x for x in argv if x != "--dry-run"] if "dry_run" in module else ["--out DIR"]
+                )
+                self.error(f"{name} has become a command: python -m {module} {' '.join(rest)}")
+        if unknown:
+            known = [name for name in self._option_string_actions if name not in RENAMED]
+            hint = did_you_mean(unknown[0].split("=")[0], known)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices))
+            raise
+
     def error(self, message: str):
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train_3d.py: error: {message}", file=sys.stderr, flush=True)
+            print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
         elif dist.is_torchelastic_launched():
             # torchrun stops all ranks when rank 0 exits. A rank that still runs after 3 s has an
             # error that rank 0 does not have. The first such rank of each node prints it.
             local = int(os.environ.get("LOCAL_RANK", 0))
             time.sleep(3 + local / 4)
-            print(f"train_3d.py: rank {os.environ['RANK']}: error: {message}", file=sys.stderr)
+            print(f"{self.prog}: rank {os.environ['RANK']}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends each option's default to its help text, except None and False."""
+    """Appends each option's default to its help text, unless that is None or it is a switch."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default is False:
+        if action.default is None or action.nargs == 0:
             return action.help
         return super()._get_help_string(action)
+
+
+class HelpAll(argparse.Action):
+    """--help-all: like --help, but with the options that --help leaves out."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_):
+        for action in parser._actions:
+            action.help = getattr(action, "rare_help", action.help)
+        parser.epilog = None
+        parser.print_help()
+        parser.exit()
+
+
+class Recompute(argparse.Action):
+    """--recompute POLICY[:K] sets `recompute` and, if K is given, `recompute_every`."""
+
+    def __call__(self, parser, namespace: argparse.Namespace, text: str, option_string=None):
+        policy, colon, every = text.partition(":")
+        if policy not in activation_ckpt.POLICIES:
+            names = ", ".join(activation_ckpt.POLICIES)
+            hint = did_you_mean(policy, activation_ckpt.POLICIES)
+            raise argparse.ArgumentError(
+                self, f"invalid choice: {policy!r} (choose from {names}){hint}"
+            )
+        namespace.recompute = policy
+        if colon and not (every.isdecimal() and int(every) > 0):
+            raise argparse.ArgumentError(self, f"{text}: K must be at least 1, got {every or None}")
+        if colon:
+            namespace.recompute_every = int(every)
 
 
 def at_least(low: int, kind: type = int, below: float = math.inf) -> Callable[[str], float]:
@@ -80,60 +164,48 @@ def at_least(low: int, kind: type = int, below: float = math.inf) -> Callable[[s
     return number
 
 
-def parser() -> Parser:
+def parser(prog: str = "train_3d.py") -> Parser:
     p = Parser(
-        "train_3d.py",
+        prog,
+        usage="%(prog)s [options]",
         description="Train a GPT with tensor, pipeline and data parallelism.",
         allow_abbrev=False,
         formatter_class=Help,
     )
     count, count0, amount = at_least(1), at_least(0), at_least(0, float)
+    left_out = []
+
+    def rare(add: Callable, name: str, help: str, **how) -> None:
+        """Add an option that only --help-all lists."""
+        add(name, help=argparse.SUPPRESS, **how).rare_help = help
+        left_out.append(name)
 
     # fmt: off
     add = p.add_argument_group("model").add_argument
-    add("--model", choices=gpt.MODELS, help="a model by name (default: nano)")
+    add("--model", choices=gpt.MODELS, metavar="NAME", help=f"{', '.join(gpt.MODELS)} "
+        "(default: nano)")
     add("--n-layer", type=count, metavar="N", help="number of blocks (default: as --model)")
     add("--n-head", type=count, metavar="N", help="attention heads per block (default: as --model)")
     add("--n-embd", type=count, metavar="N", help="hidden size (default: as --model)")
     add("--vocab-size", type=count, metavar="N", help="number of token ids (default: as --model)")
     add("--seq-len", type=count, metavar="N", help="tokens per row (default: as --model)")
     add("--untied", action="store_true", help="do not share the embedding with the output head")
-    add("--attention", choices=("sdpa", "explicit"), default="sdpa",
-        help="sdpa: PyTorch's fused attention; explicit: separate matmuls and softmax")
     add("--dropout", type=at_least(0, float, below=1), default=0.0, metavar="P",
         help="dropout probability; above 0, attention is explicit")
     add("--init-from", metavar="DIR", help="start from the GPT-2 in this Hugging Face folder")
+    rare(add, "--attention", choices=("sdpa", "explicit"), default="sdpa",
+         help="sdpa: PyTorch's fused attention; explicit: separate matmuls and softmax")
 
-    add = p.add_argument_group("training").add_argument
+    add = p.add_argument_group("data").add_argument
     add("--data", metavar="PATH", help="a text file, a folder of text files, or token ids as .npy "
         "or .bin (default: the source code of Python's standard library)")
     add("--global-batch-size", type=count, default=32, metavar="ROWS", help="rows per step")
     add("--micro-batch-size", type=count, default=4, metavar="ROWS",
         help="rows per forward pass of one rank")
-    add("--steps", type=count, default=300, metavar="N", help="number of optimizer steps")
-    add("--lr", type=amount, default=2e-3, help="peak learning rate; decays to a tenth of it")
-    add("--warmup-steps", type=count0, metavar="N",
-        help="steps until the peak learning rate (default: a tenth of --steps)")
-    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="the optimizer")
-    add("--weight-decay", type=amount, default=0.1, help="weight decay of matrices and embeddings")
-    add("--clip", type=amount, default=1.0, help="largest global gradient norm; 0: do not clip")
-    add("--seed", type=count0, default=0, help="determines initial weights, batches and dropout")
+    add("--seed", type=count0, default=0, metavar="N",
+        help="determines initial weights, batches and dropout")
 
-    add = p.add_argument_group("precision and hardware").add_argument
-    add("--dtype", choices=DTYPES, default="float32", help="dtype of parameters, activations and "
-        "communication; bf16 keeps fp32 master weights")
-    add("--grad-dtype", choices=("float32", "bf16"), help="with --dtype bf16: dtype in which "
-        "gradients are summed over microbatches (default: float32)")
-    add("--reduce-dtype", choices=("float32", "bf16"), help="with --dtype bf16: dtype in which "
-        "gradients are summed over ranks (default: bf16)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
-        help="auto: cuda if every local rank has its own GPU, else cpu")
-    add("--compile", action="store_true", help="compile each block with torch.compile: one graph, "
-        "or several with --tp > 1 or a zero-bubble schedule, which it cannot trace completely")
-    add("--peak-tflops", type=at_least(1e-3, float), metavar="X",
-        help="peak TFLOP/s of one rank, for the MFU (default: known for some GPUs)")
-
-    add = p.add_argument_group("parallelism").add_argument
+    add = p.add_argument_group("layout: which rank holds and computes what").add_argument
     add("--tp", type=count, default=1, metavar="T", help="tensor-parallel size t")
     add("--pp", type=count, default=1, metavar="P",
         help="pipeline-parallel size p; the data-parallel size is d = world size / (t p)")
@@ -143,55 +215,85 @@ def parser() -> Parser:
         "optimizer state over dp; 2: gradients too; 3: parameters too")
     add("--zero-shard-size", type=count, metavar="K",
         help="ZeRO: number of ranks that hold one sharded copy of the state (default: d)")
-    add("--zero-reshard-after-forward", type=int, choices=(0, 1), default=1, help="ZeRO-3: 1: free "
-        "gathered parameters after each forward; 0: after the step's last backward")
-    add("--dp-nodes", type=count, default=1, metavar="K",
-        help="DDP: number of nodes; gradients are summed within each node first")
+    add("--no-reshard-after-forward", dest="zero_reshard_after_forward", action="store_const",
+        const=0, default=1, help="ZeRO-3: keep gathered parameters until the step's last backward, "
+        "instead of freeing them after each forward")
+    add("--zero-reshard-after-forward", type=int, choices=(0, 1), default=1,
+        help=argparse.SUPPRESS)  # a former name
+    rare(add, "--dp-nodes", type=count, default=1, metavar="K",
+         help="DDP: number of nodes; gradients are summed within each node first")
+
+    add = p.add_argument_group("pipeline schedule").add_argument
     add("--schedule", default="1f1b", metavar="NAME|FILE", help="pipeline schedule: "
         f"{', '.join(schedules.SCHEDULES)}, or a text file with one line of actions per pp rank, "
         "as `make draw ARGS=--text` prints it")
-    add("--chunks", type=count, metavar="N",
+    add("--virtual-stages", dest="chunks", type=count, metavar="N",
         help="stages per rank of the schedule interleaved (default: 2)")
-    add("--recompute", choices=activation_ckpt.POLICIES, default="none", help="none: save all "
-        "activations; selective: recompute attention scores; full: recompute blocks; offload: move "
-        "activations to host memory")
-    add("--recompute-every", type=count, default=1, metavar="K",
-        help="apply --recompute to one block in K")
-    add("--recompute-layers", type=count, metavar="N",
-        help="apply --recompute only to the first N blocks of each rank (default: all)")
 
-    add = p.add_argument_group("output").add_argument
-    add("--val-every", type=count0, default=100, metavar="N",
+    add = p.add_argument_group("steps and optimizer").add_argument
+    add("--steps", type=count, default=300, metavar="N", help="number of optimizer steps")
+    add("--lr", type=amount, default=2e-3, metavar="X",
+        help="peak learning rate; decays to a tenth of it")
+    add("--warmup-steps", type=count0, metavar="N", help="steps until the peak learning rate "
+        "(default: a tenth of --steps, at least 10)")
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="the optimizer")
+    add("--weight-decay", type=amount, default=0.1, metavar="X",
+        help="weight decay of matrices and embeddings")
+    add("--grad-clip", dest="clip", type=amount, default=1.0, metavar="X",
+        help="largest global gradient norm; 0: do not clip")
+
+    add = p.add_argument_group("precision, memory and device").add_argument
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of parameters, activations and "
+        "communication; bf16 keeps fp32 master weights")
+    add("--grad-dtype", choices=("float32", "bf16"), help="with --dtype bf16: dtype in which "
+        "gradients are summed over microbatches (default: float32)")
+    add("--reduce-dtype", choices=("float32", "bf16"), help="with --dtype bf16: dtype in which "
+        "gradients are summed over ranks (default: bf16)")
+    add("--recompute", action=Recompute, default="none", metavar="POLICY[:K]", help="none: save "
+        "all activations; selective: recompute attention scores; full: recompute blocks; offload: "
+        "move activations to host memory; with :K, in one block of K only")
+    add("--recompute-every", type=count, default=1, help=argparse.SUPPRESS)  # :K of --recompute
+    rare(add, "--recompute-layers", type=count, metavar="N",
+         help="apply --recompute only to the first N blocks of each rank (default: all)")
+    add("--compile", action="store_true", help="compile each block with torch.compile: one graph, "
+        "or several with --tp > 1 or a zero-bubble schedule, which it cannot trace completely")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="auto: cuda if every local rank has its own GPU, else cpu")
+    rare(add, "--timeout", type=count, default=600, metavar="SECONDS",
+         help="time that a collective waits for other ranks before the run fails")
+
+    add = p.add_argument_group("logging and evaluation").add_argument
+    add("--log-interval", dest="print_every", type=count, default=10, metavar="N",
+        help="steps per line of output")
+    add("--eval-interval", dest="val_every", type=count0, default=100, metavar="N",
         help="steps between two validations; 0: never validate")
-    add("--val-batches", type=count, default=4, metavar="N", help="global batches per validation")
-    add("--print-every", type=count, default=10, metavar="N", help="steps per line of output")
+    add("--eval-iters", dest="val_batches", type=count, default=4, metavar="N",
+        help="global batches per validation")
     add("--sample", type=count0, default=0, metavar="N", help="tokens to generate after training")
-    add("--log", metavar="FILE", help="write a JSON object per step and per validation")
+    add("--metrics", dest="log", metavar="FILE",
+        help="write a JSON object per step and per validation")
     add("--trace", metavar="FILE", help="write a timeline of all ranks, for ui.perfetto.dev")
-    add("--timeout", type=count, default=600, metavar="SECONDS",
-        help="time that a collective waits for other ranks before the run fails")
+    rare(add, "--peak-tflops", type=at_least(1e-3, float), metavar="X",
+         help="peak TFLOP/s of one rank, for the MFU (default: known for some GPUs)")
 
     add = p.add_argument_group("checkpoints").add_argument
     add("--checkpoint-dir", metavar="DIR", help="save checkpoints there (default: do not save; "
         "with --resume: checkpoints)")
-    add("--save-every", type=count0, default=100, metavar="N",
+    add("--save-interval", dest="save_every", type=count0, default=100, metavar="N",
         help="steps between two checkpoints; 0: save only at the end")
-    add("--keep", type=count, default=2, metavar="K", help="number of checkpoints to keep")
+    add("--keep-latest", dest="keep", type=count, default=2, metavar="K",
+        help="number of checkpoints to keep")
     add("--resume", action="store_true", help="continue from the newest checkpoint, in any layout; "
         "options of the model, data and optimizer default to the checkpoint's")
-    add("--stop-after", type=count, metavar="N",
-        help="save and exit after step N (default: after --steps)")
-    add("--export", metavar="DIR",
-        help="with --resume: write the checkpoint as a Hugging Face folder, and exit")
-
-    add = p.add_argument_group("dry run").add_argument
-    add("--dry-run", action="store_true",
-        help="count what one rank of a run stores, sends and computes in a step, and exit")
-    add("--world-size", type=count, metavar="N", help="number of ranks of the dry run")
-    add("--rank", type=count0, metavar="R", help="rank to count (default: 0)")
-    add("--all-ranks", action="store_true",
-        help="count every rank, and check that their communication matches")
+    rare(add, "--stop-after", type=count, metavar="N",
+         help="save and exit after step N (default: after --steps)")
     # fmt: on
+    for old, new in RENAMED.items():
+        action = copy.copy(p._option_string_actions[new])
+        action.option_strings, action.help = [old], argparse.SUPPRESS
+        p._add_action(action)
+    p.add_argument("--help-all", action=HelpAll, nargs=0, help=argparse.SUPPRESS)
+    p.epilog = f"--help-all also explains {', '.join(sorted(left_out))}."
     return p
 
 
@@ -199,8 +301,8 @@ def parser() -> Parser:
 
 
 def flag(name: str) -> str:
-    """The option that sets an attribute of args: "--zero-shard-size" sets "zero_shard_size"."""
-    return f"--{name.replace('_', '-')}"
+    """The option that sets an attribute of args: "--grad-clip" sets "clip"."""
+    return next(a.option_strings[0] for a in parser()._actions if a.dest == name)
 
 
 def require_multiple(
@@ -236,6 +338,8 @@ def check(
 
     t, p, b = args.tp, args.pp, args.micro_batch_size
     remedy = f"start a multiple of {t * p} ranks (torchrun --nproc-per-node)"
+    if "world_size" in args:  # tools/plan/dry_run.py
+        remedy = f"give a --world-size that is a multiple of {t * p}"
     require_multiple("world size", world_size, f"--tp {t} x --pp {p}", t * p, remedy)
     d, k, nodes = world_size // (t * p), args.zero_shard_size, args.dp_nodes
     require_multiple("--n-embd", config.n_embd, f"--n-head {config.n_head}", config.n_head)
@@ -253,15 +357,11 @@ def check(
         ("dp_nodes", args.zero == 0, "--zero 0"),
         ("grad_dtype", args.dtype == "bf16", "--dtype bf16"),
         ("reduce_dtype", args.dtype == "bf16", "--dtype bf16"),
-        ("world_size", args.dry_run, "--dry-run"),
-        ("rank", args.dry_run, "--dry-run"),
-        ("all_ranks", args.dry_run, "--dry-run"),
     ):
         value = getattr(args, name)
         if value != default(name) and not accepted:
-            raise ValueError(
-                f"{flag(name)} {value} needs {needed}: give that too, or leave out {flag(name)}"
-            )
+            given = flag(name) if value == 0 else f"{flag(name)} {value}"  # 0: a switch
+            raise ValueError(f"{given} needs {needed}: give that too, or leave out {flag(name)}")
     if args.compile and args.recompute == "offload":
         raise ValueError(
             "--compile with --recompute offload: compiled kernels expect saved tensors in their "
@@ -278,17 +378,23 @@ def check(
 
 
 def make_schedule(args: argparse.Namespace, m: int) -> schedules.Schedule:
-    """The schedule of --schedule and --chunks for m microbatches. Raises ValueError."""
+    """The schedule of --schedule and --virtual-stages for m microbatches. Raises ValueError."""
     name, chunks = args.schedule, args.chunks
     if name not in schedules.SCHEDULES:
         if chunks:
-            raise ValueError(f"--chunks {chunks} with a schedule from a file: leave out --chunks")
-        return schedules.read_schedule(name, args.pp, m)
+            raise ValueError(
+                f"--virtual-stages {chunks} with a schedule from a file: leave out --virtual-stages"
+            )
+        try:
+            return schedules.read_schedule(name, args.pp, m)
+        except ValueError as error:
+            hint = "" if os.path.exists(name) else did_you_mean(name, schedules.SCHEDULES)
+            raise ValueError(f"{error}{hint}") from None
     expected = {"interleaved": chunks or 2, "zb-v": 2}.get(name, 1)
     if chunks not in (None, expected):
         raise ValueError(
-            f"--chunks {chunks} with --schedule {name}, which has {expected} per rank: leave out "
-            "--chunks, or give --schedule interleaved"
+            f"--virtual-stages {chunks} with --schedule {name}, which has {expected} per rank: "
+            "leave out --virtual-stages, or give --schedule interleaved"
         )
     return schedules.SCHEDULES[name](args.pp, m, expected)
 
@@ -338,7 +444,7 @@ def parse_args(
     With --resume, options of RUN and SIZES that are not given have the values of the newest
     checkpoint. Raises ValueError."""
     args = parser().parse_args(argv)
-    folder = args.checkpoint_dir or ("checkpoints" if args.resume or args.export else None)
+    folder = args.checkpoint_dir or ("checkpoints" if args.resume else None)
     found, wrong = [], []
     try:
         if folder:
@@ -353,10 +459,11 @@ def parse_args(
             f"--checkpoint-dir {folder} already contains {found[0].path.name}: give --resume to "
             "continue that run, or another directory to start a new one"
         )
-    if args.export and not found:
-        raise ValueError("--export writes a checkpoint in another format: give --resume too")
     if found:
         saved, completed = found[0].about, parser()
+        recorded = saved["arguments"]
+        if recorded["warmup_steps"] is None:  # in older checkpoints: a tenth of the steps
+            recorded["warmup_steps"] = max(1, recorded["steps"] // 10)
         # --model sets all sizes, so the saved ones are not used.
         values = saved["arguments"] | ({} if args.model else saved["sizes"])
         completed.set_defaults(**values)
@@ -364,6 +471,8 @@ def parse_args(
             completed.set_defaults(grad_dtype=None, reduce_dtype=None)  # these apply to bf16 only
         args = completed.parse_args(argv)
     args.checkpoint_dir = folder
+    if args.warmup_steps is None:  # checkpoints record the number
+        args.warmup_steps = gpt.default_warmup(args.steps)
     return args, found, wrong
 
 

@@ -209,7 +209,8 @@ def split_layers(n_layer: int, n_stages: int, first: float = 0, last: float = 0)
     ValueError if there are more stages than blocks."""
     if n_stages > n_layer:
         raise ValueError(
-            f"{n_stages} stages for {n_layer} blocks: lower --pp or --chunks, or raise --n-layer"
+            f"{n_stages} stages for {n_layer} blocks: lower --pp or --virtual-stages, or raise "
+            "--n-layer"
         )
     cost, blocks = [1.0] * n_stages, [1] * n_stages
     cost[0] += first

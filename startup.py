@@ -3,15 +3,21 @@
     device, line = pick_device("auto")      cuda if every local rank has its own GPU, else cpu
     join_ranks(device)                      the default process group, from torchrun's environment
     check_same(vars(args))                  all ranks must have the same arguments and data
+    with stop_signals(stop): ...            the first Ctrl-C calls stop(), the second ends the rank
 
 Without torchrun, the process is the only rank. Local ranks are the ranks on one node.
 """
 
+import contextlib
 import datetime
 import os
 import re
+import signal
 import socket
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -135,3 +141,44 @@ def check_same(values: dict) -> None:
         )
     dist.barrier()  # torchrun stops all ranks when one exits, so rank 0 must print first
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM calls `stop`, in another thread. The next one ends this process
+    at once, with exit code 128 + its number.
+
+    Python runs signal handlers in the main thread, and none while that thread is in a kernel, which
+    can take minutes. But its C handler writes the number of each signal to a pipe, which a thread
+    reads here. After Ctrl-C, torchrun sends SIGINT to ranks that have already received it from the
+    terminal. So under torchrun, signals within a second of the first are ignored."""
+    numbers, waiting = (signal.SIGINT, signal.SIGTERM), [stop]
+    ignored = 1.0 if dist.is_torchelastic_launched() else 0.0  # seconds
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] not in numbers:
+                continue
+            if waiting:
+                since = time.monotonic()
+                waiting.pop()()
+            elif time.monotonic() - since >= ignored:
+                os._exit(128 + number[0])
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    signal.set_wakeup_fd(writer)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)  # without a handler, nothing is written
+    try:
+        yield
+    finally:
+        if waiting:  # otherwise the process is about to end, and the next signal still ends it
+            for number in numbers:
+                signal.signal(number, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
+            os.close(writer)
+            thread.join()
+            os.close(reader)

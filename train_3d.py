@@ -39,8 +39,7 @@ step, m = global batch size / (d * b). Gradients accumulate over the m microbatc
 different stages work on different microbatches at the same time.
 
     python train_3d.py                                                          one process
-    torchrun --standalone --nproc-per-node 8 -- train_3d.py --tp 2 --pp 2 --zero 1
-    (`--` is needed with --log, which torchrun would take for an abbreviation of its --log-dir.)
+    torchrun --standalone --nproc-per-node 8 train_3d.py --tp 2 --pp 2 --zero 1
 
 Narayanan et al. 2021, Megatron-LM on GPU clusters (arXiv 2104.04473), sections 2 and 3.
 """
@@ -51,8 +50,6 @@ import datetime
 import functools
 import gc
 import os
-import runpy
-import signal
 import sys
 from collections.abc import Callable
 
@@ -396,7 +393,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, read: Callable) -> Tensor:
-        """Mean loss over --val-batches global batches, equal on all ranks. read: see Trainer."""
+        """Mean loss over --eval-iters global batches, equal on all ranks. read: see Trainer."""
         program = self.forward_program(self.m)
         self.model.eval()
         loss = sum(self._run(program, read, index) for index in range(self.args.val_batches))
@@ -454,62 +451,63 @@ def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoin
     trace = measure.Trace(device) if args.trace else None
     if trace:
         trainer.watch(trace)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: setattr(trainer, "stop_requested", True))
-    # A signal on any rank stops all ranks after the same step. The stop requests of a step are
-    # copied to the host asynchronously, and read after the next step has been launched. So the
-    # device always has work queued. The event `copied` marks the end of the copy.
+    # A signal on any rank stops all ranks after the same step: each step sums the stop requests of
+    # all ranks. They are copied to the host asynchronously, and read after the next step has been
+    # launched. So a GPU always has work queued. The event `copied` marks the end of the copy.
     stop_requests, copied = torch.zeros(()), torch.get_device_module(device).Event()
+
+    def stop() -> None:
+        trainer.stop_requested = True
+        logger.say("stopping after this step; again to quit now")
+
     gc.freeze()  # exclude existing objects from garbage collection: scanning them takes time
     end, stopped = logger.end, False
-    logger.start()
-    for step in range(first, end):
-        stats = trainer.step(step)
-        logger.step(step, stats, trainer.learning_rate(step))
-        done = step + 1  # completed steps
-        last = done == end
-        if not last:
-            copied.synchronize()  # the stop requests of the step before this one
-            stopped = last = stop_requests.item() > 0
-            stop_requests = stats[2].to("cpu", non_blocking=True)  # into pinned memory
-            copied.record()
-        if args.val_every and (done % args.val_every == 0 or done == args.steps):
-            logger.flush()
-            val_loss = trainer.validate(read_held_out)
-            logger.validation(step, val_loss)
-        if disk:
-            if last or (args.save_every and done % args.save_every == 0):
-                logger.flush()  # the log then has every step that the checkpoint includes
-                slices, numbers = trainer.state_to_save()
-                disk.save(done, slices, run | {"optimizer": numbers})
-            if last:
-                disk.wait()
-            for result in disk.completed():
-                logger.saved(result)
-        if stopped:
-            logger.flush()
-            logger.say(f"stopped by a signal after step {done}")
-            break
+    with startup.stop_signals(stop):
+        logger.start()
+        for step in range(first, end):
+            stats = trainer.step(step)
+            logger.step(step, stats, trainer.learning_rate(step))
+            done = step + 1  # completed steps
+            last = done == end
+            if not last:
+                if device.type == "cpu":
+                    stop_requests = stats[2]  # of this step: nothing is queued
+                copied.synchronize()  # otherwise of the step before this one
+                stopped = last = stop_requests.item() > 0
+                stop_requests = stats[2].to("cpu", non_blocking=True)  # into pinned memory
+                copied.record()
+            if args.val_every and (done % args.val_every == 0 or done == args.steps):
+                logger.flush()
+                val_loss = trainer.validate(read_held_out)
+                logger.validation(step, val_loss)
+            if disk:
+                if last or (args.save_every and done % args.save_every == 0):
+                    logger.flush()  # the log then has every step that the checkpoint includes
+                    slices, numbers = trainer.state_to_save()
+                    disk.save(done, slices, run | {"optimizer": numbers})
+                if last:
+                    disk.wait()
+                for result in disk.completed():
+                    logger.saved(result)
+            if stopped:
+                logger.flush()
+                logger.say(f"stopped by a signal after step {done}")
+                break
+        if trace:
+            pp, dp, tp = trainer.pp_rank, trainer.dp_group.rank(), trainer.tp_group.rank()
+            trace.write(args.trace, f"pp {pp}, dp {dp}, tp {tp}")
+            command = f"python -m tools.plan.bubble {args.trace}"
+            logger.say(f"--trace: wrote {args.trace}. To measure the bubble, run: {command}")
     if first >= end:
         logger.say(f"nothing to train: the run is at step {first} and ends at step {end}")
-    if trace:
-        pp, dp, tp = trainer.pp_rank, trainer.dp_group.rank(), trainer.tp_group.rank()
-        trace.write(args.trace, f"pp {pp}, dp {dp}, tp {tp}")
-        command = f"python -m tools.plan.bubble {args.trace}"
-        logger.say(f"--trace: wrote {args.trace}. To measure the bubble, run: {command}")
     if args.sample and not stopped:
         logger.say(generate.sample_text(trainer, held_out))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # the handlers above keep the trainer alive
     if val_loss is not None and not stopped:
         logger.say(f"val loss {val_loss.item():.2f}")
     return disk is None or disk.failed is None
 
 
 def main() -> None:
-    if "--dry-run" in sys.argv:  # before parse_args(): it parses the options itself
-        runpy.run_module("tools.plan.dry_run", run_name="__main__")
-        return
     try:
         # Checks that need no communication.
         args, found, notes = options.parse_args()
@@ -518,18 +516,13 @@ def main() -> None:
         config = options.check(args, world_size, source)
         if found:
             notes += options.compare(options.run_of(args, config), found[0].about)
-        if args.export:
-            if world_size > 1:
-                raise ValueError(f"--export runs in one process, but WORLD_SIZE is {world_size}")
-            startup.join_ranks(torch.device("cpu"), args.timeout)
-            return huggingface.export_gpt2(found, args.export, dist.group.WORLD)
         device, device_line = startup.pick_device(args.device)
         corpus = data.load(args.data, config.seq_len, config.vocab_size)
-        startup.check_writable("--log", args.log)
+        startup.check_writable("--metrics", args.log)
         startup.check_writable("--trace", args.trace)
         checkpoint.check_writable(args.checkpoint_dir)
         peak = args.peak_tflops or startup.peak_tflops(device, args.dtype)
-        logger = Logger(args, config, world_size, peak, append=bool(found))
+        logger = Logger(args, config, world_size, peak, bool(found), device)
     except ValueError as error:
         options.parser().error(str(error))
     for line in (device_line, *notes, *options.describe(args, config, world_size, device)):

@@ -24,14 +24,14 @@ torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: each child m
 ROOT = Path(__file__).parent.parent
 TINY = (
     "--n-layer 2 --n-head 2 --n-embd 16 --seq-len 16 --global-batch-size 8 --micro-batch-size 2 "
-    "--steps 4 --dtype float64 --val-batches 2 --device cpu"
+    "--steps 4 --dtype float64 --eval-iters 2 --device cpu"
 ).split()
 
 
 def command_line(ranks: int, *script) -> list[str]:
-    """0 ranks: plain. The lone -- keeps torchrun from reading our --log as its own --log-dir."""
+    """0 ranks: plain."""
     launcher = "-m torch.distributed.run --standalone --nproc-per-node".split()
-    return [sys.executable, *((*launcher, str(ranks), "--") if ranks else ()), *map(str, script)]
+    return [sys.executable, *((*launcher, str(ranks)) if ranks else ()), *map(str, script)]
 
 
 def environment() -> dict[str, str]:

@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import checkpoint
+import checkpoint_dcp
 import gpt
 import huggingface
 import measure
@@ -39,6 +41,7 @@ from tests.commands import (
     until,
 )
 from tests.test_train_3d import text  # noqa: F401
+from tools import convert
 from tools.verify.fuzz import draw_resume
 from tools.verify.oracle import STEPS, Case, judge, launch, reader, trainer_of
 
@@ -347,7 +350,7 @@ def test_metadata_of_another_python(saves):
     good = (Path(saves) / "step-2" / ".metadata").read_bytes()
     older = as_python_3_11_2_writes(pickle.loads(good))
     assert b"getattr" in older
-    assert checkpoint.MetadataUnpickler(io.BytesIO(older)).load() == pickle.loads(good)
+    assert checkpoint_dcp.MetadataUnpickler(io.BytesIO(older)).load() == pickle.loads(good)
 
 
 class Named:
@@ -359,7 +362,7 @@ class Named:
 
 def test_metadata_takes_nothing_else_by_its_name():
     with pytest.raises(pickle.UnpicklingError, match="which no checkpoint contains"):
-        checkpoint.MetadataUnpickler(io.BytesIO(pickle.dumps(Named()))).load()
+        checkpoint_dcp.MetadataUnpickler(io.BytesIO(pickle.dumps(Named()))).load()
 
 
 class Hostile:
@@ -383,7 +386,7 @@ def test_a_hostile_checkpoint_runs_no_code(saves, tmp_path):
     def sign() -> None:
         about = json.loads((path / "checkpoint.json").read_text())
         del about["crc"]
-        about["files"] = {name: checkpoint._size_and_crc(path / name) for name in about["files"]}
+        about["files"] = {name: checkpoint.size_and_crc(path / name) for name in about["files"]}
         (path / "checkpoint.json").write_text(
             json.dumps(about | {"crc": checkpoint._crc_of(about)})
         )
@@ -457,7 +460,7 @@ def trained_during_a_save(case: Case, folder: str) -> bool:
     """The state is what it was at save(), though the disk is slow and two steps come meanwhile."""
     args = options.parser().parse_args(case.arguments())
     trainer = train_3d.Trainer(args, options.check(args, 2), reader(case), torch.device("cpu"))
-    write, training, waited = checkpoint.Writer.write_data, threading.Event(), []
+    write, training, waited = checkpoint_dcp.Writer.write_data, threading.Event(), []
 
     def slow(*args):
         start = time.perf_counter()
@@ -465,7 +468,7 @@ def trained_during_a_save(case: Case, folder: str) -> bool:
         waited.append(time.perf_counter() - start)
         return write(*args)
 
-    checkpoint.Writer.write_data = slow
+    checkpoint_dcp.Writer.write_data = slow
     trainer.step(0)
     mine, numbers = trainer.state_to_save()
     then = [r.tensor.clone() for r in mine]
@@ -530,16 +533,16 @@ def test_a_run_in_three_parts_and_three_layouts(text, tmp_path):  # noqa: F811
     """--stop-after, another layout, a damaged newest checkpoint, the end; what makes the run is
     not given again. Then there is nothing left to do."""
     plain, log, folder = tmp_path / "plain", tmp_path / "log", tmp_path / "saves"
-    base = ["--data", text, "--steps", 6, "--val-every", 0, "--print-every", 1]
-    assert forked(0, train_3d.main, *TINY, *base, "--log", plain).returncode == 0
-    keep = ["--checkpoint-dir", folder, "--save-every", 1, "--log", log]
+    base = ["--data", text, "--steps", 6, "--eval-interval", 0, "--log-interval", 1]
+    assert forked(0, train_3d.main, *TINY, *base, "--metrics", plain).returncode == 0
+    keep = ["--checkpoint-dir", folder, "--save-interval", 1, "--metrics", log]
     ranks = ["--tp", 2, "--pp", 2, "--stop-after", 3]
     first = forked(4, train_3d.main, *TINY, *base, *keep, *ranks)
     assert first.returncode == 0 and sorted(os.listdir(folder)) == ["step-2", "step-3"], first
     assert len(re.findall(r"^step +\d/6  saved  .* MB in .* training paused for \d+ ms$",
                           first.stdout, re.MULTILINE)) == 3  # fmt: skip
     truncate(folder / "step-3" / "__2_0.distcp")
-    here = ["--device", "cpu", "--micro-batch-size", 1, "--val-every", 0, "--print-every", 1]
+    here = ["--device", "cpu", "--micro-batch-size", 1, "--eval-interval", 0, "--log-interval", 1]
     keep.append("--resume")
     rest = forked(2, train_3d.main, *here, *keep, "--zero", 3, "--recompute", "full")
     assert rest.returncode == 0, rest.stderr
@@ -550,7 +553,7 @@ def test_a_run_in_three_parts_and_three_layouts(text, tmp_path):  # noqa: F811
     for row in read_log(log):
         if "loss" in row:
             seen.setdefault(row["step"], []).append((row["loss"], row["grad_norm"]))
-    assert [len(seen[step]) for step in range(6)] == [1, 1, 2, 1, 1, 1]
+    assert [len(seen[step]) for step in range(1, 7)] == [1, 1, 2, 1, 1, 1]
     for step, rows in seen.items():
         for row in rows:
             assert row == pytest.approx(expected[step], rel=1e-12, abs=0)
@@ -567,8 +570,8 @@ def test_a_run_in_three_parts_and_three_layouts(text, tmp_path):  # noqa: F811
 def test_a_signal_ends_the_run_saved(ranks, number, to, text, tmp_path):  # noqa: F811
     """torchrun passes the signal on, and returns 1 itself. One rank alone tells the others."""
     folder = tmp_path / "saves"
-    flags = [*TINY, "--data", text, "--steps", 100_000, "--val-every", 0, "--print-every", 1,
-             "--checkpoint-dir", folder, "--save-every", 0,
+    flags = [*TINY, "--data", text, "--steps", 100_000, "--eval-interval", 0, "--log-interval", 1,
+             "--checkpoint-dir", folder, "--save-interval", 0,
              "--trace", tmp_path / "trace"]  # fmt: skip
     if to == "torchrun":
         out, errors, code = signalled_under_torchrun(ranks, number, *flags)
@@ -593,7 +596,7 @@ def test_a_signal_during_a_save_ends_the_run_saved(text, tmp_path):  # noqa: F81
 
     def before() -> None:
         rank = os.environ["RANK"]
-        write, install, came = checkpoint.Writer.write_data, signal.signal, threading.Event()
+        write, install, came = checkpoint_dcp.Writer.write_data, signal.signal, threading.Event()
 
         def write_data(*args):
             (tmp_path / f"writes-{rank}").touch()
@@ -603,10 +606,10 @@ def test_a_signal_during_a_save_ends_the_run_saved(text, tmp_path):  # noqa: F81
         def install_both(number, handler):
             install(number, lambda *args: (handler(*args), came.set()))
 
-        checkpoint.Writer.write_data, signal.signal = write_data, install_both
+        checkpoint_dcp.Writer.write_data, signal.signal = write_data, install_both
 
-    flags = [*TINY, "--data", text, "--steps", 100_000, "--val-every", 0, "--keep", 9,
-             "--checkpoint-dir", folder, "--save-every", 1]  # fmt: skip
+    flags = [*TINY, "--data", text, "--steps", 100_000, "--eval-interval", 0, "--keep-latest", 9,
+             "--checkpoint-dir", folder, "--save-interval", 1]  # fmt: skip
     with Forked(2, train_3d.main, *flags, before=before) as job:
         until(lambda: all((tmp_path / f"writes-{rank}").exists() for rank in range(2)))
         assert os.listdir(folder) == ["tmp-step-1"]
@@ -633,7 +636,7 @@ def signalled_under_torchrun(ranks: int, number: int, *flags) -> tuple[str, str,
 
 def test_a_run_with_bf16_gradients_resumes_in_float32(text, tmp_path):  # noqa: F811
     """--grad-dtype and --reduce-dtype belong to bf16 and are not taken over."""
-    flags = [*TINY, "--data", text, "--val-every", 0, "--checkpoint-dir", tmp_path / "saves"]
+    flags = [*TINY, "--data", text, "--eval-interval", 0, "--checkpoint-dir", tmp_path / "saves"]
     bf16 = ["--dtype", "bf16", "--grad-dtype", "bf16", "--reduce-dtype", "float32"]
     assert forked(0, train_3d.main, *flags, *bf16, "--stop-after", 2).returncode == 0
     rest = forked(0, train_3d.main, *flags, "--resume", "--dtype", "float32")
@@ -644,7 +647,7 @@ def test_a_run_with_bf16_gradients_resumes_in_float32(text, tmp_path):  # noqa: 
 
 
 def test_a_hung_collective_ends_with_its_name(text):  # noqa: F811
-    flags = "--steps 100000 --tp 2 --val-every 0 --print-every 1 --timeout 3 --data".split()
+    flags = "--steps 100000 --tp 2 --eval-interval 0 --log-interval 1 --timeout 3 --data".split()
     with Forked(2, train_3d.main, *TINY, *flags, text) as job:
         job.until("step ")
         os.kill(job.pids[1], signal.SIGSTOP)
@@ -712,12 +715,12 @@ def test_our_gpt2_is_theirs_again(theirs, text, tmp_path):  # noqa: F811
     model, folder = theirs
     for lr in ("0", "1e-2"):
         saves, out = tmp_path / f"saves {lr}", tmp_path / f"out {lr}"
-        flags = ["--data", text, "--device", "cpu", "--val-every", 0, "--lr", lr, "--steps", 2,
+        flags = ["--data", text, "--device", "cpu", "--eval-interval", 0, "--lr", lr, "--steps", 2,
                  "--global-batch-size", 4, "--micro-batch-size", 1]  # fmt: skip
         layout = ["--tp", 2, "--pp", 2, "--schedule", "zb-h1", "--checkpoint-dir", saves]
         result = forked(4, train_3d.main, *flags, *layout, "--init-from", folder)
         assert result.returncode == 0, result.stderr
-        result = forked(0, train_3d.main, "--resume", "--checkpoint-dir", saves, "--export", out)
+        result = forked(0, convert.main, "--checkpoint-dir", saves, "--out", out)
         assert result.returncode == 0, result.stderr
         again = transformers.GPT2LMHeadModel.from_pretrained(out).eval()
         assert again.dtype == torch.float32
@@ -727,6 +730,24 @@ def test_our_gpt2_is_theirs_again(theirs, text, tmp_path):  # noqa: F811
         else:
             assert not torch.equal(again.lm_head.weight, model.lm_head.weight)
             assert launch(1, logits_differ_by, str(saves), again)[0] < 1e-5
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--checkpoint-dir /no/such --out x", "/no/such does not exist: there is no checkpoint"),
+    ("--checkpoint-dir {saves} --out x", "tools.convert needs a package: pip install safetensors"),
+])  # fmt: skip
+def test_what_cannot_be_converted(flags, message, text, tmp_path):  # noqa: F811
+    saves = tmp_path / "saves"
+    run = ["--data", text, "--eval-interval", 0, "--checkpoint-dir", saves]
+    assert forked(0, train_3d.main, *TINY, *run).returncode == 0
+
+    def before() -> None:
+        sys.modules["safetensors"] = None
+
+    done = forked(0, convert.main, *flags.format(saves=saves).split(), before=before)
+    assert done.returncode == 2 and done.stdout == "", done
+    assert done.stderr.startswith(f"tools.convert: error: {message}"), done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def logits_differ_by(saves: str, theirs) -> float:

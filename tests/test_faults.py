@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import checkpoint
+import checkpoint_dcp
 import gpt
 import options
 import pipeline
@@ -28,7 +28,7 @@ import zero
 from tests.commands import ROOT, TINY, Forked, command_line, environment, free_port, until
 from tools.bench import hosts
 
-ENDLESS = [*TINY, "--steps", 100_000, "--val-every", 0, "--print-every", 1, "--timeout", 30]
+ENDLESS = [*TINY, "--steps", 100_000, "--eval-interval", 0, "--log-interval", 1, "--timeout", 30]
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +113,9 @@ RECEIVE = lost("recv", "all ranks", "pipeline.py", "_take")
         ),
         pytest.param("--zero 3", die_at(zero, "all_gather", 22, after=True), [GATHER, SCATTER],
                      id="under ZeRO-3"),
-        pytest.param("--save-every 3", die_at(checkpoint.Writer, "write_data", 2),
+        pytest.param("--save-interval 3", die_at(checkpoint_dcp.Writer, "write_data", 2),
                      [COUNT, BUCKET, STATS], id="in a save"),
-        pytest.param("--val-every 2", die_at(train_3d.Trainer, "validate", 2), [COUNT],
+        pytest.param("--eval-interval 2", die_at(train_3d.Trainer, "validate", 2), [COUNT],
                      id="in validation"),
     ],
 )  # fmt: skip
@@ -293,7 +293,7 @@ def test_torchrun_with_a_port_that_is_taken(text):
         other.listen()
         port = other.getsockname()[1]
         line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                f"--master-port={port}", "--", "train_3d.py", *TINY, "--data", str(text)]
+                f"--master-port={port}", "train_3d.py", *TINY, "--data", str(text)]
         result = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True,
                                 timeout=60)  # fmt: skip
     assert result.returncode != 0 and "in use" in result.stderr and str(port) in result.stderr

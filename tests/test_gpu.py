@@ -203,7 +203,7 @@ def test_mfu_of_a_run(tmp_path, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     path = tmp_path / "log"
-    args = options.parser().parse_args(["--log", str(path), "--steps", "1"])
+    args = options.parser().parse_args(["--metrics", str(path), "--steps", "1"])
     config = gpt.MODELS["nano"]
     tokens = args.global_batch_size * config.seq_len
     tflop = 3e-12 * tokens * gpt.forward_flops_per_token(config)
@@ -219,7 +219,7 @@ def test_mfu_of_a_run(tmp_path, monkeypatch):
 
 def test_the_ranks_share_the_flops(tmp_path):
     log = tmp_path / "log"
-    done = forked(2, train_3d.main, *TINY, "--tp", 2, "--log", log, "--peak-tflops", 1)
+    done = forked(2, train_3d.main, *TINY, "--tp", 2, "--metrics", log, "--peak-tflops", 1)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     args = options.parser().parse_args(TINY)

@@ -78,11 +78,11 @@ def test_slurm_passes_only_flags_that_torchrun_of_torch_2_11_has(tmp_path):
     line = [str(ROOT / "tools/slurm.sh"), "--tp", "2"]
     done = subprocess.run(line, env=environment | own, capture_output=True, text=True)
     first, *words = done.stdout.splitlines()
-    flags = words[words.index("torch.distributed.run") + 1 : words.index("--")]
+    flags = words[words.index("torch.distributed.run") + 1 : words.index("train_3d.py")]
     names = {word for word in flags if word.startswith("--")}
     assert first == "timeout 240" and "--max-restarts" in names, done
     assert names <= set(TORCHRUN_2_11), names - set(TORCHRUN_2_11)
-    args = torch.distributed.run.parse_args([*flags, "--", "train_3d.py", "--tp", "2"])
+    args = torch.distributed.run.parse_args([*flags, "train_3d.py", "--tp", "2"])
     assert args.training_script == "train_3d.py" and args.nnodes == "2"
 
 
@@ -96,7 +96,7 @@ def test_what_slurm_gives_each_task(tmp_path):
     own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": str(os.getpid()),
            "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "localhost,other", "NPROC": "2",
            "PYTHON": sys.executable, "SCRIPT": str(tmp_path / "task.py")}  # fmt: skip
-    line = [str(ROOT / "tools/slurm.sh"), "--tp", "2", "--log", "run.jsonl"]
+    line = [str(ROOT / "tools/slurm.sh"), "--tp", "2", "--metrics", "run.jsonl"]
     done = subprocess.run(line, cwd=ROOT, env=os.environ | own, capture_output=True, text=True,
                           timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -112,4 +112,4 @@ def test_what_slurm_gives_each_task(tmp_path):
         assert task["MASTER_PORT"] == tasks[0]["MASTER_PORT"]
         assert task["TORCHELASTIC_MAX_RESTARTS"] == "3"
         assert task["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
-        assert task["argv"] == ["--tp", "2", "--log", "run.jsonl"]
+        assert task["argv"] == ["--tp", "2", "--metrics", "run.jsonl"]

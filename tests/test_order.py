@@ -35,8 +35,8 @@ LAYOUTS = [
 
 def queues(case: Case, step: int = 1, **seams) -> list[dry_run.Queue]:
     """Of all ranks, in a step. In step 0, DDP sends all buckets at the end."""
-    flags = ["--dry-run", f"--world-size={case.world_size}", *case.arguments()]
-    args = options.parser().parse_args(flags)
+    flags = [f"--world-size={case.world_size}", *case.arguments()]
+    args = dry_run.parser().parse_args(flags)
     config = options.check(args, case.world_size)
     if not case.zero:
         small = functools.partial(dry_run.Alone, bucket_bytes=case.bucket_bytes)
@@ -126,7 +126,7 @@ def test_the_strictest_network(queues, said):
 
 def test_a_dry_run_of_all_ranks_executes_their_queues(monkeypatch, capsys):
     flags = "--n-layer 2 --n-embd 8 --n-head 2 --global-batch-size 4 --micro-batch-size 1 --pp 2"
-    command = ["x", "--dry-run", "--world-size", "4", "--all-ranks", *flags.split()]
+    command = ["x", "--world-size", "4", "--all-ranks", *flags.split()]
     monkeypatch.setattr(sys, "argv", command)
     dry_run.main()
     assert "every queue completes" in capsys.readouterr().out

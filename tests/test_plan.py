@@ -15,7 +15,6 @@ import activation_ckpt
 import gpt
 import options
 import schedules
-import train_3d
 from tests.commands import forked
 from tools.plan import calibrate, cost, dry_run, plan, published
 from tools.plan.cost import HARDWARE, Layout
@@ -133,9 +132,9 @@ def test_a_dry_run_of_each_of_8_ranks_is_the_real_run(case):
 
 
 def test_the_dry_run_of_a_rank_of_3072():
-    flags = ("--dry-run --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --zero 1 "
+    flags = ("--world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --zero 1 "
              "--global-batch-size 48 --micro-batch-size 1").split()  # fmt: skip
-    done = forked(0, train_3d.main, *flags)
+    done = forked(0, dry_run.main, *flags)
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
     assert "stage 32 (2 blocks); 8 microbatches" in done.stdout and "differs" not in done.stdout
     assert re.search(r"send to rank 1584: 8\n", done.stdout)
@@ -144,7 +143,7 @@ def test_the_dry_run_of_a_rank_of_3072():
 def test_a_difference_is_marked_and_is_the_exit_code(monkeypatch, capsys):
     monkeypatch.setattr(dry_run, "predicted_flops", lambda trainer: 1)
     flags = "--n-layer 1 --n-embd 8 --n-head 1 --global-batch-size 1 --micro-batch-size 1"
-    monkeypatch.setattr(sys, "argv", ["x", "--dry-run", *flags.split()])
+    monkeypatch.setattr(sys, "argv", ["x", *flags.split()])
     with pytest.raises(SystemExit) as end:
         dry_run.main()
     assert end.value.code == 1
@@ -152,18 +151,18 @@ def test_a_difference_is_marked_and_is_the_exit_code(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--dry-run --world-size 16 --all-ranks",
-     "--all-ranks with --world-size 16: it supports at most 8"),
-    ("--dry-run --world-size 8 --rank 8", "--rank 8 with --world-size 8: give 0 to 7"),
-    ("--dry-run --world-size 8 --tp 3", "world size 8 is not divisible by --tp 3"),
-    ("--dry-run --recompute offload", "meta tensors cannot be offloaded: use another policy"),
-    ("--world-size 8", "--world-size 8 needs --dry-run: give"),
-    ("--rank 0", "--rank 0 needs --dry-run: give"),
+    ("--world-size 16 --all-ranks", "--all-ranks with --world-size 16: it supports at most 8"),
+    ("--world-size 8 --rank 8", "--rank 8 with --world-size 8: give 0 to 7"),
+    ("--world-size 8 --tp 3", "world size 8 is not divisible by --tp 3 x --pp 1: give a "
+     "--world-size that is a multiple of 3"),
+    ("--recompute offload", "meta tensors cannot be offloaded: use another policy"),
+    ("--world-siz 8", "unrecognized arguments: --world-siz 8; did you mean --world-size?"),
 ])  # fmt: skip
 def test_dry_runs_that_cannot_be(flags, message):
-    done = forked(0, train_3d.main, *flags.split())
+    done = forked(0, dry_run.main, *flags.split())
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and message in line and line.startswith("train_3d.py: error: ")
+    assert done.returncode == 2 and message in line
+    assert line.startswith("tools.plan.dry_run: error: ")
 
 
 # --- the cost model -------------------------------------------------------------------------------
@@ -409,6 +408,7 @@ def test_hardware_from_a_file(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ("--hardware a100", "--hardware a100 is not one of v100-32, a100-40, a100-80, h100-80"),
+    ("--hardware h100", "; did you mean h100-80?"),
     ("--gpus 0", "--gpus"), ("--global-batch-size 7 --gpus 1024", "--global-batch-size 7: no d"),
     ("--tp 5 --gpus 16", "16 is not divisible by --tp 5"), ("--tp 16", "more than the 8 GPUs"),
     ("--model gpt2 --n-head 10 --tp 4 --n-embd 640", "--n-head 10 is not divisible by --tp 4"),

@@ -136,7 +136,7 @@ def test_a_save_after_a_step_with_an_infinite_gradient_holds_the_state_before_it
 
 
 def test_the_logger_says_that_an_update_was_skipped(tmp_path, capsys):
-    flags = ["--log", str(tmp_path / "log"), "--steps", "3", "--print-every", "3"]
+    flags = ["--metrics", str(tmp_path / "log"), "--steps", "3", "--log-interval", "3"]
     logger = Logger(options.parser().parse_args(flags), gpt.MODELS["nano"])
     logger.start()
     for step, norm in enumerate((1.0, math.inf, math.nan)):
@@ -376,7 +376,8 @@ def test_a_corpus_shorter_than_the_run(tmp_path):
     runs = []
     for ranks, flags in ((0, ""), (0, ""), (4, "--tp 2 --zero 1")):
         log = tmp_path / f"log{len(runs)}"
-        line = [*TINY, "--steps", 12, "--val-every", 6, "--lr", 0.01, "--data", path, "--log", log]
+        line = [*TINY, "--steps", 12, "--eval-interval", 6, "--lr", 0.01, "--data", path]
+        line += ["--metrics", log]
         done = forked(ranks, train_3d.main, *line, *flags.split())
         assert done.returncode == 0, done.stderr
         keys = ("loss", "grad_norm", "val_loss")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import checkpoint_dcp
 import ddp
 import options
 import train_3d
@@ -201,8 +202,8 @@ def save_twice(folder: str) -> None:
         waits.clear()
     assert disk.failed is None, disk.failed
     plain = [r._replace(tensor=r.tensor.clone()) for r in mine]
-    dcp.save({}, storage_writer=checkpoint.Writer(f"{folder}/plain", per_thread_copy_ahead=0),
-             planner=checkpoint.SavePlanner(plain))  # fmt: skip
+    dcp.save({}, storage_writer=checkpoint_dcp.Writer(f"{folder}/plain", per_thread_copy_ahead=0),
+             planner=checkpoint_dcp.SavePlanner(plain))  # fmt: skip
     for name in ("__0_0.distcp", ".metadata"):
         both = [Path(folder, kind, name).read_bytes() for kind in ("step-1", "plain")]
         assert both[0] == both[1], name

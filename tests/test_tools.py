@@ -358,7 +358,7 @@ def test_a_schedule_is_drawn_and_written_as_a_file(monkeypatch, capsys, tmp_path
         words = " ".join(staff[rank].split("|")[1] for staff in staves).replace(".", "").split()
         assert sorted(words) == sorted(f"{k}{i}" for k in "FBWfbw" for i in range(16))
     path = tmp_path / "own"
-    flags = "interleaved --p 2 --chunks 3 --text".split()
+    flags = "interleaved --p 2 --virtual-stages 3 --text".split()
     path.write_text(drawn(monkeypatch, capsys, *flags))
     assert schedules.read_schedule(str(path), 2, 8) == schedules.interleaved(2, 8, 3)
     path.write_text(drawn(monkeypatch, capsys, "zb-v", "--text"))
@@ -409,7 +409,7 @@ def test_a_plot_is_of_the_last_of_each_step(tmp_path, capsys, monkeypatch):
     assert plot.curve(str(path), "loss") == ([16, 32, 48], [5.0, 3.5, 3.0])
     assert plot.curve(str(path), "val_loss") == ([48], [2.5])
     path.write_text("no JSON")
-    for arguments, message in (([str(path)], "line 1 was not written by --log: no JSON"),
+    for arguments, message in (([str(path)], "line 1 was not written by --metrics: no JSON"),
                                ([str(tmp_path / "none")], "No such file")):  # fmt: skip
         monkeypatch.setattr("sys.argv", ["plot.py", *arguments])
         with pytest.raises(SystemExit):

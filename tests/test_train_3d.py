@@ -53,7 +53,7 @@ def text(tmp_path) -> str:
         ("--tp 2 --pp 2", 6, "world size 6 is not divisible by --tp 2 x --pp 2: .* multiple of 4"),
         ("--tp 3", 3, "--n-head 4 is not divisible by --tp 3"),
         ("--n-embd 30", 1, "--n-embd 30 is not divisible by --n-head 4"),
-        ("--pp 5", 5, "5 stages for 4 blocks: lower --pp or --chunks, or raise --n-layer"),
+        ("--pp 5", 5, "5 stages for 4 blocks: lower --pp or --virtual-stages, or raise --n-layer"),
         ("--global-batch-size 30", 4, "30 is not divisible by d 4 x --micro-batch-size 4: .* 16"),
         ("--tp 4 --vocab-size 3", 4, "--vocab-size 3 is smaller than --tp 4: lower --tp"),
         ("--data /no/such/file", 1, "--data /no/such/file does not exist"),
@@ -62,13 +62,15 @@ def text(tmp_path) -> str:
         ("--data {text} --vocab-size 100", 1, "holds token id 117, outside the vocabulary 0..99"),
         ("--dtype float8", 1, "--dtype: invalid choice: 'float8'.*float32.*float64"),
         ("--schedule zb-h2", 1, "zb-h2 is neither one of gpipe, 1f1b, .*, zb-v nor a readable"),
-        ("--schedule 1f1b --chunks 2", 1, "--chunks 2 with --schedule 1f1b, which has 1 per rank"),
-        ("--schedule zb-v --chunks 3", 1, "--chunks 3 with --schedule zb-v, which has 2 per rank"),
-        ("--schedule zb-v --pp 3", 3, "6 stages for 4 blocks: lower --pp or --chunks"),
-        ("--pp 2 --schedule interleaved --chunks 3", 2, "6 stages for 4 blocks"),
-        ("--chunks 0 --schedule interleaved", 1, "--chunks: must be at least 1, got 0"),
+        ("--schedule 1f1b --virtual-stages 2", 1, "--virtual-stages 2 with --schedule 1f1b, which "
+         "has 1 per rank"),
+        ("--schedule zb-v --virtual-stages 3", 1, "--virtual-stages 3 with --schedule zb-v, which "
+         "has 2 per rank"),
+        ("--schedule zb-v --pp 3", 3, "6 stages for 4 blocks: lower --pp or --virtual-stages"),
+        ("--pp 2 --schedule interleaved --virtual-stages 3", 2, "6 stages for 4 blocks"),
+        ("--virtual-stages 0 --schedule interleaved", 1, "--virtual-stages: must be at least 1, g"),
         ("--schedule {text}", 1, "--schedule .*text, line 1, column 1: 'to' is not an action"),
-        ("--schedule {text} --chunks 2", 1, "--chunks 2 with a schedule from a file"),
+        ("--schedule {text} --virtual-stages 2", 1, "--virtual-stages 2 with a schedule from a f"),
         ("--model gpt-5", 1, "--model: invalid choice: 'gpt-5'.*gpt2-xl"),
         ("--zero 4", 1, "--zero: invalid choice: 4"),
         ("--zero 0 --zero-shard-size 2", 4, "--zero-shard-size 2 needs --zero 1, 2 or 3: give"),
@@ -76,26 +78,44 @@ def text(tmp_path) -> str:
         ("--dp-nodes 3", 4, "d 4 is not divisible by --dp-nodes 3: give a divisor of 4"),
         ("--zero 1 --zero-shard-size 3", 4, "d 4 is not divisible by --zero-shard-size 3: give a"),
         ("--zero 3 --zero-shard-size 0", 4, "--zero-shard-size: must be at least 1, got 0"),
-        ("--zero 2 --zero-reshard-after-forward 0", 4, "-after-forward 0 needs --zero 3: give"),
+        ("--zero 2 --no-reshard-after-forward", 4, "-after-forward needs --zero 3: give"),
+        ("--zero 2 --zero-reshard-after-forward 0", 4, "-after-forward needs --zero 3: give"),
         ("--grad-dtype bf16", 1, "--grad-dtype bf16 needs --dtype bf16: give"),
         ("--reduce-dtype float32", 1, "--reduce-dtype float32 needs --dtype bf16: give"),
         ("--recompute half", 1, "--recompute: invalid choice: 'half'.*selective.*offload"),
         ("--recompute-every 0", 1, "--recompute-every: must be at least 1, got 0"),
+        ("--recompute full:0", 1, "--recompute: full:0: K must be at least 1, got 0"),
+        ("--recompute full:", 1, "--recompute: full:: K must be at least 1, got None"),
+        ("--recompute ful:2", 1, "--recompute: invalid choice: 'ful'.*did you mean full"),
         ("--recompute-layers 0", 1, "--recompute-layers: must be at least 1, got 0"),
         ("--tp 2 --sequence-parallel --seq-len 127", 2, "--seq-len 127 is not divisible by --tp 2"),
-        ("--step 3", 1, "unrecognized arguments: --step 3"),  # no guessing at abbreviations
+        # no guessing at abbreviations
+        ("--step 3", 1, r"unrecognized arguments: --step 3; did you mean --steps\?\n$"),
+        ("--steps 3 --batch-size=3", 1, r".* --batch-size=3; did you mean --global-batch-size\?"),
+        ("--savinterval 3", 1, r"unrecognized .*; did you mean --save-interval\?"),
+        ("--qqq", 1, r"unrecognized arguments: --qqq\n$"),
+        ("--dtype bfloat16", 1, r"--dtype: invalid choice.*; did you mean bf16\?"),
+        ("--dtype fp32", 1, r"--dtype: invalid choice.*; did you mean float32\?"),
+        ("--device gpu", 1, r"--device: invalid choice.*; did you mean cuda\?"),
+        ("--optimizer adam", 1, r"--optimizer: invalid choice.*; did you mean adamw\?"),
+        ("--model gpt2-xxl", 1, r"--model: invalid choice.*; did you mean gpt2-xl\?"),
+        ("--schedule zbv", 1, r"--schedule zbv is neither one of .*; did you mean zb-v\?"),
+        ("--dry-run --world-size 8 --tp 2", 1, "--dry-run has become a command: "
+         "python -m tools.plan.dry_run --world-size 8 --tp 2\n$"),
+        ("--world-size 8", 1, ".*: python -m tools.plan.dry_run --world-size 8\n$"),
+        ("--export out", 1, "--export has become a command: python -m tools.convert --out DIR\n"),
         ("--steps 0", 1, "--steps: must be at least 1, got 0"),
         ("--tp -2", 1, "--tp: must be at least 1, got -2"),
         ("--lr -1", 1, "--lr: must be at least 0, got -1.0"),
-        ("--clip nan", 1, "--clip: must be at least 0, got nan"),
+        ("--grad-clip nan", 1, "--grad-clip: must be at least 0, got nan"),
         ("--device cuda", 1, "--device cuda: 1 local ranks and 0 GPUs, but every rank needs"),
         ("--dropout 1", 1, "--dropout: must be at least 0 and less than 1, got 1.0"),
         ("--dropout -0.1", 1, "--dropout: must be at least 0 and less than 1, got -0.1"),
         ("--dropout nan", 1, "--dropout: must be at least 0 and less than 1, got nan"),
-        ("--log /no/such/folder/log", 1, "--log /no/such/folder/log cannot be written"),
+        ("--metrics /no/such/folder/log", 1, "--metrics /no/such/folder/log cannot be written"),
         ("--trace /no/such/folder/t", 1, "--trace /no/such/folder/t cannot be written"),
         ("--timeout 0", 1, "--timeout: must be at least 1, got 0"),
-        ("--keep 0", 1, "--keep: must be at least 1, got 0"),
+        ("--keep-latest 0", 1, "--keep-latest: must be at least 1, got 0"),
         ("--checkpoint-dir {text}/x", 1, "--checkpoint-dir .*text/x cannot be written: Not a dir"),
         ("--resume --checkpoint-dir /no/such", 1, "--resume: /no/such does not exist: there is no"),
         ("--resume --checkpoint-dir {saves}/none", 1, "--resume: .*none is empty: there is no"),
@@ -109,8 +129,6 @@ def text(tmp_path) -> str:
         ("--resume --checkpoint-dir {saves}/good --optimizer sgd", 1, "--optimizer is sgd, but the "
          "checkpoint has adamw: leave out the options of"),
         ("--resume --checkpoint-dir {saves}/good --untied", 1, "--untied is True, but .* False"),
-        ("--export out", 1, "--export writes a checkpoint in another format: give --resume"),
-        ("--export out --resume --checkpoint-dir {saves}/good", 2, "--export runs in one process"),
         ("--init-from {saves}", 1, "--init-from .* config.json cannot be read"),
     ],
 )
@@ -130,7 +148,7 @@ def test_bad_input_is_one_line_before_any_collective(
         monkeypatch.setattr("data.read", lambda path: np.zeros(1000, dtype=np.uint8))
     for rank, lines in ((0, 1), (1, 0)):
         monkeypatch.setenv("RANK", str(rank))
-        if rank and ({"--log", "--trace"} & {*arguments} or "/x" in arguments[-1]):
+        if rank and ({"--metrics", "--trace"} & {*arguments} or "/x" in arguments[-1]):
             continue  # only rank 0 writes
         with pytest.raises(SystemExit) as exit_:
             train_3d.main()
@@ -250,8 +268,8 @@ def test_launched_runs_are_the_plain_one(ranks, layout, how, text, tmp_path):
     for name, (ranks, layout, how) in launches.items():
         log = tmp_path / name
         # 18 tokens: while the sample grows to that, it has odd lengths, and t does not divide them.
-        flags = ["--data", text, "--sample", 20, "--log", log, "--val-every", 2, "--seq-len", 18]
-        flags += layout.split()
+        flags = ["--data", text, "--sample", 20, "--metrics", log, "--eval-interval", 2]
+        flags += ["--seq-len", 18, *layout.split()]
         if how == "torchrun":
             result = run(ranks, "train_3d.py", *TINY, *flags)
         else:
@@ -267,7 +285,7 @@ def test_launched_runs_are_the_plain_one(ranks, layout, how, text, tmp_path):
             {"step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s",
              "tflops_per_rank"} for i in range(6)
         ]  # fmt: skip
-        assert [row["step"] for row in rows] == [0, 1, 1, 2, 3, 3]
+        assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
         assert samples[name] == samples["plain"]
         for row, plain in zip(rows, logs["plain"], strict=True):
             for key in row.keys() - {"tokens_per_s", "tflops_per_rank"}:
@@ -279,9 +297,9 @@ def test_every_step_is_logged(stop, text, tmp_path):
     """Of a run of 4 steps, which ends at --stop-after if that is earlier. Nothing but the end of
     the run makes the logger write: it has neither a validation nor a checkpoint."""
     log = tmp_path / "log"
-    flags = ["--data", text, "--val-every", 0, "--stop-after", stop, "--log", log]
+    flags = ["--data", text, "--eval-interval", 0, "--stop-after", stop, "--metrics", log]
     assert forked(0, train_3d.main, *TINY, *flags).returncode == 0
-    assert [row["step"] for row in read_log(log)] == [*range(min(stop, 4))]
+    assert [row["step"] for row in read_log(log)] == [*range(1, min(stop, 4) + 1)]
 
 
 def test_a_trace_has_what_every_rank_did(text, tmp_path):
@@ -348,7 +366,7 @@ def test_a_plain_run_is_this_loop(text, tmp_path):
     """Which rows of which step are read, and which of the held-out text: launches cannot tell,
     since all of them would read the same wrong ones."""
     log = tmp_path / "log"
-    flags = ["--data", text, "--log", log, "--seed", 5, "--clip", 0.5]
+    flags = ["--data", text, "--metrics", log, "--seed", 5, "--grad-clip", 0.5]
     result = forked(0, train_3d.main, *TINY, *flags)
     assert result.returncode == 0, result.stderr
     *steps, validation = read_log(log)
@@ -521,10 +539,10 @@ def test_bf16_follows_fp32_for_300_steps():
 
 def test_warmup_and_cosine():
     rate = [gpt.learning_rate(step, 40, None, 1.0) for step in range(40)]
-    assert rate[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])  # 40 // 10 steps of warmup
-    assert all(a > b for a, b in zip(rate[4:], rate[5:], strict=False))
+    assert rate[:11] == pytest.approx([*(0.1 * i for i in range(1, 11)), 1.0])  # 10 of warmup
+    assert all(a > b for a, b in zip(rate[10:], rate[11:], strict=False))
     assert 0.1 < rate[-1] < 0.11
-    for steps, warmup in ((1, 1), (5, 1), (100, 10)):
+    for steps, warmup in ((1, 10), (5, 10), (100, 10), (300, 30)):
         assert gpt.learning_rate(0, steps, None, 1.0) == pytest.approx(1 / warmup)
 
 
@@ -561,7 +579,7 @@ def test_what_a_flag_implies_is_said_once(flags, said, changes):
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_is_named(text):
     """By torchrun itself, which watches all its processes."""
-    flags = "--steps 1000000 --pp 2 --val-every 0 --print-every 1 --data".split()
+    flags = "--steps 1000000 --pp 2 --eval-interval 0 --log-interval 1 --data".split()
     job = subprocess.Popen(
         command_line(2, "train_3d.py", *TINY, *flags, text), cwd=ROOT, env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

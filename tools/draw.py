@@ -3,7 +3,7 @@
     make draw P=4 M=8 SCHEDULE=zb-v
     python -m tools.draw zb-v --p 4 --m 8
     python -m tools.draw my_schedule.txt --p 2 --m 4       a file, as read by train_3d.py --schedule
-    python -m tools.draw interleaved --chunks 3 --text     prints the schedule as such a file
+    python -m tools.draw interleaved --virtual-stages 3 --text     the schedule as such a file
     python -m tools.draw all --p 4 --m 8                   the numbers of all built-in schedules
 
 The timeline has one row per rank. An action is a letter and the number of its microbatch: F
@@ -66,7 +66,8 @@ def main() -> None:
     add("schedule", help=f"{', '.join(schedules.SCHEDULES)}, all, or a file")
     add("--p", type=options.at_least(1), default=4, help="number of ranks")
     add("--m", type=options.at_least(1), default=8, help="number of microbatches")
-    add("--chunks", type=options.at_least(1), help="stages per rank, for interleaved")
+    add("--virtual-stages", "--chunks", dest="chunks", type=options.at_least(1), metavar="N",
+        help="stages per rank, for interleaved")  # fmt: skip
     add("--text", action="store_true", help="print a file for train_3d.py --schedule")
     args = arguments.parse_args()
     names = list(schedules.SCHEDULES) if args.schedule == "all" else [args.schedule]

@@ -3,9 +3,9 @@
     make plot RUNS="a.jsonl b.jsonl" OUT=runs.png
     python -m tools.plot a.jsonl b.jsonl --out runs.png
 
-The input files are written by `train_3d.py --log FILE`. If a file contains a step twice, because
-the run was resumed from an earlier checkpoint, the second entry is used. It writes one PNG with a
-line per run (training loss) and dots (validation loss), and needs the package matplotlib.
+The input files are written by `train_3d.py --metrics FILE`. If a file contains a step twice,
+because the run was resumed from an earlier checkpoint, the second entry is used. It writes one PNG
+with a line per run (training loss) and dots (validation loss), and needs the package matplotlib.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def curve(path: str, key: str) -> tuple[list[int], list[float]]:
             points |= {row["tokens"]: row[key]} if key in row else {}
         except (ValueError, TypeError, KeyError):
             raise ValueError(
-                f"{path}, line {number} was not written by --log: {line[:60]}"
+                f"{path}, line {number} was not written by --metrics: {line[:60]}"
             ) from None
     xs = sorted(points)
     return xs, [points[x] for x in xs]
@@ -30,7 +30,7 @@ def curve(path: str, key: str) -> tuple[list[int], list[float]]:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("runs", nargs="+", metavar="FILE", help="logs of train_3d.py --log")
+    arguments.add_argument("runs", nargs="+", metavar="FILE", help="files of --metrics")
     arguments.add_argument("--out", default="runs.png", metavar="FILE", help="the PNG to write")
     args = arguments.parse_args()
     try:

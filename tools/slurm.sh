@@ -31,12 +31,11 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
 # max-restarts: if a rank dies, torchrun restarts all ranks and --resume continues; if a node dies,
 # the job ends. read_timeout: importing torch may take long on the first node. cpu-bind=none: a Slurm
-# task runs all ranks of a node. Without --, torchrun would read --log as an abbreviation of its own
-# --log-dir.
+# task runs all ranks of a node.
 exec srun --kill-on-bad-exit=1 --cpu-bind=none \
   "${PYTHON:-.venv/bin/python}" -m torch.distributed.run \
   --nnodes "$SLURM_NNODES" --nproc-per-node "${NPROC:-${SLURM_GPUS_ON_NODE:-8}}" \
   --max-restarts 3 \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:$port" \
   --rdzv-conf read_timeout=600 \
-  -- "${SCRIPT:-train_3d.py}" "$@"
+  "${SCRIPT:-train_3d.py}" "$@"

@@ -353,7 +353,7 @@ def make_trainer(config: gpt.GPTConfig, read: Callable, stage: str) -> train_3d.
 
     stage: the value of --zero, possibly followed by more flags.
     """
-    flags = f"--tp {RANKS} --pp {RANKS} --clip 0 --micro-batch-size 1 --zero {stage}"
+    flags = f"--tp {RANKS} --pp {RANKS} --grad-clip 0 --micro-batch-size 1 --zero {stage}"
     args = options.parser().parse_args([*flags.split(), f"--global-batch-size={ROWS}"])
     trainer = train_3d.Trainer(args, config, read, torch.device("cpu"))
     trainer.optimizer = adamw([piece.tensor for piece in trainer.sync.pieces()])
@@ -476,7 +476,7 @@ LOOP_VARIANTS = {
         "0": "0",
         "1": "1",
         "3": "3",
-        "3 kept": "3 --zero-reshard-after-forward 0",
+        "3 kept": "3 --no-reshard-after-forward",
     }.items()
 }
 LOOP_TORCH = {

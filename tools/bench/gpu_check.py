@@ -155,7 +155,7 @@ def free_memory() -> None:
 
 def parity(flags: list[str], device: torch.device) -> Iterator[tuple[str, bool]]:
     """(row of the table, whether the difference is within measure.TOLERANCE)."""
-    args = options.parser().parse_args([*flags, "--dtype=float64", "--clip=0.1"])
+    args = options.parser().parse_args([*flags, "--dtype=float64", "--grad-clip=0.1"])
     config = options.check(args, 1)
     loops = trainer_of(args, config, device), Bare(args, config, device)
     stats = [[loop.step(step)[:2] for step in range(STEPS)] for loop in loops]

@@ -165,13 +165,13 @@ def train(device: torch.device, failed: list[str]) -> Iterator[str]:
     The unbroken run also writes a trace, which must have spans of both ranks.
     """
     flags = ("--n-layer 2 --n-head 2 --n-embd 32 --seq-len 32 --global-batch-size 8 --zero 3 "
-             "--micro-batch-size 2 --steps 40 --dtype float64 --val-every 0 --print-every 1 "
+             "--micro-batch-size 2 --steps 40 --dtype float64 --eval-interval 0 --log-interval 1 "
              "--data train_3d.py").split()  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         logs = [f"{folder}/{name}" for name in ("whole", "stopped")]
-        Ranks(device, *flags, "--log", logs[0], "--trace", f"{folder}/trace").wait()
+        Ranks(device, *flags, "--metrics", logs[0], "--trace", f"{folder}/trace").wait()
         events = json.loads(Path(f"{folder}/trace").read_text())["traceEvents"]
-        saves = ["--log", logs[1], "--checkpoint-dir", f"{folder}/saves"]
+        saves = ["--metrics", logs[1], "--checkpoint-dir", f"{folder}/saves"]
         stopped = Ranks(device, *flags, *saves).wait(stop_after=r"step +2/")
         resumed = Ranks(device, *flags, *saves, "--resume").wait()
         expected, found = map(rows, logs)
@@ -239,7 +239,7 @@ def syncs_of_the_loop(device: torch.device, flags: list[str]) -> tuple[list[int]
         starts.append(len(synchronising(seen)))
         return plain(trainer, number)
 
-    sys.argv = ["train_3d.py", "--device", device.type, *flags, "--steps=7", "--print-every=7"]
+    sys.argv = ["train_3d.py", "--device", device.type, *flags, "--steps=7", "--log-interval=7"]
     train_3d.Trainer.step = step
     with warnings.catch_warnings(record=True) as seen, contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("always")
@@ -263,7 +263,7 @@ def syncs(device: torch.device, failed: list[str]) -> Iterator[str]:
         found[name] = ranks[0]
         yield syncs_row(name, *ranks[0])
     # Must be last: it initialises CUDA in this process, which can no longer fork ranks.
-    flags = "--n-layer 2 --n-head 2 --n-embd 64 --seq-len 64 --val-every 0 --dtype bf16".split()
+    flags = "--n-layer 2 --n-head 2 --n-embd 64 --seq-len 64 --eval-interval 0 --dtype bf16".split()
     name = "the loop of train_3d.py, 1 rank"
     found[name] = syncs_of_the_loop(device, flags)
     yield syncs_row(name, *found[name])

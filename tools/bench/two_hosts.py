@@ -28,8 +28,8 @@ from tools.bench import hosts
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = (
     "--n-layer 4 --n-head 4 --n-embd 64 --seq-len 64 --global-batch-size 16 --micro-batch-size 4 "
-    "--dtype float64 --optimizer sgd --lr 0.1 --clip 0.5 --device cpu --data train_3d.py "
-    "--val-every 0 --print-every 1"
+    "--dtype float64 --optimizer sgd --lr 0.1 --grad-clip 0.5 --device cpu --data train_3d.py "
+    "--eval-interval 0 --log-interval 1"
 ).split()
 LAYOUT = "--tp 2 --pp 2 --schedule 1f1b".split()
 PORT = 29500
@@ -39,7 +39,7 @@ def torchrun(net: hosts.Hosts, i: int, script: list[str]) -> list[str]:
     """The command that a user would type on host i."""
     return [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(net.names)),
             "--node-rank", str(i), "--nproc-per-node", "2", "--master-addr",
-            net.addresses[0], "--master-port", str(PORT), "--", *script]  # fmt: skip
+            net.addresses[0], "--master-port", str(PORT), *script]  # fmt: skip
 
 
 def across(net: hosts.Hosts, script: list[str]) -> list[int]:
@@ -111,9 +111,9 @@ def main() -> None:
     flags = [*MODEL, f"--steps={steps}"]
     with tempfile.TemporaryDirectory() as folder, hosts.Hosts(2, mbit) as net:
         log = f"{folder}/two-hosts.jsonl"
-        sent = across(net, ["train_3d.py", *flags, *LAYOUT, "--log", log])
+        sent = across(net, ["train_3d.py", *flags, *LAYOUT, "--metrics", log])
         alone = f"{folder}/alone.jsonl"
-        subprocess.run([sys.executable, "train_3d.py", *flags, "--log", alone], cwd=ROOT,
+        subprocess.run([sys.executable, "train_3d.py", *flags, "--metrics", alone], cwd=ROOT,
                        check=True, stdout=subprocess.DEVNULL)  # fmt: skip
         two, one = rows(log), rows(alone)
     errors = []

@@ -1,6 +1,6 @@
 """Print the pipeline bubble of a traced run, next to a simulation with the same action times.
 
-    torchrun --standalone --nproc-per-node 2 -- train_3d.py --pp 2 --trace trace.json
+    torchrun --standalone --nproc-per-node 2 train_3d.py --pp 2 --trace trace.json
     python -m tools.plan.bubble trace.json
 
 The bubble is idle time divided by busy time. The simulation runs the same schedule with the mean

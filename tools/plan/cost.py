@@ -100,8 +100,8 @@ class Layout(NamedTuple):
     chunks: int = 1
     sequence_parallel: bool = False
     shard_size: int = 0  # --zero-shard-size; 0: dp
-    reshard: bool = True  # --zero-reshard-after-forward
-    every: int = 1  # --recompute-every
+    reshard: bool = True  # not --no-reshard-after-forward
+    every: int = 1  # K of --recompute POLICY:K
     layers: int | None = None  # --recompute-layers
 
     @property

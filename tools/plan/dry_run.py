@@ -1,9 +1,11 @@
 """Runs one step of any rank of any run in one process, and counts its memory, traffic and FLOPs.
 
     make dry-run
-    python train_3d.py --dry-run --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 \\
+    python -m tools.plan.dry_run --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 \\
         --global-batch-size 3072 --micro-batch-size 1
-    python train_3d.py --dry-run --world-size 8 --all-ranks --tp 2 --pp 2
+    python -m tools.plan.dry_run --world-size 8 --all-ranks --tp 2 --pp 2
+
+All other options are those of train_3d.py.
 
 The trainer is that of a real run, with its schedule, hooks and process groups. Its tensors are on
 torch's meta device, so they have shapes but no values and take no memory. Its collectives use
@@ -546,8 +548,20 @@ def deadlock(queues: list[Queue]) -> str | None:
     return "deadlock: " + "; ".join(lines)
 
 
+def parser() -> options.Parser:
+    """The options of train_3d.py, and those of the dry run."""
+    p = options.parser("tools.plan.dry_run")
+    p.description = "Count what one rank of a run stores, sends and computes in a step."
+    add = p.add_argument_group("dry run").add_argument
+    add("--world-size", type=options.at_least(1), default=1, metavar="N", help="number of ranks")
+    add("--rank", type=options.at_least(0), metavar="R", help="the rank to count (default: 0)")
+    add("--all-ranks", action="store_true",
+        help="count every rank, and check that their communication matches")  # fmt: skip
+    return p
+
+
 def main() -> None:
-    arguments = options.parser()
+    arguments = parser()
     args = arguments.parse_args()
     start = time.perf_counter()
     try:
@@ -575,11 +589,10 @@ def main() -> None:
 
 def ranks_of(args: argparse.Namespace) -> list[int]:
     """The ranks to run. Raises ValueError if the flags are not valid."""
-    n = args.world_size = args.world_size or 1
+    n = args.world_size
     if args.recompute == "offload":
         raise ValueError(
-            "--dry-run with --recompute offload: meta tensors cannot be offloaded: use another "
-            "policy"
+            "--recompute offload: meta tensors cannot be offloaded: use another policy"
         )
     if args.all_ranks:
         if n > 8:

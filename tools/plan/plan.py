@@ -277,7 +277,7 @@ def command(job: Job, layout: Layout, model: list[str]) -> str:
     nodes = -(-job.gpus // job.per_node)
     where = ("--standalone" if nodes == 1 else
              f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500")  # fmt: skip
-    return " ".join(["torchrun", where, f"--nproc-per-node {min(job.gpus, job.per_node)} --",
+    return " ".join(["torchrun", where, f"--nproc-per-node {min(job.gpus, job.per_node)}",
                      "train_3d.py", *arguments(job, layout, model)])  # fmt: skip
 
 
@@ -289,7 +289,7 @@ def arguments(job: Job, layout: Layout, model: list[str]) -> list[str]:
         f"--global-batch-size {job.batch} --micro-batch-size {layout.micro_batch_size}",
         f"--zero {layout.zero} --recompute {layout.recompute} --schedule {layout.schedule}",
     ]
-    flags += [f"--chunks {layout.chunks}"] * (layout.schedule == "interleaved")
+    flags += [f"--virtual-stages {layout.chunks}"] * (layout.schedule == "interleaved")
     flags += ["--sequence-parallel"] * layout.sequence_parallel
     return flags + [f"--dtype {'bf16' if job.program.itemsize == 2 else 'float32'}"]
 
@@ -414,8 +414,9 @@ def read_hardware(name: str, own: dict[str, float]) -> Hardware:
             hardware = Hardware(**{"name": name} | fields)
         except (OSError, ValueError, TypeError) as error:
             known = ", ".join(HARDWARE)
+            hint = options.did_you_mean(name, HARDWARE)
             raise ValueError(f"--hardware {name} is not one of {known}, nor a JSON file with "
-                             f"fields of cost.Hardware: {error}") from None  # fmt: skip
+                             f"fields of cost.Hardware: {error}{hint}") from None  # fmt: skip
     hardware = hardware._replace(**own)
     for field, value in hardware._asdict().items():
         if field == "name":

@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--n-layer 4 --n-head 2 --n-embd 64 --seq-len 64 --global-batch-size 8 --micro-batch-size 2 "
-    "--device cpu --val-every 0 --print-every 1 --save-every 5 --data train_3d.py"
+    "--device cpu --eval-interval 0 --log-interval 1 --save-interval 5 --data train_3d.py"
 ).split()
 
 
@@ -37,13 +37,12 @@ def launch(nproc: int, restarts: int, folder: str, flags: list[str]) -> subproce
         *"-m torch.distributed.run --standalone".split(),
         f"--nproc-per-node={nproc}",
         f"--max-restarts={restarts + 1}",
-        "--",
         "train_3d.py",
         *flags,
         "--resume",
         "--checkpoint-dir",
         f"{folder}/saves",
-        "--log",
+        "--metrics",
         f"{folder}/log",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

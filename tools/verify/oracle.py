@@ -94,12 +94,12 @@ class Case:
     sequence: bool = False  # --sequence-parallel
     zero: int = 0
     shard_size: int | None = None  # --zero-shard-size
-    reshard: int = 1  # --zero-reshard-after-forward
+    reshard: int = 1  # 0: --no-reshard-after-forward
     nodes: int = 1  # --dp-nodes
     schedule: str = "1f1b"
     chunks: int | None = None
     recompute: str = "none"
-    every: int = 1  # --recompute-every
+    every: int = 1  # K of --recompute POLICY:K
     layers: int | None = None  # --recompute-layers
     tied: bool = True
     optimizer: str = "adamw"
@@ -146,20 +146,20 @@ class Case:
             "tp": self.t, "pp": self.p, "micro-batch-size": self.b,
             "global-batch-size": self.d * self.m * self.b, "zero": self.zero,
             "dp-nodes": self.nodes,
-            "schedule": self.schedule, "recompute": self.recompute, "recompute-every": self.every,
-            "optimizer": self.optimizer, "clip": self.clip, "attention": self.attention,
+            "schedule": self.schedule, "recompute": f"{self.recompute}:{self.every}",
+            "optimizer": self.optimizer, "grad-clip": self.clip, "attention": self.attention,
             "dropout": self.dropout,
             "n-layer": self.n_layer, "n-head": self.n_head, "n-embd": self.n_embd,
             "vocab-size": self.vocab_size, "seq-len": self.seq_len, "dtype": self.dtype,
             "seed": self.seed, "steps": self.steps, "lr": 1e-3, "device": "cpu",
         }  # fmt: skip
         flags = [f"--{name}={value}" for name, value in pairs.items()]
-        flags += [] if self.chunks is None else [f"--chunks={self.chunks}"]
+        flags += [] if self.chunks is None else [f"--virtual-stages={self.chunks}"]
         flags += [] if self.shard_size is None else [f"--zero-shard-size={self.shard_size}"]
         flags += [] if self.grad_dtype is None else [f"--grad-dtype={self.grad_dtype}"]
         flags += [] if self.reduce_dtype is None else [f"--reduce-dtype={self.reduce_dtype}"]
         flags += [] if self.layers is None else [f"--recompute-layers={self.layers}"]
-        flags += [] if self.reshard else ["--zero-reshard-after-forward=0"]
+        flags += [] if self.reshard else ["--no-reshard-after-forward"]
         flags += ["--sequence-parallel"] if self.sequence else []
         flags += ["--compile"] if self.compile else []
         return flags + ([] if self.tied else ["--untied"])

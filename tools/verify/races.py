@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import checkpoint_dcp
 import ddp
 import gpt
 import tensor_parallel
@@ -230,13 +231,13 @@ def train(case: Case, seed: int | None, late: bool, longest: float, folder: str)
     rank, rng = dist.get_rank(), random.Random(f"{seed} {dist.get_rank()}")
     slow = seed is not None and seed % dist.get_world_size() == rank
     delays = Delays(rng, 0.0 if seed is None else longest * (5 if slow else 1))
-    write = checkpoint.Writer.write_data
+    write = checkpoint_dcp.Writer.write_data
 
     def write_slowly(*args):
         time.sleep(100 * rng.random() * delays.longest)
         return write(*args)
 
-    checkpoint.Writer.write_data = write_slowly
+    checkpoint_dcp.Writer.write_data = write_slowly
     if late:
         deliver_late()
     trainer = trainer_of(case)
