@@ -1,8 +1,10 @@
-# make: this help. Every target prints the command that it runs; copy it, change it.
+# make prints its targets. Variables change the defaults, and ARGS is passed on, for example
 #
 #   make train NPROC=4 TP=2 PP=1 ARGS="--steps 50 --zero 0"
 #   make test PYTHON=python3                        an interpreter that has torch; installs nothing
 #   make test PIP_FLAGS="--extra-index-url URL"     passed on to pip
+#
+# The lines that start with "#: " are the help. In brackets: the variables that a target uses.
 
 NPROC  = 8
 TP     = 2
@@ -13,8 +15,8 @@ SCHEDULE = 1f1b
 N      = 50
 SEED   = 0
 DRILLS = 20
-CHECKPOINT = checkpoints
-RUNS   = run.jsonl
+CHECKPOINT =
+RUNS   = $(or $(shell ls -t run.jsonl run-[0-9]*.jsonl 2> /dev/null | head -1),run.jsonl)
 OUT    =
 ARGS   =
 
@@ -29,18 +31,47 @@ endif
 
 # One thread a rank: ranks share the cores already.
 export OMP_NUM_THREADS = 1
-TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
+LAUNCH = @$(PY) -m tools.launch
+GIVEN_OUT = $(if $(OUT),--out $(OUT))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all sample ddp zero zero3 tp pp ckpt draw links memory parity fuzz zoo races drill
-.PHONY: plan published plan-check dry-run two-hosts hierarchy gpu-check gpu-drill node plot lint clean
-.PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint
+
+# Targets that were renamed: the old names still work.
+NEW_NAME = $(patsubst zoo,mutants,$(patsubst drill,kill-ranks,$1))
+
+# A variable on the command line that no target uses is an error.
+GIVEN := $(strip $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v)))
+GIVEN := $(filter-out PYTHON PIP_FLAGS PYTHON_FOR_VENV OMP_NUM_THREADS,$(filter-out -%,$(GIVEN)))
+ifneq ($(and $(GIVEN),$(MAKECMDGOALS)),)
+HELP_LINE = /^.: +$(goal) .*[[]/
+USED := $(strip $(foreach goal,$(call NEW_NAME,$(MAKECMDGOALS)),$(shell awk \
+  '$(HELP_LINE) { gsub(/.*[[]|[]].*|=[^] ]*/, ""); print }' $(firstword $(MAKEFILE_LIST)))))
+UNUSED := $(filter-out $(USED),$(GIVEN))
+ifneq ($(UNUSED),)
+$(error make $(MAKECMDGOALS) does not use $(UNUSED). It uses: $(or $(USED),no variables))
+endif
+endif
 
 help:
-	@echo "make TARGET [PYTHON=...] [PIP_FLAGS=...]; launching targets take NPROC TP PP ARGS, train SCHEDULE too"
-	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "make TARGET [VARIABLE=VALUE ...]        PYTHON=python3: a Python that has torch, not .venv"
+	@echo "The duration is for 2 cores. In brackets: variables and their defaults; ARGS: more flags."
+	@sed -n 's/^#://p' $(firstword $(MAKEFILE_LIST))
 
-setup: $(SETUP)  ## .venv with torch, numpy, pytest (unless PYTHON is given)
+#:
+#: Start
+#:  setup             3 min   create .venv with torch, numpy, pytest; other targets do it too
+#:  draw              3 s     draw a pipeline schedule  [P=4 M=8 SCHEDULE=1f1b ARGS]
+#:  tp                10 s    compare tensor_parallel.py with one process  [NPROC=2]
+#:  pp                10 s    compare pipeline.py with one process  [NPROC=2]
+#:  ddp               10 s    compare ddp.py with one process  [NPROC=4]
+#:  zero              10 s    compare ZeRO-1 and ZeRO-2 with one process  [NPROC=4]
+#:  zero3             10 s    compare zero3.py with one process  [NPROC=4]
+#:  ckpt              10 s    compare activation_ckpt.py with one process  [NPROC=2]
+#:  train             3 min   train a GPT on 2 x 2 x 2 ranks  [NPROC=8 TP=2 PP=2 SCHEDULE=1f1b ARGS]
+#:  sample            5 s     print text of the newest model of make train  [CHECKPOINT ARGS]
+#:  plot              1 s     plot the losses of the newest make train  [RUNS OUT ARGS]
+
+setup: $(SETUP)
 
 .venv/installed: requirements.txt
 	@echo "Setting up .venv: downloads torch (200 MB for the CPU build, 3 GB on Linux with CUDA),"
@@ -49,81 +80,138 @@ setup: $(SETUP)  ## .venv with torch, numpy, pytest (unless PYTHON is given)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	@touch $@
 
-train: $(SETUP)  ## train a GPT on 2 x 2 x 2 ranks and print a sample of its text (3 min on 2 cores)
-	$(TORCHRUN) $(NPROC) -- train_3d.py --tp $(TP) --pp $(PP) --zero 1 --schedule $(SCHEDULE) \
-	  --steps 200 --sample 100 $(ARGS)
+draw: $(SETUP)
+	@$(PY) -m tools.draw $(SCHEDULE) --p $(P) --m $(M) $(ARGS)
 
-sample: $(SETUP)  ## print text from a checkpoint: CHECKPOINT=DIR ARGS="--prompt 'def ' --top-k 40 --n 200"
-	$(PY) -m tools.sample $(if $(findstring --init-from,$(ARGS)),,--checkpoint-dir $(CHECKPOINT)) $(ARGS)
-
-test: CHOSEN = -m "not slow"
-test test-all: $(SETUP)  ## the fast tests (3 to 5 min on 2 cores); all tests, as in CI (10 to 15 min)
-	$(PY) -m tests.run $(CHOSEN) $(ARGS)
-
-ddp zero zero3 tp pp ckpt: NPROC = $(if $(filter ddp zero zero3,$@),4,2)
+ddp zero zero3: NPROC = 4
+tp pp ckpt: NPROC = 2
 tp: FILE = tensor_parallel
 pp: FILE = pipeline
 ckpt: FILE = activation_ckpt
-ddp zero zero3 tp pp ckpt: $(SETUP)  ## compare a strategy file with one process (10 s)
-	$(TORCHRUN) $(NPROC) $(or $(FILE),$@).py
+ddp zero zero3 tp pp ckpt: $(SETUP)
+	$(LAUNCH) $(NPROC) $(or $(FILE),$@).py
 
-draw: $(SETUP)  ## draw a schedule, with bubble and memory: P=4 M=8 SCHEDULE=zb-v (a name, a file or all)
-	@$(PY) -m tools.draw $(SCHEDULE) --p $(P) --m $(M) $(ARGS)
+train: $(SETUP)
+	$(LAUNCH) --save $(NPROC) train_3d.py --tp $(TP) --pp $(PP) --zero 1 --schedule $(SCHEDULE) \
+	  --steps 200 --sample 100 $(ARGS)
 
-links: NPROC = 2
-links: $(SETUP)  ## time each collective on this machine, by size; OUT=FILE for JSON (10 s)
-	$(TORCHRUN) $(NPROC) -m tools.bench.links $(if $(OUT),--out $(OUT))
+sample: $(SETUP)
+	@$(PY) -m tools.sample $(if $(CHECKPOINT),--checkpoint-dir $(CHECKPOINT)) $(ARGS)
 
-memory: NPROC = 4
-memory: $(SETUP)  ## resident memory by ZeRO stage and recompute policy, measured and predicted (Linux, 1 min)
-	$(PY) -m tools.bench.memory --nproc $(NPROC)
+plot: $(SETUP)
+	@test -e $(firstword $(RUNS)) || { echo "$(firstword $(RUNS)) does not exist: run make train first" >&2; exit 2; }
+	@$(PY) -m tools.plot $(RUNS) $(GIVEN_OUT) $(ARGS)
 
-bench-checkpoint: BENCH = tools.bench.checkpoint
-bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETUP)  ## step time compared with PyTorch's implementation; OUT=FILE (9 min)
-	$(PY) -m $(or $(BENCH),tools.bench.compare $(@:bench-%=%)) $(if $(OUT),--out $(OUT)) $(ARGS)
+#:
+#: Plan
+#:  plan              5 s     recommend a layout, with its launch command  [ARGS]
+#:                            ARGS="--model gpt-175b --gpus 1024"
+#:  dry-run           1 min   count what one rank of 3072 stores, sends and computes  [ARGS]
+#:  published         30 s    compare the cost model with published tables  [ARGS]
+#:  plan-check        5 min   compare the cost model with this machine  [ARGS]
 
-parity: $(SETUP)  ## compare all layouts of NPROC ranks with one process, in one table (3 min)
-	$(PY) -m tools.verify.parity --nproc $(NPROC)
-
-fuzz: $(SETUP)  ## compare N random configurations with one process, from SEED (1 min)
-	$(PY) -m tools.verify.fuzz --n $(N) --seed $(SEED) $(ARGS)
-
-zoo: $(SETUP)  ## insert known bugs one by one into a copy and check that a test fails: ARGS="--only 9" (12 min)
-	$(PY) -m tools.verify.mutants $(ARGS)
-
-races: N = 20
-races: $(SETUP)  ## N runs of each overlapped path under random delays, compared bit by bit (12 min)
-	$(PY) -m tools.verify.races --n $(N) --seed $(SEED)
-
-drill: NPROC = 4
-drill: $(SETUP)  ## kill DRILLS ranks of a run at random and compare its losses with an undisturbed run (5 min)
-	$(PY) -m tools.verify.kill_ranks --drills $(DRILLS) --nproc $(NPROC) $(ARGS)
-
-plan: $(SETUP)  ## the recipe, the best layout and its launch command: ARGS="--model gpt-175b --gpus 1024"
+plan: $(SETUP)
 	@$(PY) -m tools.plan.plan $(ARGS)
 
-plan-check: MODULE = tools.plan.plan_check
-published plan-check: $(SETUP)  ## compare the cost model with published tables (30 s); with this machine (5 min)
-	$(PY) -m $(or $(MODULE),tools.plan.published) $(ARGS)
-
 dry-run: MODEL = --world-size 3072 --rank 1536 --model gpt-1t --tp 8 --pp 64 --global-batch-size 3072
-dry-run: $(SETUP)  ## run one rank of 3072 without memory and count its operations; ARGS for another run (1 min)
+dry-run: $(SETUP)
 	$(PY) -m tools.plan.dry_run $(or $(ARGS),$(MODEL) --micro-batch-size 1)
 
-two-hosts hierarchy: $(SETUP)  ## torchrun on 2 simulated hosts; traffic and time between hosts (as root; 1, 3 min)
-	$(PY) -m tools.bench.$(subst -,_,$@) $(if $(OUT),--out $(OUT)) $(ARGS)
+plan-check: MODULE = tools.plan.plan_check
+published plan-check: $(SETUP)
+	$(PY) -m $(or $(MODULE),tools.plan.published) $(ARGS)
 
-gpu-drill: GPU_DRILL = PYTHON=$(PY) tools/bench/gpu_drill.sh $(or $(OUT),gpu_drill.md) $(ARGS)
-gpu-check gpu-drill node: $(SETUP)  ## one GPU compared with a bare loop; NCCL on one GPU; NPROC GPUs: OUT=FILE (5, 10, 30 min)
-	$(or $(GPU_DRILL),$(PY) -m tools.bench.$(subst -,_,$@) $(if $(filter node,$@),--nproc $(NPROC)) $(if $(OUT),--out $(OUT)) $(ARGS))
+#:
+#: Verify
+#:  test              5 min   run the fast tests; ARGS=tests/test_zero.py: those of a file  [ARGS]
+#:  test-all          15 min  run all tests, as in CI  [ARGS]
+#:  parity            3 min   compare all layouts of NPROC ranks with one process  [NPROC=8]
+#:  fuzz              1 min   compare N random configurations with one process  [N=50 SEED=0 ARGS]
+#:  races             12 min  run each overlapped path N times with random delays  [N=20 SEED=0]
+#:  mutants           12 min  insert known bugs one by one; a test must fail for each  [ARGS]
+#:  kill-ranks        5 min   kill and resume a run; losses must not change  [NPROC=4 DRILLS=20 ARGS]
+#:  two-hosts         1 min   run torchrun on 2 simulated hosts, as root  [ARGS]
 
-plot: $(SETUP)  ## plot losses over tokens: RUNS="a.jsonl b.jsonl" OUT=runs.png, if matplotlib is installed
-	$(PY) -m tools.plot $(RUNS) $(if $(OUT),--out $(OUT))
+test: CHOSEN = -m "not slow"
+test test-all: $(SETUP)
+	$(PY) -m tests.run $(CHOSEN) $(ARGS)
 
-lint: $(SETUP)  ## ruff, if it is installed
+parity: $(SETUP)
+	$(PY) -m tools.verify.parity --nproc $(NPROC)
+
+fuzz: $(SETUP)
+	$(PY) -m tools.verify.fuzz --n $(N) --seed $(SEED) $(ARGS)
+
+races: N = 20
+races: $(SETUP)
+	$(PY) -m tools.verify.races --n $(N) --seed $(SEED)
+
+mutants: $(SETUP)
+	$(PY) -m tools.verify.mutants $(ARGS)
+
+kill-ranks: NPROC = 4
+kill-ranks: $(SETUP)
+	$(PY) -m tools.verify.kill_ranks --drills $(DRILLS) --nproc $(NPROC) $(ARGS)
+
+two-hosts: $(SETUP)
+	$(PY) -m tools.bench.two_hosts $(ARGS)
+
+zoo: mutants
+drill: kill-ranks
+
+#:
+#: Measure
+#:  bench-dp          9 min   time a step next to PyTorch's DDP, FSDP and ZeRO  [OUT ARGS]
+#:  bench-tp          9 min   time a step next to PyTorch's tensor parallelism  [OUT ARGS]
+#:  bench-pp          9 min   time a step next to PyTorch's pipelines  [OUT ARGS]
+#:  bench-3d          9 min   time a step next to PyTorch's 3-D parallelism  [OUT ARGS]
+#:  bench-ckpt        9 min   time a step next to PyTorch's activation checkpointing  [OUT ARGS]
+#:  bench-checkpoint  9 min   time saving and loading next to PyTorch's  [OUT ARGS]
+#:  links             10 s    time each collective on this machine, by size  [NPROC=2 OUT ARGS]
+#:  memory            1 min   measure memory by ZeRO stage and recompute policy (Linux)  [NPROC=4]
+#:  hierarchy         3 min   time traffic between simulated hosts, as root  [OUT ARGS]
+#:  gpu-check         5 min   compare one GPU with a bare loop  [OUT ARGS]
+#:  gpu-drill         10 min  check NCCL on one GPU; ARGS: names of checks  [OUT ARGS]
+#:  node              30 min  measure a node of NPROC GPUs  [NPROC=8 OUT ARGS]
+
+bench-checkpoint: BENCH = tools.bench.checkpoint
+bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETUP)
+	$(PY) -m $(or $(BENCH),tools.bench.compare $(@:bench-%=%)) $(GIVEN_OUT) $(ARGS)
+
+links: NPROC = 2
+links: $(SETUP)
+	$(LAUNCH) $(NPROC) -m tools.bench.links $(GIVEN_OUT) $(ARGS)
+
+memory: NPROC = 4
+memory: $(SETUP)
+	$(PY) -m tools.bench.memory --nproc $(NPROC)
+
+hierarchy: $(SETUP)
+	$(PY) -m tools.bench.hierarchy $(GIVEN_OUT) $(ARGS)
+
+gpu-check: $(SETUP)
+	$(PY) -m tools.bench.gpu_check $(GIVEN_OUT) $(ARGS)
+
+gpu-drill: $(SETUP)
+	PYTHON=$(PY) tools/bench/gpu_drill.sh $(or $(OUT),gpu_drill.md) $(ARGS)
+
+node: $(SETUP)
+	$(PY) -m tools.bench.node --nproc $(NPROC) $(GIVEN_OUT) $(ARGS)
+
+#:
+#: Develop
+#:  lint              1 s     run ruff, if it is installed
+#:  clean             1 s     remove .venv and caches; keep checkpoints and losses
+
+lint: $(SETUP)
 	@$(PY) -m ruff --version > /dev/null || (echo "ruff is optional: $(PY) -m pip install ruff"; exit 1)
 	$(PY) -m ruff check .
 
-clean:  ## removes .venv and caches
+clean:
 	rm -rf .venv .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help setup draw tp pp ddp zero zero3 ckpt train sample plot
+.PHONY: plan dry-run published plan-check test test-all parity fuzz races mutants zoo kill-ranks drill
+.PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint links memory
+.PHONY: two-hosts hierarchy gpu-check gpu-drill node lint clean

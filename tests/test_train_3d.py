@@ -634,26 +634,6 @@ def test_a_proof_without_torchrun_says_how():
     )
 
 
-def test_make_alone_is_help():
-    outside = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # as from a shell
-
-    def make(*arguments) -> str:
-        result = subprocess.run(
-            ["make", *arguments], cwd=ROOT, env=outside, capture_output=True, text=True, check=True
-        )
-        return result.stdout
-
-    lines = re.findall(r"^  ((?:[a-z0-9-]+ )+) *\S", make(), re.MULTILINE)
-    assert len(lines) <= 22  # of a terminal's 24
-    targets = " ".join(lines).split()
-    named = "train sample test ddp zero tp pp ckpt links memory bench-dp parity fuzz zoo drill plan"
-    for target in named.split():
-        assert target in targets
-    line = make("-n", "train", "PYTHON=py", "NPROC=4", "TP=4", "PP=1", "ARGS=--steps 7")
-    assert line.startswith("py -m torch.distributed.run --standalone --nproc-per-node 4 -- train")
-    assert "--tp 4 --pp 1" in line and line.rstrip().endswith("--steps 7")
-
-
 def calls_of_one_process(case: Case) -> list:
     trainer = trainer_of(case)
     with measure.Collectives() as seen:

@@ -1,5 +1,6 @@
 """Generates text from a checkpoint of train_3d.py, or from a GPT-2 in Hugging Face's format.
 
+    make sample                                 the newest run of make train
     make sample CHECKPOINT=checkpoints ARGS="--n 200 --top-k 40"
     python -m tools.sample --checkpoint-dir checkpoints --n 200 --temperature 0.8 --top-k 40
     python -m tools.sample --init-from gpt2 --prompt "Machines that learn"
@@ -17,6 +18,7 @@ torchrun and sharded by --tp, --pp and so on.
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ import huggingface
 import options
 import startup
 import train_3d
+from tools import launch
 
 
 def main() -> None:
@@ -40,12 +43,14 @@ def main() -> None:
     add("--top-k", type=options.at_least(1), metavar="K", help="sample from the K most likely only")
     add("--prompt", default="\n")
     add("--tokenizer", metavar="FILE", help="default: tokenizer.json in the --init-from folder")
+    add("--checkpoint-dir", metavar="DIR", help="default: the newest run of make train")
+    add("--init-from", metavar="DIR", help="a GPT-2 in Hugging Face's format")
     mine, rest = arguments.parse_known_args()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     # train_3d.py's checks need a valid batch size. Sampling does not use it.
     rest += [f"--global-batch-size={world_size}", "--micro-batch-size=1"]
-    rest += [] if "--init-from" in rest else ["--resume"]
     try:
+        rest += source_of(mine.checkpoint_dir, mine.init_from)
         args, found, wrong = options.parse_args(rest)
         source = huggingface.GPT2Folder(args.init_from) if args.init_from else None
         config = options.check(args, world_size, source)
@@ -58,7 +63,8 @@ def main() -> None:
             )
         device, _ = startup.pick_device(args.device)
     except ValueError as error:
-        arguments.error(str(error))
+        print(f"sample: error: {error}", file=sys.stderr)
+        sys.exit(2)
     startup.join_ranks(device, args.timeout)
     draw = source.draw if source else None
     trainer = train_3d.Trainer(args, config, None, device, draw)
@@ -75,6 +81,25 @@ def main() -> None:
     del trainer
     dist.barrier()
     dist.destroy_process_group()
+
+
+def source_of(folder: str | None, init_from: str | None) -> list[str]:
+    """Flags of train_3d.py that load the model. Raises ValueError if there is no checkpoint."""
+    if init_from:
+        return ["--init-from", init_from]
+    if not folder:
+        runs = launch.saved_runs()
+        if not runs:
+            raise ValueError(
+                "there is no checkpoint: run make train first, or give CHECKPOINT=DIR "
+                "(--checkpoint-dir DIR) or ARGS='--init-from DIR'"
+            )
+        folder = runs[-1]
+        if len(runs) > 1 and int(os.environ.get("RANK", 0)) == 0:
+            print(f"sample: {folder} is the newest of {', '.join(runs)}", file=sys.stderr)
+    elif not [*Path(folder).glob("step-*")]:
+        raise ValueError(f"{folder} has no checkpoint: run make train first, or give another one")
+    return ["--checkpoint-dir", folder, "--resume"]
 
 
 def codec(tokenizer: str | None, args: argparse.Namespace) -> tuple:

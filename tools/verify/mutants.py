@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_COPIED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "checkpoints")
+NOT_COPIED = (".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "checkpoints*")
 LIMIT = 150  # seconds per test
 
 
@@ -271,7 +271,7 @@ ZOO = [
     Bug(36, "a linear keeps the graph of its input until W", [
         ("pipeline.py", "x.detach().to(grad.dtype), grad)", "x.to(grad.dtype), grad)")],
         "tests/test_pipeline.py::test_what_waits_for_its_w_keeps_no_graph",
-        r"\[\(1, False\)\] == \[\(1, True\)\]"),
+        r"\[\(1, False\), .* == \[\(1, True\)"),
     Bug(36, "recomputed tensors are never freed", [
         ("activation_ckpt.py", "t = t.detach()  # else", "# else")],
         "tests/test_activation_ckpt.py::test_nothing_of_the_second_forward_outlives_backward",
