@@ -344,15 +344,17 @@ class Report:
 
     On entry, joins the ranks of torchrun (gloo, one thread per rank). On exit, rank 0 prints the
     rows, as does every rank with a mismatch. A collective that waits longer than `timeout` seconds
-    ends the rank with one line."""
+    ends the rank with one line. title: a file, or a module that is started with -m. dtype: printed
+    above the rows."""
 
-    def __init__(self, title: str, timeout: float = 60):
-        self.title, self.rows, self.failed = title, [], False
+    def __init__(self, title: str, timeout: float = 60, dtype: str = "float64"):
+        self.title, self.dtype, self.rows, self.failed = title, dtype, [], False
         self.timeout = datetime.timedelta(seconds=timeout)
 
     def __enter__(self) -> "Report":
         if not dist.is_torchelastic_launched():
-            command = f"torchrun --standalone --nproc-per-node 2 {self.title}"
+            script = self.title if self.title.endswith(".py") else f"-m {self.title}"
+            command = f"torchrun --standalone --nproc-per-node 2 {script}"
             raise SystemExit(f"{self.title}: start it with  {command}")
         torch.set_num_threads(1)
         dist.init_process_group("gloo", timeout=self.timeout)
@@ -388,7 +390,7 @@ class Report:
         dist.all_reduce(failed)
         if dist.get_rank() == 0 or self.failed:
             ranks = f"rank {dist.get_rank()} of {dist.get_world_size()}"
-            print(f"{self.title}, float64, {ranks}:")
+            print(f"{self.title}, {self.dtype}, {ranks}:")
             print("\n".join(self.rows), flush=True)
         dist.barrier()
         dist.destroy_process_group()

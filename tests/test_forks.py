@@ -1,96 +1,95 @@
-"""What a fork would do, without a change in any file: if one of these needs an edit elsewhere, a
-seam is wrong."""
+"""Runs the examples, and compares what they define with one process in more layouts. If an example
+needed a change in another file, an interface would be missing there."""
 
+import dataclasses
 import functools
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 import ddp
+import gpt
 import measure
 import tensor_parallel
-import zero
+from examples import compressed_gradients, llama, optimizer, own_schedule, shared_kv
 from measure import TOLERANCE
-from schedules import Action, draw
-from tools.verify.oracle import Case, judge, launch
+from schedules import draw
+from tests.commands import ROOT, forked
+from tools.verify.oracle import Case, judge, launch, trainer_of
 
-# --- a schedule of one's own: GPipe in waves of w microbatches, so that memory is bounded by w ----
+EXAMPLES = [
+    path for path in sorted((ROOT / "examples").glob("*.py")) if "def main" in path.read_text()
+]
 
 
-def waves(p: int, m: int, w: int = 2) -> list[list[Action]]:
-    def actions(stage: int) -> list[Action]:
-        actions = []
-        for first in range(0, m, w):
-            wave = range(first, min(m, first + w))
-            actions += [Action("F", i, stage) for i in wave]
-            actions += [Action("B", i, stage) for i in reversed(wave)]
-        return actions
+@pytest.mark.parametrize(
+    "example, ranks",
+    [(own_schedule, 3), (compressed_gradients, 2), (llama, 4), (shared_kv, 4), (optimizer, 3)],
+    ids=lambda value: getattr(value, "__name__", value),
+)  # fmt: skip
+def test_an_example_runs_and_finds_no_mismatch(example, ranks):
+    done = forked(ranks, example.main)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" ok\n") >= 4 and "MISMATCH" not in done.stdout, done.stdout
 
-    return [actions(stage) for stage in range(p)]
+
+@pytest.mark.parametrize(
+    "example, ranks, owner, name, wrong",
+    [
+        (own_schedule, 2, own_schedule, "predicted_bubble", lambda p, m: 0.5),
+        (llama, 4, tensor_parallel, "all_reduce_partial", lambda gradients, group: None),
+        (compressed_gradients, 2, compressed_gradients, "Narrow", lambda d: ddp.all_reduce_bucket),
+        (optimizer, 2, torch.Tensor, "sign_", lambda t: t.div_(t.norm())),  # not element-wise
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_an_example_fails_on_a_mismatch(example, ranks, owner, name, wrong):
+    done = forked(ranks, example.main, before=lambda: setattr(owner, name, wrong))
+    assert done.returncode == 1 and "MISMATCH" in done.stdout, done.stdout + done.stderr
+
+
+def test_examples_say_how_to_run_them_and_are_not_imported():
+    assert len(EXAMPLES) == 5
+    for path in EXAMPLES:
+        command = f"torchrun --standalone --nproc-per-node . -m examples.{path.stem}\n"
+        assert re.search(f"^    {command}", path.read_text(), re.M), path
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")):
+        assert not re.search(r"^\s*(from|import) examples", path.read_text(), re.M), path
+
+
+# --- a schedule -----------------------------------------------------------------------------------
 
 
 def test_a_schedule_of_ones_own():
     for case in (Case(p=3, m=5), Case(t=2, p=2, d=2, m=4, zero=1, recompute="full")):
-        assert judge(case, {"schedule": waves}).worst <= TOLERANCE
-    assert draw(waves(2, 3)).splitlines() == [
+        assert judge(case, {"schedule": own_schedule.waves}).worst <= TOLERANCE
+    assert draw(own_schedule.waves(2, 3)).splitlines() == [
         "rank 0 |F0 F1 .  .  .  B1--- B0--- F2 .  .  .  B2---",
         "rank 1 |.  F0 F1 B1--- B0--- .  .  .  F2 B2--- .  .",
     ]
 
 
-# --- compressed gradients: fp16 on the wire, and the largest tenth with error feedback ------------
+# --- compressed gradients -------------------------------------------------------------------------
 
 
-class Fp16Sum:
-    """Half the bytes; each rank's gradient is rounded to 11 bits before the sum."""
-
-    def __init__(self, flat: torch.Tensor, group: dist.ProcessGroup):
-        self.flat, self.half = flat, flat.half()
-        self.work = dist.all_reduce(self.half, group=group, async_op=True)
-
-    def wait(self) -> None:
-        self.work.wait()
-        self.flat.copy_(self.half)
-
-
-def test_a_compressed_gradient():
-    sync = functools.partial(ddp.DDP, reduce=Fp16Sum, bucket_bytes=2000)
+@pytest.mark.parametrize("dtype, bits", [(torch.float16, 11), (torch.bfloat16, 8)], ids=str)
+def test_a_compressed_gradient(dtype, bits):
+    reduce = compressed_gradients.Narrow(dtype)
+    sync = functools.partial(ddp.DDP, reduce=reduce, bucket_bytes=2000)
     errors = judge(Case(d=2, p=2, optimizer="sgd", tied=False), {"sync": sync})
-    assert 1e-6 < errors.gradient < 1e-2, errors  # 2^-11 = 5e-4, so it was rounded, and only that
-    assert errors.parameter < 1e-5, errors
+    # Gradients were rounded, and only that.
+    assert 2**-9 * 2**-bits < errors.gradient < 20 * 2**-bits, errors
+    assert errors.parameter < 1e-5 * 2 ** (11 - bits), errors
 
 
-class TopK:
-    """The largest share of a bucket's entries as (value, place); what was left behind is added to
-    the next step's gradient (Lin et al. 2017, arXiv 1712.01887, without its momentum)."""
-
-    def __init__(self, share: float):
-        self.share, self.left = share, {}  # by bucket
-
-    def __call__(self, flat: torch.Tensor, group: dist.ProcessGroup) -> "TopK":
-        mine = flat + self.left.get(flat.data_ptr(), 0.0)
-        k = max(1, int(self.share * len(mine)))
-        places = mine.abs().topk(k).indices
-        values = mine[places]
-        self.left[flat.data_ptr()] = mine.index_fill(0, places, 0.0)
-        all_values, all_places = (t.new_empty(k * group.size()) for t in (values, places))
-        zero.all_gather(all_values, values, group=group)
-        zero.all_gather(all_places, places, group=group)
-        flat.zero_().index_add_(0, all_places, all_values)
-        return self
-
-    def wait(self) -> None:
-        pass
-
-
-def top_k(share: float, feedback: bool) -> tuple[float, int]:
+def top_k(fraction: float, feedback: bool) -> tuple[float, int]:
     """(loss after 60 steps of a least-squares fit, elements gathered in a step)."""
     torch.manual_seed(0)
     truth, net = torch.randn(1, 40), nn.Linear(40, 1, bias=False)
-    reduce = TopK(share)
+    reduce = compressed_gradients.TopK(fraction, feedback)
     sync = ddp.DDP(net, dist.group.WORLD, 1, reduce=reduce)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     torch.manual_seed(dist.get_rank())
@@ -98,8 +97,6 @@ def top_k(share: float, feedback: bool) -> tuple[float, int]:
         sync.start()
         x = torch.randn(32, 40)
         loss = (net(x) - x @ truth.T).square().mean() / dist.get_world_size()
-        if not feedback:
-            reduce.left.clear()
         with measure.Collectives() as seen:
             loss.backward()
             sync.finish()
@@ -113,75 +110,16 @@ def test_the_largest_tenth_with_error_feedback():
     assert launch(2, top_k, 0.1, False)[0][0] > 1e-3, "without feedback it must be worse"
 
 
-# --- another model, cut by its own plan: RMSNorm, RoPE, SwiGLU, grouped-query attention -----------
-
-HEADS, KV_HEADS, SIZE, HIDDEN = 4, 2, 6, 20
-H = HEADS * SIZE
-
-
-def rotate(x):  # [b, a, s, SIZE]
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of queries or keys."""
-    rates = 10_000.0 ** -torch.arange(0, 1, 2 / SIZE, dtype=x.dtype)
-    angles = torch.outer(torch.arange(x.size(2), dtype=x.dtype), rates)  # [s, SIZE/2]
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+def test_all_of_the_entries_are_an_exact_sum():
+    sync = functools.partial(ddp.DDP, reduce=compressed_gradients.TopK(1.0), bucket_bytes=2000)
+    assert judge(Case(d=3, optimizer="sgd"), {"sync": sync}).worst <= TOLERANCE
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm_1, self.norm_2 = nn.RMSNorm(H), nn.RMSNorm(H)
-        self.qkv = nn.Linear(H, (HEADS + 2 * KV_HEADS) * SIZE, bias=False)
-        self.out = nn.Linear(H, H, bias=False)
-        self.gate_up = nn.Linear(H, 2 * HIDDEN, bias=False)
-        self.down = nn.Linear(HIDDEN, H, bias=False)
+# --- a model with its plan ------------------------------------------------------------------------
 
-    def heads(self, x):
-        """q [b, a/t, s, SIZE], k and v of this rank. x may be a shard of the sequence."""
-        qkv = self.qkv(x)
-        kv, rest = divmod(qkv.size(-1) * KV_HEADS, (HEADS + 2 * KV_HEADS) * SIZE)
-        if rest:
-            raise ValueError(f"{KV_HEADS} kv heads cannot be split over this many tp ranks: lower "
-                             "--tp, or use SharedKVBlock")  # fmt: skip
-        heads = qkv.unflatten(-1, (-1, SIZE)).transpose(1, 2)
-        return heads.split([heads.size(1) - 2 * kv, kv, kv], dim=1)
-
-    def forward(self, x):
-        q, k, v = self.heads(self.norm_1(x))
-        q, k = rotate(q), rotate(k)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.out(y.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(self.norm_2(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
-
-
-class Llama(nn.Module):
-    def __init__(self, n_layer: int, vocab_size: int, block: type[Block] = Block):
-        super().__init__()
-        self.wte, self.ln_f = nn.Embedding(vocab_size, H), nn.RMSNorm(H)
-        self.h = nn.ModuleDict({str(i): block() for i in range(n_layer)})
-        self.lm_head = nn.Linear(H, vocab_size, bias=False)
-
-    def forward(self, x):
-        x = self.wte(x)
-        for block in self.h.values():
-            x = block(x)
-        return self.lm_head(self.ln_f(x))
-
-
-PLAN = {
-    "wte": "vocab",
-    "h.*.norm_?": "replicated",
-    "h.*.qkv": ("column", (HEADS, KV_HEADS, KV_HEADS)),
-    "h.*.out": "row",
-    "h.*.gate_up": ("column", (1, 1)),
-    "h.*.down": "row",
-    "ln_f": "replicated",
-    "lm_head": "column",
-}
-SIZES = dict(n_head=HEADS, n_embd=H, n_layer=3, vocab_size=41, m=3)
-SEAMS = {"model": functools.partial(Llama, 3, 41), "plan": PLAN}
+SIZES = dict(n_head=4, n_embd=32, n_layer=3, vocab_size=41, m=3)  # 85 hidden units
+CONFIG = gpt.GPTConfig(3, 4, 32, 41)
+LLAMA = {"model": functools.partial(llama.Llama, CONFIG), "plan": llama.PLAN}
 
 
 @pytest.mark.parametrize(
@@ -195,51 +133,16 @@ SEAMS = {"model": functools.partial(Llama, 3, 41), "plan": PLAN}
     ids=str,
 )
 def test_another_model_cut_by_its_own_plan(case):
-    errors = judge(case, SEAMS)
+    errors = judge(case, LLAMA)
     assert errors.worst <= TOLERANCE, errors
 
 
 def test_a_plan_that_splits_a_kv_head_is_refused():
-    with pytest.raises(RuntimeError, match="ValueError: 2 kv heads cannot be split .*: lower --tp"):
-        judge(Case(t=4, **SIZES), SEAMS)
+    with pytest.raises(RuntimeError, match="ValueError: a kv head cannot be split: lower --tp"):
+        judge(Case(t=4, **SIZES), LLAMA)
 
 
 # --- fewer kv heads than tp ranks: ranks share a kv head ------------------------------------------
-
-
-class SharedKVBlock(Block):
-    """k and v come from a separate matrix, which SharedKV replicates."""
-
-    def __init__(self):
-        super().__init__()
-        del self.qkv
-        self.q = nn.Linear(H, H, bias=False)
-        self.kv = nn.Linear(H, 2 * KV_HEADS * SIZE, bias=False)
-
-    def heads(self, x):
-        q, kv = (layer(x).unflatten(-1, (-1, SIZE)).transpose(1, 2) for layer in (self.q, self.kv))
-        return q, *kv.chunk(2, dim=1)
-
-
-class SharedKV(nn.Module):
-    """A style: every rank holds the full weight and uses the kv heads that its queries read. So
-    its gradient is a partial sum, and `partial` adds it over tp."""
-
-    def __init__(self, linear: nn.Linear, fused: tuple, group: dist.ProcessGroup, sequence: bool):
-        super().__init__()
-        self.group, self.sequence, self.weight = group, sequence, linear.weight
-        self.weight.partial = group.size() > 1
-        queries, rank = HEADS // group.size(), group.rank()
-        first, last = (q * KV_HEADS // HEADS for q in (rank * queries, (rank + 1) * queries - 1))
-        self.mine = slice(first, last + 1)
-
-    def forward(self, x):
-        kv = self.weight.view(2, KV_HEADS, SIZE, H)[:, self.mine].flatten(0, 2)
-        return tensor_parallel.ColumnLinear.apply(x, kv, None, self.group, self.sequence)
-
-
-SHARED_PLAN = {name: style for name, style in PLAN.items() if name != "h.*.qkv"}
-SHARED_PLAN |= {"h.*.q": "column", "h.*.kv": "shared kv"}
 
 
 @pytest.mark.parametrize(
@@ -252,8 +155,38 @@ SHARED_PLAN |= {"h.*.q": "column", "h.*.kv": "shared kv"}
     ],
     ids=str,
 )
-def test_ranks_share_a_kv_head(case, monkeypatch):
-    monkeypatch.setitem(tensor_parallel.STYLES, "shared kv", SharedKV)
-    model = functools.partial(Llama, 3, 41, SharedKVBlock)
-    errors = judge(case, {"model": model, "plan": SHARED_PLAN})
+def test_ranks_share_a_kv_head(case):
+    model = functools.partial(llama.Llama, CONFIG, shared_kv.SharedKVBlock)
+    errors = judge(case, {"model": model, "plan": shared_kv.PLAN})
     assert errors.worst <= TOLERANCE, errors
+
+
+# --- an optimizer ---------------------------------------------------------------------------------
+
+
+def train_with_lion(case: Case, one_process: dict | None = None) -> dict | float:
+    """Train a Llama, in which no gradient is 0 in exact arithmetic. Returns the losses and norms,
+    and this rank's parameters. With `one_process`, the result of one process, returns the largest
+    relative error."""
+    trainer = trainer_of(case, **LLAMA)
+    pieces = [piece.tensor for piece in trainer.sync.pieces()]
+    trainer.optimizer = optimizer.Lion(pieces, weight_decay=0.1)
+    found = {"stats": torch.stack([trainer.step(step)[:2] for step in range(case.steps)])}
+    trainer.sync.gather()
+    parameters = dict(trainer.model.named_parameters())
+    found |= {name: p.detach().clone() for name, p in parameters.items()}
+    if one_process is None:
+        return found
+    expected = {name: one_process[name] for name in found}
+    for name, p in parameters.items():
+        if hasattr(p, "sharding"):
+            expected[name] = p.sharding.shard(expected[name])
+    return measure.largest(measure.relative_errors(found, expected).values())
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_an_optimizer_in_the_trainer(zero):
+    case = Case(**SIZES | {"m": 6})
+    [expected] = launch(1, train_with_lion, case)
+    case = dataclasses.replace(case, t=2, p=2, d=2, m=3, zero=zero)
+    assert max(launch(8, train_with_lion, case, expected)) <= TOLERANCE

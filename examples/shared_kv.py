@@ -1,0 +1,77 @@
+"""A tensor-parallel style of your own: more tp ranks than key/value heads.
+
+The fused qkv of examples/llama.py is split by heads, so each rank needs at least one key/value
+head. Here the keys and values have a separate matrix, which every rank holds in full. A rank uses
+only the key/value heads that its query heads attend to, so several ranks can share a head.
+
+A style is a class or function that replaces a module, see tensor_parallel.STYLES. This one keeps
+the weight and marks it as partial: its gradient on each rank is only the contribution of this
+rank's heads, and is summed over the tp ranks once per step.
+
+    torchrun --standalone --nproc-per-node 4 -m examples.shared_kv
+
+What to look at: SharedKV; the plan, which names it; and the losses of 4 tp ranks that share 2
+key/value heads, which are equal to those of one process. The cost: each rank stores the full
+key/value matrix, its gradient and its optimizer state, and all-reduces the gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import gpt
+import measure
+import tensor_parallel
+from examples import llama
+
+
+class SharedKVBlock(llama.Block):
+    def __init__(self, config: gpt.GPTConfig):
+        super().__init__(config)
+        del self.qkv
+        h = config.n_embd
+        self.q, self.kv = nn.Linear(h, h, bias=False), nn.Linear(h, h, bias=False)
+        self.kv.n_head, self.kv.n_kv_head = config.n_head, config.n_head // 2  # for SharedKV
+
+    def heads(self, x: Tensor) -> Sequence[Tensor]:
+        q, kv = (
+            layer(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for layer in (self.q, self.kv)
+        )
+        return q, *kv.chunk(2, dim=1)
+
+
+class SharedKV(nn.Module):
+    """Returns the keys and values of the heads that this rank's queries attend to."""
+
+    def __init__(self, linear: nn.Linear, fused: tuple, group: dist.ProcessGroup, sequence: bool):
+        super().__init__()
+        self.group, self.sequence, self.weight = group, sequence, linear.weight  # [2 kv size, h]
+        self.weight.partial = True
+        self.n_kv_head, queries = linear.n_kv_head, linear.n_head // group.size()
+        per_kv = linear.n_head // linear.n_kv_head  # queries per key/value head
+        first, last = group.rank() * queries, (group.rank() + 1) * queries - 1
+        self.mine = slice(first // per_kv, last // per_kv + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.unflatten(0, (2, self.n_kv_head, -1))[:, self.mine].flatten(0, 2)
+        return tensor_parallel.ColumnLinear.apply(x, weight, None, self.group, self.sequence)
+
+
+tensor_parallel.STYLES["shared kv"] = SharedKV
+PLAN = {name: style for name, style in llama.PLAN.items() if name != "h.*.qkv"}
+PLAN |= {"h.*.q": "column", "h.*.kv": "shared kv"}
+LAYOUTS = {
+    "TP 4": "--tp 4",
+    "TP 4, SP": "--tp 4 --sequence-parallel",
+}
+
+
+def main() -> None:
+    with measure.Report("examples.shared_kv") as report:
+        for name, layout in LAYOUTS.items():
+            llama.run(report, name, layout.split(), SharedKVBlock, PLAN)
+
+
+if __name__ == "__main__":
+    main()
