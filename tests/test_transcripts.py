@@ -4,7 +4,9 @@ import re
 import textwrap
 
 import pytest
+from torch.distributed import run as torchrun
 
+import options
 import schedules
 import train_3d
 from measure import TOLERANCE
@@ -159,6 +161,27 @@ def test_files_and_targets_exist(path):
     targets = {name for rule in rules for name in rule.split()}
     for names in re.findall(r"`make ([a-z0-9 -]+)", text):
         assert {*names.split()} <= targets, f"make {names}"
+
+
+@pytest.mark.parametrize("path", pages())
+def test_flags_exist(path):
+    """Those of train_3d.py without former names, those of tools, and those of other programs."""
+    known = {
+        flag
+        for action in options.parser()._actions
+        for flag in action.option_strings
+        if flag not in options.RENAMED
+    } | {flag for action in torchrun.get_args_parser()._actions for flag in action.option_strings}
+    for tool in (ROOT / "tools").rglob("*.py"):
+        known |= {*re.findall(r'add(?:_argument)?\(\s*"(--[\w-]+)"', tool.read_text())}
+    known |= {
+        "--extra-index-url",
+        "--nodes",
+        "--dependency",
+        "--prefix",
+    }  # pip, sbatch, torchfrtrace
+    text = re.sub(r"<!--.*?-->", "", path.read_text())
+    assert {*re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} <= known
 
 
 def test_names_in_the_table_of_topics_exist():
