@@ -34,11 +34,9 @@ import zero
 from measure import TOLERANCE
 from tools import draw, plot, sample
 from tools.bench import checkpoint as bench_checkpoint
-from tools.bench import compare as bench
-from tools.bench import links, memory
+from tools.bench import compare, links, memory
 from tools.plan import bubble
-from tools.verify import fuzz, parity, races
-from tools.verify import kill_ranks as drill
+from tools.verify import fuzz, kill_ranks, parity, races
 from tools.verify.oracle import Case, Errors, judge, launch
 
 
@@ -230,39 +228,39 @@ class Clock:
 @pytest.mark.slow
 def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, capsys):
     """A step of each variant takes a known time: on rank 1 the one given here, on rank 0 half."""
-    monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
-    variants = [bench.BASELINE, *bench.DP_VARIANTS, *bench.DP_TORCH]
-    clock, plain = Clock(), bench.on_rank
+    monkeypatch.setattr(compare, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
+    variants = [compare.BASELINE, *compare.DP_VARIANTS, *compare.DP_TORCH]
+    clock, plain = Clock(), compare.on_rank
     seconds = {key: 1.0 + i for i, key in enumerate(variants)}
 
     def on_rank(suite, built, *rest):
         clock.tick = seconds[next(iter(built))] * (dist.get_rank() + 1) / dist.get_world_size()
         return plain(suite, built, *rest)
 
-    monkeypatch.setattr(bench, "time", clock)
-    monkeypatch.setattr(bench, "on_rank", on_rank)
+    monkeypatch.setattr(compare, "time", clock)
+    monkeypatch.setattr(compare, "on_rank", on_rank)
     out = tmp_path / "bench.json"
     arguments = f"bench dp --sizes 256 --minutes 0 --steps 2 --out {out}"
     monkeypatch.setattr("sys.argv", arguments.split())
-    bench.main()
+    compare.main()
     rows = json.loads(out.read_text())["rows"]
     ours = {(r["strategy"], r["variant"]): r for r in rows}
-    assert set(ours) == {*bench.DP_VARIANTS, *(("torch", name) for name in bench.DP_TORCH)}
+    assert set(ours) == {*compare.DP_VARIANTS, *(("torch", name) for name in compare.DP_TORCH)}
     for key, row in ours.items():
         took = seconds[key[1] if key[0] == "torch" else key]
         assert row["torch_ms" if key[0] == "torch" else "ours_ms"] == 1e3 * took, key
-        assert row["efficiency"] == pytest.approx(1.0 / min(2, len(bench.cores())) / took)
+        assert row["efficiency"] == pytest.approx(1.0 / min(2, len(compare.cores())) / took)
         assert row["h"] == 256
         speaks = key[0] != "none"
         assert (row["max_loss_difference"] < 1e-5) == speaks, (key, row["max_loss_difference"])
         assert (row["wire_bytes"] > 0) == speaks, key
-    for key in bench.DP_VARIANTS:  # against the fastest of PyTorch's for the same strategy
-        theirs = [seconds[name] for name, (*_, keys) in bench.DP_TORCH.items() if key in keys]
+    for key in compare.DP_VARIANTS:  # against the fastest of PyTorch's for the same strategy
+        theirs = [seconds[name] for name, (*_, keys) in compare.DP_TORCH.items() if key in keys]
         ratio = seconds[key] / min(theirs) if theirs else None
         assert ours[key]["ratio"] == pytest.approx(ratio), key
     assert ours["ddp", "bucketed 25 MB"]["torch"] == "DDP 25 MB"
     assert ours["ddp", "naive"]["ratio"] is None
-    psi = sum(p.numel() for p in gpt.GPT(bench.SIZES[256]).parameters())
+    psi = sum(p.numel() for p in gpt.GPT(compare.SIZES[256]).parameters())
     assert ours["ddp", "flat"]["wire_bytes"] == 4 * psi  # 2 (d-1)/d of it
     assert ours["torch", "DDP 25 MB"]["wire_bytes"] == 4 * psi
     assert ours["hybrid", "2 replicas x 1"]["wire_bytes"] == 4 * psi  # a group of one sends nothing
@@ -272,21 +270,21 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("name", ["tp", "pp", "ckpt", "3d"])
 @pytest.mark.slow
 def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 256, 8)})
-    monkeypatch.setattr(bench, "ROUNDS", 1)
-    monkeypatch.setattr(bench, "WARMUP", 1)
-    out, suite = tmp_path / "bench.json", bench.SUITES[name]
+    monkeypatch.setattr(compare, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 256, 8)})
+    monkeypatch.setattr(compare, "ROUNDS", 1)
+    monkeypatch.setattr(compare, "WARMUP", 1)
+    out, suite = tmp_path / "bench.json", compare.SUITES[name]
     if name == "3d":  # 8 ranks a variant: some of them
         variants = {("3d", name): suite.variants["3d", name] for name in ("ZeRO-1", "ZeRO-3 kept")}
         last = list(suite.torch)[-1]
         suite = suite._replace(variants=variants, torch={last: suite.torch[last]})
-        monkeypatch.setitem(bench.SUITES, name, suite)
+        monkeypatch.setitem(compare.SUITES, name, suite)
         readings = itertools.count()  # thread_time is a second more at each reading
         clock = SimpleNamespace(**vars(time) | {"thread_time": lambda: next(readings)})
-        monkeypatch.setattr(bench, "time", clock)
+        monkeypatch.setattr(compare, "time", clock)
     arguments = f"bench {name} --sizes 256 --minutes 0 --steps 1 --out {out}"
     monkeypatch.setattr("sys.argv", arguments.split())
-    bench.main()
+    compare.main()
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == len(suite.variants) + len(suite.torch)
     for row in rows:
@@ -388,7 +386,7 @@ def test_mean_times_are_by_kind_and_stage():
 def test_a_drill_of_one_kill(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["drill.py", "--drills", "1", "--nproc", "2"])
     with pytest.raises(SystemExit) as end:
-        drill.main()
+        kill_ranks.main()
     out = capsys.readouterr().out
     assert end.value.code == 0, out
     assert "1 kills; 28 of 28 losses and norms equal" in out and out.count("killed after") == 1
@@ -398,7 +396,7 @@ def test_a_drill_sees_a_loss_that_differs(tmp_path):
     rows = [{"step": 0, "loss": 1.5, "grad_norm": 1.0}, {"step": 0, "loss": 1.5 + 2**-50,
             "grad_norm": 1.0}, {"step": 1, "val_loss": 3.0}]  # fmt: skip
     (tmp_path / "log").write_text("\n".join(map(json.dumps, rows)))
-    assert {step: len(seen) for step, seen in drill.rows(str(tmp_path)).items()} == {0: 2}
+    assert {step: len(seen) for step, seen in kill_ranks.rows(str(tmp_path)).items()} == {0: 2}
 
 
 def test_a_plot_is_of_the_last_of_each_step(tmp_path, capsys, monkeypatch):
