@@ -106,7 +106,7 @@ plot: $(SETUP)
 #: Plan
 #:  plan              5 s     recommend a layout, with its launch command  [ARGS]
 #:                            ARGS="--model gpt-175b --gpus 1024"
-#:  dry-run           1 min   count what one rank of 3072 stores, sends and computes  [ARGS]
+#:  dry-run           20 s    count what one rank of 3072 stores, sends and computes  [ARGS]
 #:  published         30 s    compare the cost model with published tables  [ARGS]
 #:  plan-check        5 min   compare the cost model with this machine  [ARGS]
 

@@ -66,10 +66,10 @@ def places(flags: list[str]) -> tuple[list[str], list[str]]:
     if folder is None:
         folder = saved[-1] if resumed and saved else FOLDER if resumed else free_folder()
         more += ["--checkpoint-dir", folder]
-    losses = given(flags, "--log", "--metrics")
+    losses = given(flags, "--metrics", "--log")
     if losses is None:
         losses = losses_of(folder)
-        more += ["--log", losses]
+        more += ["--metrics", losses]
     if not resumed and given(flags, "--checkpoint-dir") is None and folder != FOLDER:
         if saved:
             kept = f"{', '.join(saved)}. To continue {saved[-1]}: make train ARGS=--resume"
@@ -140,7 +140,9 @@ def main() -> None:
         except ValueError as error:
             print(f"train_3d.py: error: {error}", file=sys.stderr)
             sys.exit(2)
-    start = ["--standalone", "--nproc-per-node", number, "--", *command]
+    # torchrun takes --log, the former name of --metrics, for its --log-dir, unless -- precedes it.
+    separator = [] if given(command, "--log") is None else ["--"]
+    start = ["--standalone", "--nproc-per-node", number, *separator, *command]
     line = shlex.join([python(), "-m", "torch.distributed.run", *start])
     print(line, *lines, sep="\n", flush=True)
 
