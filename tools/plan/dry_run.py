@@ -114,19 +114,19 @@ FLOPS = flop_registry | {
 }  # fmt: skip
 
 
-class Flops(TorchDispatchMode):
-    """Counts the FLOPs of matmuls.
+class Counter(measure.Collectives):
+    """Also counts the FLOPs of matmuls. One mode for both, because each takes time in each call.
 
     torch's FlopCounterMode is not used because its module hooks keep inputs alive, which would be
     counted as activations.
     """
 
-    total = 0
+    flops = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(function, types, args, kwargs)
         if formula := FLOPS.get(function._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 
@@ -140,12 +140,20 @@ class Shapes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.known: dict = {}
+        self.cached: dict = {}  # operation -> whether its results are cached
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # see measure.Collectives
+        return False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, schema = kwargs or {}, function._schema
-        if function is torch.ops.aten._unsafe_view.default or any(
-            a.alias_info for a in (*schema.arguments, *schema.returns)
-        ):
+        kwargs = kwargs or {}
+        if function not in self.cached:
+            schema = function._schema
+            self.cached[function] = function is not torch.ops.aten._unsafe_view.default and not any(
+                a.alias_info for a in (*schema.arguments, *schema.returns)
+            )
+        if not self.cached[function]:
             return function(*args, **kwargs)
         key = (function, self.about(args), *((name, self.about(x)) for name, x in kwargs.items()))
         if key in self.known:
@@ -283,13 +291,12 @@ def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True, step
     """
     groups = groups_of(trainer)
     members = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
-    batches, peak, counter = [], [0], Flops()
+    batches, peak, counter = [], [0], Counter(groups)
     watched = watched_activations(trainer, peak) if activations else contextlib.nullcontext()
-    with (watched, watched_transfers(batches), counter,
-          measure.Collectives(groups) as collectives):  # fmt: skip
+    with watched, watched_transfers(batches), counter:
         stats = trainer.step(step)
     calls, counted = collections.defaultdict(list), collections.Counter()
-    for call in collectives.calls:
+    for call in counter.calls:
         calls[call.group].append(call)
         nbytes = call.payload * call.dtype.itemsize
         counted[call.group, call.operation] += torch.tensor([1, nbytes])
@@ -299,8 +306,8 @@ def observe(trainer: train_3d.Trainer, rank: int, activations: bool = True, step
     return Seen(
         trainer, rank, {kind: (n, expected[kind]) for kind, n in held.items()},
         (peak[0], expected["activations"]), (counted, predicted_traffic(trainer)),
-        (counter.total, predicted_flops(trainer)), [*itertools.chain(*batches)], calls, members,
-        queue_of(rank, collectives.calls, batches, members), stats,
+        (counter.flops, predicted_flops(trainer)), [*itertools.chain(*batches)], calls, members,
+        queue_of(rank, counter.calls, batches, members), stats,
     )  # fmt: skip
 
 
