@@ -140,9 +140,9 @@ def test_a_wrong_flag_is_one_line_and_starts_no_rank(flags, message, clone, monk
 
 def test_a_wrong_flag_of_make_train_is_one_line(clone):
     done = make("train", "TP=3", folder=clone)
-    ours, makes = done.stderr.splitlines()
+    line, makes = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == "" and "Error 2" in makes
-    assert ours.startswith("train_3d.py: error: 8 ranks cannot be divided into --tp 3 x --pp 2")
+    assert line.startswith("train_3d.py: error: 8 ranks cannot be divided into --tp 3 x --pp 2")
     assert not [*clone.glob("checkpoints*"), *clone.glob("*.jsonl")]
 
 
@@ -251,8 +251,8 @@ def test_sample_and_plot_before_train_are_one_line(clone):
     ):
         done = make(target, folder=clone)
         assert done.returncode == 2 and done.stdout == ""
-        ours, makes = done.stderr.splitlines()
-        assert message in ours and "Error 2" in makes, done.stderr
+        line, makes = done.stderr.splitlines()
+        assert message in line and "Error 2" in makes, done.stderr
     with pytest.raises(ValueError, match="saves has no checkpoint: run make train first"):
         sample.source_of("saves", None)
     assert sample.source_of(None, "gpt2") == ["--init-from", "gpt2"]
@@ -260,7 +260,7 @@ def test_sample_and_plot_before_train_are_one_line(clone):
 
 @pytest.mark.slow
 def test_train_sample_and_plot_work_as_typed(clone):
-    """Twice: the second run has a directory of its own, and is what is sampled and plotted."""
+    """Twice: the second run has a separate directory, and is what is sampled and plotted."""
     size = ("NPROC=2", "TP=1", "PP=1", f"ARGS={TINY}")
     for folder, losses in (("checkpoints", "run.jsonl"), ("checkpoints-2", "run-2.jsonl")):
         done = make("train", *size, folder=clone)
