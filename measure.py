@@ -350,17 +350,20 @@ class Report:
 
     On entry, joins the ranks of torchrun (gloo, one thread per rank). On exit, rank 0 prints the
     rows, as does every rank with a mismatch. A collective that waits longer than `timeout` seconds
-    ends the rank with one line. title: a file, or a module that is started with -m. dtype: printed
-    above the rows."""
+    ends the rank with one line. title: a file, or a module that is started with -m. ranks: how
+    many a user should start. dtype: printed above the rows."""
 
-    def __init__(self, title: str, timeout: float = 60, dtype: str = "float64"):
-        self.title, self.dtype, self.rows, self.failed = title, dtype, [], False
+    def __init__(
+        self, title: str, timeout: float = 60, ranks: int = 2, dtype: str = "float64"
+    ):  # fmt: skip
+        self.title, self.ranks, self.dtype = title, ranks, dtype
+        self.rows, self.failed = [], False
         self.timeout = datetime.timedelta(seconds=timeout)
 
     def __enter__(self) -> "Report":
         if not dist.is_torchelastic_launched():
             script = self.title if self.title.endswith(".py") else f"-m {self.title}"
-            command = f"torchrun --standalone --nproc-per-node 2 {script}"
+            command = f"torchrun --standalone --nproc-per-node {self.ranks} {script}"
             raise SystemExit(f"{self.title}: start it with  {command}")
         torch.set_num_threads(1)
         dist.init_process_group("gloo", timeout=self.timeout)

@@ -110,7 +110,10 @@ LAYOUTS = {
 def run(report: measure.Report, name: str, layout: list[str], block=Block, plan=PLAN) -> None:
     """Train in this layout, flags of train_3d.py, and compare with one process."""
     args = options.parser().parse_args([*FLAGS.split(), *layout])
-    config = options.check(args, report.group.size())
+    try:
+        config = options.check(args, report.group.size())
+    except ValueError as error:
+        options.parser().error(str(error))
     read = functools.partial(data.batch, data.example(), seq_len=config.seq_len, seed=0)
     model = functools.partial(Llama, config, block)
     trainer = train_3d.Trainer(args, config, read, torch.device("cpu"), model=model, plan=plan)
@@ -118,7 +121,7 @@ def run(report: measure.Report, name: str, layout: list[str], block=Block, plan=
 
 
 def main() -> None:
-    with measure.Report("examples.llama") as report:
+    with measure.Report("examples.llama", ranks=4) as report:
         for name, layout in ({"given": ""} if sys.argv[1:] else LAYOUTS).items():
             run(report, name, sys.argv[1:] or layout.split())
 

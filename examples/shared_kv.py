@@ -68,7 +68,7 @@ LAYOUTS = {
 
 
 def main() -> None:
-    with measure.Report("examples.shared_kv") as report:
+    with measure.Report("examples.shared_kv", ranks=4) as report:
         for name, layout in LAYOUTS.items():
             llama.run(report, name, layout.split(), SharedKVBlock, PLAN)
 

@@ -41,7 +41,7 @@ def test_an_example_runs_and_finds_no_mismatch(example, ranks):
     [
         (own_schedule, 2, own_schedule, "predicted_bubble", lambda p, m: 0.5),
         (llama, 4, tensor_parallel, "all_reduce_partial", lambda gradients, group: None),
-        (compressed_gradients, 2, compressed_gradients, "Narrow", lambda d: ddp.all_reduce_bucket),
+        (compressed_gradients, 2, compressed_gradients, "Narrow", ddp.all_reduce_bucket),
         (optimizer, 2, torch.Tensor, "sign_", lambda t: t.div_(t.norm())),  # not element-wise
     ],
     ids=lambda value: getattr(value, "__name__", value),
@@ -49,6 +49,17 @@ def test_an_example_runs_and_finds_no_mismatch(example, ranks):
 def test_an_example_fails_on_a_mismatch(example, ranks, owner, name, wrong):
     done = forked(ranks, example.main, before=lambda: setattr(owner, name, wrong))
     assert done.returncode == 1 and "MISMATCH" in done.stdout, done.stdout + done.stderr
+
+
+def test_an_example_says_what_it_needs():
+    done = forked(0, llama.main)
+    command = "torchrun --standalone --nproc-per-node 4 -m examples.llama"
+    assert done.stderr == f"examples.llama: start it with  {command}\n"
+    assert done.returncode == 1
+    done = forked(2, llama.main, "--tp", 2, "--pp", 2)
+    assert done.returncode == 2 and "start a multiple of 4 ranks" in done.stderr, done.stderr
+    done = forked(2, llama.main, "--tp", 2)
+    assert done.returncode == 0 and "given losses" in done.stdout, done.stdout + done.stderr
 
 
 def test_examples_say_how_to_run_them_and_are_not_imported():
@@ -77,11 +88,10 @@ def test_a_schedule_of_ones_own():
 
 @pytest.mark.parametrize("dtype, bits", [(torch.float16, 11), (torch.bfloat16, 8)], ids=str)
 def test_a_compressed_gradient(dtype, bits):
-    reduce = compressed_gradients.Narrow(dtype)
+    reduce = functools.partial(compressed_gradients.Narrow, dtype=dtype)
     sync = functools.partial(ddp.DDP, reduce=reduce, bucket_bytes=2000)
     errors = judge(Case(d=2, p=2, optimizer="sgd", tied=False), {"sync": sync})
-    # Gradients were rounded, and only that.
-    assert 2**-9 * 2**-bits < errors.gradient < 20 * 2**-bits, errors
+    assert 0.5 < errors.gradient * 2**bits < 4, errors  # it was rounded, and only that
     assert errors.parameter < 1e-5 * 2 ** (11 - bits), errors
 
 
