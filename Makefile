@@ -33,7 +33,7 @@ TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-all sample ddp zero zero3 tp pp ckpt draw links memory parity fuzz zoo races drill
-.PHONY: plan published plan-check dry-run two-hosts hierarchy gpu-check gpu-drill node plot lint clean
+.PHONY: plan published plan-check dry-run two-hosts hierarchy gpu-check gpu-drill node plot figures lint clean
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint
 
 help:
@@ -67,7 +67,7 @@ ckpt: FILE = activation_ckpt
 ddp zero zero3 tp pp ckpt: $(SETUP)  ## compare a strategy file with one process (10 s)
 	$(TORCHRUN) $(NPROC) $(or $(FILE),$@).py
 
-draw: $(SETUP)  ## draw a schedule, with bubble and memory: P=4 M=8 SCHEDULE=zb-v (a name, a file or all)
+draw: $(SETUP)  ## draw a schedule, with bubble and memory: P=4 M=8 SCHEDULE=zb-v (a name, a file or all) ARGS="--svg FILE"
 	@$(PY) -m tools.draw $(SCHEDULE) --p $(P) --m $(M) $(ARGS)
 
 links: NPROC = 2
@@ -117,8 +117,11 @@ gpu-drill: GPU_DRILL = PYTHON=$(PY) tools/bench/gpu_drill.sh $(or $(OUT),gpu_dri
 gpu-check gpu-drill node: $(SETUP)  ## one GPU compared with a bare loop; NCCL on one GPU; NPROC GPUs: OUT=FILE (5, 10, 30 min)
 	$(or $(GPU_DRILL),$(PY) -m tools.bench.$(subst -,_,$@) $(if $(filter node,$@),--nproc $(NPROC)) $(if $(OUT),--out $(OUT)) $(ARGS))
 
-plot: $(SETUP)  ## plot losses over tokens: RUNS="a.jsonl b.jsonl" OUT=runs.png, if matplotlib is installed
+plot: $(SETUP)  ## plot losses over tokens, as SVG: RUNS="a.jsonl b.jsonl" OUT=runs.svg
 	$(PY) -m tools.plot $(RUNS) $(if $(OUT),--out $(OUT))
+
+figures: $(SETUP)  ## draw the pictures of README and docs again: docs/img/*.svg
+	$(PY) -m tools.figures $(ARGS)
 
 lint: $(SETUP)  ## ruff, if it is installed
 	@$(PY) -m ruff --version > /dev/null || (echo "ruff is optional: $(PY) -m pip install ruff"; exit 1)
