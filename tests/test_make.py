@@ -13,7 +13,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests.commands import ROOT, read_log
-from tools import launch, sample
+from tools import draw, launch, sample
 
 HELP = [line[2:] for line in (ROOT / "Makefile").read_text().splitlines() if line[:2] == "#:"]
 # {target: {variable: default, or None}}, from the help
@@ -144,6 +144,18 @@ def test_a_wrong_flag_of_make_train_is_one_line(clone):
     assert done.returncode == 2 and done.stdout == "" and "Error 2" in makes
     assert line.startswith("train_3d.py: error: 8 ranks cannot be divided into --tp 3 x --pp 2")
     assert not [*clone.glob("checkpoints*"), *clone.glob("*.jsonl")]
+
+
+@pytest.mark.parametrize("tool, words, message", [
+    (draw, ["zbv"], "draw: error: "), (draw, ["1f1b", "--m", "x"], "draw: error: argument --m"),
+    (sample, ["--n", "x"], "sample: error: argument --n"),
+])  # fmt: skip
+def test_a_wrong_argument_of_a_tool_is_one_line(tool, words, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tool", *words])
+    with pytest.raises(SystemExit) as end:
+        tool.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith(message) and said.count("\n") == 1, said
 
 
 def test_a_number_of_ranks_is_checked(monkeypatch):

@@ -82,7 +82,7 @@ def picture(named: dict[str, schedules.Schedule], p: int, m: int) -> svg.Picture
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments = options.Parser("draw", description=__doc__.splitlines()[0])
     add = arguments.add_argument
     add("schedule", help=f"{', '.join(schedules.SCHEDULES)}, all, or a file")
     add("--p", type=options.at_least(1), default=4, help="number of ranks")

@@ -35,7 +35,8 @@ from tools import launch
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    description = __doc__.splitlines()[0]
+    arguments = options.Parser("sample", description=description, allow_abbrev=False)
     add = arguments.add_argument
     add("--n", type=int, default=200, help="number of tokens to generate")
     add("--temperature", type=options.at_least(0, float), default=0.8,
@@ -63,8 +64,7 @@ def main() -> None:
             )
         device, _ = startup.pick_device(args.device)
     except ValueError as error:
-        print(f"sample: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        arguments.error(str(error))
     startup.join_ranks(device, args.timeout)
     draw = source.draw if source else None
     trainer = train_3d.Trainer(args, config, None, device, draw)
