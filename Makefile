@@ -67,7 +67,7 @@ ckpt: FILE = activation_ckpt
 ddp zero zero3 tp pp ckpt: $(SETUP)  ## compare a strategy file with one process (10 s)
 	$(TORCHRUN) $(NPROC) $(or $(FILE),$@).py
 
-draw: $(SETUP)  ## draw a schedule, with bubble and memory: P=4 M=8 SCHEDULE=zb-v (a name, a file or all) ARGS="--svg FILE"
+draw: $(SETUP)  ## draw a schedule, with bubble and memory: P=4 M=8 SCHEDULE=zb-v (name, file, all) ARGS="--svg FILE"
 	@$(PY) -m tools.draw $(SCHEDULE) --p $(P) --m $(M) $(ARGS)
 
 links: NPROC = 2
