@@ -5,7 +5,7 @@
     python -m tools.draw my_schedule.txt --p 2 --m 4       a file, as read by train_3d.py --schedule
     python -m tools.draw interleaved --virtual-stages 3 --text     the schedule as such a file
     python -m tools.draw all --p 4 --m 8                   the numbers of all built-in schedules
-    python -m tools.draw zb-v --svg zb-v.svg               also writes a picture; all: of all five
+    python -m tools.draw zb-v --svg zb-v.svg               also writes a picture
 
 The timeline has one row per rank. An action is a letter and the number of its microbatch: F
 forward, B backward, W gradient of the weights (then B is the gradient of the input only). Lower
@@ -54,7 +54,7 @@ def wrap(timeline: str, columns: int) -> str:
 
 
 def most_stored(schedule: schedules.Schedule) -> str:
-    """The largest number of microbatches whose activations a rank stores, of each rank."""
+    """By rank, the largest number of microbatches whose activations it stores."""
     one = {k: 1.0 / len(row) for row in schedules.stages_of(schedule) for k in row}
     return " ".join(f"{cost.peak_held(row, one, one):g}" for row in schedule)
 

@@ -1,6 +1,6 @@
 """Measures what tools/figures.py draws, and writes it to docs/img/data/*.json.
 
-    python -m tools.figure_data                     all figures (10 min on 2 cores, 14 GB of memory)
+    python -m tools.figure_data                     all figures (5 min on 2 cores, 12 GB of memory)
     python -m tools.figure_data mesh ddp_overlap    some of them
     make figures                                    then draws them
 

@@ -219,7 +219,7 @@ def timeline(
     picture: Picture, x: float, y: float, rows: int, scale: float, bars: list[Bar]
 ) -> None:
     """Draw bars in rows. scale: pixels per time unit. A label that does not fit is left out. The
-    gray behind the bars is idle time."""
+    idle time of a rank is gray."""
     start, end = min(bar.start for bar in bars), max(bar.end for bar in bars)
     for row in range(rows):
         picture.rect(x, y + row * ROW, (end - start) * scale, ROW - 2, PALE)
