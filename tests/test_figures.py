@@ -77,7 +77,8 @@ def test_what_is_unreadable_is_found():
 
 def test_drawing_imports_the_standard_library_and_schedules_alone():
     script = (
-        "import sys, importlib.util; importlib.util.find_spec = lambda name: True\n"  # tools wants torch
+        "import sys, importlib.util\n"
+        "importlib.util.find_spec = lambda name: True  # tools asks for torch\n"
         "known = {*sys.stdlib_module_names}; import tools.figures, tools.plot\n"
         "print(*{name.split('.')[0] for name in sys.modules} - known)"
     )
