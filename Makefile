@@ -200,8 +200,16 @@ node: $(SETUP)
 
 #:
 #: Develop
+#:  figures           1 min   draw the pictures of README and docs again: docs/img  [ARGS]
+#:  transcripts       20 min  rerun the commands of README and docs, update their output  [ARGS]
 #:  lint              1 s     run ruff, if it is installed
 #:  clean             1 s     remove .venv and caches; keep checkpoints and losses
+
+figures: $(SETUP)
+	$(PY) -m tools.figures $(ARGS)
+
+transcripts: $(SETUP)
+	$(PY) -m tools.transcripts $(ARGS)
 
 lint: $(SETUP)
 	@$(PY) -m ruff --version > /dev/null || (echo "ruff is optional: $(PY) -m pip install ruff"; exit 1)
@@ -214,4 +222,4 @@ clean:
 .PHONY: help setup draw tp pp ddp zero zero3 ckpt train sample plot
 .PHONY: plan dry-run published plan-check test test-all parity fuzz races mutants zoo kill-ranks drill
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint links memory
-.PHONY: two-hosts hierarchy gpu-check gpu-drill node lint clean
+.PHONY: two-hosts hierarchy gpu-check gpu-drill node figures transcripts lint clean

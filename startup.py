@@ -92,7 +92,7 @@ def join_ranks(device: torch.device, timeout: int = 600) -> None:
             if os.environ.get("GROUP_WORLD_SIZE") == "1":
                 # After a restart, torchrun's store still has the addresses of dead ranks
                 # (pytorch#135712), so each start uses its own prefix. Not on several nodes, whose
-                # restart counts can differ, see README.
+                # restart counts can differ, see docs/running.md.
                 restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 store = dist.PrefixStore(restart, store)
         if rank == 0:

@@ -32,7 +32,7 @@ import startup
 import train_3d
 import zero
 from measure import TOLERANCE
-from tools import draw, plot, sample
+from tools import draw, sample
 from tools.bench import checkpoint as bench_checkpoint
 from tools.bench import compare, links, memory
 from tools.plan import bubble
@@ -397,34 +397,6 @@ def test_a_drill_sees_a_loss_that_differs(tmp_path):
             "grad_norm": 1.0}, {"step": 1, "val_loss": 3.0}]  # fmt: skip
     (tmp_path / "log").write_text("\n".join(map(json.dumps, rows)))
     assert {step: len(seen) for step, seen in kill_ranks.rows(str(tmp_path)).items()} == {0: 2}
-
-
-def test_a_plot_is_of_the_last_of_each_step(tmp_path, capsys, monkeypatch):
-    path = tmp_path / "run.jsonl"
-    rows = [(0, 16, 5.0), (1, 32, 4.0), (1, 32, 3.5), (2, 48, 3.0)]
-    text = [json.dumps({"step": s, "tokens": t, "loss": x}) for s, t, x in rows]
-    path.write_text("\n".join([*text, json.dumps({"step": 2, "tokens": 48, "val_loss": 2.5})]))
-    assert plot.curve(str(path), "loss") == ([16, 32, 48], [5.0, 3.5, 3.0])
-    assert plot.curve(str(path), "val_loss") == ([48], [2.5])
-    path.write_text("no JSON")
-    for arguments, message in (([str(path)], "line 1 was not written by --metrics: no JSON"),
-                               ([str(tmp_path / "none")], "No such file")):  # fmt: skip
-        monkeypatch.setattr("sys.argv", ["plot.py", *arguments])
-        with pytest.raises(SystemExit):
-            plot.main()
-        assert message in capsys.readouterr().err
-
-
-def test_a_plot_is_drawn_or_says_what_it_needs(tmp_path, capsys, monkeypatch):
-    path, out = tmp_path / "run.jsonl", tmp_path / "runs.png"
-    path.write_text(json.dumps({"step": 0, "tokens": 16, "loss": 5.0}))
-    monkeypatch.setattr("sys.argv", ["plot.py", str(path), "--out", str(out)])
-    try:
-        plot.main()
-    except SystemExit:
-        assert "matplotlib is not installed: pip install matplotlib" in capsys.readouterr().err
-    else:
-        assert out.read_bytes().startswith(b"\x89PNG")
 
 
 def sampled(folder: str, *flags: str) -> str:

@@ -5,6 +5,7 @@
     python -m tools.draw my_schedule.txt --p 2 --m 4       a file, as read by train_3d.py --schedule
     python -m tools.draw interleaved --virtual-stages 3 --text     the schedule as such a file
     python -m tools.draw all --p 4 --m 8                   the numbers of all built-in schedules
+    python -m tools.draw zb-v --svg zb-v.svg               also writes a picture
 
 The timeline has one row per rank. An action is a letter and the number of its microbatch: F
 forward, B backward, W gradient of the weights (then B is the gradient of the input only). Lower
@@ -19,10 +20,12 @@ import argparse
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import options
 import pipeline
 import schedules
+from tools import svg
 from tools.plan import cost
 
 COLORS = {"F": 44, "B": 42, "W": 43, "f": 46, "b": 102, "w": 103}  # backgrounds
@@ -50,14 +53,32 @@ def wrap(timeline: str, columns: int) -> str:
     )
 
 
+def most_stored(schedule: schedules.Schedule) -> str:
+    """By rank, the largest number of microbatches whose activations it stores."""
+    one = {k: 1.0 / len(row) for row in schedules.stages_of(schedule) for k in row}
+    return " ".join(f"{cost.peak_held(row, one, one):g}" for row in schedule)
+
+
 def numbers(name: str, schedule: schedules.Schedule) -> str:
     stages = schedules.stages_of(schedule)
-    one = {k: 1.0 / len(row) for row in stages for k in row}
-    held = [cost.peak_held(row, one, one) for row in schedule]
     sends = [pipeline.predicted_sends(stages, r, 1, 1, 1, 1)[0] for r in range(len(schedule))]
     bubble = schedules.bubble(schedules.simulate(schedule))
     return (f"{name:12s} bubble {bubble:.3f}   {max(sends)} sends per microbatch   most stored "
-            f"microbatches, by rank: {' '.join(f'{h:g}' for h in held)}")  # fmt: skip
+            f"microbatches, by rank: {most_stored(schedule)}")  # fmt: skip
+
+
+def picture(named: dict[str, schedules.Schedule], p: int, m: int) -> svg.Picture:
+    """The schedules below each other, with their bubbles and stored microbatches."""
+    notes = {}
+    for name, schedule in named.items():
+        bubble, stored = schedules.bubble(schedules.simulate(schedule)), most_stored(schedule)
+        notes[name] = [f"bubble {bubble:.3f}", *[f"stores {stored}"] * (len(schedule) <= 6)]
+    height = 96 + svg.schedules_height([p] * len(named))
+    drawn = svg.Picture(svg.schedules_width(named), height, ", ".join(named))
+    drawn.text(20, 28, f"p = {p} ranks, m = {m} microbatches", 15, bold=True)
+    svg.action_legend(drawn, 20, 54)
+    svg.draw_schedules(drawn, 76, named, notes)
+    return drawn
 
 
 def main() -> None:
@@ -69,14 +90,17 @@ def main() -> None:
     add("--virtual-stages", "--chunks", dest="chunks", type=options.at_least(1), metavar="N",
         help="stages per rank, for interleaved")  # fmt: skip
     add("--text", action="store_true", help="print a file for train_3d.py --schedule")
+    add("--svg", metavar="FILE", help="also write a picture to this file")
     args = arguments.parse_args()
     names = list(schedules.SCHEDULES) if args.schedule == "all" else [args.schedule]
+    drawn = {}
     for name in names:
         asked = argparse.Namespace(schedule=name, chunks=args.chunks, pp=args.p)
         try:
             schedule = options.make_schedule(asked, args.m)
         except ValueError as error:
             arguments.error(str(error))
+        drawn[Path(name).stem[:12]] = schedule
         stages = schedules.stages_of(schedule)
         if args.text:
             for row, mine in zip(schedule, stages, strict=True):
@@ -88,6 +112,13 @@ def main() -> None:
             timeline = wrap(schedules.draw(schedule), shutil.get_terminal_size((160, 24)).columns)
             print((in_color(timeline) if tty else timeline) + "\n")
         print(numbers(name, schedule))
+    if args.svg:
+        try:
+            picture(drawn, args.p, args.m).save(args.svg)
+        except OSError as error:
+            arguments.error(f"--svg {args.svg} cannot be written: {error.strerror}")
+        if not args.text:  # whose output is a file
+            print(args.svg)
 
 
 if __name__ == "__main__":
