@@ -3,14 +3,21 @@
     make published               python -m tools.plan.published
     make published ARGS=--fit    also fits the constants of the model to the tables (3 min)
 
-For each row of a published table it prints published | predicted | error. Below each table it
-prints the mean and the largest error of the model, and those of a guess: every row runs at the same
-FLOP/s per GPU, namely the mean of the table's other rows. A model must beat this guess to be of any
-use.
+For each row of a published table it prints published | predicted | error. The last lines are a
+summary by table. It has the errors of four predictions:
 
-The fitted constants of `cost.Hardware` (FITTED below) are the same for all tables. To show that
-they are not tuned to a single one, --fit fits them to all tables but one and predicts the one left
-out, for each table.
+- the model;
+- the model with an anchor: one measured row of the table scales the others (`make plan` has
+  --anchor);
+- a guess: every row runs at the same FLOP/s per GPU, namely the mean of the table's other rows;
+- a guess from one row: all rows run at its FLOP/s per GPU.
+
+A model must beat the guess to be of any use. For layouts of the same job, the summary also counts
+the pairs that the model orders as published, and what its choice loses (see `losses`).
+
+The constants of `cost.Hardware` (FITTED below) were fitted to the tables in TABLES, and are the
+same for all. To show that they are not tuned to a single table, --fit fits them to all tables but
+one and predicts the one left out, for each table. The tables in UNSEEN were not used in a fit.
 
 Two tables contain no times: the memory of the ZeRO stages and the bubble rates of three schedules.
 They are compared with the formula of zero.py and with the simulation of schedules.py.
@@ -22,20 +29,23 @@ Sources: Narayanan et al. 2021 (arXiv 2104.04473), tables 1 and 2, with the micr
 chunks of Megatron-LM's examples/academic_paper_scripts/sc21. Korthikanti et al. 2022 (2205.05198),
 tables 4 and 5. Rajbhandari et al. 2020 (1910.02054), table 1. Qi et al. 2023 (2401.10241), tables 3
 to 5. All times were measured on A100s with 80 GB in DGX machines with 8 x 200 Gbit/s of network
-(Qi et al.: RoCE).
+(Qi et al.: RoCE). tools/plan/unseen.py has the sources of the unseen tables.
 """
 
 import argparse
+import collections
+import functools
+import itertools
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
 import gpt
-from tools.plan import cost
-from tools.plan.cost import HARDWARE, Hardware, Layout, Program
+from tools.plan import cost, unseen
+from tools.plan.cost import DEFAULT_PROGRAM, HARDWARE, Hardware, Layout, Program
 
 A100 = HARDWARE["a100-80"]
 SEQ, VOCABULARY = 2048, 51200
@@ -55,6 +65,7 @@ class Row(NamedTuple):
     program: Program = LOCAL
     split: list[range] | None = None
     phase: str = ""  # of one block: "F" forward, "B" backward; "": a step
+    hardware: Hardware = A100
 
 
 def megatron(n_layer: int, n_head: int, n_embd: int, seq_len: int = SEQ) -> gpt.GPTConfig:
@@ -143,6 +154,20 @@ def even(n_layer: int, n: int) -> list[range]:
     return [range(k * n_layer // n, (k + 1) * n_layer // n) for k in range(n)]
 
 
+def with_ends(n_layer: int, n: int) -> list[range]:
+    """Blocks of each of n stages, where the embedding and the head count as one block each."""
+    each = [(n_layer + 2) // n] * n
+    each[0] -= 1
+    each[-1] -= 1
+    return [range(sum(each[:k]), sum(each[: k + 1])) for k in range(n)]
+
+
+def rounded_up(n_layer: int, n: int) -> list[range]:
+    """Blocks of each of n stages: the quotient rounded up, and the rest on the last stage."""
+    size = -(-n_layer // n)
+    return [range(min(n_layer, k * size), min(n_layer, (k + 1) * size)) for k in range(n)]
+
+
 def model_config(name: str) -> gpt.GPTConfig:
     """The model `name` of gpt.MODELS as Megatron-LM trains it."""
     config = gpt.MODELS[f"gpt-{name}"]
@@ -207,14 +232,39 @@ def zero_bubble() -> list[Row]:
             for what, chunks, rate in (
                 ("1f1b", 1, plain), ("interleaved", (n + 2) // p, interleaved), ("zb-h1", 1, h1),
             ):  # fmt: skip
-                each = [(n + 2) // (p * chunks)] * (p * chunks)
-                each[0] -= 1  # the authors count the embedding and the head as one block each
-                each[-1] -= 1
-                split = [range(sum(each[:k]), sum(each[: k + 1])) for k in range(p * chunks)]
+                split = with_ends(n, p * chunks)
                 layout = Layout(1, p, 1, 0, b, m, "none", what, chunks)
                 work = flops(config, b * m, "none")
                 found.append(Row(f"{name}  m={m} {what}", b * m / (rate * p), work, config, layout,
                                  LOCAL, split))  # fmt: skip
+    return found
+
+
+def bloom(period: str) -> list[Row]:
+    hardware, found = A100._replace(network_gb_per_s=6.25), []  # 4 x 12.5 GB/s for 8 GPUs
+    for (n, a, h), rows in unseen.BLOOM[period].items():
+        config = gpt.GPTConfig(n, a, h, 250880, SEQ, "explicit", dropout=0.1)
+        ends_count = n == 106 or period == "2022-02-28"
+        for t, p, d, batch, b, seconds in rows:
+            layout = Layout(t, p, d, 1, b, batch // (d * b))
+            split = (with_ends if ends_count else rounded_up)(n, p)
+            found.append(Row(f"{n} x {h} a={a}  t={t} p={p} d={d} b={b}", seconds,
+                             flops(config, batch, "full"), config, layout, LOCAL, split,
+                             hardware=hardware))  # fmt: skip
+    return found
+
+
+def mpt(gpu: str) -> list[Row]:
+    found = []
+    for name, rows in unseen.MPT[gpu].items():
+        for s, gpus, b, m, what, rate in rows:
+            config = gpt.GPTConfig(*unseen.MPT_SIZES[name], 50368, s)
+            policy = "full" if what == "full" else "none"
+            layout = Layout(1, 1, gpus, 2 if what == "zero-2" else 3, b, m, policy)
+            batch = gpus * b * m
+            found.append(Row(f"{name}  s={s} d={gpus} b={b} m={m}", b * m * s / rate,
+                             flops(config, batch, policy), config, layout, DEFAULT_PROGRAM,
+                             hardware=HARDWARE[gpu]))  # fmt: skip
     return found
 
 
@@ -225,13 +275,21 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "2205.05198, table 4: one block": block,
     "2401.10241, table 4: step of three schedules": zero_bubble,
 }
+UNSEEN: dict[str, Callable[[], list[Row]]] = {
+    f"BLOOM, {period}: t, p, d and b of ten models": functools.partial(bloom, period)
+    for period in unseen.BLOOM
+} | {
+    f"MPT, {gpu}: FSDP, 8 to 512 GPUs": functools.partial(mpt, gpu) for gpu in unseen.MPT
+}  # fmt: skip
 
 
 def step(row: Row, hardware: Hardware) -> cost.Times:
     return cost.predicted_step(row.config, row.layout, hardware, 8, row.program, row.split, 3)
 
 
-def seconds(row: Row, hardware: Hardware) -> float:
+def seconds(row: Row, hardware: Hardware | None = None) -> float:
+    """Predicted seconds of a row. hardware: instead of the row's."""
+    hardware = hardware or row.hardware
     if row.phase:
         stage = cost.stage_seconds(row.config, row.layout, hardware, 8, row.program, row.split)[1]
         return sum(sum(stage[kind]) for kind in ("F" if row.phase == "F" else "BW"))
@@ -248,6 +306,111 @@ def guesses(rows: list[Row]) -> list[float]:
 def errors(predicted: list[float], rows: list[Row]) -> list[float]:
     """Relative errors in percent."""
     return [100 * (p / row.seconds - 1) for p, row in zip(predicted, rows, strict=True)]
+
+
+def from_one_row(predicted: list[float], rows: list[Row]) -> list[list[float]]:
+    """Errors in percent of the other rows, if one row scales all predictions; for each choice."""
+    found = []
+    for k, row in enumerate(rows):
+        factor = row.seconds / predicted[k]
+        scaled = errors([factor * x for x in predicted], rows)
+        found.append(scaled[:k] + scaled[k + 1 :])
+    return found
+
+
+def jobs(predicted: list[float], rows: list[Row]) -> list[list[tuple[float, float]]]:
+    """The (predicted, published) seconds of each job with two or more layouts.
+
+    Rows of a job have the same model, batch and number of GPUs, so that only the layout differs.
+    """
+    found = collections.defaultdict(list)
+    for seconds, row in zip(predicted, rows, strict=True):
+        layout = row.layout
+        batch = layout.dp * layout.micro_batch_size * layout.microbatches
+        found[row.config, layout.gpus, batch, row.phase].append((seconds, row.seconds))
+    return [times for times in found.values() if len({seconds for seconds, _ in times}) > 1]
+
+
+def right_order(times: list[list[tuple[float, float]]]) -> tuple[int, int]:
+    """(pairs of layouts of a job that the model orders as published, such pairs).
+
+    Pairs whose published times differ by less than 2 % do not count: a repeated run differs by 1 %.
+    """
+    pairs = [
+        (a[0] < b[0]) == (a[1] < b[1])
+        for job in times
+        for a, b in itertools.combinations(job, 2)
+        if abs(math.log(a[1] / b[1])) > 0.02
+    ]
+    return sum(pairs), len(pairs)
+
+
+def losses(times: list[list[tuple[float, float]]]) -> tuple[float, float]:
+    """(loss of the model's choice, loss of a random choice) in percent, mean over the jobs.
+
+    The loss of a layout is its published time over the shortest of its job, minus 1.
+    """
+    best = [min(published for _, published in job) for job in times]
+    model = [100 * (min(job)[1] / x - 1) for job, x in zip(times, best, strict=True)]
+    chance = [100 * (statistics.fmean(published for _, published in job) / x - 1)
+              for job, x in zip(times, best, strict=True)]  # fmt: skip
+    return statistics.fmean(model), statistics.fmean(chance)
+
+
+def mean(values: list[float]) -> float:
+    return statistics.fmean(map(abs, values))
+
+
+class Accuracy(NamedTuple):
+    """Errors in percent for one table. from_one_row is evaluated with each row as the one."""
+
+    rows: int
+    model: tuple[float, float]  # mean, largest
+    anchor: tuple[float, float]  # mean over all choices of the row, mean with the worst choice
+    guess: tuple[float, float]  # mean, largest
+    one: tuple[float, float]  # a guess from one row; as anchor
+    order: tuple[int, int] | None  # see right_order; None: no two layouts of the same job
+    choice: tuple[float, float] | None  # see losses
+
+    def markdown(self, title: str) -> str:
+        pairs = (self.model, self.anchor, self.guess, self.one, self.choice)
+        cells = [" / ".join(f"{x:.1f}" for x in pair) if pair else "-" for pair in pairs]
+        order = f"{self.order[0]} of {self.order[1]}" if self.order else "-"
+        return f"| {' | '.join([title, str(self.rows), *cells[:4], order, cells[4]])} |"
+
+
+@functools.cache
+def accuracy(title: str) -> Accuracy:
+    """For a table in TABLES or UNSEEN."""
+    rows = (TABLES | UNSEEN)[title]()
+    predicted = [seconds(row) for row in rows]
+    work = [row.flops / row.layout.gpus for row in rows]
+    model, guess = errors(predicted, rows), errors(guesses(rows), rows)
+    anchor, one = ([mean(off) for off in from_one_row(x, rows)] for x in (predicted, work))
+    times = jobs(predicted, rows)
+    return Accuracy(
+        len(rows), (mean(model), max(map(abs, model))), (statistics.fmean(anchor), max(anchor)),
+        (mean(guess), max(map(abs, guess))), (statistics.fmean(one), max(one)),
+        right_order(times) if times else None, losses(times) if times else None,
+    )  # fmt: skip
+
+
+COLUMNS = ("", "rows", "model", "model, anchor", "guess", "guess from one", "order", "choice")
+LEGEND = """
+Errors in %. Model and guess: mean / largest. Model with an anchor and guess from one row: mean over
+all choices of the row / mean with the worst choice. Order: pairs of layouts of one job that the
+model orders as published. Choice: by how many % the layout that the model calls the fastest is
+slower than the fastest / the same for a random layout.
+"""
+
+
+def summary_lines() -> Iterator[str]:
+    """A Markdown table of the accuracy for all tables. docs/recipe.md has a copy."""
+    yield f"| {' | '.join(COLUMNS)} |".replace("|  |", "| |")
+    yield "|---" * len(COLUMNS) + "|"
+    for group, tables in (("fitted", TABLES), ("unseen", UNSEEN)):
+        for title in tables:
+            yield accuracy(title).markdown(f"{group}: {title.split(':')[0]}")
 
 
 def summary(values: list[float]) -> str:
@@ -330,8 +493,8 @@ def main() -> None:
     )
     args = arguments.parse_args()
     tables = {title: rows() for title, rows in TABLES.items()}
-    for title, rows in tables.items():
-        predicted = [seconds(row, A100) for row in rows]
+    for title, rows in (tables | {title: rows() for title, rows in UNSEEN.items()}).items():
+        predicted = [seconds(row) for row in rows]
         print(f"\n{title}\n{'':42s}published   predicted   error")
         for row, model, error in zip(rows, predicted, errors(predicted, rows), strict=True):
             print(f"  {row.name:38s}{row.seconds:9.4g} s {model:9.4g} s {error:+6.1f} %")
@@ -346,6 +509,9 @@ def main() -> None:
     print(f"\n1910.02054, table 1: {summary(off)}; the paper prints two or three digits")
     off = [100 * abs(model - published) for _, published, model in bubble_rates()]
     print(f"2401.10241, table 5: mean {statistics.fmean(off):.1f}, max {max(off):.1f} points")
+    print(LEGEND)
+    for line in summary_lines():
+        print(line)
     if not args.fit:
         return
     fitted = fit(list(tables.values()))
