@@ -7,6 +7,7 @@ import random
 import re
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -287,6 +288,52 @@ def test_published_tables(title):
     assert mean < statistics.fmean(map(abs, guess)) and largest < max(map(abs, guess))
 
 
+def test_one_row_scales_the_others():
+    """On three rows of one job: published 1, 2 and 4 s, predicted 2, 2 and 1 s."""
+    row = published.sc21_1()[0]
+    rows = [row._replace(seconds=x) for x in (1.0, 2.0, 4.0)]
+    first, second, third = published.from_one_row([2.0, 2.0, 1.0], rows)
+    assert first == pytest.approx([-50, -87.5]) and second == pytest.approx([100, -75])
+    assert third == pytest.approx([700, 300])
+
+
+def test_the_order_and_the_choice_of_layouts():
+    """Published 1, 2 and 4 s. The model predicts 3, 1 and 2 s, so it orders one pair of three as
+    published, and chooses the second layout. A random one takes 7/3 s."""
+    row = published.sc21_1()[0]
+    rows = [row._replace(seconds=x) for x in (1.0, 2.0, 4.0)]
+    times = published.jobs([3.0, 1.0, 2.0], rows)
+    assert times == [[(3.0, 1.0), (1.0, 2.0), (2.0, 4.0)]]
+    assert published.right_order(times) == (1, 3)
+    assert published.losses(times) == pytest.approx((100, 100 * 4 / 3))
+    other_job = rows[1]._replace(layout=rows[1].layout._replace(dp=1))
+    assert published.jobs([3.0, 1.0, 2.0], [rows[0], other_job, rows[2]]) == [[(3, 1), (2, 4)]]
+    assert published.right_order([[(1.0, 2.0), (2.0, 2.02)]]) == (0, 0)
+
+
+@pytest.mark.parametrize("title", published.UNSEEN)
+def test_unseen_tables(title):
+    rows = published.UNSEEN[title]()
+    for row in rows:
+        batch = row.layout.dp * row.layout.micro_batch_size * row.layout.microbatches
+        peak = row.hardware.tflops * 1e12 * row.layout.gpus
+        # Full recomputation is counted, so these are hardware FLOP/s.
+        assert 0.25 < row.flops / row.seconds / peak < 0.81, row.name
+        if "BLOOM" in title:
+            assert batch in (512, 1024, 1536, 1568, 2016, 2048), row.name
+            assert row.layout.gpus in (320, 384) and row.config.n_layer == row.split[-1].stop
+        else:
+            assert row.layout.gpus in (8, 16, 32, 64, 128, 256, 512), row.name
+    found = published.accuracy(title)
+    if "BLOOM" in title:  # all predictions are too low, so a factor helps
+        assert found.anchor[0] < found.model[0]
+
+
+def test_the_accuracy_in_the_docs_is_the_measured_one():
+    text = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text()
+    assert [line for line in published.summary_lines() if line not in text] == []
+
+
 def test_zeros_table_and_bubble_rates():
     """The bytes are compared with counts in tests/test_zero.py::
     test_bf16_is_bitwise_one_process_that_adds_in_the_same_order, the simulation with a count of
@@ -388,6 +435,80 @@ def test_a_plan_for_this_machine(monkeypatch, capsys):
         assert best["tp"] * best["pp"] * best["dp"] == 2
 
 
+ANCHORED = f"{SMALL_JOB} --schedule 1f1b --micro-batch-size 2 --json"
+
+
+def test_an_anchor_scales_all_times(monkeypatch, capsys):
+    """First of the best layout, then of the third, which is given as the command that ran it."""
+    plain = json.loads(said(monkeypatch, capsys, ANCHORED))
+    best, third = plain["layouts"][0], plain["layouts"][2]
+    sequence = " --sequence-parallel" if third["sequence_parallel"] else ""
+    command = (f"torchrun --nproc-per-node 8 -- train_3d.py --tp {third['tp']} --pp {third['pp']} "
+               f"--zero {third['zero']} --micro-batch-size {third['micro_batch_size']} "
+               f"--recompute {third['recompute']}{sequence}")  # fmt: skip
+    for layout, factor, more in ((best, 1.25, []), (third, 0.5, ["--anchor-layout", command])):
+        measured = factor * layout["step_s"]
+        argv = ["plan.py", *ANCHORED.split(), "--anchor", str(measured), *more]
+        monkeypatch.setattr(sys, "argv", argv)
+        plan.main()
+        found = json.loads(capsys.readouterr().out)
+        anchor = found.pop("anchor")
+        assert anchor["factor"] == pytest.approx(factor)
+        assert {name: layout[name] for name in anchor["layout"]} == anchor["layout"]
+        assert anchor["measured_s"] == measured
+        for was, now in zip((plain["recipe"], *plain["layouts"]),
+                            (found["recipe"], *found["layouts"]), strict=True):  # fmt: skip
+            assert now["step_s"] == pytest.approx(anchor["factor"] * was["step_s"])
+            assert now["tflops_per_gpu"] == pytest.approx(was["tflops_per_gpu"] / anchor["factor"])
+            assert sum(now["seconds"].values()) == pytest.approx(now["step_s"])
+            assert {k: now[k] for k in ("bytes", *anchor["layout"])} == {
+                k: was[k] for k in ("bytes", *anchor["layout"])
+            }
+
+
+def test_the_report_names_the_anchor(monkeypatch, capsys):
+    flags = SMALL_JOB + " --schedule 1f1b --micro-batch-size 2 --anchor"
+    near, far = (said(monkeypatch, capsys, f"{flags} {x}") for x in (0.2, 10))
+    head = near.split("The recipe")[0]
+    found = re.search(r"Anchor: measured 0.2 s, predicted (\S+) s for the best layout below", head)
+    assert f"All times below are predictions times {0.2 / float(found[1]):.3g}" in head
+    assert "far from 1" not in near and "far from 1: check --hardware" in far
+    first = far.split("The best of")[1].splitlines()[2]
+    assert float(first.split()[0]) == pytest.approx(10)
+
+
+@pytest.mark.parametrize("flags, layout, message", [
+    ("--anchor 0", None, "--anchor 0: give the measured seconds per step, above 0"),
+    ("--anchor nan", None, "--anchor nan: give the measured"),
+    ("--anchor -1", None, "--anchor -1: give the measured"),
+    ("--anchor x", None, "--anchor: invalid float value: 'x'"),
+    ("--anchor 0.001", "--micro-batch-size 1", "than the 989 of h100-80: give seconds per step"),
+    ("", "--tp 2", "--anchor-layout: give the measured seconds too: --anchor SECONDS"),
+    ("--anchor 1", "--tp 3", "--anchor-layout: --gpus 16 is not divisible by --tp 3 x"),
+    ("--anchor 1", "--tp 2", "--n-head 25 is not divisible by --tp 2"),
+    ("--anchor 1", "--micro-batch-size 3", "--global-batch-size 64 is not divisible by d 16 x"),
+    ("--anchor 1", "--global-batch-size 32", "is 32, but this plan assumes 64: measure"),
+    ("--anchor 1", "--zero 1 --zero-shard-size 8", "is 8, but this plan assumes None: measure"),
+    ("--anchor 1", "--recompute offload", "does not know --recompute offload"),
+    ("--anchor 1", "--model gpt2", "it has flags of another model: leave them out"),
+    ("--anchor 1", "--modle gpt2", "--anchor-layout: unrecognized arguments: --modle"),
+])  # fmt: skip
+def test_anchors_that_cannot_be(monkeypatch, flags, layout, message):
+    more = [] if layout is None else ["--anchor-layout", layout]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *SMALL_JOB.split(), *flags.split(), *more])
+    with pytest.raises(SystemExit) as end:
+        plan.main()
+    assert "\n" not in end.value.code and message in end.value.code
+    assert end.value.code.startswith("tools.plan.plan: error: ")
+
+
+def test_an_anchor_where_nothing_fits_needs_its_layout(monkeypatch, capsys):
+    flags = "--model gpt-175b --gpus 8 --global-batch-size 8 --hardware a100-40 --anchor 9"
+    monkeypatch.setattr(sys, "argv", ["plan.py", *flags.split()])
+    with pytest.raises(SystemExit, match="--anchor: no layout fits, so none is the best: describe"):
+        plan.main()
+
+
 def test_nothing_fits(monkeypatch, capsys):
     flags = "--model gpt-175b --gpus 8 --global-batch-size 8 --hardware a100-40"
     text = said(monkeypatch, capsys, flags)
@@ -416,6 +537,9 @@ def test_hardware_from_a_file(tmp_path):
     ("--gpus 12", "--gpus 12 is not a multiple of --gpus-per-node 8"),
     ("--memory-gb 0", "memory_gb is 0"), ("--tflops -3", "tflops is -3"), ("--modle x", "--modle"),
     ("--model gpt9", "gpt9"), ("--tokens 0", "--tokens"),
+    ("--modle gpt2", "unrecognized arguments: --modle gpt2; did you mean --model?"),
+    ("--model gpt2xl", "did you mean gpt2-xl?"), ("--hardware h100", "did you mean h100-80?"),
+    ("--tp 5 --gpus 16", "--gpus 16 is not divisible by --tp 5 x --pp 1: give a divisor, or"),
 ])  # fmt: skip
 def test_what_cannot_be_planned(monkeypatch, flags, message):
     monkeypatch.setattr(sys, "argv", ["plan.py", *flags.split()])

@@ -16,20 +16,33 @@ For both it prints bytes and times, why the best is faster, a bar chart of its m
 days of training, and the torchrun command. --json prints the same as JSON. Memory and time are
 predicted by tools/plan/cost.py. `make published` compares these predictions with measurements, and
 docs/recipe.md lists what the model leaves out.
+
+--anchor corrects the times with one measurement. Run some steps of the printed command, and plan
+again with the seconds per step that it prints:
+
+    make plan ARGS="--model gpt2-xl --gpus 16 --hardware h100-80 ... --anchor 2.4"
+
+All predicted times are multiplied by measured / predicted. The order of the layouts stays the same.
+--anchor-layout describes the measured layout, if it was not the best.
 """
 
 import argparse
 import dataclasses
+import difflib
 import heapq
 import json
+import math
+import re
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 
 import gpt
 import options
+import schedules
 from tools.plan import cost
 from tools.plan.cost import HARDWARE, Hardware, Layout, Times
 
@@ -49,6 +62,7 @@ class Job(NamedTuple):
     hardware: Hardware
     program: cost.Program = cost.DEFAULT_PROGRAM
     usable: float = USABLE
+    scale: float = 1.0  # all predicted times are multiplied by it; see Anchor
 
     @property
     def limit(self) -> float:
@@ -69,6 +83,10 @@ class Plan(NamedTuple):
         return 3 * sum(model_flops(job.config)) * tokens / job.gpus / self.times.total / 1e12
 
 
+def scaled(plan: Plan, factor: float) -> Plan:
+    return plan._replace(times=Times(*(factor * x for x in plan.times)))
+
+
 def model_flops(config: gpt.GPTConfig) -> tuple[float, float, float]:
     """FLOPs of the forward of one token: (embedding, all blocks, head)."""
     embedding, block, head = gpt.flops_per_token(config)
@@ -81,7 +99,7 @@ def price(job: Job, layout: Layout, round_to: int | None = None) -> Plan:
     times = cost.predicted_step(
         job.config, layout, job.hardware, job.per_node, job.program, round_to=round_to
     )
-    return Plan(layout, held, times)
+    return scaled(Plan(layout, held, times), job.scale)
 
 
 def divisors(n: int) -> list[int]:
@@ -195,7 +213,7 @@ def search(job: Job, keep: int = 8, asked: dict | None = None) -> tuple[list[Pla
             least = cost.predicted_step(
                 job.config, layout, job.hardware, job.per_node, job.program, least=True
             )
-            candidates.append((least.total, number, layout))
+            candidates.append((job.scale * least.total, number, layout))
     heapq.heapify(candidates)
     found: list[tuple[float, int, Plan]] = []
     n = len(candidates)
@@ -228,6 +246,83 @@ def what_would_fit(job: Job) -> list[str]:
                 lines.append(f"the model would fit on {more.gpus} of these GPUs: {spell(layout)}")
                 return lines
     return lines
+
+
+# --- one measured step ----------------------------------------------------------------------------
+
+
+class Anchor(NamedTuple):
+    """One measured step, and the model's prediction for the same layout."""
+
+    layout: Layout
+    measured: float  # seconds
+    predicted: float
+    is_best: bool  # whether the layout is that of the first line of the search
+
+    @property
+    def factor(self) -> float:
+        return self.measured / self.predicted
+
+
+def measured_layout(job: Job, text: str, model: list[str]) -> Layout:
+    """The layout described by flags of train_3d.py, or by a command that contains train_3d.py.
+
+    The model, the batch and the dtype are those of the job; the other flags have the trainer's
+    defaults. Raises ValueError if the job has no such layout.
+    """
+    parser = options.parser()
+
+    def refuse(message: str):
+        raise ValueError(f"--anchor-layout: {message}")
+
+    parser.error = refuse
+    dtype = "bf16" if job.program.itemsize == 2 else "float32"
+    own = f"{' '.join(model)} --global-batch-size {job.batch} --dtype {dtype}".split()
+    args = parser.parse_args(own + shlex.split(text.split("train_3d.py ")[-1]))
+    default = parser.parse_args(own)
+    for name in ("global_batch_size", "dtype", "grad_dtype", "reduce_dtype", "zero_shard_size",
+                 "zero_reshard_after_forward", "dp_nodes", "recompute_every",
+                 "recompute_layers"):  # fmt: skip
+        if (value := getattr(args, name)) != (planned := getattr(default, name)):
+            refuse(f"{options.flag(name)} is {value}, but this plan assumes {planned}: measure a "
+                   "step with that")  # fmt: skip
+    try:
+        check_ranks(args.tp, args.pp, job.gpus)
+        config = options.check(args, job.gpus)
+    except ValueError as error:
+        refuse(str(error))
+    if config != job.config:
+        refuse("it has flags of another model: leave them out")
+    if args.recompute == "offload" or args.schedule not in schedules.SCHEDULES:
+        name = "recompute" if args.recompute == "offload" else "schedule"
+        refuse(f"the cost model does not know --{name} {getattr(args, name)}: measure another "
+               "layout")  # fmt: skip
+    d = job.gpus // (args.tp * args.pp)
+    m = job.batch // (d * args.micro_batch_size)
+    chunks = {"interleaved": args.chunks or 2, "zb-v": 2}.get(args.schedule, 1)
+    return Layout(args.tp, args.pp, d, args.zero if d > 1 else 0, args.micro_batch_size, m,
+                  args.recompute, args.schedule, chunks, args.sequence_parallel)  # fmt: skip
+
+
+def anchor_of(job: Job, seconds: float, layout: Layout | None, asked: dict) -> Anchor:
+    """The anchor for a measured step of `layout`; None: the best layout. Raises ValueError."""
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--anchor {seconds:g}: give the measured seconds per step, above 0")
+    if is_best := layout is None:
+        best, _ = search(job, 1, asked)
+        if not best:
+            raise ValueError("--anchor: no layout fits, so none is the best: describe the measured "
+                             "layout with --anchor-layout")  # fmt: skip
+        layout = best[0].layout
+    plan = price(job, layout, 2)  # rounded as in the search, so that it lists the measured time
+    anchor = Anchor(layout, seconds, plan.times.total, is_best)
+    tflops = scaled(plan, anchor.factor).tflops(job)
+    if tflops > job.hardware.tflops:
+        raise ValueError(
+            f"--anchor {seconds:g}: with {spell(layout)}, this is {tflops:,.3g} TFLOP/s per GPU, "
+            f"more than the {job.hardware.tflops:g} of {job.hardware.name}: give seconds per step"
+        )
+    return anchor
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -318,15 +413,34 @@ def row_of_times(plan: Plan, job: Job) -> str:
 HEAD = f"  {'s/step':>9s}{'TFLOP/s':>9s}{'GB':>7s}" + "".join(f"{n:>10s}" for n in Times._fields)
 
 
+def layout_fields(layout: Layout) -> dict:
+    return {name: getattr(layout, name) for name in (*FIELDS, "chunks", "sequence_parallel")}
+
+
 def as_json(plan: Plan | None, job: Job) -> dict | None:
     if plan is None:
         return None
-    layout = {name: getattr(plan.layout, name) for name in (*FIELDS, "chunks", "sequence_parallel")}
-    return layout | {"step_s": plan.times.total, "tflops_per_gpu": plan.tflops(job),
-                     "bytes": plan.held, "seconds": plan.times._asdict()}  # fmt: skip
+    return layout_fields(plan.layout) | {
+        "step_s": plan.times.total,
+        "tflops_per_gpu": plan.tflops(job),
+        "bytes": plan.held,
+        "seconds": plan.times._asdict(),
+    }
 
 
-def report(job: Job, zero: bool, tokens: float, asked: dict, model: list[str]) -> Iterator[str]:
+def spell_anchor(anchor: Anchor) -> Iterator[str]:
+    which = "the best layout below" if anchor.is_best else spell(anchor.layout)
+    yield (f"Anchor: measured {anchor.measured:.4g} s, predicted {anchor.predicted:.4g} s for "
+           f"{which}.")  # fmt: skip
+    yield f"All times below are predictions times {anchor.factor:.3g}."
+    if not 0.5 <= anchor.factor <= 2:
+        yield "This is far from 1: check --hardware, --gpus-per-node and the measured layout."
+
+
+def report(
+    job: Job, zero: bool, tokens: float, asked: dict, model: list[str],
+    anchor: Anchor | None = None,
+) -> Iterator[str]:  # fmt: skip
     """Lines of the report. tokens: length of the training run. model: flags of the model."""
     config, hardware = job.config, job.hardware
     with torch.device("meta"):
@@ -338,6 +452,7 @@ def report(job: Job, zero: bool, tokens: float, asked: dict, model: list[str]) -
     )
     yield (f"{job.gpus} x {hardware.name}, {job.per_node} per machine; usable memory "
            f"{job.usable:g} x {hardware.memory_gb:g} GB = {job.limit / 1e9:.1f} GB")  # fmt: skip
+    yield from spell_anchor(anchor) if anchor else ()
 
     tried, skipped, first = recipe(job, zero)
     yield "\nThe recipe: the smallest t, then " + ("ZeRO-3, then " * zero) + "the smallest p that"
@@ -362,8 +477,8 @@ def report(job: Job, zero: bool, tokens: float, asked: dict, model: list[str]) -
         chosen = min(sizes, key=lambda plan: plan.times.total)
 
     found, n = search(job, asked=asked)
-    given = ", ".join(f"{name} {value}" for name, value in asked.items())
-    yield f"\nThe best of {n} layouts that may fit{f', {given}' if given else ''}:"
+    given = " ".join(f"{options.flag(name)} {value}" for name, value in asked.items())
+    yield f"\nThe best of {n} layouts that may fit{f', with {given}' if given else ''}:"
     if not found:
         yield "  none fits"
         yield from (f"  {line}" for line in what_would_fit(job))
@@ -395,8 +510,20 @@ def report(job: Job, zero: bool, tokens: float, asked: dict, model: list[str]) -
 # --- command line ---------------------------------------------------------------------------------
 
 
+def similar(word: str, known: Iterable[str]) -> str:
+    """A question that names the known words like `word`, or "" if there are none."""
+    known = list(known)
+    found = [name for name in known if name.startswith(word)]
+    found = found or difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
+        if found := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            message += similar(found[1], self._option_string_actions)
+        elif found := re.match(r"argument (--[\w-]+): invalid choice: '(.*?)'", message):
+            message += similar(found[2], self._option_string_actions[found[1]].choices)
         sys.exit(f"tools.plan.plan: error: {message}")
 
 
@@ -416,7 +543,8 @@ def read_hardware(name: str, own: dict[str, float]) -> Hardware:
             known = ", ".join(HARDWARE)
             hint = options.did_you_mean(name, HARDWARE)
             raise ValueError(f"--hardware {name} is not one of {known}, nor a JSON file with "
-                             f"fields of cost.Hardware: {error}{hint}") from None  # fmt: skip
+                             f"fields of cost.Hardware: {error}"
+                             + similar(name, HARDWARE)) from None  # fmt: skip
     hardware = hardware._replace(**own)
     for field, value in hardware._asdict().items():
         if field == "name":
@@ -454,8 +582,19 @@ def parser() -> Parser:
         add(f"--{field.replace('_', '-')}", type=natural, metavar="N", help=fixed)
     add("--schedule", choices=("1f1b", "interleaved", "zb-h1", "zb-v"), help=fixed)
     add("--recompute", choices=("none", "selective", "full"), help=fixed)
+    add("--anchor", type=float, metavar="SECONDS", help="measured seconds per step of one layout: "
+        "tokens per step / the tokens/s that train_3d.py prints; scales all predicted "
+        "times")  # fmt: skip
+    add("--anchor-layout", metavar="FLAGS", help="the measured layout, as flags of train_3d.py: "
+        "'--tp 2 --zero 1'; default: the best layout")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object")
     return p
+
+
+def check_ranks(t: int, p: int, gpus: int) -> None:
+    if gpus % (t * p):
+        raise ValueError(f"--gpus {gpus} is not divisible by --tp {t} x --pp {p}: give a "
+                         "divisor, or other --gpus")  # fmt: skip
 
 
 def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
@@ -467,9 +606,7 @@ def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
     own = {field: x for field in Hardware._fields[1:6] if (x := getattr(args, field)) is not None}
     program = cost.DEFAULT_PROGRAM
     if args.calibrate:
-        from tools.plan import (
-            calibrate,  # imported here because it imports the trainer, which is slow
-        )
+        from tools.plan import calibrate  # here, because it imports the trainer, which is slow
 
         hardware = calibrate.calibrate(min(2, args.gpus))._replace(**own)
         program = calibrate.PROGRAM
@@ -497,6 +634,7 @@ def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
         raise ValueError(f"--tp {t} is more than the {job.per_node} GPUs of a machine: lower it")
     flags = " ".join(arguments(job, layout, model)).split()
     if "pp" in asked or "tp" in asked or "micro_batch_size" in asked:
+        check_ranks(t, p, job.gpus)
         options.check(options.parser().parse_args(flags), job.gpus)
     if not any(True for _ in layouts(job, asked)):
         raise ValueError(f"--global-batch-size {job.batch}: no d = {job.gpus} / (t p) divides it "
@@ -510,17 +648,28 @@ def main() -> None:
     args = arguments.parse_args()
     try:
         job, asked, model = job_of(args)
+        anchor = None
+        if args.anchor is not None:
+            layout = args.anchor_layout and measured_layout(job, args.anchor_layout, model)
+            anchor = anchor_of(job, args.anchor, layout or None, asked)
+            job = job._replace(scale=anchor.factor)
+        elif args.anchor_layout is not None:
+            raise ValueError("--anchor-layout: give the measured seconds too: --anchor SECONDS")
     except ValueError as error:
         arguments.error(str(error))
     if not args.json:
-        for line in report(job, args.zero, args.tokens, asked, model):
+        for line in report(job, args.zero, args.tokens, asked, model, anchor):
             print(line, flush=True)
         return
     first = recipe(job, args.zero)[2]
     sizes = best_microbatch(job, first) if first else []
     chosen = min(sizes, key=lambda plan: plan.times.total, default=None)
     found, _ = search(job, asked=asked)
-    print(json.dumps({
+    measured = {"anchor": {
+        "measured_s": anchor.measured, "predicted_s": anchor.predicted, "factor": anchor.factor,
+        "layout": layout_fields(anchor.layout),
+    }} if anchor else {}  # fmt: skip
+    print(json.dumps(measured | {
         "recipe": as_json(chosen, job), "best": as_json(found[0] if found else None, job),
         "layouts": [as_json(plan, job) for plan in found],
     }))  # fmt: skip
