@@ -539,12 +539,13 @@ def read_hardware(name: str, own: dict[str, float]) -> Hardware:
             with open(name) as file:
                 fields = json.load(file)
             hardware = Hardware(**{"name": name} | fields)
-        except (OSError, ValueError, TypeError) as error:
-            known = ", ".join(HARDWARE)
-            hint = options.did_you_mean(name, HARDWARE)
-            raise ValueError(f"--hardware {name} is not one of {known}, nor a JSON file with "
-                             f"fields of cost.Hardware: {error}"
+        except FileNotFoundError:
+            raise ValueError(f"--hardware {name} is not one of {', '.join(HARDWARE)}, nor a JSON "
+                             "file with fields of cost.Hardware"
                              + similar(name, HARDWARE)) from None  # fmt: skip
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"--hardware {name} is not a JSON file with fields of cost.Hardware: "
+                             f"{error}") from None  # fmt: skip
     hardware = hardware._replace(**own)
     for field, value in hardware._asdict().items():
         if field == "name":
