@@ -6,6 +6,7 @@ import json
 import random
 import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -507,6 +508,25 @@ def test_an_anchor_where_nothing_fits_needs_its_layout(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan.py", *flags.split()])
     with pytest.raises(SystemExit, match="--anchor: no layout fits, so none is the best: describe"):
         plan.main()
+
+
+def test_a_plan_does_not_import_what_it_does_not_need():
+    slow = ("torch.distributed.checkpoint", "torch._dynamo", "train_3d")
+    code = f"import sys, tools.plan.plan; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_names_of_flags_are_those_of_the_trainer():
+    """`make plan` has the trainer's names for a layout, also the former ones."""
+    ours, trainer = plan.parser(), options.parser()
+    for flag, field in (("--tp 2", "tp"), ("--pp 2", "pp"), ("--micro-batch-size 2",
+                        "micro_batch_size"), ("--virtual-stages 2", "chunks"),
+                        ("--chunks 2", "chunks"), ("--schedule zb-v", "schedule"),
+                        ("--recompute full", "recompute")):  # fmt: skip
+        found, expected = (getattr(p.parse_args(flag.split()), field) for p in (ours, trainer))
+        assert found == expected is not None
+    assert "--chunks" not in ours.format_help()
 
 
 def test_nothing_fits(monkeypatch, capsys):

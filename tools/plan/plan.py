@@ -28,14 +28,12 @@ All predicted times are multiplied by measured / predicted. The order of the lay
 
 import argparse
 import dataclasses
-import difflib
 import heapq
 import json
 import math
-import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -510,20 +508,8 @@ def report(
 # --- command line ---------------------------------------------------------------------------------
 
 
-def similar(word: str, known: Iterable[str]) -> str:
-    """A question that names the known words like `word`, or "" if there are none."""
-    known = list(known)
-    found = [name for name in known if name.startswith(word)]
-    found = found or difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
-
-
-class Parser(argparse.ArgumentParser):
+class Parser(options.Parser):
     def error(self, message: str):
-        if found := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            message += similar(found[1], self._option_string_actions)
-        elif found := re.match(r"argument (--[\w-]+): invalid choice: '(.*?)'", message):
-            message += similar(found[2], self._option_string_actions[found[1]].choices)
         sys.exit(f"tools.plan.plan: error: {message}")
 
 
@@ -542,7 +528,7 @@ def read_hardware(name: str, own: dict[str, float]) -> Hardware:
         except FileNotFoundError:
             raise ValueError(f"--hardware {name} is not one of {', '.join(HARDWARE)}, nor a JSON "
                              "file with fields of cost.Hardware"
-                             + similar(name, HARDWARE)) from None  # fmt: skip
+                             + options.did_you_mean(name, HARDWARE)) from None  # fmt: skip
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"--hardware {name} is not a JSON file with fields of cost.Hardware: "
                              f"{error}") from None  # fmt: skip
@@ -579,8 +565,10 @@ def parser() -> Parser:
     add("--tokens", type=options.at_least(1, float), default=300e9, help="tokens to train on")
     add("--zero", action="store_true", help="the recipe tries ZeRO-3 before p > 1")
     fixed = "search for the best among layouts with this value only"
-    for field in ("tp", "pp", "micro_batch_size", "chunks"):
+    for field in ("tp", "pp", "micro_batch_size"):
         add(f"--{field.replace('_', '-')}", type=natural, metavar="N", help=fixed)
+    add("--virtual-stages", dest="chunks", type=natural, metavar="N", help=fixed)
+    add("--chunks", type=natural, help=argparse.SUPPRESS)  # the former name
     add("--schedule", choices=("1f1b", "interleaved", "zb-h1", "zb-v"), help=fixed)
     add("--recompute", choices=("none", "selective", "full"), help=fixed)
     add("--anchor", type=float, metavar="SECONDS", help="measured seconds per step of one layout: "
