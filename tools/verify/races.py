@@ -263,7 +263,7 @@ def train(case: Case, seed: int | None, late: bool, longest: float, folder: str)
     }
     for step in range(1, STEPS + 1):
         checkpoint.read(Path(folder) / f"step-{step}", states, dist.group.WORLD)
-        digests[f"checkpoint {step}"] = digest({f"{r.index}": r.tensor for r in states})
+        digests[f"checkpoint {step}"] = digest({f"{s.name} {s.offsets}": s.tensor for s in states})
     return digests
 
 
