@@ -429,6 +429,11 @@ def resume(
     return step
 
 
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether operations are queued on the device, so that the host can run ahead of it."""
+    return device.type != "cpu"
+
+
 def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoint.Found]) -> bool:
     """Train, validate, save and sample. Returns False if the last save failed."""
     args, config, device = trainer.args, trainer.config, trainer.device
@@ -470,7 +475,7 @@ def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoin
             done = step + 1  # completed steps
             last = done == end
             if not last:
-                if device.type == "cpu":
+                if not is_asynchronous(device):
                     stop_requests = stats[2]  # of this step: nothing is queued
                 copied.synchronize()  # otherwise of the step before this one
                 stopped = last = stop_requests.item() > 0

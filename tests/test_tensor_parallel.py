@@ -277,7 +277,7 @@ def parallelize_with(plan: dict, v: int):
         ({"h.*.mlp.c_fc": "columns"}, 4, "unknown style 'columns'; use one of column, row, vocab"),
         ({"h.*.mlp.c_fc": None}, 4, "h.0.mlp.c_fc has parameters, but the plan does not name it"),
         ({"h.*.dropout": "tokens"}, 4, "plan names 'h.*.dropout', but the model has no such"),
-        ({}, 3, "wte, style 'vocab': 3 rows .* for each of t = 4 ranks: .* smaller t"),
+        ({}, 3, "wte, style 'vocab': 3 rows .* so that each of t = 4 ranks .* smaller t"),
     ],
 )
 def test_bad_plans(plan, v, message):
@@ -671,7 +671,8 @@ def test_a_module_that_computes_something_else_is_not_replaced(name, make):
 
 @pytest.mark.parametrize("fused", [(1,) * 5, (12, 11), (23, 1)])
 def test_proportions_that_do_not_fit_are_refused(fused):
-    with pytest.raises(ValueError, match=r"^attn.q, .* 24 rows .* proportions \([0-9, ]+\), with"):
+    message = r"^attn.q, .* 24 rows .* proportions \([0-9, ]+\) so that each"
+    with pytest.raises(ValueError, match=message):
         parallelize_net({"attn.q": ("column", fused)} | QK_PLAN)
 
 
