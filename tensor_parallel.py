@@ -32,8 +32,8 @@ reduce-scatter.
 Each rank stores 1/t of the sharded matrices, of their gradients and of their optimizer state.
 Norms, the biases of row-parallel layers and the position table are replicated. Each rank also
 stores 1/t of the activations inside attention and MLP or, with sequence parallelism, 1/t of all
-activations. Half of the collectives do not overlap with computation (all of those in forward, and g
-in backward), so the t ranks should be within one node.
+activations. 2 of the 4 collectives do not overlap with computation, and with sequence parallelism 6
+of the 10: those in forward, and g in backward. So the t ranks should be within one node.
 
     torchrun --standalone --nproc-per-node 2 tensor_parallel.py
 

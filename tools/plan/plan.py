@@ -346,7 +346,7 @@ def spell_bytes(held: dict[str, int]) -> str:
     return ", ".join(f"{kind} {n / 1e9:.1f}" for kind, n in held.items())
 
 
-def why(fast: Plan, slow: Plan) -> str:
+def why(fast: Plan, slow: Plan, name_of_slow: str) -> str:
     """One sentence on what makes `fast` faster than `slow`."""
     gains = {name: getattr(slow.times, name) - getattr(fast.times, name) for name in Times._fields}
     reasons = []
@@ -362,7 +362,8 @@ def why(fast: Plan, slow: Plan) -> str:
         reason = f" ({', '.join(changed)})" if changed else ""
         reasons.append(f"{abs(gains[name]):.3g} s {more} of {name}{reason}")
     ratio = slow.times.total / fast.times.total
-    return f"{ratio:.2f}x as fast: " + ("; ".join(reasons) or "each part differs by less than 1 %")
+    what = "; ".join(reasons) or "each part differs by less than 1 %"
+    return f"{ratio:.2f}x as fast as {name_of_slow}: {what}"
 
 
 def command(job: Job, layout: Layout, model: list[str]) -> str:
@@ -485,11 +486,11 @@ def report(
     yield from (row_of_times(plan, job) for plan in found)
     best = found[0]
     if chosen and chosen.layout != best.layout:
-        yield f"The best and the recipe: {why(best, chosen)}."
+        yield f"The best is {why(best, chosen, 'the recipe')}."
     elif chosen:
         yield "The recipe is the best."
     if len(found) > 1:
-        yield f"The best and the next: {why(best, found[1])}."
+        yield f"The best is {why(best, found[1], 'the next')}."
 
     yield "\nMemory of the best, on the largest rank:"
     total = hardware.memory_gb
