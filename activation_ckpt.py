@@ -153,7 +153,7 @@ def save_torch_rng() -> Callable[[], contextlib.AbstractContextManager]:
 
 
 class SaveInput(torch.autograd.Function):
-    """2. Saves an input in an autograd node of its own. Outer saved-tensor hooks, such as those of
+    """2. Saves an input in a separate autograd node. Outer saved-tensor hooks, such as those of
     an enclosing recompute or of measure.py, apply to it. Without outer hooks, load() raises an
     error if the input has been modified in place.
 
@@ -305,9 +305,9 @@ def flops(policy: str, b: int, s: int, h: int) -> int:
 
 def measured_cost(model: nn.Module, x: Tensor) -> tuple[int, int]:
     """The largest number of bytes saved by all blocks at once, and the FLOPs of their forward,
-    backward and recomputation. x [b, s, h]. SavedActivations counts with saved-tensor hooks of its
-    own. Only the innermost hooks apply to a tensor, so inside checkpoint() and offload() it counts
-    nothing, except the inputs that SaveInput saves."""
+    backward and recomputation. x [b, s, h]. SavedActivations counts with saved-tensor hooks. Only
+    the innermost hooks apply to a tensor, so inside checkpoint() and offload() it counts nothing,
+    except the inputs that SaveInput saves."""
     from torch.utils.flop_counter import FlopCounterMode
 
     import measure

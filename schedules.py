@@ -233,7 +233,7 @@ class ScheduleError(ValueError):
 def dependency(action: Action, last: int) -> Action | None:
     """The action whose result this one needs, or None for F on stage 0. F needs F of the previous
     stage. B needs B of the next stage or, on the last stage, F of the same stage. W needs B of the
-    same stage. (On the other stages, B needs F of its own stage, too. But B of the next stage can
+    same stage. (On the other stages, B needs F of the same stage, too. But B of the next stage can
     only run after this F.) last: the number of the last stage."""
     kind, microbatch, stage = action
     if kind == "F":

@@ -353,7 +353,7 @@ def shard_heads(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Mo
 
 def shard_tokens(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
     """For gpt.Dropout and gpt.PositionEmbedding on [b, s, h], or with `sequence` on [b, s/t, h].
-    The position table is replicated. Each rank adds the rows of its own positions."""
+    The position table is replicated. Each rank adds the rows of its positions."""
     return shard_heads(module, fused, group, sequence) if sequence else module
 
 

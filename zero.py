@@ -331,8 +331,8 @@ def unit_key(p: nn.Parameter, layer: list[nn.Parameter]) -> tuple:
     are two cases. (1) A matrix tied across two pipeline stages, which has a tied_name. (2)
     Parameters that tensor_parallel.py marks as partial, because each rank computes only part of
     their gradient, if other matrices of the layer are split unevenly. sharding.sizes: the full
-    sizes, along the split dimension, of the matrices that are fused in a parameter. sharding.size:
-    the number of tensor-parallel ranks."""
+    sizes of the fused matrices along the split dimension. sharding.size: the number of
+    tensor-parallel ranks."""
     shardings = [q.sharding for q in layer if hasattr(q, "sharding")]
     is_uneven = any(n % sharding.size for sharding in shardings for n in sharding.sizes)
     is_partial = is_uneven and getattr(p, "partial", False)

@@ -233,7 +233,7 @@ def unused():
         net = model()
         net.spare = torch.nn.Linear(2, 2).double()
         sync = None if rung else ddp.DDP(net, group, 1, bucket_bytes=1)
-        y = net[0](rows(0, 0)).sum()  # nobody uses the last layer, and the spare one rank 1 alone
+        y = net[0](rows(0, 0)).sum()  # no rank uses the last layer, and the spare one rank 1 alone
         if group.rank() == 1:
             y = y + net.spare(torch.ones(2, dtype=torch.float64)).sum()
         y.backward()
@@ -308,7 +308,7 @@ def ranks_fill_buckets_in_different_orders(kind):
     sync.start()
     first, second = (a, b) if group.rank() == 0 else (b, a)
     x = rows(0, 0)
-    y = first(x).sum() * (3.0 if first is b else 1.0)  # the younger is backwarded first
+    y = first(x).sum() * (3.0 if first is b else 1.0)  # the second backward runs first
     (y + second(x).sum() * (3.0 if second is b else 1.0)).backward()
     sync.finish()
     sync.before_step()
@@ -338,7 +338,7 @@ def learned_order():
         sync.start()
         for i in range(m):
             x = rows(group.rank(), i)[:, :4]
-            for n in "bca":  # d is used by nobody
+            for n in "bca":  # no rank uses d
                 x = nets[n](x)
             x.sum().backward()
         sync.finish()

@@ -1,7 +1,7 @@
 """Applies known bugs, one by one, to a copy of the repository and checks that a test fails.
 
-    make zoo                     python -m tools.verify.mutants                    all bugs
-    make zoo ARGS="--only 9"  python -m tools.verify.mutants --only 9 norm  by number or by word
+    make mutants                     all bugs
+    make mutants ARGS="--only 9"     by number, or by a word of the name
 
 The bugs are mistakes that similar projects have made; docs/bugs.md describes each. A bug consists
 of a patch (old text -> new text), the test that must fail, and a regular expression for its error.
