@@ -36,6 +36,7 @@ Lian et al. 2024, Universal Checkpointing (arXiv 2406.18820); Wan et al. 2024, B
 (arXiv 2407.20143), on slices of flattened shards.
 """
 
+import itertools
 import json
 import math
 import os
@@ -87,27 +88,33 @@ def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tu
 def slices_of(name: str, tensor: Tensor, parameter: Tensor, offset: int) -> Iterator[TensorSlice]:
     """The slices of the full tensor that `tensor` holds, as views of `tensor`.
 
-    parameter: this rank's parameter of at least one dim, itself a shard if it has `sharding`.
+    parameter: this rank's parameter of at least one dim. Its `distribution`, if any, says which
+        shard of the full tensor it is.
     tensor: a contiguous range of the flattened parameter that begins at `offset`, or its moments.
     """
-    sharding = getattr(parameter, "sharding", None)
-    shape, dim = (sharding.shape, sharding.dim) if sharding else (parameter.shape, 0)
-    # (start in the shard, start in the full tensor, length) along dim, for each fused matrix
-    places = list(sharding.slices()) if sharding else [(0, 0, shape[0])]
+    how = getattr(parameter, "distribution", None)
+    shape = how.shape if how else parameter.shape
+    # By dimension, for each fused matrix: (start in the shard, start in the full tensor, length).
+    places = [[(0, 0, n)] for n in parameter.shape]
+    for split in how.splits if how else ():
+        places[split.dim] = list(split.slices())
     flat, position = tensor.detach().flatten(), 0
     assert flat.data_ptr() == tensor.data_ptr(), f"{name} is not contiguous"
     for offsets, sizes in boxes_of_range(tuple(parameter.shape), offset, offset + flat.numel()):
         n = math.prod(sizes)
         box = flat[position : position + n].view(sizes)
         position += n
-        first, last = offsets[dim], offsets[dim] + sizes[dim]
-        for in_shard, in_full, length in places:
-            start, stop = max(first, in_shard), min(last, in_shard + length)
-            if start < stop:
-                part = box.narrow(dim, start - first, stop - start)
-                full_offset = in_full + start - in_shard
-                full_offsets = (*offsets[:dim], full_offset, *offsets[dim + 1 :])
-                yield TensorSlice(name, tuple(shape), full_offsets, part)
+        for chosen in itertools.product(*places):
+            part, full_offsets = box, []
+            for dim, (in_shard, in_full, length) in enumerate(chosen):
+                start = max(offsets[dim], in_shard)
+                stop = min(offsets[dim] + sizes[dim], in_shard + length)
+                if start >= stop:
+                    break
+                part = part.narrow(dim, start - offsets[dim], stop - start)
+                full_offsets.append(in_full + start - in_shard)
+            else:
+                yield TensorSlice(name, tuple(shape), tuple(full_offsets), part)
 
 
 Pieces = Iterable[tuple[str, Tensor, nn.Parameter, int]]  # ddp.Piece

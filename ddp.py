@@ -125,6 +125,14 @@ def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup
 # overlap.
 
 
+def gradient_group(p: nn.Parameter, default: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The group over which the gradient of p is summed. A model may give a parameter a smaller
+    group than `default`, see Distribution in tensor_parallel.py: for example the ranks that hold
+    the same expert."""
+    distribution = getattr(p, "distribution", None)
+    return (distribution and distribution.replicas) or default
+
+
 class Piece(NamedTuple):
     """The tensor that the optimizer updates for a parameter. In ddp.py it is the parameter or its
     fp32 copy. In zero.py it is a range of the flattened parameter."""
@@ -173,6 +181,9 @@ class DDP:
     overlap: False reduces all gradients in finish(). Set it to False in a pipeline if the replicas
         of a stage may use different parameters in one step. With overlap they would start
         all-reduces at different points relative to their sends and receives, which can deadlock.
+
+    A parameter may have a gradient_group() of its own. It must be a subset of `group`, and all
+    ranks of `group` must have such parameters in the same order and with the same sizes.
 
     A parameter that no rank uses in a step has `.grad` None after finish(). If, on some rank, a
     parameter is unused or receives fewer gradients than `accumulations`, that rank launches the
@@ -231,7 +242,7 @@ class DDP:
         # Backward usually starts with the last parameters. The first step shows the actual order.
         self._lay_out(reversed(range(len(self.parameters))))
         self.learned = False
-        self.launched: list[tuple[Tensor, dist.Work]] = []  # by bucket
+        self.launched: list[tuple[Tensor, dist.Work | None]] = []  # by bucket
         self.phase = "idle"  # then "backward", "finished", "update", "idle"
         self.start()  # so that the call may be omitted before the first step
 
@@ -250,7 +261,8 @@ class DDP:
                 raise ValueError(f"{name} was {change} after DDP was constructed: construct a new "
                                  "DDP after each change of requires_grad")  # fmt: skip
         for _, handle in self.launched:  # of an interrupted step
-            handle.wait()
+            if handle is not None:
+                handle.wait()
         for t in self.piece_of:  # the parameters and their fp32 copies
             t.grad = None
         self.launched = []
@@ -293,9 +305,12 @@ class DDP:
     def _launch(self) -> None:
         """Start the all-reduce of the next bucket."""
         i = len(self.launched)
-        flat, dtype = self.buckets[i], self.sent_dtypes[i]
+        flat, dtype, group = self.buckets[i], self.sent_dtypes[i], self.groups[i]
+        if group.size() == 1:
+            self.launched.append((flat, None))
+            return
         sent = flat.to(dtype)  # the bucket itself if the dtype is the same
-        self.launched.append((sent, self.reduce(sent, self.group)))
+        self.launched.append((sent, self.reduce(sent, group)))
 
     def finish(self) -> None:
         """Call after the last backward of a step. On return, every `.grad` is the sum over the
@@ -309,11 +324,12 @@ class DDP:
             self.gradients[i].fill_(-0.0)  # see is_unused
         if self.overlap and not self.learned:
             self._learn()
-        while self.group.size() > 1 and len(self.launched) < len(self.buckets):
+        while len(self.launched) < len(self.buckets):
             self._launch()
         for i, (sent, handle) in enumerate(self.launched):
-            handle.wait()
-            self.buckets[i].copy_(sent)  # no-op if `sent` is the bucket
+            if handle is not None:  # None: one rank
+                handle.wait()
+                self.buckets[i].copy_(sent)  # no-op if `sent` is the bucket
         self.launched = []
         for i, (_, p) in enumerate(self.parameters):
             unused_by_all = i in unused_here and is_unused(self.gradients[i])
@@ -365,6 +381,10 @@ class DDP:
         """The tensors that the optimizer must update: the parameters, or their fp32 copies."""
         return [Piece(name, self.masters.get(p, p), p, 0) for name, p in self.parameters]
 
+    def replicas_of(self, p: nn.Parameter) -> dist.ProcessGroup | None:
+        """The ranks that have the same piece of p. None: only this rank has it."""
+        return gradient_group(p, self.group)
+
     def held(self) -> dict[str, list[Tensor]]:
         """The tensors stored between steps, by kind, without the moments in the optimizer."""
         parameters = [p for _, p in self.named]
@@ -387,19 +407,22 @@ class DDP:
         self.learned = True
 
     def _lay_out(self, order: Iterable[int]) -> None:
-        """Assign parameters to buckets. `order` holds their indices. A bucket has one dtype. It is
-        closed when it holds at least bucket_bytes (the first: 1/25 of that), or at the end."""
+        """Assign parameters to buckets. `order` holds their indices. A bucket has one dtype and one
+        group. It is closed when it holds at least bucket_bytes (the first: 1/25 of that), or at the
+        end."""
         self.buckets: list[Tensor] = []
         self.members: list[list[int]] = []
         self.sent_dtypes: list[torch.dtype] = []
-        open_buckets: dict[torch.dtype, list[int]] = {}
+        self.groups: list[dist.ProcessGroup] = []
+        open_buckets: dict[tuple, list[int]] = {}
         for i in order:
             _, p = self.parameters[i]
-            members = open_buckets.setdefault(p.dtype, [])
+            key = p.dtype, gradient_group(p, self.group)
+            members = open_buckets.setdefault(key, [])
             members.append(i)
             size = sum(self.parameters[j][1].nbytes for j in members)
             if size >= (self.bucket_bytes if self.buckets else self.bucket_bytes // 25):
-                self._add_bucket(open_buckets.pop(p.dtype))
+                self._add_bucket(open_buckets.pop(key))
         for members in open_buckets.values():
             self._add_bucket(members)
 
@@ -422,6 +445,7 @@ class DDP:
             self.gradients[i] = view.view_as(p)
             self.bucket_of[i] = len(self.buckets)
         self.buckets.append(flat)
+        self.groups.append(gradient_group(parameters[0], self.group))
         self.members.append(members)
         self.sent_dtypes.append(sent_dtype)
 
@@ -485,7 +509,11 @@ class Hierarchical:
         self.stream = None
 
     def __call__(self, flat: Tensor, group: dist.ProcessGroup) -> "Hierarchical":
-        """`group` is not used: `inside` and `across` together reach all of its ranks."""
+        """`inside` and `across` together must reach all ranks of `group`."""
+        if group.size() != self.inside.size() * self.across.size():
+            raise ValueError(f"Hierarchical sums over {self.inside.size() * self.across.size()} "
+                             f"ranks, but a gradient must be summed over {group.size()}: use "
+                             "another `reduce` for it")  # fmt: skip
         self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
         self.stream = self.stream or self.device.Stream()
         # The phases must not start before `flat` is filled. On a CPU, streams are no-ops.
@@ -538,19 +566,26 @@ def check_same_parameters(
     """Raise ValueError on every rank unless all ranks of `group` have the same parameters, in the
     same order and with equal values. The message names the first difference.
 
-    Values are compared by checksum. A permutation of the elements is not detected."""
+    Values are compared by checksum. A permutation of the elements is not detected. The values of a
+    parameter with a smaller gradient_group() are only compared within that group."""
     if group.size() == 1:
         return
-    mine = [f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
-            for name, p in parameters]  # fmt: skip
+    mine: list[tuple[int, str]] = []  # (the rank to compare with, a description)
+    for name, p in parameters:
+        first = dist.get_global_rank(gradient_group(p, group), 0)
+        what = f"{name} {tuple(p.shape)} {p.dtype} with checksum {checksum(p)}"
+        mine.append((dist.get_group_rank(group, first), what))
     by_rank: list = [None] * group.size()
     dist.all_gather_object(by_rank, mine, group=group)
+    n = max(map(len, by_rank))
+    by_rank = [[*theirs, *[(0, "missing")] * (n - len(theirs))] for theirs in by_rank]
     for rank, theirs in enumerate(by_rank):
-        for i, (a, b) in enumerate(itertools.zip_longest(by_rank[0], theirs, fillvalue="missing")):
+        for i, (first, b) in enumerate(theirs):
+            a = by_rank[first][i][1]
             if a != b:
-                raise ValueError(f"parameter {i} is {a} on rank 0 of the group and {b} on rank "
-                                 f"{rank}: build the same model on every rank, with the same seed "
-                                 "or from the same checkpoint")  # fmt: skip
+                raise ValueError(f"parameter {i} is {a} on rank {first} of the group and {b} on "
+                                 f"rank {rank}: build the same model on every rank, with the same "
+                                 "seed or from the same checkpoint")  # fmt: skip
 
 
 def checksum(p: Tensor) -> int:
@@ -591,12 +626,13 @@ def check_optimizer(
 
 
 def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
-    """Raise ValueError if the gradient norm depends on other tensor-parallel ranks."""
-    for name, p in parameters:  # tensor_parallel.py sets p.sharding and p.partial
-        sharded = hasattr(p, "sharding") and p.sharding.size > 1
-        if sharded or getattr(p, "partial", False):
-            raise ValueError(f"clip: the gradient of {name} is distributed over tensor-parallel "
-                             "ranks, so one rank cannot compute the norm: call before_step(), "
+    """Raise ValueError if the gradient norm depends on gradients of other ranks."""
+    for name, p in parameters:
+        how = getattr(p, "distribution", None)  # see tensor_parallel.py
+        sharded = how is not None and any(split.group.size() > 1 for split in how.splits)
+        if sharded or (how is not None and how.partial is not None):
+            raise ValueError(f"clip: the gradient of {name} is distributed over several ranks, "
+                             "so one rank cannot compute the norm: call before_step(), "
                              "clip by the gradient norm of the full model, then call "
                              "optimizer.step() and after_step()")  # fmt: skip
 

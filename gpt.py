@@ -304,19 +304,20 @@ def init_weights(
 
     draw(name, shape, generator) returns the full tensor of that name and shape. The generator is
     seeded from (seed, name) only, so initial values do not depend on how the model is split. A
-    parameter that is a shard has an attribute `sharding` with `shape`, that of the full tensor, and
-    `shard(full)`, which returns this process's shard. One full tensor is in memory at a time."""
+    parameter that may be a shard has an attribute `distribution` with `shape`, that of the full
+    tensor, and `shard(full)`, which returns this process's shard. One full tensor is in memory at a
+    time."""
     new: dict[int, nn.Parameter] = {}  # by id of the old parameter, so that tied ones stay tied
     for module_name, module in model.named_modules():
         for key, old in module.named_parameters(recurse=False):
             if id(old) not in new:
                 name = getattr(old, "tied_name", f"{module_name}.{key}".lstrip("."))
-                sharding = getattr(old, "sharding", None)
+                how = getattr(old, "distribution", None)
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-                full = draw(name, sharding.shape if sharding else old.shape, generator)
-                local = (sharding.shard(full) if sharding else full).to(device, dtype, copy=True)
+                full = draw(name, how.shape if how else old.shape, generator)
+                local = (how.shard(full) if how else full).to(device, dtype, copy=True)
                 new[id(old)] = nn.Parameter(local.contiguous(), requires_grad=old.requires_grad)
-                new[id(old)].__dict__.update(old.__dict__)  # tied_name, sharding
+                new[id(old)].__dict__.update(old.__dict__)  # tied_name, distribution
             setattr(module, key, new[id(old)])
 
 

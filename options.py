@@ -314,6 +314,12 @@ def require_multiple(
         raise ValueError(f"{name} {n} is not divisible by {divisor_name}: {remedy}")
 
 
+def axes(args: argparse.Namespace, world_size: int) -> dict[str, int]:
+    """The axes of the grid of ranks, outermost first: {name: size}. Consecutive ranks differ in the
+    last axis. dp has the ranks that the other axes leave."""
+    return {"pp": args.pp, "dp": world_size // (args.pp * args.tp), "tp": args.tp}
+
+
 def check(
     args: argparse.Namespace, world_size: int, source: huggingface.GPT2Folder | None = None
 ) -> gpt.GPTConfig:

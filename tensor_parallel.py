@@ -42,8 +42,9 @@ al. 2022 (arXiv 2205.05198), section 4.2.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -201,31 +202,49 @@ def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor
     return (ReduceScatterFromGroup if sequence else ReduceFromGroup).apply(x, group)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sharding:
-    """How a parameter is sharded, stored as parameter.sharding. gpt.init_weights draws the full
-    parameter and keeps the shard. checkpoint.py writes each shard as slices of the full parameter.
-    A parameter may hold several fused matrices, such as query, key and value. Each matrix is split
-    separately, so that a rank gets the query, key and value of the same heads."""
+class Split(NamedTuple):
+    """One dimension of a parameter is split over a group. A parameter may hold several fused
+    matrices, such as query, key and value. Each matrix is split separately, so that a rank gets the
+    query, key and value of the same heads."""
 
-    shape: torch.Size  # of the full parameter
-    dim: int  # the dimension that is split
+    dim: int
     sizes: tuple[int, ...]  # of the fused matrices along dim; one entry for a single matrix
-    rank: int  # of this process in the tensor-parallel group
-    size: int  # t
-
-    def shard(self, full: Tensor) -> Tensor:
-        """This rank's shard of a tensor that has the full shape."""
-        return torch.cat([full.narrow(self.dim, i, n) for _, i, n in self.slices()], self.dim)
+    group: dist.ProcessGroup
 
     def slices(self) -> Iterator[tuple[int, int, int]]:
         """For each fused matrix, the slice that this rank holds: (start in the shard, start in the
-        full parameter, length). checkpoint.py uses all three."""
+        full parameter, length)."""
         local = offset = 0
         for n in self.sizes:
-            start, stop = bounds(n, self.rank, self.size)
+            start, stop = bounds(n, self.group.rank(), self.group.size())
             yield local, offset + start, stop - start
             local, offset = local + stop - start, offset + n
+
+
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    """How a parameter is distributed over ranks. parallelize() stores one in the attribute
+    `distribution` of every parameter. gpt.init_weights draws the full parameter and keeps the
+    shard, checkpoint.py writes it as slices of the full parameter, DDP and ZeRO use `replicas`, and
+    train_3d.py counts each element once in the gradient norm."""
+
+    shape: torch.Size  # of the full parameter
+    splits: tuple[Split, ...] = ()  # at most one per dimension. None: the parameter is replicated
+    # Each rank of this group computes only a part of the gradient. all_reduce_partial() adds them.
+    partial: dist.ProcessGroup | None = None
+    # The data-parallel ranks that hold the same elements. DDP and ZeRO sum the gradient over this
+    # group. None: over their own group.
+    replicas: dist.ProcessGroup | None = None
+
+    def shard(self, full: Tensor) -> Tensor:
+        """This rank's shard of a tensor that has the full shape."""
+        for split in self.splits:
+            slices = [full.narrow(split.dim, start, n) for _, start, n in split.slices()]
+            full = torch.cat(slices, split.dim)
+        return full
+
+    def is_split_over(self, group: dist.ProcessGroup) -> bool:
+        return any(split.group is group for split in self.splits)
 
 
 def bounds(n: int, rank: int, t: int) -> tuple[int, int]:
@@ -246,10 +265,19 @@ def shard_parameter(p: nn.Parameter, dim: int, fused: tuple[int, ...], group) ->
             f"{p.size(dim)} rows or columns cannot be split in the proportions {fused} so that "
             f"each of t = {t} ranks gets some of each matrix: correct the plan, or use a smaller t"
         )
-    sharding = Sharding(p.shape, dim, sizes, group.rank(), t)
-    shard = nn.Parameter(sharding.shard(p.detach()), requires_grad=p.requires_grad)
-    shard.__dict__.update(p.__dict__, sharding=sharding)  # keeps tied_name, set by gpt.py
+    split, old = Split(dim, sizes, group), distribution_of(p)
+    if any(dim == other.dim for other in old.splits):
+        raise ValueError(f"dimension {dim} is split already, over another group: split another one")
+    local = Distribution(p.shape, (split,)).shard(p.detach())
+    shard = nn.Parameter(local, requires_grad=p.requires_grad)
+    new = dataclasses.replace(old, splits=(*old.splits, split))
+    shard.__dict__.update(p.__dict__, distribution=new)  # keeps tied_name, set by gpt.py
     return shard
+
+
+def distribution_of(p: nn.Parameter) -> Distribution:
+    """p.distribution. Without this attribute, p is replicated."""
+    return getattr(p, "distribution", None) or Distribution(p.shape)
 
 
 # Styles. A style is a class or a function: style(module, fused, group, sequence) returns the module
@@ -369,7 +397,7 @@ def mark_partial(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.M
     key head in Qwen3. Each rank applies it to its own heads only, so its gradient is a partial sum.
     A norm over all heads (OLMo 2) needs another style, because its forward must communicate."""
     for p in module.parameters(recurse=False):
-        p.partial = True
+        p.distribution = dataclasses.replace(distribution_of(p), partial=group)
     return module
 
 
@@ -416,12 +444,12 @@ def parallelize(
     of its queries. Weights may be split unevenly. With `sequence`, t must divide the sequence
     length.
 
-    Every parameter gets the attribute `partial`: whether its gradient must be all-reduced by
-    all_reduce_partial. Do not use clip_grad_norm_, which would scale the gradients differently on
-    each rank. Compute the norm from all shards, counting replicas once, as train_3d.py does."""
+    Every parameter gets the attribute `distribution`, or keeps the one that the model has set. Do
+    not use clip_grad_norm_, which would scale the gradients differently on each rank. Compute the
+    norm from all shards, counting replicas once, as train_3d.py does."""
     if group.size() == 1:
         for p in model.parameters():
-            p.partial = False
+            p.distribution = distribution_of(p)
         return model
     modules = dict(model.named_modules(remove_duplicate=False))
     for pattern in plan:
@@ -445,7 +473,7 @@ def parallelize(
         for key, p in old.items():
             own = getattr(new, key)
             shared = new_parameter.setdefault(p, own)
-            if getattr(shared, "sharding", None) != getattr(own, "sharding", None):
+            if distribution_of(shared) != distribution_of(own):
                 raise ValueError(
                     f"{name}.{key} is tied to a parameter that the plan shards differently: give "
                     "both modules the same style, or untie the weights"
@@ -454,7 +482,9 @@ def parallelize(
         if new is not module:
             model.set_submodule(name, new)
     for p in model.parameters():
-        p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "sharding"))
+        p.distribution = distribution_of(p)
+        if sequence and not p.distribution.is_split_over(group):  # applied to this rank's tokens
+            p.distribution = dataclasses.replace(p.distribution, partial=group)
     return model
 
 
@@ -477,16 +507,20 @@ def check_style(name: str, module: nn.Module, style: str | None) -> None:
         )
 
 
-def all_reduce_partial(gradients: list[Tensor | None], group: dist.ProcessGroup) -> None:
-    """All-reduces `gradients` in place. Pass those of all parameters whose .partial is True. Each
-    rank has computed them from its own tokens (sequence parallelism) or its own heads (the style
-    "partial"). Other replicated parameters have equal gradients on all ranks. Call it once per
-    step, after the last backward. A gradient that is None must be None on all ranks."""
-    gradients = [g for g in gradients if g is not None]
-    if gradients:
-        flat = torch.cat([g.flatten() for g in gradients])
+def all_reduce_partial(gradients: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
+    """All-reduces, in place, the gradients of the partial parameters among these (parameter,
+    gradient) pairs. Each rank has computed them from its own tokens (sequence parallelism) or its
+    own heads (the style "partial"). Other replicated parameters have equal gradients on all ranks.
+    Call it once per step, after the last backward. A gradient that is None must be None on all
+    ranks."""
+    partial: dict[dist.ProcessGroup, list[Tensor]] = {}
+    for p, gradient in gradients:
+        if p.distribution.partial is not None and gradient is not None:
+            partial.setdefault(p.distribution.partial, []).append(gradient)
+    for group, members in partial.items():
+        flat = torch.cat([g.flatten() for g in members])
         dist.all_reduce(flat, group=group)  # payload: the partial parameters
-        for g, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for g, total in zip(members, flat.split([g.numel() for g in members]), strict=True):
             g.copy_(total.view_as(g))
 
 
@@ -532,7 +566,7 @@ def vocab_parallel_cross_entropy(
         # caller may overwrite `targets` before backward.
         flat = targets.flatten().clamp(min=-1)
         return F.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-1, reduction="sum")
-    v = head.weight.sharding.shape[0]
+    v = head.weight.distribution.shape[0]
     start, _ = bounds(v, group.rank(), group.size())
     return VocabParallelCrossEntropy.apply(logits, targets, start, v, group)
 
@@ -600,7 +634,7 @@ def train_gpt(
         x, y = data.batch(tokens, step, range(B), S, seed=0)
         loss = vocab_parallel_cross_entropy(model(x), y, model.lm_head, group) / y.numel()
         loss.backward()
-        all_reduce_partial([p.grad for p in model.parameters() if p.partial], group)
+        all_reduce_partial((p, p.grad) for p in model.parameters())
         losses.append(loss.detach())
         optimizer.step()
     return losses, dict(gpt.named_parameters(model))
@@ -618,11 +652,8 @@ def main() -> None:
             with measure.Collectives({"tp": report.group}) as seen:
                 losses, local = train(report.group, *options)
             report.losses(name, losses, expected_losses)
-            actual, expected = {}, {n: p.grad for n, p in full.items()}
-            for n, p in local.items():
-                actual[n] = p.grad
-                if hasattr(p, "sharding"):
-                    expected[n] = p.sharding.shard(expected[n])
+            actual = {n: p.grad for n, p in local.items()}
+            expected = {n: distribution_of(p).shard(full[n].grad) for n, p in local.items()}
             report.close(f"{name} max |d gradient|", actual, expected)
             return seen, local
 
@@ -636,7 +667,7 @@ def main() -> None:
             if sequence:  # add all_reduce_partial, which is called once per step, after backward.
                 # `seen` counts all calls outside of backward as "forward".
                 calls, payload = costs["forward", "all_reduce"]
-                partial = sum(p.numel() for p in local.values() if p.partial)
+                partial = sum(p.numel() for p in local.values() if p.distribution.partial)
                 costs["forward", "all_reduce"] = calls + STEPS, payload + STEPS * partial
             for (phase, operation), predicted in costs.items():
                 measured = tuple(seen.total("tp", operation, phase))

@@ -49,6 +49,7 @@ import contextlib
 import datetime
 import functools
 import gc
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -108,12 +109,12 @@ class Trainer:
         self.dtype = options.DTYPES[args.dtype]
         self.span: Callable = lambda name: contextlib.nullcontext()  # replaced by watch()
         self.stop_requested = False  # set by a signal handler
-        t, p = args.tp, args.pp
-        d = dist.get_world_size() // (t * p)
-        self.m = args.global_batch_size // (d * args.micro_batch_size)
+        axes = options.axes(args, dist.get_world_size())
+        self.m = args.global_batch_size // (axes["dp"] * args.micro_batch_size)
+        p = axes["pp"]
         self.schedule = schedule(p, self.m) if schedule else options.make_schedule(args, self.m)
         schedules.check(self.schedule, self.m)
-        self._make_groups(t, p, d)
+        self._make_groups(axes)
 
         # The transformations, in the order given in the module docstring.
         with torch.device("meta"):
@@ -176,7 +177,7 @@ class Trainer:
         if args.dp_nodes > 1 and self.inside_group.size() > 1:
             how["reduce"] = ddp.Hierarchical(self.inside_group, self.across_group)
         if sync or args.zero == 0:
-            return (sync or ddp.DDP)(self.model, self.dp_group, accumulations, **how)
+            return (sync or ddp.DDP)(self.model, self.gradient_group, accumulations, **how)
         how["replicas"] = self.replica_group if self.replica_group.size() > 1 else None
         if args.zero == 3:
             how["reshard_after_forward"] = args.zero_reshard_after_forward == 1
@@ -219,11 +220,11 @@ class Trainer:
             self.sync.before_step()  # sets piece.tensor.grad, in fp32 for bf16 parameters
             # A parameter that no rank used in this step has no gradient.
             pieces = [piece for piece in self.sync.pieces() if piece.tensor.grad is not None]
-            # Each tp rank has computed only a part of some gradients, whose parameters
-            # tensor_parallel.py marks as partial. Sum them over tp. For example, with sequence
-            # parallelism, the weight of a LayerNorm has the gradient of this rank's tokens only.
-            partial = [piece.tensor.grad for piece in pieces if piece.parameter.partial]
-            tensor_parallel.all_reduce_partial(partial, self.tp_group)
+            # Each tp rank has computed only a part of some gradients, which tensor_parallel.py
+            # marks as partial. Sum them over tp. For example, with sequence parallelism, the weight
+            # of a LayerNorm has the gradient of this rank's tokens only.
+            pairs = [(piece.parameter, piece.tensor.grad) for piece in pieces]
+            tensor_parallel.all_reduce_partial(pairs)
             # If the embedding is tied, sum its gradient over the first and the last stage. Each has
             # a copy, whose gradient comes from only one use: as the embedding, or as the output
             # head. Both copies are divided into the same pieces, because ZeRO shards a tied matrix
@@ -254,7 +255,7 @@ class Trainer:
         first, b = self.dp_group.rank() * rows_per_replica, self.args.micro_batch_size
         rows = range(first, first + rows_per_replica)
         x, y = (data.to_device(tokens, self.device) for tokens in read(step, rows))
-        count, targets = ddp.global_count(y, self.dp_group), y.split(b)
+        count, targets = ddp.global_count(y, self.gradient_group), y.split(b)
 
         def before(microbatch: int) -> None:  # dropout masks depend on the step and the rows
             self.draws.at(step, rows[microbatch * b : (microbatch + 1) * b])
@@ -276,11 +277,13 @@ class Trainer:
     def _global_stats(self, loss: Tensor, pieces: list) -> Tensor:
         """[loss, gradient norm, stop requests], computed with one all-reduce over the world. No
         value is counted twice. The loss is nonzero only on the last stage, where all tp ranks have
-        the same value and tp rank 0 contributes it. Gradients are equal within replica_group. Its
-        first rank contributes the squared norm of the gradients that it owns, see _owns()."""
-        first_tp, first_replica = self.tp_group.rank() == 0, self.replica_group.rank() == 0
-        owned = [piece.tensor.grad for piece in pieces if self._owns(piece.parameter)]
-        owned = owned if first_replica else []
+        the same value and tp rank 0 contributes it. A gradient that several replicas have is
+        contributed by the first of them."""
+        first_tp, owned = self.tp_group.rank() == 0, []
+        for piece in pieces:
+            replicas = self.sync.replicas_of(piece.parameter)
+            if self._owns(piece.parameter) and (replicas is None or replicas.rank() == 0):
+                owned.append(piece.tensor.grad)
         norms = torch._foreach_norm(owned) if owned else [loss.new_zeros(())]
         squared_norm = torch.stack(norms).square().sum()
         stop = loss.new_full((), float(self.stop_requested))
@@ -294,10 +297,10 @@ class Trainer:
         """True if this rank is responsible for its elements of p in the global norm and in
         checkpoints. Within a replica, several tp or pp ranks can hold the same elements, but only
         one owns them: a tp rank owns its shards, tp rank 0 owns replicated parameters, and the
-        first stage owns a tied embedding, of which the last stage has a copy. All ranks of a
-        replica_group return the same value. The first of them contributes to the norm, and all
-        share the checkpoint writes."""
-        sharded = hasattr(p, "sharding")
+        first stage owns a tied embedding, of which the last stage has a copy. All data-parallel
+        replicas return the same value. The first of them contributes to the norm, and all share the
+        checkpoint writes."""
+        sharded = p.distribution.is_split_over(self.tp_group)
         duplicate = hasattr(p, "tied_name") and 0 not in self.stages
         return (sharded or self.tp_group.rank() == 0) and not duplicate
 
@@ -315,12 +318,14 @@ class Trainer:
 
     # --- process groups ---
 
-    def _make_groups(self, t: int, p: int, d: int) -> None:
-        """Make this rank's process group for each axis. Ranks are numbered with tp innermost, then
-        dp, then pp. With ZeRO, every k consecutive dp ranks (--zero-shard-size, by default d) form
-        a shard_group, which shards one copy of the training state. The d / k ranks that hold the
+    def _make_groups(self, axes: dict[str, int]) -> None:
+        """Make this rank's process groups. axes: see options.axes(). To add an axis, add it there,
+        and make its group here.
+
+        With ZeRO, every k consecutive ranks of gradient_group (--zero-shard-size, by default all)
+        form a shard_group, which shards one copy of the training state. The ranks that hold the
         same shard, one per copy, form a replica_group. With DDP, k is 1, so replica_group is
-        dp_group.
+        gradient_group.
 
         Axes with the same ranks share one group, which saves communicators. With more than one
         rank in the world, axes of size 1 use single_group, which never communicates."""
@@ -332,29 +337,37 @@ class Trainer:
             [dist.get_rank()], backend=backend, group_desc="one rank",
             use_local_synchronization=True,
         )  # fmt: skip
+        self.tp_group = self._make_group(axes, "tp")
+        self.pp_group = self._make_group(axes, "pp")
+        self.dp_group = self._make_group(axes, "dp")  # its ranks have different rows of the batch
+        self.gradient_group = self._make_group(axes, "dp")  # gradients are summed over it
+        p, d, t = axes["pp"], self.gradient_group.size(), axes["tp"]
         k = self.args.zero_shard_size or (d if self.args.zero else 1)
-        ranks = torch.arange(p * d * t).view(p, d // k, k, t)  # [pp, copy of the state, shard, tp]
-        self.tp_group = self._make_group("tp", ranks, 3)
-        self.dp_group = self._make_group("dp", ranks, 1, 2)
-        self.pp_group = self._make_group("pp", ranks, 0)
-        self.replica_group = self._make_group("replica", ranks, 1)
-        self.shard_group = self._make_group("shard", ranks, 2)
+        state = {"pp": p, "replica": d // k, "shard": k, "tp": t}
+        self.replica_group = self._make_group(state, "replica")
+        self.shard_group = self._make_group(state, "shard")
         if (nodes := self.args.dp_nodes) > 1:  # for ddp.Hierarchical: per node, then across nodes
-            by_node = ranks.view(p, nodes, d // nodes, t)
-            self.inside_group = self._make_group("inside", by_node, 2)
-            self.across_group = self._make_group("across", by_node, 1)
+            hosts = {"pp": p, "across": nodes, "inside": d // nodes, "tp": t}
+            self.inside_group = self._make_group(hosts, "inside")
+            self.across_group = self._make_group(hosts, "across")
         # A tied embedding is on the pp ranks that hold the first and the last stage. In a V-shaped
         # schedule, one rank holds both.
         stages = schedules.stages_of(self.schedule)
         last = max(map(max, stages))
         ends = [rank for rank in range(p) if 0 in stages[rank] or last in stages[rank]]
-        self.tied_group = self._make_group("tied", ranks[ends], 0)
+        self.tied_group = self._make_group(axes, "pp", only=ends)
 
-    def _make_group(self, name: str, ranks: Tensor, *dims: int) -> dist.ProcessGroup:
-        """This rank's group along `dims` of the grid `ranks`. All ranks must make the same call."""
-        others = [dim for dim in range(ranks.ndim) if dim not in dims]
-        size = torch.Size(ranks.size(dim) for dim in dims).numel()
-        table = ranks.permute(*others, *dims).reshape(-1, size).tolist()  # one group per row
+    def _make_group(
+        self, axes: dict[str, int], *names: str, only: list[int] | None = None
+    ) -> dist.ProcessGroup:
+        """This rank's group along the named axes of the grid of ranks. axes: {name: size},
+        outermost first. only: indices along a single axis; the other ranks get single_group. All
+        ranks must make the same call."""
+        dims = [[*axes].index(name) for name in names]
+        ranks = torch.arange(math.prod(axes.values())).view(*axes.values())
+        ranks = ranks.movedim(dims, [*range(-len(dims), 0)]).flatten(-len(dims))
+        table = ranks.flatten(0, -2)[:, only or slice(None)].tolist()  # one group per row
+        size, name = len(table[0]), "tied" if only else "-".join(names)
         if size == 1 and dist.get_world_size() > 1:
             return self.single_group
         if (key := str(table)) not in self.groups:
@@ -370,12 +383,18 @@ class Trainer:
     # --- checkpoints and validation ---
 
     def state_to_save(self) -> tuple[list[checkpoint.TensorSlice], dict]:
-        """(slices of parameters and moments that this rank writes, scalars of the optimizer). The
-        ranks of replica_group hold the same slices, and each writes some of them."""
+        """(slices of parameters and moments that this rank writes, scalars of the optimizer).
+        Replicas hold the same slices, and each writes some of them."""
         owned = [piece for piece in self.sync.pieces() if self._owns(piece.parameter)]
-        slices, numbers = checkpoint.state_slices(owned, self.optimizer)
-        replica, replicas = self.replica_group.rank(), self.replica_group.size()
-        return checkpoint.split_between_replicas(slices, replica, replicas), numbers
+        numbers, mine = checkpoint.state_slices(owned, self.optimizer)[1], []
+        by_replicas: dict[dist.ProcessGroup | None, list] = {}
+        for piece in owned:
+            by_replicas.setdefault(self.sync.replicas_of(piece.parameter), []).append(piece)
+        for replicas, pieces in by_replicas.items():
+            slices, _ = checkpoint.state_slices(pieces, self.optimizer)
+            rank, size = (replicas.rank(), replicas.size()) if replicas else (0, 1)
+            mine += checkpoint.split_between_replicas(slices, rank, size)
+        return mine, numbers
 
     def state_to_load(self, numbers: dict) -> list[checkpoint.TensorSlice]:
         """The slices that this rank needs, whatever the layout that saved them. Fill them in place,

@@ -54,6 +54,7 @@ from ddp import (
     check_norm_is_local,
     check_optimizer,
     check_same_parameters,
+    gradient_group,
     is_unused,
     reduce_scatter,
 )
@@ -330,13 +331,16 @@ def unit_key(p: nn.Parameter, layer: list[nn.Parameter]) -> tuple:
     kept out of the main unit of the layer if their offsets in it would differ between ranks. There
     are two cases. (1) A matrix tied across two pipeline stages, which has a tied_name. (2)
     Parameters that tensor_parallel.py marks as partial, because each rank computes only part of
-    their gradient, if other matrices of the layer are split unevenly. sharding.sizes: the full
-    sizes of the fused matrices along the split dimension. sharding.size: the number of
-    tensor-parallel ranks."""
-    shardings = [q.sharding for q in layer if hasattr(q, "sharding")]
-    is_uneven = any(n % sharding.size for sharding in shardings for n in sharding.sizes)
-    is_partial = is_uneven and getattr(p, "partial", False)
-    return getattr(p, "tied_name", None), p.dtype, p.requires_grad, is_partial
+    their gradient, if other matrices of the layer are split unevenly. split.sizes: the full sizes
+    of the fused matrices along the split dimension.
+
+    A parameter whose gradient is summed over another group is not in the main unit either."""
+    known = [q.distribution for q in layer if hasattr(q, "distribution")]
+    splits = [split for distribution in known for split in distribution.splits]
+    is_uneven = any(n % split.group.size() for split in splits for n in split.sizes)
+    is_partial = is_uneven and hasattr(p, "distribution") and p.distribution.partial is not None
+    replicas = gradient_group(p, None)
+    return getattr(p, "tied_name", None), p.dtype, p.requires_grad, is_partial, replicas
 
 
 class Zero1:
@@ -396,6 +400,10 @@ class Zero1:
             accumulations = dict.fromkeys(model.parameters(), accumulations)
         check_accumulations(model, accumulations)
         self.accumulations = {p: accumulations[p] for _, p in self.parameters}
+        for name, p in self.named if replicas is not None else ():
+            if gradient_group(p, group) is not group:
+                raise ValueError(f"{name} has a gradient group of its own, which hybrid sharding "
+                                 "does not support: leave out `replicas`")  # fmt: skip
         for ranks in (group,) if replicas is None else (group, replicas):
             check_same_parameters(self.named, ranks)
         self.layers, self.modules = layers(model, blocks), {*model.modules()}
@@ -425,7 +433,8 @@ class Zero1:
             key_of = {p: unit_key(p, parameters) for p in sharded if p not in self.unit_of}
             for key in dict.fromkeys(key_of.values()):
                 members = [(self.name_of[p], p) for p in key_of if key_of[p] == key]
-                unit = self.unit_class(members, self.group, self.stage, *dtypes)
+                group = gradient_group(members[0][1], self.group)
+                unit = self.unit_class(members, group, self.stage, *dtypes)
                 self.units.append(unit)
                 self.unit_of.update((p, unit) for _, p in members)
             self.needs.append(list(dict.fromkeys(self.unit_of[p] for p in sharded)))
@@ -634,6 +643,10 @@ class Zero1:
         in model.state_dict() are rounded. checkpoint.py saves pieces by name and start, so that
         they can be loaded on a different number of ranks."""
         return [piece for unit in self.units for piece in unit.pieces]
+
+    def replicas_of(self, p: nn.Parameter) -> dist.ProcessGroup | None:
+        """The ranks that have the same piece of p. None: only this rank has it."""
+        return self.replicas
 
     def held(self) -> dict[str, list[Tensor]]:
         """The tensors that this object stores between steps, without the moments in the optimizer.

@@ -53,5 +53,5 @@ def compare(report: measure.Report, name: str, trainer: train_3d.Trainer, build:
     full, found = dict(gpt.named_parameters(model)), {"norm": stats[:, 1]}
     for key, p in gpt.named_parameters(trainer.model):  # those of this rank
         found[key] = p
-        expected[key] = p.sharding.shard(full[key]) if hasattr(p, "sharding") else full[key]
+        expected[key] = p.distribution.shard(full[key])
     report.close(f"{name}: norm, parameters", found, expected)

@@ -15,6 +15,7 @@ key/value heads, which are equal to those of one process. The cost: each rank st
 key/value matrix, its gradient and its optimizer state, and all-reduces the gradient.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -47,7 +48,8 @@ class SharedKV(nn.Module):
     def __init__(self, linear: nn.Linear, fused: tuple, group: dist.ProcessGroup, sequence: bool):
         super().__init__()
         self.group, self.sequence, self.weight = group, sequence, linear.weight  # [2 kv size, h]
-        self.weight.partial = True
+        how = tensor_parallel.distribution_of(self.weight)
+        self.weight.distribution = dataclasses.replace(how, partial=group)
         self.n_kv_head, queries = linear.n_kv_head, linear.n_head // group.size()
         per_kv = linear.n_head // linear.n_kv_head  # queries per key/value head
         first, last = group.rank() * queries, (group.rank() + 1) * queries - 1

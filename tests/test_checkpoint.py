@@ -3,6 +3,7 @@
 import copyreg
 import dataclasses
 import io
+import itertools
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -64,18 +66,25 @@ def test_boxes_are_the_range(shape):
             assert len(list(checkpoint.boxes_of_range(shape, start, stop))) <= 2 * len(shape) - 1
 
 
+def group_of(t: int, rank: int):
+    return types.SimpleNamespace(rank=lambda: rank, size=lambda: t)
+
+
+@pytest.mark.parametrize("others", [1, 2, 3])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("parts, t", [((12,), 1), ((12,), 5), ((4, 4, 4), 2), ((6, 3, 3), 2)])
-def test_the_slices_of_all_pieces_fill_the_full_tensor(parts, t, dim):
-    """Matrices fused in one (also of other widths: grouped-query attention), cut over t ranks, each
-    part flattened and cut in three: every element of the whole is there once."""
+def test_the_slices_of_all_pieces_fill_the_full_tensor(parts, t, dim, others):
+    """Fused matrices of equal or different sizes are split over t ranks, and the other dimension
+    over `others`. Each shard is flattened and split in three. Every element occurs once."""
     shape = torch.Size((12, 5) if dim == 0 else (5, 12))
     whole = torch.arange(60, dtype=torch.float64).view(shape)
     rebuilt, times = torch.zeros(shape), torch.zeros(shape)
-    for rank in range(t):
-        sharding = tensor_parallel.Sharding(shape, dim, parts, rank, t)
-        parameter = torch.nn.Parameter(sharding.shard(whole))
-        parameter.sharding = sharding
+    for rank, other in itertools.product(range(t), range(others)):
+        splits = (tensor_parallel.Split(1 - dim, (2, 3), group_of(others, other)),
+                  tensor_parallel.Split(dim, parts, group_of(t, rank)))  # fmt: skip
+        how = tensor_parallel.Distribution(shape, splits)
+        parameter = torch.nn.Parameter(how.shard(whole))
+        parameter.distribution = how
         flat = parameter.detach().flatten()
         n = max(1, -(-flat.numel() // 3))  # a fifth rank has none of 12
         for start in range(0, flat.numel(), n):

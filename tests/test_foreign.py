@@ -1158,11 +1158,12 @@ def uneven(kind):
     model[0](x[dp.rank()].chunk(2, dim=1)[tp.rank()]).square().sum().backward()
     sync.finish()
     sync.before_step()
-    partial = [piece for piece in sync.pieces() if piece.parameter.partial]
-    tensor_parallel.all_reduce_partial([piece.tensor.grad for piece in partial], tp)
+    pieces = sync.pieces()
+    partial = [piece for piece in pieces if piece.parameter.distribution.partial is tp]
+    tensor_parallel.all_reduce_partial((piece.parameter, piece.tensor.grad) for piece in pieces)
     for piece in sync.pieces():
         true, p = plain.get_parameter(piece.name).grad, piece.parameter
-        true = (p.sharding.shard(true) if hasattr(p, "sharding") else true).flatten()
+        true = p.distribution.shard(true).flatten()
         true = true[piece.start : piece.start + piece.tensor.numel()]
         torch.testing.assert_close(piece.tensor.grad.flatten(), true, rtol=1e-12, atol=1e-14)
     return len(partial), dp.rank()

@@ -40,7 +40,7 @@ def test_an_example_runs_and_finds_no_mismatch(example, ranks):
     "example, ranks, owner, name, wrong",
     [
         (own_schedule, 2, own_schedule, "predicted_bubble", lambda p, m: 0.5),
-        (llama, 4, tensor_parallel, "all_reduce_partial", lambda gradients, group: None),
+        (llama, 4, tensor_parallel, "all_reduce_partial", lambda gradients: None),
         (compressed_gradients, 2, compressed_gradients, "Narrow", ddp.all_reduce_bucket),
         (optimizer, 2, torch.Tensor, "sign_", lambda t: t.div_(t.norm())),  # not element-wise
     ],
@@ -189,8 +189,7 @@ def train_with_lion(case: Case, one_process: dict | None = None) -> dict | float
         return found
     expected = {name: one_process[name] for name in found}
     for name, p in parameters.items():
-        if hasattr(p, "sharding"):
-            expected[name] = p.sharding.shard(expected[name])
+        expected[name] = p.distribution.shard(expected[name])
     return measure.largest(measure.relative_errors(found, expected).values())
 
 

@@ -52,7 +52,7 @@ def version_1(frozen: str) -> tuple[float, float]:
     for name, weight in weights.items():
         weight.requires_grad_(name != frozen)
     second = run(lambda x, w1, w2: net(x), full["x"], *weights.values())
-    shards = {n: w.sharding.shard for n, w in weights.items() if t > 1}
+    shards = {n: w.distribution.shard for n, w in weights.items()}
     errors.append(measure.relative_errors(second, {
         n: shards.get(n, lambda w: w)(tensor) for n, tensor in expected.items()}))  # fmt: skip
     return tuple(measure.largest(e.values()) for e in errors)
@@ -121,7 +121,7 @@ def test_shards_of_batches_keep_their_order():
 @pytest.mark.parametrize("n, t", [(12, 4), (13, 4), (14, 4), (7, 3), (5, 5)])
 def test_shards_are_those_of_tensor_split_and_cover_the_full_tensor(n, t):
     whole = torch.randn(n, 3)
-    cuts = [tp.Sharding(whole.shape, 0, (n,), r, t) for r in range(t)]
+    cuts = [tp.Distribution(whole.shape, (tp.Split(0, (n,), group_of(t, r)),)) for r in range(t)]
     for cut, split in zip(cuts, whole.tensor_split(t), strict=True):
         assert torch.equal(cut.shard(whole), split)
 
@@ -130,8 +130,9 @@ def test_fused_matrices_are_cut_one_by_one():
     whole = torch.arange(12).view(12, 1)  # q: 0..3, k: 4..7, v: 8..11
 
     def shards(sizes):
-        return [tp.Sharding(whole.shape, 0, sizes, r, 2).shard(whole).flatten().tolist()
-                for r in (0, 1)]  # fmt: skip
+        splits = [tp.Split(0, sizes, group_of(2, r)) for r in (0, 1)]
+        return [tp.Distribution(whole.shape, (split,)).shard(whole).flatten().tolist()
+                for split in splits]  # fmt: skip
 
     assert shards((4, 4, 4)) == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]
     grouped = shards((8, 2, 2))
@@ -252,7 +253,7 @@ def shards():
         model = gpt.GPT(config)
     tp.parallelize(model, tp.GPT_PLAN, dist.group.WORLD)
     gpt.init_weights(model, 0, D, "cpu", draw)
-    return {n: (p.detach(), hasattr(p, "sharding")) for n, p in gpt.named_parameters(model)}
+    return {n: (p.detach(), len(p.distribution.splits) > 0) for n, p in gpt.named_parameters(model)}
 
 
 def test_shards_differ_and_replicas_do_not():
@@ -349,7 +350,7 @@ def train(model: nn.Module, group=None, defer: bool = False, steps: int = 3):
         while queue:
             queue.pop(0)()
         if group:
-            tp.all_reduce_partial([p.grad for p in model.parameters() if p.partial], group)
+            tp.all_reduce_partial((p, p.grad) for p in model.parameters())
         optimizer.step()
     named = dict(model.named_parameters())
     gradients = {f"gradient {n}": p.grad for n, p in named.items() if p.grad is not None}
@@ -360,7 +361,7 @@ def beside_one_process(plan: dict, sequence: bool, change=lambda net: None, defe
     """(largest relative error, the replicated tensors)."""
     expected = train(Net(change))
     model = tp.parallelize(Net(change), plan, dist.group.WORLD, sequence)
-    cuts = {n: p.sharding for n, p in model.named_parameters() if hasattr(p, "sharding")}
+    cuts = {n: p.distribution for n, p in model.named_parameters() if p.distribution.splits}
     actual = train(model, dist.group.WORLD, defer)
     for name, cut in cuts.items():
         for key in {name, f"gradient {name}"} & expected.keys():
@@ -391,9 +392,9 @@ def on_meta(change=lambda net: None) -> Net:
         return Net(change)
 
 
-def group_of(t: int):
+def group_of(t: int, rank: int = 0):
     """Enough of a process group for parallelize, which makes no collective for a model on meta."""
-    return types.SimpleNamespace(rank=lambda: 0, size=lambda: t)
+    return types.SimpleNamespace(rank=lambda: rank, size=lambda: t)
 
 
 def give_scale(net: nn.Module) -> None:
@@ -422,7 +423,7 @@ def test_who_is_partial():
     cases = (2, False, partial), (2, True, partial | replicated), (1, True, set())
     for t, sequence, expected in cases:
         net = tp.parallelize(on_meta(give_scale), plan, group_of(t), sequence)
-        assert {n for n, p in net.named_parameters() if p.partial} == expected
+        assert {n for n, p in net.named_parameters() if p.distribution.partial} == expected
 
 
 def test_one_rank_keeps_the_plain_layers():
@@ -604,12 +605,11 @@ def under_autocast(sequence: bool, defer: bool):
         for work in queue:
             work()
         if parallel:
-            tp.all_reduce_partial([p.grad for p in net.parameters() if p.partial], group)
+            tp.all_reduce_partial((p, p.grad) for p in net.parameters())
         runs.append((loss.detach(), dict(net.named_parameters())))
     (expected, full), (loss, shards) = runs
     torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
-    gradients = {n: p.sharding.shard(full[n].grad) if hasattr(p, "sharding") else full[n].grad
-                 for n, p in shards.items()}  # fmt: skip
+    gradients = {n: p.distribution.shard(full[n].grad) for n, p in shards.items()}
     errors = measure.relative_errors({n: p.grad for n, p in shards.items()}, gradients, floor=0.01)
     assert measure.largest(errors.values()) < 0.1, errors
 
@@ -679,4 +679,5 @@ def test_proportions_that_do_not_fit_are_refused(fused):
 def test_proportions_are_multiplied():
     weight = nn.Parameter(torch.empty(24, 2))
     for fused in ((4, 1, 1), (16, 4, 4)):
-        assert tp.shard_parameter(weight, 0, fused, group_of(2)).sharding.sizes == (16, 4, 4)
+        shard = tp.shard_parameter(weight, 0, fused, group_of(2))
+        assert shard.distribution.splits[0].sizes == (16, 4, 4)

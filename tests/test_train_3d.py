@@ -684,7 +684,7 @@ def test_one_communicator_per_axis(flags, world, expected, monkeypatch):
         monkeypatch.setattr(dist, "split_group", split_group)
         monkeypatch.setattr(dist, "new_group", lambda ranks, backend, **more: (
             alone.append((ranks, backend)), plain(ranks, **more))[1])  # fmt: skip
-        trainer._make_groups(args.tp, args.pp, d)
+        trainer._make_groups(options.axes(args, world))
     assert made == expected and alone == [([0], "gloo")]
 
 

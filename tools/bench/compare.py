@@ -207,8 +207,7 @@ def repo_tp(model: nn.Module, sequence: bool) -> Callable:
             loss = tensor_parallel.vocab_parallel_cross_entropy(model(x), y, model.lm_head, group)
             (loss / valid).backward()
             total = total + loss.detach() / valid
-        partial = [p.grad for p in model.parameters() if p.partial]
-        tensor_parallel.all_reduce_partial(partial, group)
+        tensor_parallel.all_reduce_partial((p, p.grad) for p in model.parameters())
         optimizer.step()
         return total
 

@@ -420,7 +420,7 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
         for (_, operation), (calls, nbytes) in costs.items():
             add("tp", operation, calls, nbytes, 1)
     pieces, wide = trainer.sync.pieces(), max(4, program.itemsize)  # masters are in fp32
-    partial = sum(piece.numel() for _, piece, p, _ in pieces if p.partial)
+    partial = sum(piece.numel() for _, piece, p, _ in pieces if p.distribution.partial)
     tied = sum(piece.numel() for _, piece, p, _ in pieces if hasattr(p, "tied_name"))
     add("tp", "all_reduce", t > 1 and partial > 0, partial, wide)
     add("tied", "all_reduce", tied > 0, tied, wide)

@@ -57,7 +57,7 @@ SENT = "events.append(((end, 0, n), (rank, dst), Transfer(action, rank, dst)))"
 
 ZOO = [
     Bug(1, "all tp ranks draw the same shard from one seed", [
-        ("gpt.py", 'sharding = getattr(old, "sharding", None)', "sharding = None")],
+        ("gpt.py", 'how = getattr(old, "distribution", None)', "how = None")],
         "tests/test_tensor_parallel.py::test_shards_differ_and_replicas_do_not",
         r"AssertionError: h\.0\.attn\.c_attn\.weight"),
     Bug(2, "only the logged loss is divided by m, not the gradient", [
@@ -88,8 +88,7 @@ ZOO = [
         r"\('backward', 'all_reduce'\): \(9, \d+\)"),
     Bug(7, "LayerNorm gradients not summed over tp", [
         ("tensor_parallel.py",
-         'p.partial = getattr(p, "partial", False) or (sequence and not hasattr(p, "sharding"))',
-         "p.partial = False")],
+         "if sequence and not p.distribution.is_split_over(group):", "if False:")],
         LAYOUTS, r"where='gradient (h\.\d\.)?ln_"),
     Bug(8, "in-place all-reduce without mark_dirty", [
         ("tensor_parallel.py", "ctx.mark_dirty(x)  #", "#")],
@@ -104,14 +103,14 @@ ZOO = [
          "here = stats[1].clone()\n        dist.all_reduce(stats)\n        stats[1] = here")],
         LAYOUTS, NORM),
     Bug(9, "replicated parameters counted t times in the norm", [
-        ("train_3d.py", 'sharded = hasattr(p, "sharding")', "sharded = True")],
+        ("train_3d.py", "sharded = p.distribution.is_split_over(self.tp_group)", "sharded = True")],
         LAYOUTS, NORM),
     Bug(9, "a tied matrix counted twice in the norm", [
         ("train_3d.py", 'duplicate = hasattr(p, "tied_name") and 0 not in self.stages',
          "duplicate = False")],
         LAYOUTS, NORM),
     Bug(9, "replicas counted d/k times in the norm", [
-        ("train_3d.py", "owned = owned if first_replica else []", "pass")],
+        ("train_3d.py", "and (replicas is None or replicas.rank() == 0)", "")],
         LAYOUTS, NORM),
     Bug(10, "gradients of the tied embedding not all-reduced", [
         ("train_3d.py", "pipeline.all_reduce_tied(tied, self.tied_group)",
@@ -197,12 +196,12 @@ ZOO = [
         "test_shards_are_those_of_tensor_split_and_cover_the_full_tensor",
         "assert False"),
     Bug(23, "a reduction over the wrong group", [
-        ("train_3d.py", "tensor_parallel.all_reduce_partial(partial, self.tp_group)",
-         "tensor_parallel.all_reduce_partial(partial, self.dp_group)")],
+        ("tensor_parallel.py", "dist.all_reduce(flat, group=group)  # payload: the partial",
+         "dist.all_reduce(flat)  # payload: the partial")],
         LAYOUTS, r"\('tp', 'all_reduce'\)"),
     Bug(23, "shard and replica groups swapped", [
-        ("train_3d.py", '"replica", ranks, 1)', '"replica", ranks, 2)'),
-        ("train_3d.py", '"shard", ranks, 2)', '"shard", ranks, 1)')],
+        ("train_3d.py", 'self._make_group(state, "replica")', 'self._make_group(state, "shard"  )'),
+        ("train_3d.py", 'self._make_group(state, "shard")', 'self._make_group(state, "replica")')],
         "tests/test_train_3d.py::test_neighbours_shard_and_the_far_replicate",
         r"\[1, 5\] != \[4, 5, 6, 7\]"),
     Bug(24, "gradients averaged instead of summed", [

@@ -408,7 +408,7 @@ def layout(
     def shard(kind: str) -> dict[str, Tensor]:
         """This rank's shards of the reference's tensors."""
         known = {n: p for n, p in named.items() if n in expected[kind]}
-        return {n: (p.sharding.shard if hasattr(p, "sharding") else lambda w: w)(expected[kind][n])
+        return {n: p.distribution.shard(expected[kind][n])
                 for n, p in known.items()}  # fmt: skip
 
     def ranges(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -432,7 +432,7 @@ def layout(
     for n, piece, p, at in pieces:
         index = torch.arange(expected["gradient"][n].numel(), device=trainer.device)
         index = index.view(expected["gradient"][n].shape)
-        mine = p.sharding.shard(index) if hasattr(p, "sharding") else index
+        mine = p.distribution.shard(index)
         elements.setdefault(n, []).append(mine.flatten()[at : at + piece.numel()])
     return Compared(errors, {n: torch.cat(parts).cpu() for n, parts in elements.items()})
 
@@ -493,8 +493,14 @@ def _check_all_are_compared(trainer: train_3d.Trainer, named: dict, pieces: list
     updated = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     missing = {n for n, piece, _, _ in pieces if id(piece) not in updated}
     assert not missing, f"pieces that the optimizer does not update: {missing}"
-    owned = torch.tensor(sum(piece.numel() for _, piece, _, _ in pieces), device=trainer.device)
-    dist.all_reduce(owned, group=trainer.shard_group)
+    group, numel = trainer.shard_group, 0
+    for _, piece, p, _ in pieces:
+        # With ZeRO, p is sharded over a subgroup if its gradient is summed over one. Each of the
+        # group's subgroups then holds a complete p.
+        size = ddp.gradient_group(p, group).size() if trainer.args.zero else group.size()
+        numel += piece.numel() * size / group.size()
+    owned = torch.tensor(numel, dtype=torch.float64, device=trainer.device)
+    dist.all_reduce(owned, group=group)
     n = sum(p.numel() for p in trainer.model.parameters())
     assert owned == n, f"the ranks that shard the state hold {owned} of {n} elements"
 
