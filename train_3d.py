@@ -338,10 +338,10 @@ class Trainer:
             use_local_synchronization=True,
         )  # fmt: skip
         self.tp_group = self._make_group(axes, "tp")
-        self.pp_group = self._make_group(axes, "pp")
         self.dp_group = self._make_group(axes, "dp")  # its ranks have different rows of the batch
         self.gradient_group = self._make_group(axes, "dp")  # gradients are summed over it
-        p, d, t = axes["pp"], self.gradient_group.size(), axes["tp"]
+        self.pp_group = self._make_group(axes, "pp")
+        p, d, t = axes.values()
         k = self.args.zero_shard_size or (d if self.args.zero else 1)
         state = {"pp": p, "replica": d // k, "shard": k, "tp": t}
         self.replica_group = self._make_group(state, "replica")

@@ -199,6 +199,9 @@ ZOO = [
         ("tensor_parallel.py", "dist.all_reduce(flat, group=group)  # payload: the partial",
          "dist.all_reduce(flat)  # payload: the partial")],
         LAYOUTS, r"\('tp', 'all_reduce'\)"),
+    Bug(23, "the gradient of an expert summed over ranks with other experts", [
+        ("ddp.py", "return (distribution and distribution.replicas) or default", "return default")],
+        "tests/test_distribution.py::test_experts_equal_one_process", NUMBERS),
     Bug(23, "shard and replica groups swapped", [
         ("train_3d.py", 'self._make_group(state, "replica")', 'self._make_group(state, "shard"  )'),
         ("train_3d.py", 'self._make_group(state, "shard")', 'self._make_group(state, "replica")')],
@@ -228,8 +231,8 @@ ZOO = [
          "            self.gathering = None")],
         "tests/test_tools.py -k races", "parameters DIFFER"),
     Bug(27, "the reduced gradients are not waited for", [
-        ("ddp.py", "            handle.wait()\n            self.buckets[i].copy_(sent)",
-         "            self.buckets[i].copy_(sent)")],
+        ("ddp.py", "                handle.wait()\n                self.buckets[i].copy_(sent)",
+         "                self.buckets[i].copy_(sent)")],
         "tests/test_tools.py -k races", "parameters DIFFER"),
     Bug(28, "gradients of bf16 parameters accumulated in bf16", [
         ("ddp.py", "self.grad_dtype = grad_dtype or torch.float32",
