@@ -89,7 +89,7 @@ ZOO = [
     Bug(7, "LayerNorm gradients not summed over tp", [
         ("tensor_parallel.py",
          "if sequence and not p.distribution.is_split_over(group):", "if False:")],
-        LAYOUTS, r"where='gradient (h\.\d\.)?ln_"),
+        LAYOUTS, r"where='gradient ((h\.\d\.)?ln_|wpe)"),
     Bug(8, "in-place all-reduce without mark_dirty", [
         ("tensor_parallel.py", "ctx.mark_dirty(x)  #", "#")],
         "tests/test_tensor_parallel.py::test_conjugates", "DID NOT RAISE"),
@@ -196,11 +196,12 @@ ZOO = [
         "test_shards_are_those_of_tensor_split_and_cover_the_full_tensor",
         "assert False"),
     Bug(23, "a reduction over the wrong group", [
-        ("tensor_parallel.py", "dist.all_reduce(flat, group=group)  # payload: the partial",
-         "dist.all_reduce(flat)  # payload: the partial")],
-        LAYOUTS, r"\('tp', 'all_reduce'\)"),
+        ("train_3d.py", "tensor_parallel.all_reduce_partial(pairs)",
+         "[dist.all_reduce(g, group=self.dp_group) for p, g in pairs if p.distribution.partial]")],
+        LAYOUTS, r"where='gradient ((h\.\d\.)?ln_|wpe)"),
     Bug(23, "the gradient of an expert summed over ranks with other experts", [
-        ("ddp.py", "return (distribution and distribution.replicas) or default", "return default")],
+        ("ddp.py", "self.groups.append(gradient_group(parameters[0], self.group))",
+         "self.groups.append(self.group)")],
         "tests/test_distribution.py::test_experts_equal_one_process", NUMBERS),
     Bug(23, "shard and replica groups swapped", [
         ("train_3d.py", 'self._make_group(state, "replica")', 'self._make_group(state, "shard"  )'),
