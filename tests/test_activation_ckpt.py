@@ -167,7 +167,7 @@ def bytes_kept_of_a_block(b: int, s: int, h: int, a: int, policy: str, sequence:
     """In bf16 with dropout, on this rank."""
     group = dist.group.WORLD
     net = gpt.build(gpt.GPTConfig(1, a, h, 17, s, "explicit", dropout=0.1), dtype=torch.bfloat16)
-    tensor_parallel.parallelize(net, tensor_parallel.GPT_PLAN, group, sequence)
+    tensor_parallel.parallelize(net, gpt.PLAN, group, sequence)
     ckpt.checkpoint_blocks(net.h, policy, save_rng=net.draws.save)
     net.draws.at(0, range(b))
     shard = s // group.size() if sequence else s

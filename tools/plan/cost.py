@@ -125,7 +125,7 @@ def split_layers(config: gpt.GPTConfig, layout: Layout) -> list[range]:
 @functools.lru_cache(1024)
 def _split_layers(config: gpt.GPTConfig, n: int) -> list[range]:
     """The blocks of each of n stages, balanced by FLOPs."""
-    embedding, block, head = gpt.flops_per_token(config)
+    embedding, block, head = gpt.module_of(config).flops_per_token(config)
     return pipeline.split_layers(config.n_layer, n, embedding / block, head / block)
 
 
