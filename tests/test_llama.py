@@ -13,9 +13,11 @@ import train_3d
 from examples import llama
 from measure import TOLERANCE, largest, relative_errors
 from tests.commands import TINY, forked, read_log
+from tests.test_plan import differences
 from tests.test_train_3d import text  # noqa: F401
 from tools import convert, sample
-from tools.verify.oracle import draw
+from tools.plan import dry_run
+from tools.verify.oracle import Case, draw, launch
 
 LLAMA = ["--arch", "examples.llama", *TINY, "--config", "n_hidden=27", "--eval-interval", "2"]
 
@@ -152,6 +154,32 @@ def test_what_is_refused(flags, message):
     with pytest.raises(ValueError) as error:
         options.check(args, 4)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+SIZES = dict(n_head=4, n_embd=32, n_layer=4, vocab_size=41, seq_len=8, arch="examples.llama",
+             config=("n_hidden=85", "qk_norm=true"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(t=2, p=2, d=2, zero=1, sequence=True, **SIZES), Case(d=2, zero=3, **SIZES),
+        Case(t=2, p=2, m=3, recompute="full", schedule="zb-h1", tied=False, **SIZES),
+        Case(t=2, d=2, zero=3, sequence=True, recompute="full", dtype="bf16", **SIZES),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_rank_holds_sends_and_computes_what_is_predicted(case):
+    """85 hidden units: the tp ranks differ."""
+    assert launch(case.world_size, differences, case) == [{}] * case.world_size
+
+
+def test_a_dry_run(monkeypatch, capsys):
+    flags = "--arch examples.llama --model llama-3-8b --world-size 64 --rank 9 --tp 8 --pp 2"
+    monkeypatch.setattr("sys.argv", ["dry_run", *flags.split(), "--zero", "1"])
+    dry_run.main()
+    out = capsys.readouterr().out
+    assert "differs" not in out and "activations (compared for --arch gpt only)" in out, out
 
 
 def test_the_counts_of_published_models():

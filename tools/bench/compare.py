@@ -772,7 +772,7 @@ def rows_of(suite: Suite, h: int, runs: dict[object, list[dict]], costs: list[di
         if key[0] == "recompute":
             c = suite.config(h)
             flops = [
-                cost.predicted_flops(c.n_layer, ROWS, c.seq_len, h, policy)
+                cost.predicted_flops(c, c.n_layer, ROWS, policy)
                 + 6 * ROWS * c.seq_len * h * c.vocab_size
                 for policy in ("none", key[1])
             ]
