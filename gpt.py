@@ -12,19 +12,19 @@ change. Parameters have the names used in the published GPT-2 checkpoints.
 
     python gpt.py          trains a small model for 30 steps
 
-train_3d.py trains any model whose module is like this one (--arch, examples/llama.py). It defines
+train_3d.py trains any model whose module, given as --arch, defines what this one does. An example
+is examples/llama.py.
 
-    Config                 a frozen dataclass, with at least n_layer, n_head, n_embd, vocab_size and
-                           seq_len. The fields tied, attention and dropout are set by the options of
-                           these names, all other fields by --config
-    MODELS                 {name: Config}, for --model. The first one is the default
-    Model                  Model(config), called on the meta device. It has h, a dict of blocks as
-                           below, and lm_head. Other layers have names of pipeline.FIRST and LAST.
-                           For --recompute selective, a block has attn.core
-    plan(config, t)        how layers are sharded over t processes, see PLAN. Raises ValueError if
-                           they cannot be
-    draw                   draw(name, shape, generator, config): initial values of a parameter
-    flops_per_token        see below
+    Config               a frozen dataclass of sizes, at least those that `Config` has here without
+                         attention, tied and dropout. Options set these; --config sets the others
+    MODELS               {name: Config}, for --model; the first one is the default
+    Model(config)        called on the meta device. It has h, a dict of blocks as in GPT, lm_head,
+                         and other layers with names of pipeline.FIRST and LAST. A block has
+                         attn.core, for --recompute selective. Dropout needs `draws`, as in GPT
+    plan(config, t)      how layers are sharded over t processes, see PLAN; raises ValueError if t
+                         is not possible
+    draw(name, shape, generator, config)     the initial value of a parameter
+    flops_per_token(config)                  FLOPs of the embedding, a block and the head
 """
 
 import contextlib
@@ -155,12 +155,12 @@ class Dropout(nn.Module):
     """Dropout whose mask is a function of (seed, step, row, site) and of the device type.
 
     `draws` is the training position and `site` the name of this module in the model; GPT sets both.
-    The mask of the full row is drawn on the device. A process that holds a part of the row takes
-    its part of the mask, so all processes together drop the same entries as one process. Different
-    device types draw different masks.
+    The mask of the full row is drawn on the device. A process that holds a subset of the row takes
+    this subset of the mask, so all processes together drop the same entries as one process.
+    Different device types draw different masks.
 
-    forward(x, *held): the subsets that x has of the row's dimensions. Default: of the first one,
-    the tokens."""
+    forward(x, *held): held[i] is the subset of dimension 1 + i that x has. Default: the first
+    dimension is the tokens, the others are full."""
 
     tokens = ALL
 
@@ -351,8 +351,8 @@ def module_of(config: Config) -> types.ModuleType:
 
 
 def forward_flops_per_token(config: Config) -> int:
-    """FLOPs per token in forward, all layers, of the model in any module. Forward and backward
-    together need three times as many."""
+    """FLOPs per token in forward, all layers. Forward and backward together need three times as
+    many. As in build(), `config` may be that of another module."""
     embedding, block, head = module_of(config).flops_per_token(config)
     return embedding + config.n_layer * block + head
 
@@ -435,7 +435,7 @@ def init_weights(
 
 
 def build(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """An initialised model on the CPU, of the module that defines `config`."""
+    """An initialised model on the CPU. The module that defines the class of `config` builds it."""
     module = module_of(config)
     with torch.device("meta"):
         model = module.Model(config)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+import generate
 import gpt
 from examples import llama
 from measure import TOLERANCE, largest, relative_errors
-from tools.verify.oracle import Case, draw, judge, reader
+from tools.verify.oracle import Case, draw, judge, launch, reader, trainer_of
 
 ZIGZAG = [gpt.Subset((0, 3), 4), gpt.Subset((1, 2), 4)]  # of two context-parallel ranks
 GATHERED = gpt.Subset((0, 3, 1, 2), 4)  # both, in the order of the ranks
@@ -97,3 +98,15 @@ SIZES = dict(n_layer=3, n_head=4, n_embd=32, seq_len=16, m=3)
 def test_rows_in_another_order_train_the_same_model(case):
     errors = judge(case, {"tokens": GATHERED})
     assert errors.worst <= TOLERANCE, errors
+
+
+def sampled(case: Case, tokens: gpt.Subset) -> list[int]:
+    trainer = trainer_of(case, tokens=tokens)
+    return generate.sample(trainer, torch.arange(5), 14).tolist()  # past the sequence length
+
+
+@pytest.mark.parametrize("changes", [{}, dict(t=2, sequence=True), dict(arch="examples.llama")])
+def test_samples_from_rows_in_another_order(changes):
+    case = Case(attention="explicit", **SIZES | changes)
+    (expected,) = launch(1, sampled, Case(**vars(case) | dict(t=1, sequence=False)), gpt.ALL)
+    assert launch(case.t, sampled, case, GATHERED) == [expected] * case.t

@@ -148,7 +148,7 @@ class Sharded(NamedTuple):
     """A model with one block, sharded by its plan, as a tensor-parallel rank has it. A unit of ZeRO
     is given by the elements of its parameters."""
 
-    first: list[list[int]]  # units of the layers before the block: embeddings
+    first: list[list[int]]  # units of the embeddings
     block: list[list[int]]
     last: list[list[int]]  # final norm and head
     linears: list[tuple[int, int, bool]]  # of the block: (inputs, outputs, column-parallel)
