@@ -52,6 +52,11 @@ class Config:
                 f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}: change "
                 "--n-head or --config n_kv_head"
             )
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(
+                f"n_embd {self.n_embd} is not divisible by 2 x n_head {self.n_head}: a head needs "
+                "an even size, change --n-embd or --n-head"
+            )
 
 
 MODELS = {

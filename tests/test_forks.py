@@ -3,6 +3,7 @@ needed a change in another file, an interface would be missing there."""
 
 import dataclasses
 import functools
+import random
 import re
 
 import pytest
@@ -17,6 +18,7 @@ from examples import compressed_gradients, llama, optimizer, own_schedule, share
 from measure import TOLERANCE
 from schedules import draw
 from tests.commands import ROOT, forked
+from tools.verify.fuzz import draw_case, verdict
 from tools.verify.oracle import Case, judge, launch, trainer_of
 
 EXAMPLES = [
@@ -150,6 +152,21 @@ def test_another_model_cut_by_its_own_plan(case):
 def test_a_plan_that_splits_a_kv_head_is_refused():
     with pytest.raises(RuntimeError, match="ValueError: --tp 4: n_kv_head 2 cannot be split"):
         judge(Case(t=4, **SIZES))
+
+
+@pytest.mark.slow
+def test_a_slice_of_fuzz_of_another_model():
+    rng, compared = random.Random(2026), 0
+    for case in (draw_case(rng, 8, resumes=0.0) for _ in range(24)):
+        kv = rng.choice([k for k in range(case.t, case.n_head, case.t) if case.n_head % k == 0]
+                        or [case.n_head])  # fmt: skip
+        config = (f"n_kv_head={kv}", f"n_hidden={rng.randint(8, 40)}", f"qk_norm={kv % 2 == 0}")
+        new = dict(arch="examples.llama", config=config, dropout=0.0)
+        case = dataclasses.replace(case, n_embd=case.n_head * rng.choice((4, 6)), **new)
+        ok, line = verdict(case)
+        assert ok, (str(case), line)
+        compared += "refused" not in line
+    assert compared >= 8
 
 
 # --- fewer kv heads than tp ranks: ranks share a kv head ------------------------------------------

@@ -144,6 +144,7 @@ def test_it_trains_resumes_in_another_layout_and_samples(text, tmp_path):  # noq
         ("--arch examples.llama --config qk_norm=1", "qk_norm=1: expected a value of type bool"),
         ("--arch examples.llama --config n_kv_head", "n_kv_head=: expected a value of type int"),
         ("--arch examples.llama --config n_kv_head=3", "n_head 4 is not divisible by n_kv_head 3"),
+        ("--arch examples.llama --n-embd 12", "n_embd 12 is not divisible by 2 x n_head 4: a head"),
         ("--arch examples.llama --dropout 0.1", "llama has no dropout: leave out --dropout"),
         ("--arch examples.llama --tp 4", "--tp 4: n_kv_head 2 cannot be split: lower --tp"),
         ("--arch examples.llama --model gpt2", "'gpt2' (choose from nano, llama-2-7b, llama-3-8b)"),

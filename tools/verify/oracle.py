@@ -502,7 +502,9 @@ def _check_all_are_compared(trainer: train_3d.Trainer, named: dict, pieces: list
     assert owned == n, f"the ranks that shard the state hold {owned} of {n} elements"
 
 
-def compared(case: Case, part: Case, seams: dict, first: int, end: int, folder: str) -> Compared:
+def compared(
+    case: Case, part: Case, seams: dict, first: int, end: int, folder: str
+) -> Compared:
     """layout() after the reference, which rank 0 trains in the first launch."""
     path = f"{folder}/expected"
     if first == 0 and dist.get_rank() == 0:
