@@ -39,17 +39,18 @@ def sample(
 def next_logits(trainer, tokens: Tensor) -> Tensor:
     """The logits [v] of the token after `tokens`, on every rank."""
     logits = torch.zeros(trainer.config.vocab_size, dtype=trainer.dtype, device=trainer.device)
-    last = len(tokens) - 1
-    # With sequence parallelism t must divide the length. Attention is causal, so padding after
-    # `last` does not change its logits.
-    x = nn.functional.pad(tokens[None], (0, -len(tokens) % trainer.tp_group.size()))
+    # The length must be divisible by the number of chunks of a row. Attention is causal, so padding
+    # after the last token does not change its logits.
+    chunks = trainer.tokens.count * trainer.tp_group.size()
+    x = trainer.tokens.take(nn.functional.pad(tokens[None], (0, -len(tokens) % chunks)), 1)
+    is_last = trainer.tokens.positions(x.size(1), x.device) == len(tokens) - 1
 
     def store(output: Tensor, _: int) -> Tensor:  # [1, s, v/t]
         """On the last stage of one replica: store this tp rank's shard of the logits."""
-        if trainer.dp_group.rank() == 0:
+        if trainer.dp_group.rank() == 0 and is_last.any():
             tp_rank, t = trainer.tp_group.rank(), trainer.tp_group.size()
             start, stop = tensor_parallel.bounds(len(logits), tp_rank, t)
-            logits[start:stop] = output[0, last]
+            logits[start:stop] = output[0, is_last][0]
         return output.new_zeros(())  # in place of a loss
 
     trainer.pipe.run(trainer.forward_program(1), [x], store, trainer.boundary_shape(*x.shape))

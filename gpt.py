@@ -11,11 +11,27 @@ that other stages hold, and replaces its other missing layers by nn.Identity. `G
 change. Parameters have the names used in the published GPT-2 checkpoints.
 
     python gpt.py          trains a small model for 30 steps
+
+train_3d.py trains any model whose module, given as --arch, defines what this one does. An example
+is examples/llama.py.
+
+    Config               a frozen dataclass of sizes, at least those that `Config` has here without
+                         attention, tied and dropout. Options set these; --config sets the others
+    MODELS               {name: Config}, for --model; the first one is the default
+    Model(config)        called on the meta device. It has h, a dict of blocks as in GPT, lm_head,
+                         and other layers with names of pipeline.FIRST and LAST. A block has
+                         attn.core, for --recompute selective. Dropout needs `draws`, as in GPT
+    plan(config, t)      how layers are sharded over t processes, see PLAN; raises ValueError if t
+                         is not possible
+    draw(name, shape, generator, config)     the initial value of a parameter
+    flops_per_token(config)                  FLOPs of the embedding, a block and the head
 """
 
 import contextlib
 import dataclasses
 import math
+import sys
+import types
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -41,6 +57,8 @@ class GPTConfig:
     tied: bool = True
     dropout: float = 0.0
 
+
+Config = GPTConfig
 
 # nano trains on bytes in minutes on a laptop. gpt2 to gpt2-xl: table 2 of the GPT-2 paper. gpt-1.7b
 # and larger: Narayanan et al. 2021 (arXiv 2104.04473), table 1; gpt-175b (GPT-3) is in its table 2.
@@ -92,57 +110,116 @@ class Draws:
         return restore
 
 
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Which entries of a dimension a process holds, such as the tokens of a row or the heads of a
+    block: chunks number `held`, in this order, of `count` equal chunks.
+
+        Subset()                     all entries
+        Subset().chunk(i, t)         chunk i of t: the tokens of a rank with sequence parallelism
+        Subset((i, 2*c-1-i), 2*c)    two chunks of 2 c: the zigzag of context parallelism
+
+    A module whose result depends on positions has an attribute `tokens`, the tokens of its input.
+    Other files replace it. The loop takes the same subset of each row of data."""
+
+    held: tuple[int, ...] = (0,)
+    count: int = 1
+
+    def chunk(self, index: int, count: int) -> "Subset":
+        """Chunk `index` of `count` equal chunks of these entries."""
+        parts = count // math.gcd(len(self.held), count)  # into which each chunk is split
+        finer = [parts * i + j for i in self.held for j in range(parts)]
+        n = len(finer) // count
+        return Subset(tuple(finer[index * n :][:n]), parts * self.count)
+
+    def total(self, n: int) -> int:
+        """The size of the full dimension, of which this subset has n entries."""
+        return n * self.count // len(self.held)
+
+    def take(self, full: Tensor, dim: int) -> Tensor:
+        """This subset of a tensor that has the full dimension."""
+        if self.count == 1:
+            return full
+        chunks = full.unflatten(dim, (self.count, -1)).unbind(dim)
+        return torch.cat([chunks[i] for i in self.held], dim)
+
+    def positions(self, n: int, device: torch.device | None = None) -> Tensor:
+        """The positions in the full dimension of the n entries of this subset."""
+        return self.take(torch.arange(self.total(n), device=device), 0)
+
+
+ALL = Subset()
+
+
 class Dropout(nn.Module):
     """Dropout whose mask is a function of (seed, step, row, site) and of the device type.
 
     `draws` is the training position and `site` the name of this module in the model; GPT sets both.
-    A process may hold one shard of each row, split evenly along the row's first dimension: tokens
-    of [s, h], or heads of [a, s, s]. It then sets `shard` (index) and `shards` (count). The mask of
-    the full row is drawn on the device and sliced, so all processes together drop the same entries
-    as one process. Different device types draw different masks."""
+    The mask of the full row is drawn on the device. A process that holds a subset of the row takes
+    this subset of the mask, so all processes together drop the same entries as one process.
+    Different device types draw different masks.
+
+    forward(x, *held): held[i] is the subset of dimension 1 + i that x has. Default: the first
+    dimension is the tokens, the others are full."""
+
+    tokens = ALL
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
         self.site, self.draws = "", None
-        self.shard, self.shards = 0, 1
 
-    def forward(self, x: Tensor) -> Tensor:  # [b, n, ...] -> the same shape
+    def forward(self, x: Tensor, *held: Subset) -> Tensor:  # [b, ...] -> the same shape
         if not self.training or self.p == 0.0:
             return x
-        draws, (n, *rest) = self.draws, x.shape[1:]
+        draws, held, shape = self.draws, held or (self.tokens,), [*x.shape[1:]]
         if len(draws.rows) != len(x):
             raise ValueError(
                 f"dropout: the input has {len(x)} rows, but draws.at() was called with "
                 f"{len(draws.rows)}: call it before each forward, with one number per row"
             )
+        for dim, subset in enumerate(held):
+            shape[dim] = subset.total(shape[dim])
         masks, generator = [], torch.Generator("cpu" if x.is_meta else x.device)
         for row in draws.rows:
             key = f"{draws.seed} {draws.step} {row} {self.site}"
             generator.manual_seed(zlib.crc32(key.encode()))
-            full = torch.rand(n * self.shards, *rest, generator=generator, device=x.device)
-            masks.append(full[self.shard * n :][:n] >= self.p)
+            mask = torch.rand(shape, generator=generator, device=x.device)
+            for dim, subset in enumerate(held):
+                mask = subset.take(mask, dim)
+            masks.append(mask >= self.p)
         return x * torch.stack(masks) / (1.0 - self.p)
 
 
 class Core(nn.Module):
     """The core of attention, without parameters: softmax(q k^T / sqrt(h/a)) v with a causal mask.
-    q, k, v and the output have the shape [b, a, s, h/a]."""
+    q, k, v and the output have the shape [b, a, s, h/a]. `heads` and `tokens`: which heads q, k and
+    v have, and which tokens q has. The keys may have other tokens."""
+
+    tokens = heads = ALL
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.explicit = config.attention == "explicit" or config.dropout > 0
-        self.drop = Dropout(config.dropout)
+        dropout = getattr(config, "dropout", 0.0)
+        self.explicit = config.attention == "explicit" or dropout > 0
+        self.drop = Dropout(dropout)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not self.explicit:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, keys: Subset | None = None) -> Tensor:
+        """keys: the tokens of k and v. Default: those of q."""
+        keys = keys or self.tokens
+        in_order = self.tokens.count == keys.count == 1
+        if in_order and not self.explicit:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        position_q, position_k = (
+            subset.positions(x.size(-2), x.device) for subset, x in ((self.tokens, q), (keys, k))
+        )
+        future = position_k > position_q.unsqueeze(1)  # [s, s]
+        if not self.explicit:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=~future)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # [b, a, s, s]
-        s = scores.size(-1)
-        future = torch.ones(s, s, dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
         weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
-        return self.drop(weights.to(q.dtype)) @ v
+        return self.drop(weights.to(q.dtype), self.heads, self.tokens, keys) @ v
 
 
 class Attention(nn.Module):
@@ -196,14 +273,12 @@ class Block(nn.Module):
 
 
 class PositionEmbedding(nn.Embedding):
-    """Adds row i of its weight [seq_len, h] to the vector of token i. A process that holds one
-    shard of the tokens sets `shard` and `shards`, as for Dropout."""
+    """Adds row i of its weight [seq_len, h] to the vector of the token at position i."""
 
-    shard, shards = 0, 1
+    tokens = ALL
 
     def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
-        start = self.shard * x.size(1)
-        return x + self.weight[start : start + x.size(1)]
+        return x + self.tokens.take(self.weight[: self.tokens.total(x.size(1))], 0)
 
 
 class GPT(nn.Module):
@@ -238,6 +313,31 @@ class GPT(nn.Module):
         return self.lm_head(self.ln_f(x))
 
 
+Model = GPT
+
+
+# How layers are sharded over t processes: {pattern of module names: style or (style, proportions of
+# the fused matrices)}. tensor_parallel.py explains the styles.
+PLAN = {
+    "wte": "vocab",
+    "wpe": "tokens",
+    "drop": "tokens",
+    "h.*.ln_?": "replicated",
+    "h.*.attn.c_attn": ("column", (1, 1, 1)),  # query, key and value
+    "h.*.attn.core": "heads",
+    "h.*.attn.c_proj": "row",
+    "h.*.mlp.c_fc": "column",
+    "h.*.mlp.c_proj": "row",
+    "h.*.drop_?": "tokens",
+    "ln_f": "replicated",
+    "lm_head": "column",  # sharded logits, for vocab_parallel_cross_entropy
+}
+
+
+def plan(config: GPTConfig, t: int) -> dict:
+    return PLAN
+
+
 def flops_per_token(config: GPTConfig) -> tuple[int, int, int]:
     """FLOPs per token in forward: (embedding, one block, head). The counts of a block and the head
     include only matmuls, with 2 FLOPs per multiply-add. The embedding has h additions."""
@@ -245,10 +345,15 @@ def flops_per_token(config: GPTConfig) -> tuple[int, int, int]:
     return h, 24 * h * h + 4 * s * h, 2 * h * v
 
 
-def forward_flops_per_token(config: GPTConfig) -> int:
+def module_of(config: Config) -> types.ModuleType:
+    """The module that defines the class of `config`, and with it the model."""
+    return sys.modules[type(config).__module__]
+
+
+def forward_flops_per_token(config: Config) -> int:
     """FLOPs per token in forward, all layers. Forward and backward together need three times as
-    many."""
-    embedding, block, head = flops_per_token(config)
+    many. As in build(), `config` may be that of another module."""
+    embedding, block, head = module_of(config).flops_per_token(config)
     return embedding + config.n_layer * block + head
 
 
@@ -286,14 +391,14 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield getattr(parameter, "tied_name", name), parameter
 
 
-def gpt2_draw(name: str, shape: torch.Size, generator: torch.Generator, n_layer: int) -> Tensor:
+def draw(name: str, shape: torch.Size, generator: torch.Generator, config: GPTConfig) -> Tensor:
     """Initial value of the full tensor `name`, in float64 on the CPU. Biases are 0, and weights of
     layer norms are 1. Matrices are normal with standard deviation 0.02; the two c_proj matrices of
     a block, which write to the residual stream, are scaled by 1/sqrt(2 n_layer)."""
     if len(shape) == 1:
         value = 1.0 if name.endswith("weight") else 0.0
         return torch.full(shape, value, dtype=torch.float64)
-    std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
+    std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
     return torch.randn(shape, generator=generator, dtype=torch.float64) * std
 
 
@@ -306,7 +411,10 @@ def init_weights(
     seeded from (seed, name) only, so initial values do not depend on how the model is split. A
     parameter that may be a shard has an attribute `distribution` with `shape`, that of the full
     tensor, and `shard(full)`, which returns this process's shard. One full tensor is in memory at a
-    time."""
+    time.
+
+    A module with buffers needs a method init_buffers(), which registers them. Its __init__ calls
+    it, and this function calls it again, on the device. Checkpoints do not contain buffers."""
     new: dict[int, nn.Parameter] = {}  # by id of the old parameter, so that tied ones stay tied
     for module_name, module in model.named_modules():
         for key, old in module.named_parameters(recurse=False):
@@ -319,13 +427,20 @@ def init_weights(
                 new[id(old)] = nn.Parameter(local.contiguous(), requires_grad=old.requires_grad)
                 new[id(old)].__dict__.update(old.__dict__)  # tied_name, distribution
             setattr(module, key, new[id(old)])
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            if not hasattr(module, "init_buffers"):
+                raise ValueError(f"{module_name}: {type(module).__name__} has buffers, which have "
+                                 "no values on meta: give it a method init_buffers()")  # fmt: skip
+            with torch.device(device):
+                module.init_buffers()
 
 
-def build(config: GPTConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> GPT:
-    """An initialised model on the CPU."""
+def build(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """An initialised model on the CPU. The module that defines the class of `config` builds it."""
+    module = module_of(config)
     with torch.device("meta"):
-        model = GPT(config)
-    init_weights(model, seed, dtype, "cpu", lambda *a: gpt2_draw(*a, n_layer=config.n_layer))
+        model = module.Model(config)
+    init_weights(model, seed, dtype, "cpu", lambda *a: module.draw(*a, config))
     return model
 
 

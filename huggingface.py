@@ -100,10 +100,12 @@ def export_gpt2(
     checkpoints are damaged, or if the folder cannot be written."""
     import checkpoint_dcp
 
-    save_file = safetensors("tools.convert").torch.save_file
     found, wrong = checkpoint.newest_complete(candidates, group)
     for line in wrong:
         print(f"skipped a damaged checkpoint: {line}")
+    if (arch := found.about["arguments"].get("arch", "gpt")) != "gpt":
+        raise ValueError(f"{found.path} is of --arch {arch}: only a GPT-2 can be converted")
+    save_file = safetensors("tools.convert").torch.save_file
     sizes = found.about["sizes"]
     stored = checkpoint_dcp.Reader(found.path).read_metadata().state_dict_metadata
     slices = [

@@ -17,10 +17,12 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import importlib
 import math
 import os
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable
 
 import torch
@@ -38,9 +40,10 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bflo
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len")
 # Options that affect the losses of a run, in addition to SIZES. A resumed run takes those that are
 # not given from its checkpoint. Other options affect only the layout, the output or the start.
-RUN = ("untied", "attention", "dropout", "data", "global_batch_size", "steps", "lr", "warmup_steps",
-       "optimizer", "weight_decay", "clip", "seed", "dtype", "grad_dtype",
+RUN = ("arch", "untied", "attention", "dropout", "data", "global_batch_size", "steps", "lr",
+       "warmup_steps", "optimizer", "weight_decay", "clip", "seed", "dtype", "grad_dtype",
        "reduce_dtype")  # fmt: skip
+FIELDS = {"tied", "attention", "dropout"}  # of a model, if it has them; they are in RUN
 # Former names of options. They are accepted, but not listed.
 RENAMED = {
     "--log": "--metrics", "--print-every": "--log-interval", "--val-every": "--eval-interval",
@@ -183,14 +186,19 @@ def parser(prog: str = "train_3d.py") -> Parser:
 
     # fmt: off
     add = p.add_argument_group("model").add_argument
-    add("--model", choices=gpt.MODELS, metavar="NAME", help=f"{', '.join(gpt.MODELS)} "
-        "(default: nano)")
+    add("--arch", default="gpt", metavar="MODULE", help="the model: gpt, examples.llama, or "
+        "another Python module, see gpt.py")
+    add("--model", metavar="NAME", help="one of its sizes (default: the first); gpt: "
+        f"{', '.join(gpt.MODELS)}")
     add("--n-layer", type=count, metavar="N", help="number of blocks (default: as --model)")
     add("--n-head", type=count, metavar="N", help="attention heads per block (default: as --model)")
     add("--n-embd", type=count, metavar="N", help="hidden size (default: as --model)")
     add("--vocab-size", type=count, metavar="N", help="number of token ids (default: as --model)")
     add("--seq-len", type=count, metavar="N", help="tokens per row (default: as --model)")
-    add("--untied", action="store_true", help="do not share the embedding with the output head")
+    rare(add, "--config", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+         help="other fields of the Config of --arch (default: as --model)")
+    rare(add, "--untied", action="store_true",
+         help="do not share the embedding with the output head")
     add("--dropout", type=at_least(0, float, below=1), default=0.0, metavar="P",
         help="dropout probability; above 0, attention is explicit")
     add("--init-from", metavar="DIR", help="start from the GPT-2 in this Hugging Face folder")
@@ -302,8 +310,10 @@ def parser(prog: str = "train_3d.py") -> Parser:
 
 
 def flag(name: str) -> str:
-    """The option that sets an attribute of args: "--grad-clip" sets "clip"."""
-    return next(a.option_strings[0] for a in parser()._actions if a.dest == name)
+    """The option that sets an attribute of args, or a field of the model: "--grad-clip" sets
+    "clip"."""
+    options = (a.option_strings[0] for a in parser()._actions if a.dest == name)
+    return next(options, f"--config {name}")
 
 
 def require_multiple(
@@ -320,25 +330,70 @@ def axes(args: argparse.Namespace, world_size: int) -> dict[str, int]:
     return {"pp": args.pp, "dp": world_size // (args.pp * args.tp), "tp": args.tp}
 
 
+def architecture(name: str) -> types.ModuleType:
+    """The module of --arch. Raises ValueError if it does not define a model."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"--arch {name}: {error}: give a module, such as examples.llama") from None
+    needed = ("Config", "MODELS", "Model", "plan", "draw", "flops_per_token")
+    missing = [x for x in needed if not hasattr(module, x)]
+    if missing or gpt.module_of(next(iter(module.MODELS.values()))) is not module:
+        what = ", ".join(missing) or "a Config class of its own"
+        raise ValueError(f"--arch {name}: it does not define {what}: see the docstring of gpt.py")
+    return module
+
+
+def fields_of(args: argparse.Namespace, arch: types.ModuleType) -> dict:
+    """The fields of arch.Config that options set. Raises ValueError."""
+    kinds = {f.name: f.type for f in dataclasses.fields(arch.Config)}
+    values = {"tied": not args.untied, "attention": args.attention, "dropout": args.dropout}
+    for name in values.keys() - kinds.keys():
+        option = "untied" if name == "tied" else name
+        if getattr(args, option) != parser().get_default(option):
+            raise ValueError(f"--arch {args.arch} has no {name}: leave out {flag(option)}")
+        del values[name]
+    known = sorted(kinds.keys() - FIELDS)
+    parse = {bool: lambda text: {"true": True, "false": False}[text.lower()]}
+    for name, _, text in (entry.partition("=") for entry in args.config):
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; use one of {', '.join(known)}"
+            raise ValueError(f"--config {name}: --arch {args.arch} has no such field{hint}")
+        try:
+            values[name] = parse.get(kinds[name], kinds[name])(text)
+        except (KeyError, ValueError):
+            kind = kinds[name].__name__
+            raise ValueError(f"--config {name}={text}: expected a value of type {kind}") from None
+    return values | {size: n for size in SIZES if (n := getattr(args, size)) is not None}
+
+
 def check(
     args: argparse.Namespace, world_size: int, source: huggingface.GPT2Folder | None = None
 ) -> gpt.GPTConfig:
     """The model's configuration: that of `source`, if given, else that of --model, changed by the
-    options of SIZES. Sets args.untied if that model is untied.
+    options of the model. Sets args.untied if that model is untied.
 
     Raises ValueError if options do not fit together. Without this check, some ranks would fail
     later, and the others would wait for them."""
-    given = {size: n for size in SIZES if (n := getattr(args, size)) is not None}
-    base = source.sizes if source else dataclasses.asdict(gpt.MODELS[args.model or "nano"])
-    for size, n in given.items() if source else ():
+    arch = architecture(args.arch)
+    name = args.model or next(iter(arch.MODELS))
+    if name not in arch.MODELS:
+        names = ", ".join(arch.MODELS)
+        hint = did_you_mean(name, arch.MODELS)
+        raise ValueError(f"--model: invalid choice: {name!r} (choose from {names}){hint}")
+    if source and arch is not gpt:
+        raise ValueError(f"--init-from loads a GPT-2: leave out it or --arch {args.arch}")
+    base = source.sizes if source else dataclasses.asdict(arch.MODELS[name])
+    args.untied |= not base.get("tied", True)
+    given = fields_of(args, arch)
+    for size in SIZES if source else ():
+        n = given.get(size, base[size])
         if n != base[size] and not (size == "seq_len" and n < base[size]):
             raise ValueError(
                 f"{flag(size)} is {n}, but --init-from {args.init_from} has "
                 f"{base[size]}: leave out the option"
             )
-    args.untied |= not base["tied"]
-    flags = {"tied": not args.untied, "attention": args.attention, "dropout": args.dropout}
-    config = gpt.GPTConfig(**base | given | flags)
+    config = arch.Config(**base | given)
     if source:
         with torch.device("meta"):
             source.check(gpt.GPT(config))
@@ -357,6 +412,7 @@ def check(
     require_multiple("--global-batch-size", rows, f"d {d} x --micro-batch-size {b}", d * b)
     require_multiple("d", d, f"--zero-shard-size {k}", k or 1, f"give a divisor of {d}")
     require_multiple("d", d, f"--dp-nodes {nodes}", nodes, f"give a divisor of {d}")
+    arch.plan(config, t)  # raises ValueError if the model cannot be sharded over t ranks
     default = parser().get_default
     for name, accepted, needed in (
         ("zero_shard_size", args.zero > 0, "--zero 1, 2 or 3"),
@@ -418,7 +474,8 @@ def describe(
     d = world_size // (t * p)
     m = args.global_batch_size // (d * b)
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in gpt.GPT(config).parameters())
+        model = gpt.module_of(config).Model(config)
+        size = sum(parameter.numel() for parameter in model.parameters())
     lines = [
         f"{size / 1e6:.2f} M parameters in {args.dtype}; t={t} p={p} d={d}; "
         f"{m} microbatches of {b} x {config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, "
@@ -468,15 +525,21 @@ def parse_args(
         )
     if found:
         saved, completed = found[0].about, parser()
-        recorded = saved["arguments"]
+        recorded, sizes = saved["arguments"], {} if args.model else saved["sizes"]
+        recorded.setdefault("arch", "gpt")  # older checkpoints do not have it
         if recorded["warmup_steps"] is None:  # in older checkpoints: a tenth of the steps
             recorded["warmup_steps"] = max(1, recorded["steps"] // 10)
         # --model sets all sizes, so the saved ones are not used.
-        values = saved["arguments"] | ({} if args.model else saved["sizes"])
-        completed.set_defaults(**values)
+        config = [f"{name}={value}" for name, value in sizes.items()]
+        completed.set_defaults(**recorded, config=config)
         if completed.parse_args(argv).dtype != "bf16":
             completed.set_defaults(grad_dtype=None, reduce_dtype=None)  # these apply to bf16 only
         args = completed.parse_args(argv)
+        if args.arch != recorded["arch"]:
+            raise ValueError(
+                f"--resume: --arch is {args.arch}, but the checkpoint has {recorded['arch']}: "
+                "leave out --arch, or give another --checkpoint-dir"
+            )
     args.checkpoint_dir = folder
     if args.warmup_steps is None:  # checkpoints record the number
         args.warmup_steps = gpt.default_warmup(args.steps)
@@ -484,9 +547,10 @@ def parse_args(
 
 
 def run_of(args: argparse.Namespace, config: gpt.GPTConfig) -> dict:
-    """What a checkpoint stores about its run: model sizes, and the options of RUN."""
+    """What a checkpoint stores about its run: the fields of the model, and the options of RUN."""
+    fields = dataclasses.asdict(config)
     return {
-        "sizes": {size: getattr(config, size) for size in SIZES},
+        "sizes": {name: fields[name] for name in fields if name not in FIELDS},
         "arguments": {name: getattr(args, name) for name in RUN},
     }
 
@@ -495,7 +559,7 @@ def compare(run: dict, saved: dict) -> list[str]:
     """Compare a resumed run with the one that was saved. Returns a message if options of RUN have
     changed. Raises ValueError if the checkpoint does not fit: another model or optimizer."""
     now, before = (x["sizes"] | x["arguments"] for x in (run, saved))
-    fixed = (*SIZES, "untied", "optimizer")
+    fixed = (*run["sizes"], "untied", "optimizer")
     changed = [name for name, value in now.items() if before.get(name, value) != value]
     for name in changed:
         if name in fixed:

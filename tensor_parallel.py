@@ -371,18 +371,22 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def shard_heads(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
-    """For gpt.Dropout on [b, heads/t, s, s]. Every rank draws the masks of all heads from the same
-    seed, splits them along dim 1 into `shards` shards, and applies shard number `shard`."""
-    if not hasattr(module, "shard"):
-        raise ValueError(f"this style sets `shard`, which {module} does not have: see gpt.Dropout")
-    module.shard, module.shards = group.rank(), group.size()
-    return module
+    """For gpt.Core, whose dropout masks differ from head to head: sets the heads of this rank."""
+    return hold_chunk(module, "heads", group)
 
 
 def shard_tokens(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
-    """For gpt.Dropout and gpt.PositionEmbedding on [b, s, h], or with `sequence` on [b, s/t, h].
-    The position table is replicated. Each rank adds the rows of its positions."""
-    return shard_heads(module, fused, group, sequence) if sequence else module
+    """For gpt.Dropout and gpt.PositionEmbedding on [b, s, h], or with `sequence` on [b, s/t, h]:
+    sets the tokens of this rank. The position table is replicated."""
+    return hold_chunk(module, "tokens", group) if sequence else module
+
+
+def hold_chunk(module: nn.Module, name: str, group) -> nn.Module:
+    """Of the tokens or heads that the module has, see gpt.Subset, this rank has a chunk."""
+    if not hasattr(module, name):
+        raise ValueError(f"this style sets `{name}`, which {module} does not have: see gpt.Subset")
+    setattr(module, name, getattr(module, name).chunk(group.rank(), group.size()))
+    return module
 
 
 def replicate(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
@@ -411,21 +415,8 @@ STYLES = {
     "partial": mark_partial,
 }
 
-# A plan maps patterns of module names to a style or to (style, fused). Each model needs its own.
-GPT_PLAN = {
-    "wte": "vocab",
-    "wpe": "tokens",
-    "drop": "tokens",
-    "h.*.ln_?": "replicated",
-    "h.*.attn.c_attn": ("column", (1, 1, 1)),  # query, key and value
-    "h.*.attn.core.drop": "heads",
-    "h.*.attn.c_proj": "row",
-    "h.*.mlp.c_fc": "column",
-    "h.*.mlp.c_proj": "row",
-    "h.*.drop_?": "tokens",
-    "ln_f": "replicated",
-    "lm_head": "column",  # sharded logits, for vocab_parallel_cross_entropy
-}
+# A plan maps patterns of module names to a style or to (style, fused). Each model needs its own:
+# gpt.PLAN is that of GPT-2.
 
 
 def parallelize(
@@ -626,7 +617,7 @@ def train_gpt(
 
     config = gpt.GPTConfig(N_LAYER, n_head=12, n_embd=H, vocab_size=257, seq_len=S)
     model = gpt.build(config, seed=0, dtype=torch.float64)
-    parallelize(model, GPT_PLAN, group, sequence)
+    parallelize(model, gpt.PLAN, group, sequence)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses, tokens = [], data.example()
     for step in range(STEPS):

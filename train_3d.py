@@ -87,12 +87,11 @@ class Trainer:
         batch, each [len(rows), s]. Targets below 0 are ignored.
 
     Optional arguments replace a component:
-    draw: the function that returns a parameter's initial values, see gpt.init_weights(). Default:
-        GPT-2's initialisation.
-    model: a function that builds the model; called on the meta device. The model must have the
-        attributes h (a ModuleDict of blocks, whose keys are their numbers) and lm_head. With
-        --recompute selective, each block must have attn.core. Default: gpt.GPT(config).
+    draw: the function that returns a parameter's initial values, see gpt.init_weights().
+    model: a function that builds the model; called on the meta device.
     plan: how each layer is sharded over tp, see tensor_parallel.parallelize().
+        These three are by default those of the module of --arch. gpt.py lists what it defines.
+    tokens: the tokens of each row that this rank holds. Default: all.
     schedule: schedule(p, m) -> schedules.Schedule. Default: --schedule.
     sync: a class with the interface of ddp.DDP, used instead of DDP or ZeRO. If it shards the
         training state over dp, also set --zero, so that the norm and checkpoints include every
@@ -102,10 +101,11 @@ class Trainer:
     def __init__(
         self, args: argparse.Namespace, config: gpt.GPTConfig, read: Callable, device: torch.device,
         draw: Callable | None = None, model: Callable[[], nn.Module] | None = None,
-        plan: dict = tensor_parallel.GPT_PLAN, schedule: Callable | None = None,
-        sync: Callable | None = None,
+        plan: dict | None = None, tokens: gpt.Subset = gpt.ALL,
+        schedule: Callable | None = None, sync: Callable | None = None,
     ):  # fmt: skip
         self.args, self.config, self.read, self.device = args, config, read, device
+        self.tokens, arch = tokens, gpt.module_of(config)
         self.dtype = options.DTYPES[args.dtype]
         self.span: Callable = lambda name: contextlib.nullcontext()  # replaced by watch()
         self.stop_requested = False  # set by a signal handler
@@ -118,23 +118,27 @@ class Trainer:
 
         # The transformations, in the order given in the module docstring.
         with torch.device("meta"):
-            self.model = model() if model else gpt.GPT(config)
+            self.model = model() if model else arch.Model(config)
+        for module in self.model.modules():
+            if hasattr(module, "tokens"):  # its result depends on positions
+                module.tokens = tokens
 
         # Keep the layers of this rank's pipeline stages. split_layers() balances their FLOPs. The
         # costs of embedding and head are in units of a block.
         stages, self.pp_rank = schedules.stages_of(self.schedule), self.pp_group.rank()
         self.stages = stages[self.pp_rank]
-        embedding, block, head = gpt.flops_per_token(config)
+        embedding, block, head = arch.flops_per_token(config)
         split = pipeline.split_layers(
             len(self.model.h), sum(map(len, stages)), embedding / block, head / block
         )
         pipeline.take_stages(self.model, self.stages, split)
 
         # Keep this rank's shard of each weight matrix.
+        plan = plan or arch.plan(config, axes["tp"])
         tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
 
         # Allocate and initialise this rank's parameters. Values do not depend on t, p or d.
-        draw = draw or functools.partial(gpt.gpt2_draw, n_layer=config.n_layer)
+        draw = draw or functools.partial(arch.draw, config=config)
         gpt.init_weights(self.model, args.seed, self.dtype, device, draw)
         # `draws` holds the seed, step and rows that determine dropout masks. For a model without
         # dropout, it is not used.
@@ -254,7 +258,8 @@ class Trainer:
         rows_per_replica = self.args.global_batch_size // self.dp_group.size()
         first, b = self.dp_group.rank() * rows_per_replica, self.args.micro_batch_size
         rows = range(first, first + rows_per_replica)
-        x, y = (data.to_device(tokens, self.device) for tokens in read(step, rows))
+        held = (self.tokens.take(full, 1) for full in read(step, rows))  # of each row
+        x, y = (data.to_device(ids, self.device) for ids in held)
         count, targets = ddp.global_count(y, self.gradient_group), y.split(b)
 
         def before(microbatch: int) -> None:  # dropout masks depend on the step and the rows
@@ -266,7 +271,7 @@ class Trainer:
             )
             return total / count
 
-        shape = self.boundary_shape(b, self.config.seq_len)
+        shape = self.boundary_shape(b, x.size(1))
         return self.pipe.run(program, x.split(b), loss_of, shape, before)
 
     def boundary_shape(self, b: int, s: int) -> tuple[int, int, int]:

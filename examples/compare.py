@@ -2,13 +2,14 @@
 command."""
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
+import data
 import gpt
 import measure
+import options
 import train_3d
 
 # Large, as in the demos: AdamW divides by the root of the mean squared gradient. Where that is
@@ -36,18 +37,15 @@ def train_one_process(model: nn.Module, args, read) -> dict[str, torch.Tensor]:
     return {"loss": torch.stack(losses), "norm": torch.stack(norms)}
 
 
-def compare(report: measure.Report, name: str, trainer: train_3d.Trainer, build: Callable) -> None:
-    """Train both and report the largest difference. build() returns the full model. The trainer
-    must use float64, and weight decay 0, since the trainer does not decay vectors."""
+def compare(report: measure.Report, name: str, trainer: train_3d.Trainer) -> None:
+    """Train both and report the largest difference. The trainer must use float64, and weight decay
+    0, since the trainer does not decay vectors."""
     args, config = trainer.args, trainer.config
     for group in trainer.optimizer.param_groups:
         group["eps"] = EPS  # SGD does not use it
     stats = torch.stack([trainer.step(step) for step in range(args.steps)])
     trainer.sync.gather()  # ZeRO-3 has freed the parameters
-    with torch.device("meta"):
-        model = build()
-    draw = functools.partial(gpt.gpt2_draw, n_layer=config.n_layer)
-    gpt.init_weights(model, args.seed, trainer.dtype, "cpu", draw)
+    model = gpt.build(config, args.seed, trainer.dtype)
     expected = train_one_process(model, args, trainer.read)
     report.losses(name, [*stats[:, 0]], [*expected.pop("loss")])
     full, found = dict(gpt.named_parameters(model)), {"norm": stats[:, 1]}
@@ -55,3 +53,14 @@ def compare(report: measure.Report, name: str, trainer: train_3d.Trainer, build:
         found[key] = p
         expected[key] = p.distribution.shard(full[key])
     report.close(f"{name}: norm, parameters", found, expected)
+
+
+def compare_layout(report: measure.Report, name: str, flags: list[str]) -> None:
+    """Compare a trainer with these flags of train_3d.py."""
+    args = options.parser().parse_args(flags)
+    try:
+        config = options.check(args, report.group.size())
+    except ValueError as error:
+        options.parser().error(str(error))
+    read = functools.partial(data.batch, data.example(), seq_len=config.seq_len, seed=0)
+    compare(report, name, train_3d.Trainer(args, config, read, torch.device("cpu")))

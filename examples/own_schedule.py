@@ -26,7 +26,6 @@ import itertools
 import torch
 
 import data
-import gpt
 import measure
 import options
 import schedules
@@ -77,7 +76,7 @@ def main() -> None:
 
         read = functools.partial(data.batch, data.example(), seq_len=config.seq_len, seed=0)
         trainer = train_3d.Trainer(args, config, read, torch.device("cpu"), schedule=waves)
-        compare(report, "waves", trainer, functools.partial(gpt.GPT, config))
+        compare(report, "waves", trainer)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ A style is a class or function that replaces a module, see tensor_parallel.STYLE
 the weight and marks it as partial: its gradient on each rank is only the contribution of this
 rank's heads, and is summed over the tp ranks once per step.
 
+    make train NPROC=4 TP=4 PP=1 ARGS="--arch examples.shared_kv"
     torchrun --standalone --nproc-per-node 4 -m examples.shared_kv
+
+The second command compares with one process.
 
 What to look at: SharedKV; the plan, which names it; and the losses of 4 tp ranks that share 2
 key/value heads, which are equal to those of one process. The cost: each rank stores the full
@@ -16,30 +19,40 @@ key/value matrix, its gradient and its optimizer state, and all-reduces the grad
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import gpt
-import measure
 import tensor_parallel
 from examples import llama
+from examples.llama import draw, flops_per_token  # noqa: F401
 
 
-class SharedKVBlock(llama.Block):
-    def __init__(self, config: gpt.GPTConfig):
+class Config(llama.Config):
+    """That of examples/llama.py."""
+
+
+MODELS = {"nano": Config()}
+
+
+class Attention(llama.Attention):
+    def __init__(self, config: Config):
         super().__init__(config)
-        del self.qkv
-        h = config.n_embd
-        self.q, self.kv = nn.Linear(h, h, bias=False), nn.Linear(h, h, bias=False)
-        self.kv.n_head, self.kv.n_kv_head = config.n_head, config.n_head // 2  # for SharedKV
+        h, n = config.n_embd, config.n_kv_head
+        self.qkv = nn.Identity()
+        self.q, self.kv = (nn.Linear(h, k * self.size, bias=False) for k in (config.n_head, 2 * n))
+        self.kv.n_head, self.kv.n_kv_head = config.n_head, n  # for SharedKV
 
-    def heads(self, x: Tensor) -> Sequence[Tensor]:
-        q, kv = (
-            layer(x).unflatten(-1, (-1, self.size)).transpose(1, 2) for layer in (self.q, self.kv)
-        )
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, kv = (y.unflatten(-1, (-1, self.size)).transpose(1, 2) for y in (self.q(x), self.kv(x)))
         return q, *kv.chunk(2, dim=1)
+
+
+class Model(llama.Model):
+    def __init__(self, config: Config):
+        super().__init__(config)
+        for block in self.h.values():
+            block.attn = Attention(config)
 
 
 class SharedKV(nn.Module):
@@ -61,8 +74,13 @@ class SharedKV(nn.Module):
 
 
 tensor_parallel.STYLES["shared kv"] = SharedKV
-PLAN = {name: style for name, style in llama.PLAN.items() if name != "h.*.qkv"}
-PLAN |= {"h.*.q": "column", "h.*.kv": "shared kv"}
+
+
+def plan(config: Config, t: int) -> dict:
+    styles = {name: style for name, style in llama.plan(config, 1).items() if "qkv" not in name}
+    return styles | {"h.*.attn.q": "column", "h.*.attn.kv": "shared kv"}
+
+
 LAYOUTS = {
     "TP 4": "--tp 4",
     "TP 4, SP": "--tp 4 --sequence-parallel",
@@ -70,9 +88,7 @@ LAYOUTS = {
 
 
 def main() -> None:
-    with measure.Report("examples.shared_kv", ranks=4) as report:
-        for name, layout in LAYOUTS.items():
-            llama.run(report, name, layout.split(), SharedKVBlock, PLAN)
+    llama.main("examples.shared_kv", LAYOUTS)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ def test_torchs_own_dropout_draws_the_same_mask_again():
 def test_the_closed_forms_are_the_detailed_ones(policy, dtype):
     detailed = cost.predicted_block_bytes(B, S, H, A, "explicit", dtype.itemsize, policy)
     assert ckpt.saved_bytes(policy, B, S, H, A, dtype.itemsize) == detailed
-    assert ckpt.flops(policy, B, S, H) == cost.predicted_flops(1, B, S, H, policy)
+    config = gpt.GPTConfig(1, A, H, 17, S)
+    assert ckpt.flops(policy, B, S, H) == cost.predicted_flops(config, 1, B, policy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -159,7 +160,7 @@ def test_bytes_kept_and_flops_are_as_predicted(attention, dropout, policy, every
     )
     assert saved.peak == predicted
     if attention == "explicit":  # torch's counter counts 0 for sdpa on the CPU
-        expected = cost.predicted_flops(L, B, S, H, policy, every, layers, dropout > 0)
+        expected = cost.predicted_flops(net.config, L, B, policy, every, layers)
         assert flops.get_total_flops() == expected
 
 
@@ -167,7 +168,7 @@ def bytes_kept_of_a_block(b: int, s: int, h: int, a: int, policy: str, sequence:
     """In bf16 with dropout, on this rank."""
     group = dist.group.WORLD
     net = gpt.build(gpt.GPTConfig(1, a, h, 17, s, "explicit", dropout=0.1), dtype=torch.bfloat16)
-    tensor_parallel.parallelize(net, tensor_parallel.GPT_PLAN, group, sequence)
+    tensor_parallel.parallelize(net, gpt.PLAN, group, sequence)
     ckpt.checkpoint_blocks(net.h, policy, save_rng=net.draws.save)
     net.draws.at(0, range(b))
     shard = s // group.size() if sequence else s

@@ -75,7 +75,7 @@ def build(case: Case, split: bool) -> gpt.GPT:
     return model
 
 
-PLAN = tensor_parallel.GPT_PLAN | {"h.*.experts": "replicated"}
+PLAN = gpt.PLAN | {"h.*.experts": "replicated"}
 
 
 def compared(case: Case, part: Case, seams: dict, first: int, end: int, folder: str):

@@ -3,6 +3,7 @@ needed a change in another file, an interface would be missing there."""
 
 import dataclasses
 import functools
+import random
 import re
 
 import pytest
@@ -11,13 +12,13 @@ import torch.distributed as dist
 from torch import nn
 
 import ddp
-import gpt
 import measure
 import tensor_parallel
 from examples import compressed_gradients, llama, optimizer, own_schedule, shared_kv
 from measure import TOLERANCE
 from schedules import draw
 from tests.commands import ROOT, forked
+from tools.verify.fuzz import draw_case, verdict
 from tools.verify.oracle import Case, judge, launch, trainer_of
 
 EXAMPLES = [
@@ -127,29 +128,45 @@ def test_all_of_the_entries_are_an_exact_sum():
 
 # --- a model with its plan ------------------------------------------------------------------------
 
-SIZES = dict(n_head=4, n_embd=32, n_layer=3, vocab_size=41, m=3)  # 85 hidden units
-CONFIG = gpt.GPTConfig(3, 4, 32, 41)
-LLAMA = {"model": functools.partial(llama.Llama, CONFIG), "plan": llama.PLAN}
+SIZES = dict(n_head=4, n_embd=32, n_layer=3, vocab_size=41, m=3)
+SIZES |= dict(arch="examples.llama", config=("n_hidden=85", "qk_norm=true"))
 
 
 @pytest.mark.parametrize(
     "case",
     [
         Case(**SIZES),
-        Case(t=2, p=2, d=2, zero=1, **SIZES),
+        Case(t=2, p=2, d=2, zero=1, **SIZES | dict(config=("n_kv_head=4",))),
         Case(t=2, p=3, optimizer="sgd", recompute="full", **SIZES),
         Case(t=2, p=2, d=2, zero=3, sequence=True, seq_len=8, **SIZES),
+        Case(p=2, zero=2, schedule="zb-h1", attention="explicit", recompute="selective", **SIZES),
+        Case(t=2, p=2, resume=dict(at=2, t=1, p=1, d=3, m=1, zero=3), **SIZES),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_another_model_cut_by_its_own_plan(case):
-    errors = judge(case, LLAMA)
+    errors = judge(case)
     assert errors.worst <= TOLERANCE, errors
 
 
 def test_a_plan_that_splits_a_kv_head_is_refused():
-    with pytest.raises(RuntimeError, match="ValueError: a kv head cannot be split: lower --tp"):
-        judge(Case(t=4, **SIZES), LLAMA)
+    with pytest.raises(RuntimeError, match="ValueError: --tp 4: n_kv_head 2 cannot be split"):
+        judge(Case(t=4, **SIZES))
+
+
+@pytest.mark.slow
+def test_a_slice_of_fuzz_of_another_model():
+    rng, compared = random.Random(2026), 0
+    for case in (draw_case(rng, 8, resumes=0.0) for _ in range(24)):
+        kv = rng.choice([k for k in range(case.t, case.n_head, case.t) if case.n_head % k == 0]
+                        or [case.n_head])  # fmt: skip
+        config = (f"n_kv_head={kv}", f"n_hidden={rng.randint(8, 40)}", f"qk_norm={kv % 2 == 0}")
+        new = dict(arch="examples.llama", config=config, dropout=0.0)
+        case = dataclasses.replace(case, n_embd=case.n_head * rng.choice((4, 6)), **new)
+        ok, line = verdict(case)
+        assert ok, (str(case), line)
+        compared += "refused" not in line
+    assert compared >= 8
 
 
 # --- fewer kv heads than tp ranks: ranks share a kv head ------------------------------------------
@@ -166,8 +183,7 @@ def test_a_plan_that_splits_a_kv_head_is_refused():
     ids=str,
 )
 def test_ranks_share_a_kv_head(case):
-    model = functools.partial(llama.Llama, CONFIG, shared_kv.SharedKVBlock)
-    errors = judge(case, {"model": model, "plan": shared_kv.PLAN})
+    errors = judge(dataclasses.replace(case, arch="examples.shared_kv"))
     assert errors.worst <= TOLERANCE, errors
 
 
@@ -178,7 +194,7 @@ def train_with_lion(case: Case, one_process: dict | None = None) -> dict | float
     """Train a Llama, in which no gradient is 0 in exact arithmetic. Returns the losses and norms,
     and this rank's parameters. With `one_process`, the result of one process, returns the largest
     relative error."""
-    trainer = trainer_of(case, **LLAMA)
+    trainer = trainer_of(case)
     pieces = [piece.tensor for piece in trainer.sync.pieces()]
     trainer.optimizer = optimizer.Lion(pieces, weight_decay=0.1)
     found = {"stats": torch.stack([trainer.step(step)[:2] for step in range(case.steps)])}

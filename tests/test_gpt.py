@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import gpt
 
@@ -59,13 +60,59 @@ def test_a_mask_is_a_function_of_seed_step_row_and_site():
     others = mask(a, 4, [7, 9]), mask(a, 3, [8, 6]), mask(b, 3, [7, 9]), mask(a, 3, [7, 9], 1)
     for other in others:
         assert not torch.equal(other[0], first[0])
-    a.shard, a.shards = 1, 4  # one shard of a row that is four times as long
+    a.tokens = gpt.Subset().chunk(1, 4)  # of a row that is four times as long
     quarter = mask(a, 3, [7, 9])
-    a.shard, a.shards = 0, 1
+    del a.tokens
     ones = torch.ones(2, 160, 50)
     assert torch.equal(quarter, mask(a, 3, [7, 9])[:, 40:80])
     model.eval()
     assert torch.equal(a(ones), ones)
+
+
+def test_subsets():
+    zigzag = gpt.Subset((1, 6), 8)
+    assert zigzag.total(10) == 40
+    assert zigzag.positions(10).tolist() == [*range(5, 10), *range(30, 35)]
+    halves = [zigzag.chunk(i, 2).positions(5).tolist() for i in range(2)]
+    assert halves == [[*range(5, 10)], [*range(30, 35)]]
+    four = torch.cat([zigzag.chunk(i, 4).positions(5) for i in range(4)])
+    assert torch.equal(four, zigzag.positions(20)), "each quarter has half a chunk"
+    full = torch.rand(3, 8, 2)
+    assert torch.equal(zigzag.take(full, 1), full[:, [1, 6]])
+    assert gpt.Subset().take(full, 1) is full
+    with pytest.raises(RuntimeError, match="9"):
+        zigzag.take(torch.rand(9), 0)
+
+
+class WithBuffers(nn.Module):
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.weight = size, nn.Parameter(torch.empty(size))
+        self.init_buffers()
+
+    def init_buffers(self) -> None:
+        self.register_buffer("kept", torch.arange(self.size))
+        self.register_buffer("recomputed", torch.arange(self.size) / 2, persistent=False)
+
+
+def test_buffers_survive_building_on_meta():
+    with torch.device("meta"):
+        model = nn.Sequential(WithBuffers(3), nn.Sequential(WithBuffers(2)))
+    gpt.init_weights(
+        model, 0, torch.float64, "cpu", lambda name, *_: torch.ones(int("1" in name) + 2)
+    )
+    expected = WithBuffers(3)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert torch.equal(model[0].kept, expected.kept)
+    assert torch.equal(model[0].recomputed, expected.recomputed)
+    assert [*model.state_dict()] == ["0.weight", "0.kept", "1.0.weight", "1.0.kept"]
+
+
+def test_buffers_that_cannot_be_recomputed_are_refused():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.BatchNorm1d(3, affine=False))
+    with pytest.raises(ValueError, match="0: BatchNorm1d has buffers.*method init_buffers"):
+        gpt.init_weights(model, 0, torch.float64, "cpu", None)
 
 
 def test_dropout_needs_a_number_for_each_row():

@@ -15,7 +15,6 @@ from torch import nn
 import activation_ckpt
 import gpt
 import schedules
-import tensor_parallel
 import train_3d
 from measure import TOLERANCE
 from tools.plan import dry_run
@@ -263,7 +262,7 @@ def prime_model(tied: bool):
 )  # fmt: skip
 def test_blocks_with_a_prime_number_of_parameters(case):
     case = dataclasses.replace(case, n_layer=3)
-    plan = tensor_parallel.GPT_PLAN | {"h.?": "replicated"}
+    plan = gpt.PLAN | {"h.?": "replicated"}
     errors = judge(case, {"model": functools.partial(prime_model, case.tied), "plan": plan})
     assert errors.worst <= TOLERANCE, errors
 

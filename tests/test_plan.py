@@ -73,6 +73,20 @@ def test_a_rank_holds_sends_and_computes_what_is_predicted(case):
     assert launch(case.world_size, differences, case) == [{}] * case.world_size
 
 
+@pytest.mark.parametrize("t", [1, 2, 4])
+def test_the_closed_forms_of_gpt2(t):
+    """Of the description of a block that is read off gpt.py and its plan."""
+    config = gpt.GPTConfig(5, 12, 24, 50, 7)
+    b, s, h = 2, config.seq_len, config.n_embd
+    (block,) = cost.units(config, t, 1, False, False)
+    assert sum(block) == (12 * h * h + 7 * h) // t + 6 * h
+    flops = 24 * b * s * h * h + 4 * b * s * s * h
+    assert cost.predicted_flops(config, 5, b, "none", t=t) == 3 * 5 * flops // t
+    for sequence, n in ((False, 1), (True, t)):
+        elements = 2 * b * s * h // n + 2 * b * s * h + 12 * b * s * h // t
+        assert cost.predicted_queue_bytes(config, 3, b, 8, t=t, sequence=sequence) == 24 * elements
+
+
 def observed(case: Case) -> tuple:
     trainer = trainer_of(case)
     counted, _ = dry_run.observe(trainer, dist.get_rank(), activations=False).traffic
@@ -194,6 +208,7 @@ def test_all_layouts_of_the_search_are_taken_by_the_trainer():
 
 def test_halving_a_bandwidth_never_makes_a_layout_faster():
     for job, layout in some_layouts(120):
+
         def seconds(hardware, job=job, layout=layout) -> float:
             return cost.predicted_step(job.config, layout, hardware).total
 
@@ -406,6 +421,7 @@ HERE = "--calibrate --model nano --gpus 2 --global-batch-size 8 --schedule 1f1b 
 
 def test_calibration_recovers_the_speeds_of_a_machine(monkeypatch, capsys):
     """A machine of 0.1 TFLOP/s, 2 us per matmul, 5 GB/s of memory, 30 us and 1 GB/s per message."""
+
     def measured(n: int, machine) -> list[tuple]:
         terms = [(f, c, k) for f in (1e9, 2e9, 7e9) for c in (10, 40) for k in (1e6, 9e6)]
         blocks = [(f, c, k, f / 1e11 + 2e-6 * c + k / 5e9) for f, c, k in terms]

@@ -171,7 +171,7 @@ def counts(n_layer: int, b: int, sequence: bool):
     group, s = dist.group.WORLD, 12
     config = gpt.GPTConfig(n_layer, 12, 24, 41, s)
     model = gpt.build(config, dtype=D)
-    tp.parallelize(model, tp.GPT_PLAN, group, sequence)
+    tp.parallelize(model, gpt.PLAN, group, sequence)
     assert model.wte.weight is model.lm_head.weight, "tied no more"
     x = torch.zeros(b, s, dtype=torch.int64)
     with counting.Collectives({"tp": group}) as seen:
@@ -215,7 +215,7 @@ def calls_by_async_op(n_layer: int, sequence: bool, defer: bool) -> collections.
         setattr(tp, name, counted(name, getattr(tp, name)))
     group, x = dist.group.WORLD, torch.zeros(1, 12, dtype=torch.int64)
     model = gpt.build(gpt.GPTConfig(n_layer, 12, 24, 41, 12), dtype=D)
-    tp.parallelize(model, tp.GPT_PLAN, group, sequence)
+    tp.parallelize(model, gpt.PLAN, group, sequence)
     if defer:
         pipeline.defer_weight_gradients(model, queue)
     tp.vocab_parallel_cross_entropy(model(x), x, model.lm_head, group).backward()
@@ -251,7 +251,7 @@ def shards():
     config = gpt.GPTConfig(2, 4, 24, 41, 6, tied=False)
     with torch.device("meta"):
         model = gpt.GPT(config)
-    tp.parallelize(model, tp.GPT_PLAN, dist.group.WORLD)
+    tp.parallelize(model, gpt.PLAN, dist.group.WORLD)
     gpt.init_weights(model, 0, D, "cpu", draw)
     return {n: (p.detach(), len(p.distribution.splits) > 0) for n, p in gpt.named_parameters(model)}
 
@@ -268,7 +268,7 @@ def test_shards_differ_and_replicas_do_not():
 
 def parallelize_with(plan: dict, v: int):
     config = gpt.GPTConfig(1, 2, 8, v, 4, tied=False)
-    plan = tp.GPT_PLAN | plan
+    plan = gpt.PLAN | plan
     tp.parallelize(gpt.build(config), {n: s for n, s in plan.items() if s}, dist.group.WORLD)
 
 
@@ -450,7 +450,7 @@ def test_torchs_dropout_must_not_draw(style):
 def test_a_module_that_knows_no_shards_is_refused():
     plan = QK_PLAN | {"wte": "tokens"}
     tp.parallelize(on_meta(), plan, group_of(2), False)
-    with pytest.raises(ValueError, match="^wte, style 'tokens': this style sets `shard`, which"):
+    with pytest.raises(ValueError, match="^wte, style 'tokens': this style sets `tokens`, which"):
         tp.parallelize(on_meta(), plan, group_of(2), True)
 
 
@@ -625,7 +625,7 @@ def test_autocast(sequence, defer):
 
 def one_forward(n_head: int, head_size: int, s: int, sequence: bool):
     config = gpt.GPTConfig(1, n_head, n_head * head_size, 41, s)
-    model = tp.parallelize(gpt.build(config), tp.GPT_PLAN, dist.group.WORLD, sequence)
+    model = tp.parallelize(gpt.build(config), gpt.PLAN, dist.group.WORLD, sequence)
     model(torch.zeros(1, s, dtype=torch.int64))
 
 

@@ -162,7 +162,7 @@ def step_of_blocks(n_layer: int, sequence: bool) -> int:
     use_rings()
     group, x = dist.group.WORLD, torch.zeros(1, 12, dtype=torch.int64)
     model = gpt.build(gpt.GPTConfig(n_layer, 12, 24, 41, 12), dtype=torch.float64)
-    tp.parallelize(model, tp.GPT_PLAN, group, sequence)
+    tp.parallelize(model, gpt.PLAN, group, sequence)
     tp.vocab_parallel_cross_entropy(model(x), x, model.lm_head, group).backward()
     return sum(SENT.values())
 

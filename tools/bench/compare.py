@@ -197,7 +197,7 @@ def torch_fsdp(model: nn.Module, reshard: bool) -> Callable:
 
 def repo_tp(model: nn.Module, sequence: bool) -> Callable:
     group = dist.group.WORLD
-    tensor_parallel.parallelize(model, tensor_parallel.GPT_PLAN, group, sequence)
+    tensor_parallel.parallelize(model, gpt.PLAN, group, sequence)
     optimizer = adamw(model.parameters())
 
     def step(batch: list, valid: int) -> Tensor:
@@ -240,7 +240,7 @@ def distribute(model: nn.Module, mesh: DeviceMesh, sequence: bool) -> None:
             plan |= {f"h.{name}.{norm}": SequenceParallel() for norm in ("ln_1", "ln_2")}
     if sequence:
         plan["ln_f"] = SequenceParallel()
-        model.wpe.shard, model.wpe.shards = mesh.get_local_rank(), mesh.size()
+        model.wpe.tokens = gpt.Subset().chunk(mesh.get_local_rank(), mesh.size())
     here = (name for name, module in model.named_modules() if not isinstance(module, nn.Identity))
     parallelize_module(model, mesh, {name: plan[name] for name in here if name in plan})
 
@@ -771,7 +771,7 @@ def rows_of(suite: Suite, h: int, runs: dict[object, list[dict]], costs: list[di
         if key[0] == "recompute":
             c = suite.config(h)
             flops = [
-                cost.predicted_flops(c.n_layer, ROWS, c.seq_len, h, policy)
+                cost.predicted_flops(c, c.n_layer, ROWS, policy)
                 + 6 * ROWS * c.seq_len * h * c.vocab_size
                 for policy in ("none", key[1])
             ]

@@ -51,7 +51,7 @@ def blocks() -> list[tuple[float, float, float, float]]:
         n, s, h = config.n_layer, config.seq_len, config.n_embd
         for b in ROWS:
             dist.barrier()
-            forward = cost.predicted_flops(n, b, s, h, "none") / 3
+            forward = cost.predicted_flops(config, n, b, "none") / 3
             kept = n * cost.predicted_block_bytes(b, s, h, config.n_head, "sdpa", 4)
             x = torch.randn(b, s, h, requires_grad=True)
             times = []

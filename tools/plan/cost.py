@@ -18,7 +18,10 @@ or more stages, its chunks. F, B, W: forward, backward for the input, backward f
 of B unless the schedule separates it).
 """
 
+import collections
+import dataclasses
 import functools
+import types
 from typing import NamedTuple
 
 import torch
@@ -125,7 +128,7 @@ def split_layers(config: gpt.GPTConfig, layout: Layout) -> list[range]:
 @functools.lru_cache(1024)
 def _split_layers(config: gpt.GPTConfig, n: int) -> list[range]:
     """The blocks of each of n stages, balanced by FLOPs."""
-    embedding, block, head = gpt.flops_per_token(config)
+    embedding, block, head = gpt.module_of(config).flops_per_token(config)
     return pipeline.split_layers(config.n_layer, n, embedding / block, head / block)
 
 
@@ -141,25 +144,58 @@ def vocab_rows(config: gpt.GPTConfig, t: int, tp_rank: int = 0) -> int:
     return stop - start
 
 
-def units(
-    config: gpt.GPTConfig, t: int, n_layer: int, first: bool, last: bool, tp_rank: int = 0
-) -> list[list[int]]:
-    """Elements of each parameter, grouped by ZeRO unit, on a rank with n_layer blocks.
+class Sharded(NamedTuple):
+    """A model with one block, sharded by its plan, as a tensor-parallel rank has it. A unit of ZeRO
+    is given by the elements of its parameters."""
 
-    A block has 12 h^2 + 7 h elements that are sharded over tp and 6 h that are replicated. The
-    token embedding and the head are sharded, too. first, last: whether the rank has the first stage
-    (embeddings) and the last stage (final norm and head).
-    """
-    h = config.n_embd
-    table = [vocab_rows(config, t, tp_rank) * h]
-    attention = [3 * h * h // t, 3 * h // t, h * h // t, h]
-    mlp = [4 * h * h // t, 4 * h // t, 4 * h * h // t, h]
-    units = [[h, h, *attention, h, h, *mlp] for _ in range(n_layer)]
-    if first:
-        units = [table, [config.seq_len * h], *units]
-    if last:
-        units += [[h, h]] + [table] * (not (config.tied and first))
-    return units
+    first: list[list[int]]  # units of the embeddings
+    block: list[list[int]]
+    last: list[list[int]]  # final norm and head
+    linears: list[tuple[int, int, bool]]  # of the block: (inputs, outputs, column-parallel)
+    core_flops: int  # FLOPs per token of the attention core, in forward
+
+
+@functools.lru_cache(1024)
+def sharded(config: gpt.Config, t: int = 1, tp_rank: int = 0, sequence: bool = False) -> Sharded:
+    arch = gpt.module_of(config)
+    with torch.device("meta"):
+        full, model = (arch.Model(dataclasses.replace(config, n_layer=1)) for _ in range(2))
+    group = types.SimpleNamespace(size=lambda: t, rank=lambda: tp_rank)
+    tensor_parallel.parallelize(model, arch.plan(config, t), group, sequence)
+    layers = [*zero.layers(model)]
+    block = layers.index(model.h["0"])
+    parts: tuple[list[list[int]], ...] = [], [], []  # units before, in and after the block
+    for i, layer in enumerate(layers):
+        parameters, sizes = [*layer.parameters()], collections.defaultdict(list)
+        for p in parameters:
+            sizes[zero.unit_key(p, parameters)].append(p.numel())
+        parts[(i >= block) + (i > block)].extend(sizes.values())
+    kinds = (torch.nn.Linear, tensor_parallel.ColumnParallelLinear,
+             tensor_parallel.RowParallelLinear)  # fmt: skip
+    linears = [(*x.weight.shape[::-1], isinstance(x, kinds[1]))
+               for x in layers[block].modules() if isinstance(x, kinds)]  # fmt: skip
+    matmuls = sum(2 * p.numel() for p in full.h.parameters() if p.ndim == 2)
+    core = (arch.flops_per_token(config)[1] - matmuls) // t
+    return Sharded(*parts, linears, core)
+
+
+def units(
+    config: gpt.Config,
+    t: int,
+    n_layer: int,
+    first: bool,
+    last: bool,
+    tp_rank: int = 0,
+    sequence: bool = False,
+) -> list[list[int]]:
+    """Elements of each parameter, grouped by ZeRO unit, on a rank with n_layer blocks. first, last:
+    whether the rank has the first and the last stage."""
+    model = sharded(dataclasses.replace(config, n_layer=1), t, tp_rank, sequence)
+    both = first and getattr(
+        config, "tied", False
+    )  # then the head is the token embedding, not a unit
+    end = model.last[:-1] if both else model.last
+    return model.first * first + model.block * n_layer + end * last
 
 
 def payload_sizes(unit_sizes: list[list[int]], layout: Layout) -> list[int]:
@@ -190,7 +226,8 @@ def state_bytes(
     ZeRO-3 has buffers for two gathered units and for the gradients of one, as computed and as sent.
     layout: the first result of cache_keys.
     """
-    unit_sizes = units(config, layout.tp, n_layer, first, last, tp_rank)
+    sequence = layout.sequence_parallel
+    unit_sizes = units(config, layout.tp, n_layer, first, last, tp_rank, sequence)
     names = {2: "bf16", 4: "float32", 8: "float64"}
     dtypes = [options.DTYPES[names[n]] for n in (program.itemsize, program.grad_itemsize)]
     if layout.zero:
@@ -211,20 +248,26 @@ def chunk_bytes(
     - the tensors saved from B to W, if W is separate;
     - temporaries: the activations of one block and the buffers of two transfers each way.
 
+    Activations are known for gpt.py only. For other models they are 0.
+
     layout: the second result of cache_keys.
     """
     t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
     sizes = dict(b=b, s=s, h=h, itemsize=program.itemsize, t=t, sequence=layout.sequence_parallel)
+    head = vocab_rows(config, t, tp_rank)
+    waiting = predicted_queue_bytes(
+        config, n_layer, b, program.itemsize, head * last, t, layout.sequence_parallel, tp_rank
+    )
+    boundary = b * s * h // (t if layout.sequence_parallel else 1) * program.itemsize
+    if gpt.module_of(config) is not gpt:
+        return 0, waiting, 4 * boundary * (layout.pp > 1)
     more = dict(a=config.n_head, attention=config.attention, dropout=config.dropout > 0,
                 stat=program.stat)  # fmt: skip
-    head = vocab_rows(config, t, tp_rank)
     flying = predicted_activation_bytes(
         n_layer, v=head, policy=layout.recompute, layers=layers, first=first, last=last, **sizes,
         **more
     ) - 8 * last  # fmt: skip
-    waiting = predicted_queue_bytes(n_layer, head=head * last, **sizes)
     block = predicted_block_bytes(policy="none", **sizes, **more)
-    boundary = b * s * h // (t if layout.sequence_parallel else 1) * program.itemsize
     return flying, waiting, block + 4 * boundary * (layout.pp > 1)
 
 
@@ -233,7 +276,8 @@ def cache_keys(layout: Layout) -> tuple[Layout, Layout]:
 
     They keep only the fields on which the result depends, so that many layouts share a cache entry.
     """
-    state_layout = Layout(layout.tp, 1, layout.dp, layout.zero, shard_size=layout.shard_size)
+    state_layout = Layout(layout.tp, 1, layout.dp, layout.zero, shard_size=layout.shard_size,
+                          sequence_parallel=layout.sequence_parallel)  # fmt: skip
     chunk_layout = Layout(layout.tp, min(2, layout.pp), 1, 0, layout.micro_batch_size, 1,
                           layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
     return state_layout, chunk_layout
@@ -273,7 +317,7 @@ def tp_traffic(
     calls, nbytes = traffic["forward", "all_reduce"]
     nbytes += last * 3 * m * b * s * (max(4, itemsize) - itemsize)
     traffic["forward", "all_reduce"] = calls, nbytes
-    second = recomputed_calls(layout.recompute, sequence, config.dropout > 0)
+    second = recomputed_calls(layout.recompute, sequence, getattr(config, "dropout", 0) > 0)
     for operation, calls in second.items():
         calls *= m * recomputed
         traffic["recompute", operation] = calls, calls * b * s * h * itemsize
@@ -421,9 +465,7 @@ def chunk_seconds(
     core = b * s * 4 * s * h / t  # FLOPs of a block without weights: the core of attention
     dropout, policy = config.dropout > 0, layout.recompute
     put_off = layout.schedule.startswith("zb")  # W is separate from B
-    again = predicted_flops(
-        1, b, s, h, policy, dropout=dropout, deferred=put_off
-    ) / t - 3 * block  # fmt: skip
+    again = predicted_flops(config, 1, b, policy, deferred=put_off, t=t) - 3 * block
     sizes = (b, s, h, config.n_head, config.attention, program.itemsize)
     more = (dropout, t, layout.sequence_parallel)
     kept, left = (predicted_block_bytes(*sizes, name, *more)
@@ -694,24 +736,28 @@ def predicted_activation_bytes(
 
 
 def predicted_flops(
-    n_layer: int, b: int, s: int, h: int, policy: str, every: int = 1, layers: int | None = None,
-    dropout: bool = False, deferred: bool = False, fused: bool = False,
+    config: gpt.Config, n_layer: int, b: int, policy: str, every: int = 1,
+    layers: int | None = None, deferred: bool = False, fused: bool = False, t: int = 1,
+    tp_rank: int = 0,
 ) -> int:  # fmt: skip
     """FLOPs of the matmuls of n_layer blocks in forward, backward and second forward, 2 per
-    multiply-add. A forward has 24 b s h^2 + 4 b s^2 h (the causal mask saves none), a backward
-    twice as many. policy, every, layers: as in checkpoint_blocks.
+    multiply-add, on one of t tensor-parallel ranks. A forward of GPT-2 has 24 b s h^2 + 4 b s^2 h
+    in all (the causal mask saves none), a backward twice as many. policy, every, layers: as in
+    checkpoint_blocks.
 
-    The second forward stops at the last saved tensor, before the last matmul: that is mlp.c_proj
-    of a block (8 b s h^2), or the second matmul of the core of attention. It does not skip
-    mlp.c_proj with dropout, whose mask is saved after it, or if weight gradients are `deferred`,
+    The second forward stops at the last saved tensor, before the last matmul: that is the last
+    linear layer of a block, or the second matmul of the core of attention. It does not skip the
+    linear layer with dropout, whose mask is saved after it, or if weight gradients are `deferred`,
     since such a linear layer saves its input after its matmul. A `fused` core is one operation,
     which runs again completely."""
-    core = 4 * b * s * s * h
-    forward = 24 * b * s * h * h + core
-    full = forward if dropout or deferred else forward - 8 * b * s * h * h
-    selective = core if fused else core // 2
+    block, dropout = sharded(config, t, tp_rank), getattr(config, "dropout", 0) > 0
+    matmuls = [2 * inputs * outputs for inputs, outputs, _ in block.linears]
+    forward = sum(matmuls) + block.core_flops
+    full = forward if dropout or deferred else forward - matmuls[-1]
+    selective = block.core_flops if fused else block.core_flops // 2
     second = {"none": 0, "offload": 0, "selective": selective, "full": full}[policy]
-    return 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * second
+    per_token = 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * second
+    return b * config.seq_len * per_token
 
 
 # --- bytes of a pipeline rank ---------------------------------------------------------------------
@@ -732,20 +778,18 @@ def peak_held(
 
 
 def predicted_queue_bytes(
-    n_layer: int, b: int, s: int, h: int, itemsize: int, head: int = 0, t: int = 1,
-    sequence: bool = False,
+    config: gpt.Config, n_layer: int, b: int, itemsize: int, head: int = 0, t: int = 1,
+    sequence: bool = False, tp_rank: int = 0,
 ) -> int:  # fmt: skip
     """Bytes of a microbatch that are stored from B to W: the inputs and the output gradients of the
-    linear layers of n_layer GPT-2 blocks, on one of t tensor-parallel ranks. head: the number of
-    rows of the output head on this rank, or 0.
-
-    In units of b s h, the inputs are 1 (c_attn), 1 (c_fc), 1/t (attn.c_proj) and 4/t (mlp.c_proj).
-    With sequence parallelism the first two are 1/t, because W gathers them. The output gradients
-    are 3/t, 4/t, 1 and 1."""
-    tokens = b * s * h
-    column = tokens // t if sequence else tokens
-    block = 2 * column + 2 * tokens + 12 * tokens // t
-    return itemsize * (n_layer * block + (column + b * s * head if head else 0))
+    linear layers of n_layer blocks, on one of t tensor-parallel ranks. head: the number of rows of
+    the output head on this rank, or 0. With sequence parallelism the inputs of column-parallel
+    layers are 1/t, because W gathers them."""
+    shards, tokens = t if sequence else 1, b * config.seq_len
+    block = sum(tokens * inputs // (shards if column else 1) + tokens * outputs
+                for inputs, outputs, column in sharded(config, t, tp_rank).linears)  # fmt: skip
+    last = tokens * config.n_embd // shards + tokens * head
+    return itemsize * (n_layer * block + (last if head else 0))
 
 
 # --- ZeRO: bytes, payload by collective, and what hides it ----------------------------------------

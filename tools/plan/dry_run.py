@@ -16,7 +16,7 @@ FLOPs of the matmuls. The predictions are the formulas `predicted_*` of the stra
 tools/plan/cost.py. A line that differs is marked and makes the exit code 1. --all-ranks (up to 8
 ranks) also checks that the collectives and transfers of all ranks match and cannot deadlock.
 
-Activations are compared only with explicit attention: on the meta device,
+Activations are compared only for gpt.py with explicit attention: on the meta device,
 scaled_dot_product_attention uses other kernels than on a CPU or GPU and saves other tensors.
 """
 
@@ -95,6 +95,8 @@ class Seen:
         counted, predicted = self.traffic
         both = self.bytes | {"activations": self.activations, "FLOPs": self.flops}
         both |= {key: (counted.get(key), predicted.get(key)) for key in {*counted, *predicted}}
+        if gpt.module_of(self.trainer.config) is not gpt:  # no formula
+            del both["activations"]
         return {what: pair for what, pair in both.items() if pair[0] != pair[1]}
 
 
@@ -275,7 +277,7 @@ def dry_run(
         trainer = trainer_of(args, config, **seams)
         for before in range(step):
             trainer.step(before)
-        return observe(trainer, rank, is_explicit(config), step)
+        return observe(trainer, rank, counts_activations(config), step)
 
 
 def groups_of(trainer: train_3d.Trainer) -> dict[str, dist.ProcessGroup]:
@@ -374,20 +376,19 @@ def predicted_zero(trainer: train_3d.Trainer) -> dict[str, cost.Payload]:
     sync, args = trainer.sync, trainer.args
     # Not gpt.PositionEmbedding, whose input is not token ids.
     tables = (nn.Embedding, tensor_parallel.VocabParallelEmbedding)
-    uses = [
-        cost.Use(sync.units.index(unit), matmul=True, table=type(layer) in tables)
-        for (unit,), layer in zip(sync.needs, zero.layers(trainer.model), strict=True)
-    ]
+    uses = {
+        layer: [cost.Use(sync.units.index(unit), True, type(layer) in tables) for unit in units]
+        for units, layer in zip(sync.needs, zero.layers(trainer.model), strict=True)
+    }
     k = trainer.shard_group.size()
     sizes = [zero.padded([p.numel() for p in unit.place], k) for unit in sync.units]
     more = (args.zero, trainer.m, trainer.replica_group.size(),
             args.zero_reshard_after_forward == 1)  # fmt: skip
-    predicted = cost.predicted_zero_payload(sizes, k, uses, *more)
+    predicted = cost.predicted_zero_payload(sizes, k, sum(uses.values(), []), *more)
     if args.zero == 3 and args.zero_reshard_after_forward:  # each chunk gathers separately
-        of_layer = dict(zip(zero.layers(trainer.model), uses, strict=True))
         each = []
         for chunk in trainer.pipe.chunks.values():
-            mine = [of_layer[layer] for layer in zero.layers(chunk)]
+            mine = [use for layer in zero.layers(chunk) for use in uses[layer]]
             its = sorted({use.unit for use in mine})
             mine = [use._replace(unit=its.index(use.unit)) for use in mine]
             payload = cost.predicted_zero_payload([sizes[i] for i in its], k, mine, *more)
@@ -454,18 +455,19 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
 def predicted_flops(trainer: train_3d.Trainer) -> int:
     """FLOPs of the matmuls in a step of this rank."""
     args, config = trainer.args, trainer.config
-    b, s, h = args.micro_batch_size, config.seq_len, config.n_embd
+    b, tp_rank = args.micro_batch_size, trainer.tp_group.rank()
     layers = [len(trainer.pipe.chunks[k].h) for k in trainer.stages]
     fused = not is_explicit(config) and trainer.device.type != "meta"
     deferred = any(map(schedules.splits_backward, trainer.schedule))
-    more = dict(dropout=config.dropout > 0, deferred=deferred, fused=fused)
+    more = dict(deferred=deferred, fused=fused, t=args.tp, tp_rank=tp_rank)
     total = sum(
-        cost.predicted_flops(n, b, s, h, args.recompute, layers=again, **more)
+        cost.predicted_flops(config, n, b, args.recompute, layers=again, **more)
         for n, again in zip(layers, cost.under_policy(layout_of(trainer), layers), strict=True)
     )  # fmt: skip
-    vocab_rows = cost.vocab_rows(config, args.tp, trainer.tp_group.rank())
-    head = 6 * b * s * h * vocab_rows if trainer.pipe.last in trainer.stages else 0
-    return trainer.m * (total // args.tp + head)
+    if trainer.pipe.last in trainer.stages:
+        rows = cost.vocab_rows(config, args.tp, tp_rank)
+        total += 6 * b * config.seq_len * config.n_embd * rows
+    return trainer.m * total
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -473,7 +475,7 @@ def predicted_flops(trainer: train_3d.Trainer) -> int:
 
 def lines_of(seen: Seen) -> Iterator[tuple[str, bool]]:
     """Pairs (line of the report, whether counted = predicted)."""
-    trainer, explicit = seen.trainer, is_explicit(seen.trainer.config)
+    trainer, compared = seen.trainer, counts_activations(seen.trainer.config)
     places = ", ".join(f"{axis} {getattr(trainer, f'{axis}_group').rank()}"
                        for axis in ("pp", "dp", "tp"))  # fmt: skip
     blocks = ", ".join(f"{k} ({len(trainer.pipe.chunks[k].h)} blocks)" for k in trainer.stages)
@@ -488,8 +490,10 @@ def lines_of(seen: Seen) -> Iterator[tuple[str, bool]]:
     for kind, (counted, predicted) in seen.bytes.items():
         yield row(kind, counted, predicted)
     counted, predicted = seen.activations
-    if explicit:
+    if compared:
         yield row("activations", counted, predicted)
+    elif gpt.module_of(trainer.config) is not gpt:
+        yield "  activations (compared for --arch gpt only)", True
     else:
         yield f"  {'activations (sdpa: not counted)':32s}{'':26s}{predicted:>26,d}", True
     yield "  collectives per step: calls, then bytes", True
@@ -502,8 +506,12 @@ def lines_of(seen: Seen) -> Iterator[tuple[str, bool]]:
     yield row("FLOPs of matmuls", *seen.flops)
 
 
-def is_explicit(config: gpt.GPTConfig) -> bool:
-    return config.attention == "explicit" or config.dropout > 0
+def is_explicit(config: gpt.Config) -> bool:
+    return config.attention == "explicit" or getattr(config, "dropout", 0) > 0
+
+
+def counts_activations(config: gpt.Config) -> bool:
+    return is_explicit(config) and gpt.module_of(config) is gpt
 
 
 def deadlock(queues: list[Queue]) -> str | None:

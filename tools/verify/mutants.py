@@ -76,7 +76,7 @@ ZOO = [
         ("gpt.py", '{seed} {name}".encode()', '{seed} {len(new)}".encode()')],
         "tests/test_layouts.py::test_layout_equals_one_process", NUMBERS),
     Bug(5, "a fused qkv matrix sharded as one matrix", [
-        ("tensor_parallel.py", '"h.*.attn.c_attn": ("column", (1, 1, 1))',
+        ("gpt.py", '"h.*.attn.c_attn": ("column", (1, 1, 1))',
          '"h.*.attn.c_attn": "column"')],
         LAYOUTS, r"where='gradient h\.\d\.attn\.c_attn"),
     Bug(6, "three all-reduces in backward instead of one", [
@@ -139,12 +139,11 @@ ZOO = [
         "tests/test_activation_ckpt.py::test_the_same_gradients_and_masks_bitwise",
         r"AssertionError: wte\.weight"),
     Bug(15, "replicated dropout differs between tp ranks", [
-        ("tensor_parallel.py", "group, sequence) if sequence else module",
-         'group, sequence) if sequence or hasattr(module, "draws") else module')],
+        ("tensor_parallel.py", '"tokens", group) if sequence else module',
+         '"tokens", group) if sequence or hasattr(module, "draws") else module')],
         LAYOUTS, NUMBERS),
     Bug(15, "sharded dropout is equal on all tp ranks", [
-        ("tensor_parallel.py", "module.shard, module.shards = group.rank(), group.size()",
-         "module.shard, module.shards = 0, group.size()")],
+        ("tensor_parallel.py", ".chunk(group.rank(), group.size())", ".chunk(0, group.size())")],
         LAYOUTS, NUMBERS),
     Bug(16, "a short microbatch for a receive of fixed shape", [
         ("pipeline.py", "if found != (self.shape, self.dtype):", "if False:")],
@@ -249,7 +248,8 @@ ZOO = [
         ("train_3d.py", "first, b = self.dp_group.rank() * rows_per_replica,", "first, b = 0,")],
         LAYOUTS, NUMBERS),
     Bug(31, "every sequence shard starts at position 0", [
-        ("gpt.py", "start = self.shard * x.size(1)", "start = 0")],
+        ("gpt.py", "return x + self.tokens.take(self.weight[: self.tokens.total(x.size(1))], 0)",
+         "return x + self.weight[: x.size(1)]")],
         LAYOUTS, r"where='gradient wpe\.weight"),
     Bug(32, "ranks sample different tokens", [
         ("generate.py", "manual_seed(trainer.args.seed)",

@@ -3,8 +3,8 @@
     case = Case(t=2, p=2, d=2)
     judge(case)              Errors(loss=1e-16, norm=..., gradient=..., parameter=..., where=...)
 
-The single process ("reference") trains gpt.GPT with torch's cross entropy, clip_grad_norm_ and
-optimizer on the full batch, in float64. The layout runs on forked ranks, which take a few
+The single process ("reference") trains the full model with torch's cross entropy, clip_grad_norm_
+and optimizer on the full batch, in float64. The layout runs on forked ranks, which take a few
 milliseconds to start and rendezvous through a FileStore. After the last step each rank compares
 every tensor it holds with its shard of the reference's tensor.
 
@@ -112,6 +112,8 @@ class Case:
     n_embd: int = 24
     vocab_size: int = 41
     seq_len: int = 7
+    arch: str = "gpt"
+    config: tuple[str, ...] = ()  # "FIELD=VALUE" of --config
     bucket_bytes: int = 3000  # several buckets at these sizes; DDP's default would make one
     dtype: str = "float64"
     compile: bool = False
@@ -143,7 +145,7 @@ class Case:
     def arguments(self) -> list[str]:
         """The flags of train_3d.py."""
         pairs = {
-            "tp": self.t, "pp": self.p, "micro-batch-size": self.b,
+            "arch": self.arch, "tp": self.t, "pp": self.p, "micro-batch-size": self.b,
             "global-batch-size": self.d * self.m * self.b, "zero": self.zero,
             "dp-nodes": self.nodes,
             "schedule": self.schedule, "recompute": f"{self.recompute}:{self.every}",
@@ -154,6 +156,7 @@ class Case:
             "seed": self.seed, "steps": self.steps, "lr": 1e-3, "device": "cpu",
         }  # fmt: skip
         flags = [f"--{name}={value}" for name, value in pairs.items()]
+        flags += ["--config", *self.config] if self.config else []
         flags += [] if self.chunks is None else [f"--virtual-stages={self.chunks}"]
         flags += [] if self.shard_size is None else [f"--zero-shard-size={self.shard_size}"]
         flags += [] if self.grad_dtype is None else [f"--grad-dtype={self.grad_dtype}"]
@@ -301,7 +304,7 @@ def reference(case: Case, model: Callable | None = None) -> dict:
     args = options.parser().parse_args(case.arguments())
     config = options.check(args, case.world_size)
     with torch.device("meta"):
-        full_model = model() if model else gpt.GPT(config)
+        full_model = model() if model else gpt.module_of(config).Model(config)
     dtype = options.DTYPES[case.dtype]
     gpt.init_weights(full_model, case.seed, dtype, "cpu", draw)
     full_model.double()
