@@ -233,13 +233,14 @@ def test_what_may_not_fit_does_not_and_the_least_is_the_least():
     assert refused > 100
 
 
-@pytest.mark.parametrize("name, v", [("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2)])
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
 @pytest.mark.parametrize("p, m", [(2, 16), (4, 32), (4, 36), (3, 30), (8, 64)])
-def test_a_schedule_that_repeats_itself_is_simulated_in_part(name, v, p, m):
-    rng = random.Random(p)
+def test_a_schedule_that_repeats_itself_is_simulated_in_part(name, p, m):
+    rng, v = random.Random(p), schedules.SCHEDULES[name].chunks
     even = tuple((1.0, 1.0, 1.0) for _ in range(p * v))
     uneven = tuple((rng.uniform(0.8, 1.2), rng.uniform(0.8, 1.2), 0.7) for _ in range(p * v))
     layout = Layout(1, p, 1, microbatches=m, schedule=name, chunks=v)
+    assert (cost.repeating_microbatches(layout) == m) == (name == "gpipe")
     for seconds, near in ((even, 1e-9), (uneven, 0.02)):
         whole = cost.makespan(name, p, m, v, seconds, 0.02)
         assert cost.pipeline_seconds(layout, seconds, 0.02) == pytest.approx(whole, rel=near)
@@ -265,7 +266,7 @@ def ticks(schedule: schedules.Schedule, length: dict[str, int]) -> int:
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_a_pipeline_takes_the_ticks_that_are_counted(name, p, m):
     """F 2, B 3 and W 1 ticks. Where F = B = W, the bubble of 1F1B is (p - 1) / m of the work."""
-    v = {"interleaved": 2, "zb-v": 2}.get(name, 1)
+    v = schedules.SCHEDULES[name].chunks
     schedule, layout = (schedules.SCHEDULES[name](p, m, v),
                         Layout(1, p, 1, microbatches=m, schedule=name, chunks=v))  # fmt: skip
     split_backward = any(map(schedules.splits_backward, schedule))

@@ -145,7 +145,8 @@ def test_coverage_counts_pairs_that_met():
     table = fuzz.coverage([case] * 3).splitlines()
     assert table[0] == "tp    " and table[1] == "sp       3"
     n = len(fuzz.features(case))
-    assert table[-1].startswith(f"{n * (n - 1) // 2} of 405 pairs of features were tested together")
+    met, pairs = re.match(r"(\d+) of (\d+) pairs of features were tested", table[-1]).groups()
+    assert int(met) == n * (n - 1) // 2 and int(pairs) >= 405
 
 
 def test_options_without_an_effect_are_no_features():
@@ -173,12 +174,13 @@ def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
     cases = parity.cases(8, n_head=24)
     sizes = {(c.t, c.p, c.d) for c in cases}
     assert len(sizes) == 10 and all(t * p * d == 8 for t, p, d in sizes)
-    assert len({str(c) for c in cases}) == len(cases) == 87
+    assert len({str(c) for c in cases}) == len(cases) >= 87
     monkeypatch.setattr("sys.argv", ["parity", "--nproc", "2"])
     with pytest.raises(SystemExit) as exit_:
         parity.main()
     out = capsys.readouterr().out
-    assert exit_.value.code == 0 and out.count(" ok\n") == 11 and "0 mismatches" in out
+    assert exit_.value.code == 0 and "0 mismatches" in out
+    assert out.count(" ok\n") == 6 + len(schedules.SCHEDULES)
     errors = Errors(float("nan"), 0.0, 0.0, 0.0, "loss")
     monkeypatch.setattr(parity, "judge", lambda case: errors)
     with pytest.raises(SystemExit) as exit_:

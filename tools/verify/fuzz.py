@@ -56,10 +56,10 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
         if t * p * d <= largest_world:
             break
     n_head = rng.choice((1, 2, 3, 4)) if rng.random() < 0.1 else t * rng.randint(1, 3)
-    schedule = rng.choice(list(schedules.SCHEDULES))
-    chunks = {"interleaved": rng.choice((None, 1, 2, 3)), "zb-v": rng.choice((None, 2))}
-    chunks = rng.randint(1, 2) if rng.random() < 0.05 else chunks.get(schedule)
-    stages = p * (chunks or (2 if schedule in ("interleaved", "zb-v") else 1))
+    schedule, entry = rng.choice(list(schedules.SCHEDULES.items()))
+    chunks = rng.choice((None, *((1, 2, 3) if entry.any_chunks else (entry.chunks,))))
+    chunks = rng.randint(1, 2) if rng.random() < 0.05 else chunks
+    stages = p * (chunks or entry.chunks)
     n_layer = rng.randint(1, 6) if rng.random() < 0.1 else stages + rng.randint(0, 3)
     zero, dtype = rng.randint(0, 3), rng.choice(("float64",) * 4 + ("float32", "bf16"))
     case = Case(
