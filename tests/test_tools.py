@@ -149,6 +149,45 @@ def test_coverage_counts_pairs_that_met():
     assert int(met) == n * (n - 1) // 2 and int(pairs) >= 405
 
 
+class OneChunk(schedules.Entry):
+    """A schedule whose number of chunks is wrong, as in a list that it is missing from."""
+
+    chunks = 1
+
+
+def fuzz_without_ranks(monkeypatch, capsys, n: int) -> tuple[int, list[str]]:
+    """(exit code, the last lines) of fuzz, with the refusals of train_3d.py. What is not refused
+    passes without being run."""
+    monkeypatch.setattr(fuzz, "judge", lambda case: Errors(0.0, 0.0, 0.0, 0.0, "loss"))
+    with pytest.raises(SystemExit) as exit_:
+        fuzz.main(["--n", str(n)])
+    out = capsys.readouterr().out.splitlines()
+    (last,) = [i for i, line in enumerate(out) if "equal to one process" in line]
+    return exit_.value.code, out[last + 1 :]
+
+
+def test_a_feature_that_is_refused_far_more_often_than_the_others_is_a_failure(monkeypatch, capsys):
+    assert fuzz_without_ranks(monkeypatch, capsys, 250) == (0, [])
+    broken = schedules.SCHEDULES | {"zb-v": OneChunk(*schedules.SCHEDULES["zb-v"])}
+    monkeypatch.setattr(schedules, "SCHEDULES", broken)
+    code, lines = fuzz_without_ranks(monkeypatch, capsys, 250)
+    assert code == 1 and len(lines) == 1 and re.match(r"zb-v: \d+ of \d+ refused, and", lines[0])
+
+
+def test_a_few_refusals_are_chance():
+    """All of 4 cases, or 20 % next to 10 %."""
+
+    def lines(zb_v: int, of: int, others: int, of_others: int) -> list[str]:
+        refused = [True] * zb_v + [False] * (of - zb_v)
+        refused += [True] * others + [False] * (of_others - others)
+        drawn = [Case(p=2, schedule="zb-v")] * of + [Case(p=2)] * of_others
+        return fuzz.refused_too_often(drawn, refused)
+
+    assert lines(4, 4, 5, 50) == lines(200, 1000, 100, 1000) == lines(1, 1, 0, 1) == []
+    assert [line.split(":")[0] for line in lines(16, 20, 5, 50)] == ["zb-v"]
+    assert lines(16, 20, 5, 50)[0].startswith("zb-v: 16 of 20 refused, and 5 of the other 50: ")
+
+
 def test_options_without_an_effect_are_no_features():
     plain = {"m>1", "b>1", "mask", "clip"}
     for case in (Case(sequence=True), Case(schedule="zb-v"), Case(zero=3, reshard=0)):
