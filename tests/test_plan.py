@@ -192,6 +192,21 @@ def test_all_layouts_of_the_search_are_taken_by_the_trainer():
         assert args.global_batch_size == layout.dp * layout.micro_batch_size * layout.microbatches
 
 
+def test_schedules_that_are_worse_than_another_are_not_tried(monkeypatch):
+    assert {*plan.worth_trying()} >= {"1f1b", "interleaved", "zb-h1", "zb-v"}
+    assert "gpipe" not in plan.worth_trying()
+    zb_v = schedules.SCHEDULES["zb-v"]
+    known = {
+        "zb-v": zb_v, "no closed forms": schedules.Entry(zb_v.make),
+        "stores more": zb_v._replace(held=lambda p, m, c, r: 2 * p + 1),
+        "other chunks": zb_v._replace(make=lambda p, m, chunks=3: schedules.interleaved(p, m, 3)),
+    }  # fmt: skip
+    monkeypatch.setattr(schedules, "SCHEDULES", known)
+    assert plan.worth_trying.__wrapped__() == ["zb-v", "other chunks"]
+    known["faster"] = zb_v._replace(bubble=lambda p, m, c: 0.0)
+    assert plan.worth_trying.__wrapped__() == ["other chunks", "faster"]
+
+
 def test_halving_a_bandwidth_never_makes_a_layout_faster():
     for job, layout in some_layouts(120):
         def seconds(hardware, job=job, layout=layout) -> float:

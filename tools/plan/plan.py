@@ -160,9 +160,9 @@ def best_microbatch(job: Job, layout: Layout) -> list[Plan]:
 
 @functools.cache
 def worth_trying() -> list[str]:
-    """The schedules, without those that cannot be better than another one: with as many chunks, and
-    the same splitting of the backward, their bubble or memory is larger and the other is not
-    smaller. GPipe, for example, is as fast as 1F1B and needs more memory."""
+    """The schedules with closed forms, without those that are worse than another one by these: with
+    as many chunks and the same splitting of the backward, they have a larger bubble or store more,
+    and are better in neither. GPipe has the bubble of 1F1B and stores more."""
     p, m, costs = 4, 16, {}
     for name, entry in schedules.SCHEDULES.items():
         if entry.bubble and entry.held:
