@@ -189,7 +189,7 @@ def repeating_microbatches(layout: Layout) -> int:
     """Number of microbatches after which the schedule repeats a pattern. A schedule that stores
     more with more microbatches, such as GPipe, never does."""
     p, m, v = layout.pp, layout.microbatches, layout.chunks
-    held, few = schedules.SCHEDULES[layout.schedule].held, min(m, 3 * p + m % p)
+    held, few = schedules.SCHEDULES[layout.schedule].held, min(m, 4 * p + m % p)
     return m if held is None or held(p, m, v, 0) > held(p, few, v, 0) else few
 
 
