@@ -28,6 +28,7 @@ p ranks r = 0..p-1; c chunks per rank; m microbatches per step:
     interleaved   >=2  (p-1) / (c m)  p        p + (p-1-2r) / c    2 c
     zb-h1         1    (p-1) / (3 m)  p        p                   2
     zb-v          2    (p-1) / (6 m)  2p - 1   p                   4
+    dualpipe-v    2    (p-1) / (6 m)  2p       p + 1/2             4
 
 Bubble: idle / busy time of all ranks; an unsplit B takes 2 time units, other actions take 1. Held:
 the largest number of microbatches whose activations a rank stores at once. It stores them from F
@@ -38,6 +39,7 @@ by a middle rank.
 To draw a schedule: python -m tools.draw zb-v --p 4 --m 8
 
 GPipe: arXiv 1811.06965. 1F1B, interleaved: 2104.04473. ZB-H1, ZB-V: 2401.10241 (section 6).
+DualPipeV: 2412.19437 and github.com/deepseek-ai/DualPipe.
 """
 
 import collections
@@ -187,6 +189,31 @@ def zb_v(p: int, m: int) -> Schedule:
     return schedule
 
 
+def dualpipe_v(p: int, m: int) -> Schedule:
+    """The placement of zb_v, and a steady state in which forwards of one chunk alternate with
+    backwards of the other, of another microbatch. DualPipeV runs the two at the same time, so that
+    one computes while the other communicates. Here they run one after the other, which gains
+    nothing over zb_v and holds more. W follows its B, except at the end, where earlier ranks wait
+    for B."""
+    n = max(m, 2 * p)  # the phases need this many, as in zb_v
+    schedule = []
+    for r in range(p):
+        later, (pairs, odd) = p - 1 - r, divmod(r + 1, 2)
+        phases = [
+            (2 * later, "F"),
+            (r + 1, "Ff"),  # until the first gradient is received
+            (later, "bwf"),  # until the first chunk receives a gradient
+            (n - p - later, "FbwfBW"),  # steady state
+            (later, "bwfBW"),  # no F remains
+            *((pairs, "bwBW"), (odd, "bwB"), (pairs, "bB")),  # no f remains; half of W is deferred
+            (later, "WB"),  # no b remains
+            (n, "wW"),  # the deferred W
+        ]
+        row = from_phases(n, phases, [r, 2 * p - 1 - r])
+        schedule.append([action for action in row if action.microbatch < m])
+    return schedule
+
+
 class Entry(NamedTuple):
     """A schedule, and what cannot be computed from its list of actions.
 
@@ -253,6 +280,13 @@ SCHEDULES = {
         bubble=lambda p, m, c: (p - 1) / (6 * m),
         exact_from=lambda p: 2 * p - 1,
         held=lambda p, m, c, r: min(2 * p, m + r + 1, 2 * m),
+    ),
+    "dualpipe-v": Entry(
+        dualpipe_v,
+        formula="(p-1) / (6 m)",
+        bubble=lambda p, m, c: (p - 1) / (6 * m),
+        exact_from=lambda p: 2 * p,
+        held=lambda p, m, c, r: min(2 * p + 1, m + r + 1, 2 * m),
     ),
 }
 
