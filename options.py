@@ -237,7 +237,7 @@ def parser(prog: str = "train_3d.py") -> Parser:
         f"{', '.join(schedules.SCHEDULES)}, or a text file with one line of actions per pp rank, "
         "as `make draw ARGS=--text` prints it")
     add("--virtual-stages", dest="chunks", type=count, metavar="N",
-        help="stages per rank of the schedule interleaved (default: 2)")
+        help=f"stages per rank of the schedule {schedules.with_any_chunks()} (default: 2)")
 
     add = p.add_argument_group("steps and optimizer").add_argument
     add("--steps", type=count, default=300, metavar="N", help="number of optimizer steps")
@@ -453,13 +453,13 @@ def make_schedule(args: argparse.Namespace, m: int) -> schedules.Schedule:
         except ValueError as error:
             hint = "" if os.path.exists(name) else did_you_mean(name, schedules.SCHEDULES)
             raise ValueError(f"{error}{hint}") from None
-    expected = {"interleaved": chunks or 2, "zb-v": 2}.get(name, 1)
-    if chunks not in (None, expected):
+    entry = schedules.SCHEDULES[name]
+    if chunks not in (None, entry.chunks) and not entry.any_chunks:
         raise ValueError(
-            f"--virtual-stages {chunks} with --schedule {name}, which has {expected} per rank: "
-            "leave out --virtual-stages, or give --schedule interleaved"
+            f"--virtual-stages {chunks} with --schedule {name}, which has {entry.chunks} per rank: "
+            f"leave out --virtual-stages, or give --schedule {schedules.with_any_chunks()}"
         )
-    return schedules.SCHEDULES[name](args.pp, m, expected)
+    return entry(args.pp, m, chunks)
 
 
 # --- the first lines of output --------------------------------------------------------------------

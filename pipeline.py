@@ -14,7 +14,7 @@ previous stage. Different stages work on different microbatches at the same time
     rank 2 |.  .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- .  .  .  .
 
 The timeline shows which microbatch each rank processes, with dots for idle time. This order, 1F1B,
-is one of five in schedules.py, which explains them and compares their idle time and memory.
+is one of those in schedules.py, which explains them and compares their idle time and memory.
 
 Cost: for each microbatch, a stage sends one tensor [b, s, h] to each neighbour on another rank. b:
 rows of a microbatch, s: tokens per row, h: hidden size. This is little compared with tensor

@@ -22,22 +22,24 @@ rank needs these, so W can run later and fill idle time.
 
 p ranks r = 0..p-1; c chunks per rank; m microbatches per step:
 
-    schedule      c    bubble         held by rank r      sends per microbatch
-    gpipe         1    (p-1) / m      m                   2
-    1f1b          1    (p-1) / m      p - r               2
-    interleaved   >=2  (p-1) / (c m)  p + (p-1-2r) / c    2 c
-    zb-h1         1    (p-1) / (3 m)  p                   2
-    zb-v          2    (p-1) / (6 m)  p                   4
+    schedule      c    bubble         if m >=  held by rank r      sends per microbatch
+    gpipe         1    (p-1) / m      1        m                   2
+    1f1b          1    (p-1) / m      1        p - r               2
+    interleaved   >=2  (p-1) / (c m)  p        p + (p-1-2r) / c    2 c
+    zb-h1         1    (p-1) / (3 m)  p        p                   2
+    zb-v          2    (p-1) / (6 m)  2p - 1   p                   4
+    dualpipe-v    2    (p-1) / (6 m)  2p       p + 1/2             4
 
 Bubble: idle / busy time of all ranks; an unsplit B takes 2 time units, other actions take 1. Held:
 the largest number of microbatches whose activations a rank stores at once. It stores them from F
 until the end of B or, if the schedule has W, of W. A microbatch stored for one of c chunks counts
-as 1/c. Sends: tensors sent by a middle rank. The formulas are valid for m >= p, with two
-exceptions: zb-v requires m >= 2p - 1, and "held" of interleaved is valid for m = 2p, 3p, ...
+as 1/c. "Held" is valid for m = 2p, 3p, ...; fewer microbatches can need less. Sends: tensors sent
+by a middle rank.
 
 To draw a schedule: python -m tools.draw zb-v --p 4 --m 8
 
 GPipe: arXiv 1811.06965. 1F1B, interleaved: 2104.04473. ZB-H1, ZB-V: 2401.10241 (section 6).
+DualPipeV: 2412.19437 and github.com/deepseek-ai/DualPipe.
 """
 
 import collections
@@ -84,8 +86,8 @@ def label(action: Action, stages: Sequence[int]) -> str:
 
 # --- the schedules --------------------------------------------------------------------------------
 # To add one, write a function that returns the list of actions of each rank, given the number of
-# ranks p, of microbatches m and of chunks per rank. Add it to SCHEDULES. If its bubble and "held"
-# have closed forms, add these to predicted_bubble and predicted_held.
+# ranks p and of microbatches m, and add an Entry to SCHEDULES. Every tool and test reads the entry.
+# The number of chunks, the placement of stages and the transfers are computed from the list.
 
 
 def from_phases(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) -> list[Action]:
@@ -102,26 +104,17 @@ def from_phases(m: int, phases: list[tuple[int, str]], stages: Sequence[int]) ->
     return actions
 
 
-def require_chunks(name: str, chunks: int, expected: int) -> None:
-    """Raises ValueError if `chunks` is not the number that the schedule `name` requires."""
-    if chunks != expected:
-        raise ValueError(f"{name} requires chunks = {expected}, not {chunks}: set it to "
-                         f"{expected}, or use interleaved with 2 or more")  # fmt: skip
-
-
-def gpipe(p: int, m: int, chunks: int = 1) -> Schedule:
+def gpipe(p: int, m: int) -> Schedule:
     """All forwards, then all backwards."""
-    require_chunks("gpipe", chunks, 1)
     return [from_phases(m, [(m, "F"), (m, "B")], [r]) for r in range(p)]
 
 
-def one_f_one_b(p: int, m: int, chunks: int = 1) -> Schedule:
+def one_f_one_b(p: int, m: int) -> Schedule:
     """A rank starts with one forward for each later rank, then alternates forward and backward.
     With fewer forwards at the start it would be idle for longer: the first gradient arrives only
     after the forward and backward of microbatch 0 on all later ranks. With more, it would hold more
     activations and finish no sooner. Rank r holds at most p - r microbatches. With p = 1 this is
     gradient accumulation."""
-    require_chunks("1f1b", chunks, 1)
     return [from_phases(m, [(p - 1 - r, "F"), (m, "FB")], [r]) for r in range(p)]
 
 
@@ -154,17 +147,22 @@ def interleaved(p: int, m: int, chunks: int = 2) -> Schedule:
     return schedule
 
 
-def zb_h1(p: int, m: int, chunks: int = 1) -> Schedule:
+def held_by_interleaved(p: int, m: int, c: int, r: int) -> int:
+    """The largest number of microbatches that rank r stores, times c."""
+    group = math.ceil(m / max(1, m // p))  # the size of the first group of microbatches
+    return min(c * m, (c - 1) * group + (p - 1 - r) * min(c, 2) + 1)
+
+
+def zb_h1(p: int, m: int) -> Schedule:
     """1F1B with each backward split into B and W. On rank r, the W of a microbatch runs after the B
     of the next r microbatches. This adds r to the p - r microbatches that it holds in 1F1B, so
     every rank holds up to p."""
-    require_chunks("zb-h1", chunks, 1)
     return [
         from_phases(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
     ]
 
 
-def zb_v(p: int, m: int, chunks: int = 2) -> Schedule:
+def zb_v(p: int, m: int) -> Schedule:
     """Two chunks per rank, with stages placed in a V: stage k < p is on rank k, and stage k >= p on
     rank 2p - 1 - k. Rank 0 holds the first and the last stage, so it starts its backwards as soon
     as the forward of microbatch 0 has returned. All ranks hold the same number of activations.
@@ -174,7 +172,6 @@ def zb_v(p: int, m: int, chunks: int = 2) -> Schedule:
     paper calls this zero bubble, because its ranks do not wait for each other between steps. Here
     all ranks wait for the gradient norm, which clipping needs. The idle time at the start and at
     the end is the bubble in the table."""
-    require_chunks("zb-v", chunks, 2)
     n = max(m, 2 * p - 1)  # the phases need this many; microbatches m and above are removed
     schedule = []
     for r in range(p):
@@ -192,13 +189,111 @@ def zb_v(p: int, m: int, chunks: int = 2) -> Schedule:
     return schedule
 
 
+def dualpipe_v(p: int, m: int) -> Schedule:
+    """The placement of zb_v, and a steady state in which forwards of one chunk alternate with
+    backwards of the other, of another microbatch. DualPipeV runs the two at the same time, so that
+    one computes while the other communicates. Here they run one after the other, which gains
+    nothing over zb_v and holds more. W follows its B, except at the end, where earlier ranks wait
+    for B."""
+    n = max(m, 2 * p)  # the phases need this many, as in zb_v
+    schedule = []
+    for r in range(p):
+        later, (pairs, odd) = p - 1 - r, divmod(r + 1, 2)
+        phases = [
+            (2 * later, "F"),
+            (r + 1, "Ff"),  # until the first gradient is received
+            (later, "bwf"),  # until the first chunk receives a gradient
+            (n - p - later, "FbwfBW"),  # steady state
+            (later, "bwfBW"),  # no F remains
+            *((pairs, "bwBW"), (odd, "bwB"), (pairs, "bB")),  # no f remains; half of W is deferred
+            (later, "WB"),  # no b remains
+            (n, "wW"),  # the deferred W
+        ]
+        row = from_phases(n, phases, [r, 2 * p - 1 - r])
+        schedule.append([action for action in row if action.microbatch < m])
+    return schedule
+
+
+class Entry(NamedTuple):
+    """A schedule, and what cannot be computed from its list of actions.
+
+    make: a function (p, m), or (p, m, chunks) if `any_chunks`. The closed forms are optional:
+    bubble(p, m, c) is idle / busy time with the durations of unit_time, for c chunks per rank, and
+    `formula` is its text. It is valid for m >= exact_from(p). held(p, m, c, r) is c times the
+    "held" of the table: a microbatch that two chunks hold counts twice. It is valid for every m."""
+
+    make: Callable[..., Schedule]
+    formula: str = ""
+    bubble: Callable[[int, int, int], float] | None = None
+    exact_from: Callable[[int], int] = lambda p: p
+    held: Callable[[int, int, int, int], int] | None = None
+    any_chunks: bool = False
+
+    def __call__(self, p: int, m: int, chunks: int | None = None) -> Schedule:
+        """The actions of each rank. Raises ValueError if they would not have `chunks` per rank."""
+        schedule = self.make(p, m, chunks) if self.any_chunks and chunks else self.make(p, m)
+        if chunks not in (None, has := len(stages_of(schedule)[0])):
+            raise ValueError(f"chunks = {chunks}: this schedule has {has} per rank")
+        return schedule
+
+    @property
+    def chunks(self) -> int:
+        """The default number of chunks per rank."""
+        return len(stages_of(self.make(1, 1))[0])
+
+    @property
+    def splits_backward(self) -> bool:
+        return splits_backward(self.make(1, 1)[0])
+
+
 SCHEDULES = {
-    "gpipe": gpipe,
-    "1f1b": one_f_one_b,
-    "interleaved": interleaved,
-    "zb-h1": zb_h1,
-    "zb-v": zb_v,
+    "gpipe": Entry(
+        gpipe,
+        formula="(p-1) / m",
+        bubble=lambda p, m, c: (p - 1) / m,
+        exact_from=lambda p: 1,
+        held=lambda p, m, c, r: m,
+    ),
+    "1f1b": Entry(
+        one_f_one_b,
+        formula="(p-1) / m",
+        bubble=lambda p, m, c: (p - 1) / m,
+        exact_from=lambda p: 1,
+        held=lambda p, m, c, r: min(m, p - r),
+    ),
+    "interleaved": Entry(
+        interleaved,
+        formula="(p-1) / (c m)",
+        bubble=lambda p, m, c: (p - 1) / (c * m),
+        held=held_by_interleaved,
+        any_chunks=True,
+    ),
+    "zb-h1": Entry(
+        zb_h1,
+        formula="(p-1) / (3 m)",
+        bubble=lambda p, m, c: (p - 1) / (3 * m),
+        held=lambda p, m, c, r: min(m, p),
+    ),
+    "zb-v": Entry(
+        zb_v,
+        formula="(p-1) / (6 m)",
+        bubble=lambda p, m, c: (p - 1) / (6 * m),
+        exact_from=lambda p: 2 * p - 1,
+        held=lambda p, m, c, r: min(2 * p, m + r + 1, 2 * m),
+    ),
+    "dualpipe-v": Entry(
+        dualpipe_v,
+        formula="(p-1) / (6 m)",
+        bubble=lambda p, m, c: (p - 1) / (6 * m),
+        exact_from=lambda p: 2 * p,
+        held=lambda p, m, c, r: min(2 * p + 1, m + r + 1, 2 * m),
+    ),
 }
+
+
+def with_any_chunks() -> str:
+    """The names of the schedules for which the number of chunks can be chosen."""
+    return " or ".join(name for name, entry in SCHEDULES.items() if entry.any_chunks)
 
 
 def forward_only(schedule: Schedule, m: int) -> Schedule:
@@ -352,25 +447,6 @@ def draw(schedule: Schedule) -> str:
         rows[span.rank][start] = names[span].ljust((end - start) * width - 1, fill) + " "
         rows[span.rank][start + 1 : end] = [""] * (end - start - 1)  # the padded name covers them
     return "\n".join(f"rank {rank} |{''.join(row)}".rstrip() for rank, row in enumerate(rows))
-
-
-# --- cost -----------------------------------------------------------------------------------------
-
-
-def predicted_bubble(name: str, p: int, m: int, chunks: int = 1) -> float:
-    """Idle time / busy time, with the durations of unit_time. Valid if m >= p, and for zb-v if m >=
-    2p - 1."""
-    divisor = {"gpipe": 1, "1f1b": 1, "interleaved": chunks, "zb-h1": 3, "zb-v": 6}[name]
-    return (p - 1) / (divisor * m)
-
-
-def predicted_held(name: str, p: int, m: int, chunks: int, rank: int) -> int:
-    """`chunks` times the "held" of the table: a microbatch that two chunks hold counts twice. Valid
-    for every m, except that zb-v requires m >= 2p - 1."""
-    if name == "interleaved":
-        group = math.ceil(m / max(1, m // p))  # the size of the first group of microbatches
-        return min(chunks * m, (chunks - 1) * group + (p - 1 - rank) * min(chunks, 2) + 1)
-    return {"gpipe": m, "1f1b": min(m, p - rank), "zb-h1": min(m, p), "zb-v": 2 * p}[name]
 
 
 # --- a schedule from a text file ------------------------------------------------------------------

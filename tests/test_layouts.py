@@ -28,8 +28,8 @@ FACTORS = {
         (4, 1, 1), (1, 4, 1), (1, 1, 4), (3, 2, 1), (1, 3, 2), (1, 2, 4), (2, 1, 4),
     ],
     "schedule": [  # and chunks
-        ("gpipe", None), ("1f1b", None), ("interleaved", 2), ("interleaved", 3), ("zb-h1", None),
-        ("zb-v", None),
+        (name, chunks) for name, entry in schedules.SCHEDULES.items()
+        for chunks in ((2, 3) if entry.any_chunks else (None,))
     ],
     "zero": [  # stage, --zero-shard-size (DDP: ranks of a host), --zero-reshard-after-forward
         (0, None, 1), (0, "d/2", 1), (1, None, 1), (2, None, 1), (3, None, 1), (3, None, 0),
@@ -72,7 +72,7 @@ Pair = tuple[tuple[str, object], tuple[str, object]]  # two values of different 
 
 def blocks(row: dict) -> int:
     schedule, chunks = row["schedule"]
-    stages = row["layout"][1] * (chunks or (2 if schedule == "zb-v" else 1))
+    stages = row["layout"][1] * (chunks or schedules.SCHEDULES[schedule].chunks)
     return max(row["n_layer"], stages + row["n_layer"] - 2)
 
 
@@ -219,7 +219,7 @@ def test_every_live_pair_of_options_is_tested():
                 for case in cases
             ), (schedule, chunks, stage, part, reshard)  # fmt: skip
     met = set().union(*map(live_pairs, ROWS))
-    assert met == {*all_live_pairs()} and len(met) == 1500
+    assert met == {*all_live_pairs()} and len(met) >= 1500 and len(ROWS) >= 140
 
 
 def test_the_fast_run_has_every_strategy():

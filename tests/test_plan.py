@@ -206,6 +206,21 @@ def test_all_layouts_of_the_search_are_taken_by_the_trainer():
         assert args.global_batch_size == layout.dp * layout.micro_batch_size * layout.microbatches
 
 
+def test_schedules_that_are_worse_than_another_are_not_tried(monkeypatch):
+    assert {*plan.worth_trying()} >= {"1f1b", "interleaved", "zb-h1", "zb-v"}
+    assert "gpipe" not in plan.worth_trying()
+    zb_v = schedules.SCHEDULES["zb-v"]
+    known = {
+        "zb-v": zb_v, "no closed forms": schedules.Entry(zb_v.make),
+        "stores more": zb_v._replace(held=lambda p, m, c, r: 2 * p + 1),
+        "other chunks": zb_v._replace(make=lambda p, m, chunks=3: schedules.interleaved(p, m, 3)),
+    }  # fmt: skip
+    monkeypatch.setattr(schedules, "SCHEDULES", known)
+    assert plan.worth_trying.__wrapped__() == ["zb-v", "other chunks"]
+    known["faster"] = zb_v._replace(bubble=lambda p, m, c: 0.0)
+    assert plan.worth_trying.__wrapped__() == ["other chunks", "faster"]
+
+
 def test_halving_a_bandwidth_never_makes_a_layout_faster():
     for job, layout in some_layouts(120):
 
@@ -248,13 +263,14 @@ def test_what_may_not_fit_does_not_and_the_least_is_the_least():
     assert refused > 100
 
 
-@pytest.mark.parametrize("name, v", [("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2)])
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
 @pytest.mark.parametrize("p, m", [(2, 16), (4, 32), (4, 36), (3, 30), (8, 64)])
-def test_a_schedule_that_repeats_itself_is_simulated_in_part(name, v, p, m):
-    rng = random.Random(p)
+def test_a_schedule_that_repeats_itself_is_simulated_in_part(name, p, m):
+    rng, v = random.Random(p), schedules.SCHEDULES[name].chunks
     even = tuple((1.0, 1.0, 1.0) for _ in range(p * v))
     uneven = tuple((rng.uniform(0.8, 1.2), rng.uniform(0.8, 1.2), 0.7) for _ in range(p * v))
     layout = Layout(1, p, 1, microbatches=m, schedule=name, chunks=v)
+    assert (cost.repeating_microbatches(layout) == m) == (name == "gpipe")
     for seconds, near in ((even, 1e-9), (uneven, 0.02)):
         whole = cost.makespan(name, p, m, v, seconds, 0.02)
         assert cost.pipeline_seconds(layout, seconds, 0.02) == pytest.approx(whole, rel=near)
@@ -280,7 +296,7 @@ def ticks(schedule: schedules.Schedule, length: dict[str, int]) -> int:
 @pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_a_pipeline_takes_the_ticks_that_are_counted(name, p, m):
     """F 2, B 3 and W 1 ticks. Where F = B = W, the bubble of 1F1B is (p - 1) / m of the work."""
-    v = {"interleaved": 2, "zb-v": 2}.get(name, 1)
+    v = schedules.SCHEDULES[name].chunks
     schedule, layout = (schedules.SCHEDULES[name](p, m, v),
                         Layout(1, p, 1, microbatches=m, schedule=name, chunks=v))  # fmt: skip
     split_backward = any(map(schedules.splits_backward, schedule))

@@ -2,11 +2,13 @@ import ast
 import doctest
 import graphlib
 import random
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+import pipeline
 import schedules
 from schedules import Action, check, simulate
 from tools.draw import wrap
@@ -15,8 +17,8 @@ from tools.plan import cost
 MICROBATCHES = (*range(1, 21), 31, 32, 33, 48, 63, 64)
 SIZES = [(p, m) for p in range(1, 17) for m in MICROBATCHES]
 NAMES = [pytest.param(name, chunks, marks=pytest.mark.slow if chunks > 2 else ())
-         for name in schedules.SCHEDULES
-         for chunks in {"interleaved": (1, 2, 3, 4), "zb-v": (2,)}.get(name, (1,))]  # fmt: skip
+         for name, entry in schedules.SCHEDULES.items()
+         for chunks in ((1, 2, 3, 4) if entry.any_chunks else (entry.chunks,))]  # fmt: skip
 
 
 def test_it_imports_only_the_standard_library():
@@ -34,17 +36,41 @@ def test_the_timelines_in_the_docstring():
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name, chunks", NAMES)
 def test_bubble_and_memory_are_as_predicted(name, chunks, every):
+    entry = schedules.SCHEDULES[name]
     for p, m in SIZES[::every]:
-        schedule = schedules.SCHEDULES[name](p, m, chunks)
-        closed_form = {"gpipe": True, "1f1b": True, "zb-v": m >= 2 * p - 1}.get(name, m >= p)
-        if closed_form:
-            predicted = schedules.predicted_bubble(name, p, m, chunks)
+        schedule = entry(p, m, chunks)
+        if m >= entry.exact_from(p):
+            predicted = entry.bubble(p, m, chunks)
             assert schedules.bubble(simulate(schedule)) == pytest.approx(predicted), (p, m)
         one = dict.fromkeys(range(chunks * p), 1)
         for rank in range(p):
             held = cost.peak_held(schedule[rank], one, one)
-            bound = schedules.predicted_held(name, p, m, chunks, rank)
-            assert held == bound or (name == "zb-v" and m < 2 * p - 1 and held < bound), (p, m)
+            assert held == entry.held(p, m, chunks, rank), (p, m)
+
+
+def value(formula: str, **symbols: int) -> float:
+    """Of a formula of the table, in which "6 m" and "2p" are products."""
+    return eval(re.sub(r"(\w) ?([a-z])", r"\1 * \2", formula), symbols)
+
+
+def test_the_table_in_the_docstring():
+    """Every cell, next to the entry and the list of actions, for 4 ranks and 8 microbatches."""
+    p, m = 4, 8
+    table = schedules.__doc__.split("sends per microbatch\n")[1].split("\n\n")[0]
+    rows = {row[0]: row[1:] for row in (re.split("  +", line[4:]) for line in table.splitlines())}
+    assert [*rows] == [*schedules.SCHEDULES]
+    for name, entry in schedules.SCHEDULES.items():
+        chunks, bubble, exact_from, held, sends = rows[name]
+        c, schedule = entry.chunks, entry(p, m)
+        assert chunks == f"{'>=' * entry.any_chunks}{c}"
+        assert bubble == entry.formula
+        assert value(bubble, p=p, m=m, c=c) == entry.bubble(p, m, c)
+        for ranks in range(1, 9):
+            assert value(exact_from, p=ranks) == entry.exact_from(ranks)
+        for r in range(p):
+            assert value(held, p=p, m=m, c=c, r=r) == entry.held(p, m, c, r) / c
+        sent = pipeline.predicted_sends(schedules.stages_of(schedule), 1, 1, 1, 1, 1)[0]
+        assert value(sends, c=c) == sent
 
 
 def test_a_transfer_takes_its_time():
@@ -103,13 +129,23 @@ def test_incomplete_schedules_are_refused(function, spoil, message):
         check(schedules.gpipe(3, 4), 5)
 
 
-@pytest.mark.parametrize(
-    "name, chunks", [("gpipe", 2), ("1f1b", 2), ("zb-h1", 3), ("zb-v", 1), ("zb-v", 4)]
-)
-def test_a_number_of_chunks_that_a_schedule_does_not_have_is_refused(name, chunks):
-    expected = f"{name} requires chunks = ., not {chunks}: set it to ., or use interleaved"
-    with pytest.raises(ValueError, match=expected):
-        schedules.SCHEDULES[name](2, 4, chunks)
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
+def test_a_number_of_chunks_that_a_schedule_does_not_have_is_refused(name):
+    entry = schedules.SCHEDULES[name]
+    assert entry(2, 4) == entry(2, 4, entry.chunks)
+    for chunks in {1, 2, 3, 4} - {entry.chunks}:
+        if entry.any_chunks:
+            assert {len(row) for row in schedules.stages_of(entry(2, 4, chunks))} == {chunks}
+            continue
+        expected = f"chunks = {chunks}: this schedule has {entry.chunks} per rank"
+        with pytest.raises(ValueError, match=expected):
+            entry(2, 4, chunks)
+
+
+def test_chunks_and_splitting_are_read_off_the_actions():
+    read = {name: (e.chunks, e.splits_backward) for name, e in schedules.SCHEDULES.items()}
+    assert read | {"gpipe": (1, False), "1f1b": (1, False), "interleaved": (2, False),
+                   "zb-h1": (1, True), "zb-v": (2, True)} == read  # fmt: skip
 
 
 def test_a_circle_is_refused_and_named():

@@ -61,7 +61,7 @@ def text(tmp_path) -> str:
         ("--data {text} --seq-len 4000", 1, "holds 2520 tokens and needs 8002"),
         ("--data {text} --vocab-size 100", 1, "holds token id 117, outside the vocabulary 0..99"),
         ("--dtype float8", 1, "--dtype: invalid choice: 'float8'.*float32.*float64"),
-        ("--schedule zb-h2", 1, "zb-h2 is neither one of gpipe, 1f1b, .*, zb-v nor a readable"),
+        ("--schedule zb-h2", 1, "zb-h2 is neither one of gpipe, 1f1b, .* nor a readable"),
         ("--schedule 1f1b --virtual-stages 2", 1, "--virtual-stages 2 with --schedule 1f1b, which "
          "has 1 per rank"),
         ("--schedule zb-v --virtual-stages 3", 1, "--virtual-stages 3 with --schedule zb-v, which "

@@ -12,7 +12,7 @@ NAMES = {"1f1b": "1F1B", "interleaved": "interleaved", "zb-h1": "ZB-H1", "zb-v":
 
 
 @pytest.mark.parametrize("p", [4, 8])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_without_transfer_times_no_wait_costs(name, p):
     schedule = schedules.SCHEDULES[name](p, 2 * p)
     expected = schedules.bubble(schedules.simulate(schedule))

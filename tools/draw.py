@@ -88,7 +88,7 @@ def main() -> None:
     add("--p", type=options.at_least(1), default=4, help="number of ranks")
     add("--m", type=options.at_least(1), default=8, help="number of microbatches")
     add("--virtual-stages", "--chunks", dest="chunks", type=options.at_least(1), metavar="N",
-        help="stages per rank, for interleaved")  # fmt: skip
+        help=f"stages per rank, for {schedules.with_any_chunks()}")  # fmt: skip
     add("--text", action="store_true", help="print a file for train_3d.py --schedule")
     add("--svg", metavar="FILE", help="also write a picture to this file")
     args = arguments.parse_args()

@@ -51,26 +51,17 @@ def time_axis(picture: Picture, x: float, y: float, scale: float, end: float, un
 
 # --- schedules ------------------------------------------------------------------------------------
 
-FORMULAS = {
-    "gpipe": "(p-1) / m",
-    "1f1b": "(p-1) / m",
-    "interleaved": "(p-1) / (c m)",
-    "zb-h1": "(p-1) / (3 m)",
-    "zb-v": "(p-1) / (6 m)",
-}
-
 
 def draw_all_schedules() -> Picture:
     """The built-in schedules, and below them one that was measured."""
     p, m, data = 4, 8, read("schedules")
     named, notes = {}, {}
-    for name, schedule in schedules.SCHEDULES.items():
-        chunks = 2 if name in ("interleaved", "zb-v") else 1
-        named[name] = schedule(p, m, chunks)
-        held = [schedules.predicted_held(name, p, m, chunks, rank) / chunks for rank in range(p)]
+    for name, entry in schedules.SCHEDULES.items():
+        named[name] = entry(p, m)
+        held = [entry.held(p, m, entry.chunks, rank) / entry.chunks for rank in range(p)]
         notes[name] = [
             f"bubble {schedules.bubble(schedules.simulate(named[name])):.3f}",
-            f"= {FORMULAS[name]}",
+            f"= {entry.formula}",
             f"stores {' '.join(f'{n:g}' for n in held)}",
         ]
     spans = [
@@ -79,8 +70,8 @@ def draw_all_schedules() -> Picture:
     ]
     ranks = data["ranks"]
     top, below = 76, 76 + schedules_height([p] * len(named))
-    picture = Picture(WIDTH, below + ranks * ROW + 72, "five pipeline schedules, one measured")
-    picture.text(20, 28, f"Five pipeline schedules: p = {p} ranks, m = {m} microbatches", 15,
+    picture = Picture(WIDTH, below + ranks * ROW + 72, "pipeline schedules, one measured")
+    picture.text(20, 28, f"Pipeline schedules: p = {p} ranks, m = {m} microbatches", 15,
                  bold=True)  # fmt: skip
     action_legend(picture, 20, 54)
     picture.text(WIDTH - 20, 28, "stores: most microbatches held, by rank", 12, "end", GRAY)

@@ -133,9 +133,20 @@ def _split_layers(config: gpt.GPTConfig, n: int) -> list[range]:
 
 
 def stages(layout: Layout, pp_rank: int) -> list[int]:
-    """The stages of a rank: round-robin, or (zb-v) in a V, ranks 0..p-1..0."""
-    p, n = layout.pp, layout.pp * layout.chunks
-    return [pp_rank, n - 1 - pp_rank] if layout.schedule == "zb-v" else [*range(pp_rank, n, p)]
+    """The stages of a rank."""
+    return placement(layout.schedule, layout.pp, layout.chunks)[pp_rank]
+
+
+@functools.lru_cache(4096)
+def placement(name: str, p: int, chunks: int) -> list[list[int]]:
+    """The stages of each rank."""
+    return schedules.stages_of(schedules.SCHEDULES[name](p, 1, chunks))
+
+
+@functools.cache
+def splits_backward(name: str) -> bool:
+    """Whether the schedule has W."""
+    return schedules.SCHEDULES[name].splits_backward
 
 
 def vocab_rows(config: gpt.GPTConfig, t: int, tp_rank: int = 0) -> int:
@@ -211,9 +222,11 @@ def schedule_of(name: str, p: int, m: int, chunks: int) -> schedules.Schedule:
 
 
 def repeating_microbatches(layout: Layout) -> int:
-    """Number of microbatches after which the schedule repeats a pattern. GPipe never does."""
-    p, m = layout.pp, layout.microbatches
-    return m if layout.schedule == "gpipe" else min(m, 3 * p + m % p)
+    """Number of microbatches after which the schedule repeats a pattern. A schedule that stores
+    more with more microbatches, such as GPipe, never does."""
+    p, m, v = layout.pp, layout.microbatches, layout.chunks
+    held, few = schedules.SCHEDULES[layout.schedule].held, min(m, 4 * p + m % p)
+    return m if held is None or held(p, m, v, 0) > held(p, few, v, 0) else few
 
 
 @functools.lru_cache(1 << 16)
@@ -367,10 +380,9 @@ def predicted_rank_bytes(
         schedule = schedule or schedule_of(name, p, repeating_microbatches(layout), v)
         held["activations"] = peak_held(schedule[pp_rank], flying, waiting)
     else:
-        n = 1 if name == "zb-v" else schedules.predicted_held(name, p, layout.microbatches, v, 0)
-        each = [flying] + [waiting] * (name == "zb-v")
+        n = schedules.SCHEDULES[name].held(p, layout.microbatches, v, pp_rank)
+        each = [flying] + [waiting] * splits_backward(name)
         held["activations"] = n * min(min(bytes_of.values()) for bytes_of in each)
-        held["activations"] *= pp_rank == 0
     held["activations"] += 8 * ends[1]
     if layout.tp == 1:  # nn.Embedding saves views of the token ids of all microbatches
         tokens = layout.microbatches * layout.micro_batch_size * config.seq_len
@@ -453,19 +465,18 @@ Parts = dict[str, tuple[float, float, float]]
 @functools.lru_cache(1 << 16)
 def chunk_seconds(
     config: gpt.GPTConfig, layout: Layout, hardware: Hardware, per_node: int, program: Program,
-    n: int, first: bool, last: bool,
+    deferred: bool, n: int, first: bool, last: bool,
 ) -> Parts:  # fmt: skip
     """Seconds of one microbatch of a stage with n blocks: {"F" | "B" | "W": (matmul, memory, tp)}.
 
-    B does not include the matmuls of W. With ZeRO-3, tp includes the exposed time of its
-    collectives.
+    B does not include the matmuls of W. deferred: whether the schedule has W. With ZeRO-3, tp
+    includes the exposed time of its collectives.
     """
     t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
     _, block, head = (b * s * flops / t for flops in gpt.flops_per_token(config))
     core = b * s * 4 * s * h / t  # FLOPs of a block without weights: the core of attention
     dropout, policy = config.dropout > 0, layout.recompute
-    put_off = layout.schedule.startswith("zb")  # W is separate from B
-    again = predicted_flops(config, 1, b, policy, deferred=put_off, t=t) - 3 * block
+    again = predicted_flops(config, 1, b, policy, deferred=deferred, t=t) - 3 * block
     sizes = (b, s, h, config.n_head, config.attention, program.itemsize)
     more = (dropout, t, layout.sequence_parallel)
     kept, left = (predicted_block_bytes(*sizes, name, *more)
@@ -515,11 +526,11 @@ def stage_seconds(
 ) -> list[Parts]:  # fmt: skip
     """chunk_seconds of each stage. split: the blocks of each stage."""
     shards = layout.dp if layout.zero == 3 else 1
-    schedule = "zb-h1" if layout.schedule.startswith("zb") else "1f1b"
     # Only the fields on which chunk_seconds depends, so that layouts share its cache.
     key = Layout(layout.tp, 1, shards, 3 if shards > 1 else 0, layout.micro_batch_size, 1,
-                 layout.recompute, schedule, 1, layout.sequence_parallel)  # fmt: skip
-    common, end = (config, key, hardware, per_node, program), len(split) - 1
+                 layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
+    common = (config, key, hardware, per_node, program, splits_backward(layout.schedule))
+    end = len(split) - 1
     return [chunk_seconds(*common, len(own), k == 0, k == end) for k, own in enumerate(split)]
 
 
@@ -566,7 +577,7 @@ def least_seconds(layout: Layout, seconds: list[tuple[float, float, float]]) -> 
     earlier ranks. After its last backward, the earlier ranks still run their last backwards; this
     is not counted if W is separate from B, because W can fill the gap.
     """
-    m, deferred = layout.microbatches, layout.schedule.startswith("zb")
+    m, deferred = layout.microbatches, splits_backward(layout.schedule)
     least, earlier_ranks = 0.0, 0.0
     for r in range(layout.pp):
         busy = m * sum(sum(seconds[k]) for k in stages(layout, r))

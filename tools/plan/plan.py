@@ -28,6 +28,7 @@ All predicted times are multiplied by measured / predicted. The order of the lay
 
 import argparse
 import dataclasses
+import functools
 import heapq
 import json
 import math
@@ -157,12 +158,30 @@ def best_microbatch(job: Job, layout: Layout) -> list[Plan]:
 # --- the search -----------------------------------------------------------------------------------
 
 
+@functools.cache
+def worth_trying() -> list[str]:
+    """The schedules with closed forms, without those that are worse than another one by these: with
+    as many chunks and the same splitting of the backward, they have a larger bubble or store more,
+    and are better in neither. GPipe has the bubble of 1F1B and stores more."""
+    p, m, costs = 4, 16, {}
+    for name, entry in schedules.SCHEDULES.items():
+        if entry.bubble and entry.held:
+            held = max(entry.held(p, m, entry.chunks, r) for r in range(p))
+            bubble = entry.bubble(p, m, entry.chunks)
+            costs[name] = (entry.chunks, entry.splits_backward), bubble, held
+
+    def is_worse(a: tuple, b: tuple) -> bool:
+        return a != b and a[0] == b[0] and a[1] >= b[1] and a[2] >= b[2]
+
+    return [name for name, a in costs.items() if not any(is_worse(a, b) for b in costs.values())]
+
+
 def layouts(job: Job, asked: dict) -> Iterator[Layout]:
     """All layouts that the trainer accepts and that could be the fastest.
 
-    Left out: gpipe, which is as fast as 1f1b and needs more memory; chunks that do not divide the
-    blocks; t larger than a machine; microbatches of more than 64 rows. asked: fields of the layout
-    that the user has fixed.
+    Left out: schedules that are not worth_trying(); chunks that do not divide the blocks; t larger
+    than a machine; microbatches of more than 64 rows. asked: fields of the layout that the user has
+    fixed.
     """
     config = job.config
     explicit = config.attention == "explicit" or config.dropout > 0
@@ -178,20 +197,22 @@ def layouts(job: Job, asked: dict) -> Iterator[Layout]:
         sequences = (False, True) if t > 1 and config.seq_len % t == 0 else (False,)
         for p in choices("pp", [p for p in divisors(job.gpus // t) if p <= config.n_layer]):
             d = job.gpus // (t * p)
-            schedules = [("1f1b", 1)]
-            if p > 1:
-                schedules += [("zb-h1", 1)] + [("zb-v", 2)] * (2 * p <= config.n_layer)
-                schedules += [("interleaved", k // p) for k in divisors(config.n_layer)
-                              if k % p == 0 and k > p]  # fmt: skip
-            schedules = [(name, chunks) for name, chunks in schedules
-                         if name in choices("schedule", [name])
-                         and chunks in choices("chunks", [chunks])]  # fmt: skip
+            several = [k // p for k in divisors(config.n_layer) if k % p == 0 and k > p]
+            orders = [
+                (name, chunks)
+                for name in (worth_trying() if p > 1 else ["1f1b"])
+                for entry in [schedules.SCHEDULES[name]]
+                for chunks in (several if entry.any_chunks else [entry.chunks])
+                if chunks * p <= config.n_layer
+                and name in choices("schedule", [name])
+                and chunks in choices("chunks", [chunks])
+            ]
             sizes = [b for b in divisors(job.batch // d) if b <= 64]
             for b in choices("micro_batch_size", sizes):
                 if job.batch % (d * b):
                     continue
                 m = job.batch // (d * b)
-                for name, chunks in schedules:
+                for name, chunks in orders:
                     for zero in choices("zero", [0, 1, 2, 3] if d > 1 else [0]):
                         for policy in choices("recompute", policies):
                             for sequence in choices("sequence_parallel", sequences):
@@ -297,7 +318,7 @@ def measured_layout(job: Job, text: str, model: list[str]) -> Layout:
                "layout")  # fmt: skip
     d = job.gpus // (args.tp * args.pp)
     m = job.batch // (d * args.micro_batch_size)
-    chunks = {"interleaved": args.chunks or 2, "zb-v": 2}.get(args.schedule, 1)
+    chunks = args.chunks or schedules.SCHEDULES[args.schedule].chunks
     return Layout(args.tp, args.pp, d, args.zero if d > 1 else 0, args.micro_batch_size, m,
                   args.recompute, args.schedule, chunks, args.sequence_parallel)  # fmt: skip
 
@@ -383,7 +404,7 @@ def arguments(job: Job, layout: Layout, model: list[str]) -> list[str]:
         f"--global-batch-size {job.batch} --micro-batch-size {layout.micro_batch_size}",
         f"--zero {layout.zero} --recompute {layout.recompute} --schedule {layout.schedule}",
     ]
-    flags += [f"--virtual-stages {layout.chunks}"] * (layout.schedule == "interleaved")
+    flags += [f"--virtual-stages {layout.chunks}"] * schedules.SCHEDULES[layout.schedule].any_chunks
     flags += ["--sequence-parallel"] * layout.sequence_parallel
     return flags + [f"--dtype {'bf16' if job.program.itemsize == 2 else 'float32'}"]
 
@@ -570,7 +591,7 @@ def parser() -> Parser:
         add(f"--{field.replace('_', '-')}", type=natural, metavar="N", help=fixed)
     add("--virtual-stages", dest="chunks", type=natural, metavar="N", help=fixed)
     add("--chunks", type=natural, help=argparse.SUPPRESS)  # the former name
-    add("--schedule", choices=("1f1b", "interleaved", "zb-h1", "zb-v"), help=fixed)
+    add("--schedule", choices=worth_trying(), help=fixed)
     add("--recompute", choices=("none", "selective", "full"), help=fixed)
     add("--anchor", type=float, metavar="SECONDS", help="measured seconds per step of one layout: "
         "tokens per step / the tokens/s that train_3d.py prints; scales all predicted "

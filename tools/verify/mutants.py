@@ -284,7 +284,7 @@ ZOO = [
         "tests/test_train_3d.py::test_validation_drops_nothing", r"assert \(?False"),
     Bug(38, "1F1B warms up with one forward too many", [
         ("schedules.py", '[(p - 1 - r, "F"), (m, "FB")]', '[(p - r, "F"), (m, "FB")]')],
-        "tests/test_schedules.py::test_bubble_and_memory_are_as_predicted", r"assert \(2 == 1"),
+        "tests/test_schedules.py::test_bubble_and_memory_are_as_predicted", r"assert 2 == 1"),
     Bug(39, "a parameter that no rank used is updated", [
         ("ddp.py", "p.grad = torch.full_like(p, -0.0)", "p.grad = torch.zeros_like(p)")],
         "tests/test_ddp.py::test_each_version_equals_one_process",

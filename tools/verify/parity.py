@@ -25,8 +25,8 @@ def cases(nproc: int, n_head: int) -> list[Case]:
     """All layouts with t p d = nproc in which t divides the heads.
 
     Options without effect are left out: schedules if p = 1, ZeRO if d = 1, SP if t = 1. To save
-    time, schedules other than 1F1B are combined with ZeRO stages 0 and 3 only, and SP with the
-    schedules 1f1b and zb-v only.
+    time, schedules other than 1F1B are combined with ZeRO stages 0 and 3 only, and SP with 1F1B and
+    with schedules that have several chunks and split the backward.
     """
     sizes = [
         (t, p, nproc // (t * p))
@@ -34,6 +34,8 @@ def cases(nproc: int, n_head: int) -> list[Case]:
         for p in range(1, nproc + 1)
         if nproc % (t * p) == 0 and n_head % t == 0
     ]
+    with_sp = ["1f1b", *(name for name, entry in schedules.SCHEDULES.items()
+                         if entry.chunks > 1 and entry.splits_backward)]  # fmt: skip
     return [
         Case(t=t, p=p, d=d, m=max(2, p - 1), sequence=sequence, zero=z, shard_size=k,
              schedule=schedule, n_head=n_head, n_embd=2 * n_head, n_layer=2 * p + 1, vocab_size=45,
@@ -42,7 +44,7 @@ def cases(nproc: int, n_head: int) -> list[Case]:
         for z, k in stages(d)
         for schedule in (schedules.SCHEDULES if p > 1 else ("1f1b",))
         if schedule == "1f1b" or (z, k) in ((0, None), (3, None))
-        for sequence in ((False, True) if t > 1 and schedule in ("1f1b", "zb-v") else (False,))
+        for sequence in ((False, True) if t > 1 and schedule in with_sp else (False,))
     ]  # fmt: skip
 
 

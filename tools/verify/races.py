@@ -35,6 +35,7 @@ import checkpoint
 import checkpoint_dcp
 import ddp
 import gpt
+import schedules
 import tensor_parallel
 import zero
 from tools.verify.oracle import STEPS, Case, Compared, Errors, compared, judge, launch, trainer_of
@@ -47,10 +48,8 @@ PATHS = {
     "ZeRO-2, hybrid": Case(d=4, zero=2, shard_size=2, **SIZES),
     "ZeRO-3": Case(d=3, zero=3, recompute="full", **SIZES),
     "ZeRO-3, kept": Case(d=2, zero=3, reshard=0, **SIZES),
-    "1f1b": Case(p=3, **SIZES),
-    "interleaved": Case(p=2, schedule="interleaved", recompute="full", **SIZES),
-    "zb-h1": Case(p=3, schedule="zb-h1", tied=False, **SIZES),
-    "zb-v": Case(p=2, schedule="zb-v", **SIZES),
+    **{name: Case(p=3, schedule=name, **SIZES | {"n_layer": 6}) for name in schedules.SCHEDULES},
+    "PP, untied": Case(p=2, schedule="interleaved", recompute="full", tied=False, **SIZES),
     "TP": Case(t=2, **SIZES),
     "TP and SP": Case(t=2, sequence=True, **SIZES),
     "all together": Case(t=2, p=2, d=2, zero=3, schedule="zb-v", sequence=True, **SIZES),

@@ -130,9 +130,9 @@ def check_no_deadlock(programs: list[pipeline.Program]) -> None:
 
 def main() -> None:
     print("schedule     p   transfer  times   no waits  sends  one handle  both")
-    for name in ("1f1b", "interleaved", "zb-h1", "zb-v"):
+    for name, entry in schedules.SCHEDULES.items():
         for p in (4, 8):
-            schedule = schedules.SCHEDULES[name](p, 2 * p)
+            schedule = entry(p, 2 * p)
             for transfer, by in ((0.1, 0.0), (0.1, 0.2), (0.2, 0.0)):
                 times = [vary(schedule, by, seed) for seed in range(10 if by else 1)]
                 row = [statistics.mean(bubble(schedule, transfer, handle, sends, time)
