@@ -148,6 +148,7 @@ def test_an_old_checkpoint_resumes_unchanged(tmp_path):
     args, found, wrong = options.parse_args(flags)
     config = options.check(args, 1)
     assert not wrong and options.compare(options.run_of(args, config), found[0].about) == []
+    assert {*options.RUN} >= {*BEFORE["arguments"]} and [*options.SIZES] == [*BEFORE["sizes"]]
     expected = BEFORE["arguments"] | {"warmup_steps": 5}
     assert {name: getattr(args, name) for name in expected} == expected
     args, found, _ = options.parse_args([*flags, "--clip", "2"])
