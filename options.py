@@ -14,7 +14,6 @@ consecutive layers on one pipeline-parallel rank. Chunk: one of the stages of a 
 """
 
 import argparse
-import copy
 import dataclasses
 import difflib
 import importlib
@@ -36,20 +35,9 @@ import pipeline
 import schedules
 import zero3
 
+HIDDEN = argparse.SUPPRESS
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
-SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len")
-# Options that affect the losses of a run, in addition to SIZES. A resumed run takes those that are
-# not given from its checkpoint. Other options affect only the layout, the output or the start.
-RUN = ("arch", "untied", "attention", "dropout", "data", "global_batch_size", "steps", "lr",
-       "warmup_steps", "optimizer", "weight_decay", "clip", "seed", "dtype", "grad_dtype",
-       "reduce_dtype")  # fmt: skip
-FIELDS = {"tied", "attention", "dropout"}  # of a model, if it has them; they are in RUN
-# Former names of options. They are accepted, but not listed.
-RENAMED = {
-    "--log": "--metrics", "--print-every": "--log-interval", "--val-every": "--eval-interval",
-    "--val-batches": "--eval-iters", "--save-every": "--save-interval", "--keep": "--keep-latest",
-    "--clip": "--grad-clip", "--chunks": "--virtual-stages",
-}  # fmt: skip
+FIELDS = {"tied", "attention", "dropout"}  # of a model, if it has them; options set them
 # Former options that are commands now.
 MOVED = {
     "--dry-run": "tools.plan.dry_run", "--world-size": "tools.plan.dry_run",
@@ -93,7 +81,8 @@ class Parser(argparse.ArgumentParser):
                 )
                 self.error(f"{name} has become a command: python -m {module} {' '.join(rest)}")
         if unknown:
-            known = [name for name in self._option_string_actions if name not in RENAMED]
+            listed = [a for a in self._actions if getattr(a, "full_help", a.help) != HIDDEN]
+            known = [name for action in listed for name in action.option_strings]
             hints = (did_you_mean(name.split("=")[0], known) for name in unknown)
             hint = next(filter(None, hints), "")
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
@@ -132,7 +121,7 @@ class HelpAll(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_):
         for action in parser._actions:
-            action.help = getattr(action, "rare_help", action.help)
+            action.help = getattr(action, "full_help", action.help)
         parser.epilog = None
         parser.print_help()
         parser.exit()
@@ -169,6 +158,15 @@ def at_least(low: int, kind: type = int, below: float = math.inf) -> Callable[[s
 
 
 def parser(prog: str = "train_3d.py") -> Parser:
+    """All options. Besides the arguments of argparse, add() takes
+
+    kind: "size" or "run" if the option affects the losses of a run. A checkpoint stores it, and a
+        resumed run takes it from there if it is not given. "layout" if it affects which rank holds
+        or computes what. None if it affects only the start or the output. By default that of the
+        group. `Case` and `make fuzz` vary the first three kinds.
+    needs: {name: values}. The option is refused unless args.name has one of these values.
+    was: its former name, which is also accepted, and is the name in args.
+    rare: True if only --help-all lists it."""
     p = Parser(
         prog,
         usage="%(prog)s [options]",
@@ -177,44 +175,55 @@ def parser(prog: str = "train_3d.py") -> Parser:
         formatter_class=Help,
     )
     count, count0, amount = at_least(1), at_least(0), at_least(0, float)
-    left_out = []
+    p.options = {}
 
-    def rare(add: Callable, name: str, help: str, **how) -> None:
-        """Add an option that only --help-all lists."""
-        add(name, help=argparse.SUPPRESS, **how).rare_help = help
-        left_out.append(name)
+    def group(title: str, kind: str | None) -> Callable:
+        """A function that adds an option to this group of --help."""
+        add_argument = p.add_argument_group(title).add_argument
+
+        def add(name: str, help: str, kind=kind, needs=None, was="", rare=False, **how) -> None:
+            if was:
+                how["dest"] = was
+                add_argument(f"--{was.replace('_', '-')}", help=HIDDEN, **how)
+            option = add_argument(name, help=HIDDEN if rare else help, **how)
+            option.kind, option.needs, option.full_help = kind, needs or {}, help
+            p.options.setdefault(option.dest, option)
+
+        return add
 
     # fmt: off
-    add = p.add_argument_group("model").add_argument
+    add = group("model", "run")
     add("--arch", default="gpt", metavar="MODULE", help="the model: gpt, examples.llama, or "
         "another Python module, see gpt.py")
-    add("--model", metavar="NAME", help="one of its sizes (default: the first); gpt: "
+    add("--model", kind=None, metavar="NAME", help="one of its sizes (default: the first); gpt: "
         f"{', '.join(gpt.MODELS)}")
-    add("--n-layer", type=count, metavar="N", help="number of blocks (default: as --model)")
-    add("--n-head", type=count, metavar="N", help="attention heads per block (default: as --model)")
-    add("--n-embd", type=count, metavar="N", help="hidden size (default: as --model)")
-    add("--vocab-size", type=count, metavar="N", help="number of token ids (default: as --model)")
-    add("--seq-len", type=count, metavar="N", help="tokens per row (default: as --model)")
-    rare(add, "--config", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
-         help="other fields of the Config of --arch (default: as --model)")
-    rare(add, "--untied", action="store_true",
-         help="do not share the embedding with the output head")
+    add("--config", kind=None, rare=True, nargs="+", action="extend", default=[],
+        metavar="FIELD=VALUE", help="other fields of the Config of --arch (default: as --model)")
+    add("--untied", rare=True, action="store_true",
+        help="do not share the embedding with the output head")
     add("--dropout", type=at_least(0, float, below=1), default=0.0, metavar="P",
         help="dropout probability; above 0, attention is explicit")
-    add("--init-from", metavar="DIR", help="start from the GPT-2 in this Hugging Face folder")
-    rare(add, "--attention", choices=("sdpa", "explicit"), default="sdpa",
-         help="sdpa: PyTorch's fused attention; explicit: separate matmuls and softmax")
+    add("--init-from", kind=None, metavar="DIR", help="start from this Hugging Face GPT-2 folder")
+    add("--attention", rare=True, choices=("sdpa", "explicit"), default="sdpa",
+        help="sdpa: PyTorch's fused attention; explicit: separate matmuls and softmax")
 
-    add = p.add_argument_group("data").add_argument
+    add = group("model sizes (default: those of --model)", "size")
+    add("--n-layer", type=count, metavar="N", help="number of blocks")
+    add("--n-head", type=count, metavar="N", help="attention heads per block")
+    add("--n-embd", type=count, metavar="N", help="hidden size")
+    add("--vocab-size", type=count, metavar="N", help="number of token ids")
+    add("--seq-len", type=count, metavar="N", help="tokens per row")
+
+    add = group("data", "run")
     add("--data", metavar="PATH", help="a text file, a folder of text files, or token ids as .npy "
         "or .bin (default: the source code of Python's standard library)")
     add("--global-batch-size", type=count, default=32, metavar="ROWS", help="rows per step")
-    add("--micro-batch-size", type=count, default=4, metavar="ROWS",
+    add("--micro-batch-size", kind="layout", type=count, default=4, metavar="ROWS",
         help="rows per forward pass of one rank")
     add("--seed", type=count0, default=0, metavar="N",
         help="determines initial weights, batches and dropout")
 
-    add = p.add_argument_group("layout: which rank holds and computes what").add_argument
+    add = group("layout: which rank holds and computes what", "layout")
     add("--tp", type=count, default=1, metavar="T", help="tensor-parallel size t")
     add("--pp", type=count, default=1, metavar="P",
         help="pipeline-parallel size p; the data-parallel size is d = world size / (t p)")
@@ -222,24 +231,24 @@ def parser(prog: str = "train_3d.py") -> Parser:
         "along the sequence, over the tp ranks")
     add("--zero", type=int, choices=(0, *zero3.STAGES), default=0, help="0: DDP; 1: shard the "
         "optimizer state over dp; 2: gradients too; 3: parameters too")
-    add("--zero-shard-size", type=count, metavar="K",
+    add("--zero-shard-size", type=count, metavar="K", needs={"zero": [1, 2, 3]},
         help="ZeRO: number of ranks that hold one sharded copy of the state (default: d)")
     add("--no-reshard-after-forward", dest="zero_reshard_after_forward", action="store_const",
-        const=0, default=1, help="ZeRO-3: keep gathered parameters until the step's last backward, "
-        "instead of freeing them after each forward")
+        const=0, default=1, needs={"zero": [3]}, help="ZeRO-3: keep gathered parameters until the "
+        "step's last backward, instead of freeing them after each forward")
     add("--zero-reshard-after-forward", type=int, choices=(0, 1), default=1,
-        help=argparse.SUPPRESS)  # a former name
-    rare(add, "--dp-nodes", type=count, default=1, metavar="K",
-         help="DDP: number of nodes; gradients are summed within each node first")
+        help=HIDDEN)  # a former name
+    add("--dp-nodes", rare=True, type=count, default=1, metavar="K", needs={"zero": [0]},
+        help="DDP: number of nodes; gradients are summed within each node first")
 
-    add = p.add_argument_group("pipeline schedule").add_argument
+    add = group("pipeline schedule", "layout")
     add("--schedule", default="1f1b", metavar="NAME|FILE", help="pipeline schedule: "
         f"{', '.join(schedules.SCHEDULES)}, or a text file with one line of actions per pp rank, "
         "as `make draw ARGS=--text` prints it")
-    add("--virtual-stages", dest="chunks", type=count, metavar="N",
+    add("--virtual-stages", was="chunks", type=count, metavar="N",
         help=f"stages per rank of the schedule {schedules.with_any_chunks()} (default: 2)")
 
-    add = p.add_argument_group("steps and optimizer").add_argument
+    add = group("steps and optimizer", "run")
     add("--steps", type=count, default=300, metavar="N", help="number of optimizer steps")
     add("--lr", type=amount, default=2e-3, metavar="X",
         help="peak learning rate; decays to a tenth of it")
@@ -248,72 +257,85 @@ def parser(prog: str = "train_3d.py") -> Parser:
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="the optimizer")
     add("--weight-decay", type=amount, default=0.1, metavar="X",
         help="weight decay of matrices and embeddings")
-    add("--grad-clip", dest="clip", type=amount, default=1.0, metavar="X",
+    add("--grad-clip", was="clip", type=amount, default=1.0, metavar="X",
         help="largest global gradient norm; 0: do not clip")
 
-    add = p.add_argument_group("precision, memory and device").add_argument
+    add = group("precision", "run")
     add("--dtype", choices=DTYPES, default="float32", help="dtype of parameters, activations and "
         "communication; bf16 keeps fp32 master weights")
-    add("--grad-dtype", choices=("float32", "bf16"), help="with --dtype bf16: dtype in which "
-        "gradients are summed over microbatches (default: float32)")
-    add("--reduce-dtype", choices=("float32", "bf16"), help="with --dtype bf16: dtype in which "
-        "gradients are summed over ranks (default: bf16)")
+    add("--grad-dtype", choices=("float32", "bf16"), needs={"dtype": ["bf16"]}, help="with "
+        "--dtype bf16: dtype in which gradients are summed over microbatches (default: float32)")
+    add("--reduce-dtype", choices=("float32", "bf16"), needs={"dtype": ["bf16"]}, help="with "
+        "--dtype bf16: dtype in which gradients are summed over ranks (default: bf16)")
+
+    add = group("memory and device", "layout")
     add("--recompute", action=Recompute, default="none", metavar="POLICY[:K]", help="none: save "
         "all activations; selective: recompute attention scores; full: recompute blocks; offload: "
         "move activations to host memory; with :K, in one block of K only")
-    add("--recompute-every", type=count, default=1, help=argparse.SUPPRESS)  # :K of --recompute
-    rare(add, "--recompute-layers", type=count, metavar="N",
-         help="apply --recompute only to the first N blocks of each rank (default: all)")
+    add("--recompute-every", type=count, default=1, help=HIDDEN)  # :K of --recompute
+    add("--recompute-layers", rare=True, type=count, metavar="N",
+        help="apply --recompute only to the first N blocks of each rank (default: all)")
     add("--compile", action="store_true", help="compile each block with torch.compile: one graph, "
         "or several with --tp > 1 or a zero-bubble schedule, which it cannot trace completely")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+    add("--device", kind=None, choices=("auto", "cpu", "cuda"), default="auto",
         help="auto: cuda if every local rank has its own GPU, else cpu")
-    rare(add, "--timeout", type=count, default=600, metavar="SECONDS",
-         help="time that a collective waits for other ranks before the run fails")
+    add("--timeout", kind=None, rare=True, type=count, default=600, metavar="SECONDS",
+        help="time that a collective waits for other ranks before the run fails")
 
-    add = p.add_argument_group("logging and evaluation").add_argument
-    add("--log-interval", dest="print_every", type=count, default=10, metavar="N",
+    add = group("logging and evaluation", None)
+    add("--log-interval", was="print_every", type=count, default=10, metavar="N",
         help="steps per line of output")
-    add("--eval-interval", dest="val_every", type=count0, default=100, metavar="N",
+    add("--eval-interval", was="val_every", type=count0, default=100, metavar="N",
         help="steps between two validations; 0: never validate")
-    add("--eval-iters", dest="val_batches", type=count, default=4, metavar="N",
+    add("--eval-iters", was="val_batches", type=count, default=4, metavar="N",
         help="global batches per validation")
     add("--sample", type=count0, default=0, metavar="N", help="tokens to generate after training")
-    add("--metrics", dest="log", metavar="FILE",
+    add("--metrics", was="log", metavar="FILE",
         help="write a JSON object per step and per validation")
     add("--trace", metavar="FILE", help="write a timeline of all ranks, for ui.perfetto.dev")
-    rare(add, "--peak-tflops", type=at_least(1e-3, float), metavar="X",
-         help="peak TFLOP/s of one rank, for the MFU (default: known for some GPUs)")
+    add("--peak-tflops", rare=True, type=at_least(1e-3, float), metavar="X",
+        help="peak TFLOP/s of one rank, for the MFU (default: known for some GPUs)")
 
-    add = p.add_argument_group("checkpoints").add_argument
+    add = group("checkpoints", None)
     add("--checkpoint-dir", metavar="DIR", help="save checkpoints there (default: do not save; "
         "with --resume: checkpoints)")
-    add("--save-interval", dest="save_every", type=count0, default=100, metavar="N",
+    add("--save-interval", was="save_every", type=count0, default=100, metavar="N",
         help="steps between two checkpoints; 0: save only at the end")
-    add("--keep-latest", dest="keep", type=count, default=2, metavar="K",
+    add("--keep-latest", was="keep", type=count, default=2, metavar="K",
         help="number of checkpoints to keep")
     add("--resume", action="store_true", help="continue from the newest checkpoint, in any layout; "
         "options of the model, data and optimizer default to the checkpoint's")
-    rare(add, "--stop-after", type=count, metavar="N",
-         help="save and exit after step N (default: after --steps)")
+    add("--stop-after", rare=True, type=count, metavar="N",
+        help="save and exit after step N (default: after --steps)")
     # fmt: on
-    for old, new in RENAMED.items():
-        action = copy.copy(p._option_string_actions[new])
-        action.option_strings, action.help = [old], argparse.SUPPRESS
-        p._add_action(action)
-    p.add_argument("--help-all", action=HelpAll, nargs=0, help=argparse.SUPPRESS)
-    p.epilog = f"--help-all also explains {', '.join(sorted(left_out))}."
+    p.add_argument("--help-all", action=HelpAll, nargs=0, help=HIDDEN)
+    rare = sorted(o.option_strings[0] for o in p.options.values() if o.help != o.full_help)
+    p.epilog = f"--help-all also explains {', '.join(rare)}."
     return p
 
 
-# --- checks ---------------------------------------------------------------------------------------
+OPTIONS = parser().options  # the entries, by the name of their value in args
+SIZES = tuple(name for name, option in OPTIONS.items() if option.kind == "size")
+RUN = tuple(name for name, option in OPTIONS.items() if option.kind == "run")
 
 
 def flag(name: str) -> str:
     """The option that sets an attribute of args, or a field of the model: "--grad-clip" sets
     "clip"."""
-    options = (a.option_strings[0] for a in parser()._actions if a.dest == name)
-    return next(options, f"--config {name}")
+    return OPTIONS[name].option_strings[0] if name in OPTIONS else f"--config {name}"
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def unmet(args: argparse.Namespace) -> dict[str, str]:
+    """What options need but args do not have, such as {"zero_shard_size": "--zero 1, 2 or 3"}."""
+    return {
+        name: f"{flag(other)} {' or '.join(', '.join(map(str, values)).rsplit(', ', 1))}"
+        for name, option in OPTIONS.items()
+        for other, values in option.needs.items()
+        if getattr(args, other) not in values
+    }
 
 
 def require_multiple(
@@ -413,17 +435,10 @@ def check(
     require_multiple("d", d, f"--zero-shard-size {k}", k or 1, f"give a divisor of {d}")
     require_multiple("d", d, f"--dp-nodes {nodes}", nodes, f"give a divisor of {d}")
     arch.plan(config, t)  # raises ValueError if the model cannot be sharded over t ranks
-    default = parser().get_default
-    for name, accepted, needed in (
-        ("zero_shard_size", args.zero > 0, "--zero 1, 2 or 3"),
-        ("zero_reshard_after_forward", args.zero == 3, "--zero 3"),
-        ("dp_nodes", args.zero == 0, "--zero 0"),
-        ("grad_dtype", args.dtype == "bf16", "--dtype bf16"),
-        ("reduce_dtype", args.dtype == "bf16", "--dtype bf16"),
-    ):
+    for name, needed in unmet(args).items():
         value = getattr(args, name)
-        if value != default(name) and not accepted:
-            given = flag(name) if value == 0 else f"{flag(name)} {value}"  # 0: a switch
+        if value != OPTIONS[name].default:
+            given = flag(name) if OPTIONS[name].nargs == 0 else f"{flag(name)} {value}"
             raise ValueError(f"{given} needs {needed}: give that too, or leave out {flag(name)}")
     if args.compile and args.recompute == "offload":
         raise ValueError(
@@ -532,8 +547,9 @@ def parse_args(
         # --model sets all sizes, so the saved ones are not used.
         config = [f"{name}={value}" for name, value in sizes.items()]
         completed.set_defaults(**recorded, config=config)
-        if completed.parse_args(argv).dtype != "bf16":
-            completed.set_defaults(grad_dtype=None, reduce_dtype=None)  # these apply to bf16 only
+        # An option is not taken over if this run does not have what it needs.
+        unused = unmet(completed.parse_args(argv))
+        completed.set_defaults(**{name: OPTIONS[name].default for name in unused})
         args = completed.parse_args(argv)
         if args.arch != recorded["arch"]:
             raise ValueError(

@@ -1,9 +1,11 @@
 """The options of train_3d.py: their names, old and new, their help, and signals."""
 
+import argparse
 import ctypes
 import itertools
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -22,6 +24,8 @@ from logger import Logger
 from tests.commands import ROOT, TINY, Forked, environment, until
 from tests.test_train_3d import text  # noqa: F401
 from tools.plan import dry_run
+from tools.verify import fuzz
+from tools.verify.oracle import FIELDS, OTHERS
 
 # --- help -----------------------------------------------------------------------------------------
 
@@ -46,7 +50,7 @@ def test_help_lists_at_most_44_options_in_groups(capsys):
         assert any(word in group for group in groups), groups
     left_out = set(re.findall(r"--[\w-]+", re.sub(r"-\n", "-", text.split("--help-all also")[1])))
     assert names | left_out == all_names and not names & left_out
-    renamed = {*options.RENAMED, "--zero-reshard-after-forward", "--recompute-every"}
+    renamed = {old.split()[0] for old, _, _ in OLD_AND_NEW} - {"--recompute"}
     accepted = {*options.parser()._option_string_actions} - {"-h", "--help-all"}
     assert accepted - renamed == all_names
     plain = " ".join(text.split())
@@ -116,7 +120,7 @@ def test_torchrun_takes_no_option_for_its_own():
     as --log does."""
     for action in options.parser()._actions:
         name = action.option_strings[-1]
-        if name not in options.RENAMED:
+        if name != "--log":
             args = torch.distributed.run.parse_args(["--standalone", "train_3d.py", name])
             assert args.training_script_args == [name]
 
@@ -144,6 +148,7 @@ def test_an_old_checkpoint_resumes_unchanged(tmp_path):
     args, found, wrong = options.parse_args(flags)
     config = options.check(args, 1)
     assert not wrong and options.compare(options.run_of(args, config), found[0].about) == []
+    assert {*options.RUN} >= {*BEFORE["arguments"]} and [*options.SIZES] == [*BEFORE["sizes"]]
     expected = BEFORE["arguments"] | {"warmup_steps": 5}
     assert {name: getattr(args, name) for name in expected} == expected
     args, found, _ = options.parse_args([*flags, "--clip", "2"])
@@ -155,6 +160,43 @@ def test_a_checkpoint_records_the_default_warmup():
     for steps, expected in ((20, 10), (300, 30)):
         args, _, _ = options.parse_args(["--steps", str(steps)])
         assert options.run_of(args, gpt.GPTConfig())["arguments"]["warmup_steps"] == expected
+
+
+# --- what is derived from the entries -------------------------------------------------------------
+
+
+def test_a_random_case_sets_every_option():
+    """Each field arrives in args. No option is drawn that needs another. All but two vary."""
+    rng = random.Random(0)
+    cases = [fuzz.draw_case(rng) for _ in range(100)]
+    seen = {field: set() for field in FIELDS}
+    for case in cases:
+        args = options.parser().parse_args(case.arguments())
+        for field, option in FIELDS.items():
+            assert getattr(args, option.dest) == getattr(case, field), (field, case)
+            seen[field].add(getattr(case, field))
+        unmet = options.unmet(args)
+        assert all(getattr(args, name) == options.OPTIONS[name].default for name in unmet), case
+        assert case.resume is None or {*fuzz.LAYOUT} <= {*case.resume}
+    assert {field for field, values in seen.items() if len(values) == 1} == {"data", "compile"}
+    assert seen["reduce_dtype"] == seen["grad_dtype"] == {None, "float32", "bf16"}
+    kinds = {option.kind for option in options.OPTIONS.values()}
+    assert kinds == {"size", "run", "layout", None}
+    named = {option.dest for option in FIELDS.values()} | {*OTHERS}
+    assert named == {name for name, option in options.OPTIONS.items() if option.kind}
+
+
+def test_values_are_drawn_from_what_an_entry_says():
+    add, rng = argparse.ArgumentParser().add_argument, random.Random(0)
+    for option, expected in (
+        (add("--switch", action="store_true"), {False, True}),
+        (add("--no-x", action="store_const", const=0, default=1), {0, 1}),
+        (add("--choice", choices=("a", "b")), {None, "a", "b"}),
+        (add("--stage", choices=(0, 1, 2), type=int, default=0), {0, 1, 2}),
+        (add("--count", type=options.at_least(1), default=7), {7, 1, 2}),
+        (add("--text", default="x"), {"x"}),
+    ):
+        assert {fuzz.draw_option(rng, option) for _ in range(99)} == expected
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -166,12 +166,8 @@ def test_files_and_targets_exist(path):
 @pytest.mark.parametrize("path", pages())
 def test_flags_exist(path):
     """Those of train_3d.py without former names, those of tools, and those of other programs."""
-    known = {
-        flag
-        for action in options.parser()._actions
-        for flag in action.option_strings
-        if flag not in options.RENAMED
-    } | {flag for action in torchrun.get_args_parser()._actions for flag in action.option_strings}
+    actions = [*options.OPTIONS.values(), *torchrun.get_args_parser()._actions]
+    known = {flag for action in actions for flag in action.option_strings} | {"--help-all"}
     for tool in (ROOT / "tools").rglob("*.py"):
         known |= {*re.findall(r'add(?:_argument)?\(\s*"(--[\w-]+)"', tool.read_text())}
     known |= {

@@ -299,9 +299,9 @@ def measured_layout(job: Job, text: str, model: list[str]) -> Layout:
     own = f"{' '.join(model)} --global-batch-size {job.batch} --dtype {dtype}".split()
     args = parser.parse_args(own + shlex.split(text.split("train_3d.py ")[-1]))
     default = parser.parse_args(own)
-    for name in ("global_batch_size", "dtype", "grad_dtype", "reduce_dtype", "zero_shard_size",
-                 "zero_reshard_after_forward", "dp_nodes", "recompute_every",
-                 "recompute_layers"):  # fmt: skip
+    known = (*FIELDS, "chunks", "sequence_parallel", "compile")
+    unknown = [n for n, o in options.OPTIONS.items() if o.kind == "layout" and n not in known]
+    for name in ("global_batch_size", "dtype", "grad_dtype", "reduce_dtype", *unknown):
         if (value := getattr(args, name)) != (planned := getattr(default, name)):
             refuse(f"{options.flag(name)} is {value}, but this plan assumes {planned}: measure a "
                    "step with that")  # fmt: skip

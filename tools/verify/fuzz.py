@@ -27,12 +27,11 @@ from collections.abc import Iterator
 import activation_ckpt
 import options
 import schedules
-from tools.verify.oracle import STEPS, Case, judge
+from tools.verify.oracle import FIELDS, STEPS, Case, judge
 
 # Fields of a Case that may change when a run is resumed. b and m may change, too, as long as the
 # global batch stays the same.
-LAYOUT = ("t", "p", "d", "zero", "shard_size", "nodes", "reshard", "schedule", "chunks", "sequence",
-          "recompute", "layers", "every", "bucket_bytes")  # fmt: skip
+LAYOUT = ["t", "p", "d", "bucket_bytes", *(f for f in FIELDS if FIELDS[f].kind == "layout")]
 
 
 def draw_resume(rng: random.Random, case: Case, largest_world: int = 8) -> dict:
@@ -45,6 +44,14 @@ def draw_resume(rng: random.Random, case: Case, largest_world: int = 8) -> dict:
         fields["m"] = rows // fields["b"]
         if not uneven and refusal(dataclasses.replace(case, **fields)) is None:
             return {"at": rng.randint(1, STEPS - 1), **fields}
+
+
+def draw_option(rng: random.Random, option: argparse.Action):
+    """A random value: on or off, one of the choices, or a number. Otherwise, the default."""
+    others = [option.const] if option.nargs == 0 else option.choices or ()
+    if option.type and not others:
+        others = (1, 2)
+    return rng.choice([*dict.fromkeys([option.default, *others])])
 
 
 def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25) -> Case:
@@ -63,27 +70,22 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
     chunks = rng.randint(1, 2) if rng.random() < 0.05 else chunks
     stages = p * (chunks or entry.chunks)
     n_layer = rng.randint(1, 6) if rng.random() < 0.1 else stages + rng.randint(0, 3)
-    zero, dtype = rng.randint(0, 3), rng.choice(("float64",) * 4 + ("float32", "bf16"))
-    case = Case(
+    dtype = rng.choice(("float64",) * 4 + ("float32", "bf16"))
+    drawn = {field: draw_option(rng, option) for field, option in FIELDS.items()}
+    # Values that depend on others, or that need another distribution.
+    drawn |= dict(
         t=t, p=p, d=d,
         m=rng.randint(1, 6),
         b=rng.randint(1, 3),
-        sequence=(sequence := rng.random() < 0.5),
-        zero=zero,
-        shard_size=rng.choice((None, 1, 2 if d % 2 == 0 or rng.random() < 0.2 else None))
-        if zero else None,
-        nodes=1 if zero else rng.choice([1, *(k for k in (2, 3, 4) if d % k == 0)]),
-        reshard=rng.randint(0, 1) if zero == 3 else 1,
+        shard_size=rng.choice((None, 1, 2 if d % 2 == 0 or rng.random() < 0.2 else None)),
+        nodes=rng.choice([1, *(k for k in (2, 3, 4) if d % k == 0)]),
         schedule=schedule,
         chunks=chunks,
         recompute=rng.choice(activation_ckpt.POLICIES),
-        layers=rng.choice((None, 1, 2)),
-        every=rng.randint(1, 2 if n_layer > 1 else 1),
+        compile=False,  # takes half a minute
         tied=rng.random() < 0.5,
-        optimizer=rng.choice(("adamw", "sgd")),
         clip=rng.choice((0.0, 0.1, 1e9)),  # off, active, larger than the norm
         masked=rng.random() < 0.7,
-        attention=rng.choice(("sdpa", "explicit")),
         dropout=rng.choice((0.0, 0.0, 0.2)),
         n_layer=n_layer,
         n_head=n_head,
@@ -92,13 +94,14 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
         n_embd=n_head * rng.randint(-(-(6 if dtype == "bf16" else 4) // n_head), 6),
         vocab_size=rng.randint(5, 60),
         # Sequence parallelism needs a multiple of t. One in ten is no multiple: it is refused.
-        seq_len=rng.randint(1, 12) * (t if sequence and rng.random() < 0.9 else 1),
+        seq_len=rng.randint(1, 12) * (t if drawn["sequence"] and rng.random() < 0.9 else 1),
         bucket_bytes=rng.choice((1, 500, 3000, 10**9)),
         dtype=dtype,
-        grad_dtype=rng.choice((None, "float32", "bf16")) if dtype == "bf16" else None,
-        reduce_dtype=rng.choice((None, "float32")) if dtype == "bf16" else None,
         seed=rng.randint(0, 10**6),
     )  # fmt: skip
+    unmet = options.unmet(options.parser().parse_args(Case(**drawn).arguments()))
+    drawn |= {f: option.default for f, option in FIELDS.items() if option.dest in unmet}
+    case = Case(**drawn)
     if rng.random() < resumes and refusal(case) is None:
         case.resume = draw_resume(rng, case, largest_world)
     return case
@@ -128,11 +131,10 @@ def verdict(case: Case) -> tuple[bool, str]:
 
 # --- reduction of a failing case ------------------------------------------------------------------
 
-PLAIN = {"t": 1, "p": 1, "d": 1, "zero": 0, "shard_size": None, "nodes": 1, "reshard": 1,
-         "sequence": False, "schedule": "1f1b", "chunks": None, "recompute": "none", "every": 1,
-         "layers": None, "dropout": 0.0, "masked": False, "clip": 0.0, "optimizer": "sgd",
-         "attention": "sdpa", "tied": False, "dtype": "float64", "grad_dtype": None,
-         "reduce_dtype": None, "bucket_bytes": 10**9, "seed": 0}  # fmt: skip
+PLAIN = {"t": 1, "p": 1, "d": 1,
+         **{f: option.default for f, option in FIELDS.items() if option.kind != "size"},
+         "masked": False, "clip": 0.0, "optimizer": "sgd", "tied": False, "dtype": "float64",
+         "bucket_bytes": 10**9}  # fmt: skip
 SMALLEST = {"m": 1, "b": 1, "n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 5, "seq_len": 1}
 
 

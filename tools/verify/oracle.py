@@ -78,8 +78,18 @@ TOLERANCES = {
 }
 
 
+# A Case has a field for each option that affects the losses or the layout, with its name in args or
+# a shorter one. The options in OTHERS are derived from other fields, see Case.arguments().
+SHORT = {"sequence_parallel": "sequence", "zero_shard_size": "shard_size",
+         "zero_reshard_after_forward": "reshard", "dp_nodes": "nodes", "recompute_every": "every",
+         "recompute_layers": "layers"}  # fmt: skip
+OTHERS = ("tp", "pp", "micro_batch_size", "global_batch_size", "untied", "steps", "lr")
+FIELDS = {SHORT.get(n, n): o for n, o in options.OPTIONS.items() if o.kind and n not in OTHERS}
+Options = dataclasses.make_dataclass("Options", [(f, object, o.default) for f, o in FIELDS.items()])
+
+
 @dataclasses.dataclass
-class Case:
+class Case(Options):
     """A layout, a model and a training run.
 
     resume: if given, the run is saved after step `at` and resumed with these fields replaced. The
@@ -91,37 +101,20 @@ class Case:
     d: int = 1  # replicas
     m: int = 2  # microbatches per replica and step
     b: int = 2  # rows (sequences) per microbatch
-    sequence: bool = False  # --sequence-parallel
-    zero: int = 0
-    shard_size: int | None = None  # --zero-shard-size
-    reshard: int = 1  # 0: --no-reshard-after-forward
-    nodes: int = 1  # --dp-nodes
-    schedule: str = "1f1b"
-    chunks: int | None = None
-    recompute: str = "none"
-    every: int = 1  # K of --recompute POLICY:K
-    layers: int | None = None  # --recompute-layers
     tied: bool = True
-    optimizer: str = "adamw"
-    clip: float = 0.1  # far below the gradient norm, so clipping is active in every step
     masked: bool = True  # ignore some targets, see reader()
-    attention: str = "sdpa"
-    dropout: float = 0.0
+    bucket_bytes: int = 3000  # several buckets at these sizes; DDP's default would make one
+    steps: int = STEPS
+    resume: dict | None = None
+    # Fields of options, with other defaults.
+    clip: float = 0.1  # far below the gradient norm, so clipping is active in every step
     n_layer: int = 5
     n_head: int = 12
     n_embd: int = 24
     vocab_size: int = 41
     seq_len: int = 7
-    arch: str = "gpt"
     config: tuple[str, ...] = ()  # "FIELD=VALUE" of --config
-    bucket_bytes: int = 3000  # several buckets at these sizes; DDP's default would make one
     dtype: str = "float64"
-    compile: bool = False
-    grad_dtype: str | None = None
-    reduce_dtype: str | None = None
-    seed: int = 0
-    steps: int = STEPS
-    resume: dict | None = None
 
     @property
     def world_size(self) -> int:
@@ -144,28 +137,18 @@ class Case:
 
     def arguments(self) -> list[str]:
         """The flags of train_3d.py."""
-        pairs = {
-            "arch": self.arch, "tp": self.t, "pp": self.p, "micro-batch-size": self.b,
-            "global-batch-size": self.d * self.m * self.b, "zero": self.zero,
-            "dp-nodes": self.nodes,
-            "schedule": self.schedule, "recompute": f"{self.recompute}:{self.every}",
-            "optimizer": self.optimizer, "grad-clip": self.clip, "attention": self.attention,
-            "dropout": self.dropout,
-            "n-layer": self.n_layer, "n-head": self.n_head, "n-embd": self.n_embd,
-            "vocab-size": self.vocab_size, "seq-len": self.seq_len, "dtype": self.dtype,
-            "seed": self.seed, "steps": self.steps, "lr": 1e-3, "device": "cpu",
-        }  # fmt: skip
-        flags = [f"--{name}={value}" for name, value in pairs.items()]
+        rows = self.d * self.m * self.b
+        flags = f"--tp={self.t} --pp={self.p} --micro-batch-size={self.b} --device=cpu".split()
+        flags += f"--global-batch-size={rows} --steps={self.steps} --lr=1e-3".split()
+        flags += [] if self.tied else ["--untied"]
         flags += ["--config", *self.config] if self.config else []
-        flags += [] if self.chunks is None else [f"--virtual-stages={self.chunks}"]
-        flags += [] if self.shard_size is None else [f"--zero-shard-size={self.shard_size}"]
-        flags += [] if self.grad_dtype is None else [f"--grad-dtype={self.grad_dtype}"]
-        flags += [] if self.reduce_dtype is None else [f"--reduce-dtype={self.reduce_dtype}"]
-        flags += [] if self.layers is None else [f"--recompute-layers={self.layers}"]
-        flags += [] if self.reshard else ["--no-reshard-after-forward"]
-        flags += ["--sequence-parallel"] if self.sequence else []
-        flags += ["--compile"] if self.compile else []
-        return flags + ([] if self.tied else ["--untied"])
+        for field, option in FIELDS.items():
+            name, value = option.option_strings[0], getattr(self, field)
+            if option.nargs == 0:  # a switch
+                flags += [name] * (value != option.default)
+            elif value is not None:
+                flags.append(f"{name}={value}")
+        return flags
 
     def __str__(self) -> str:
         """The fields that differ from their defaults, as JSON."""
@@ -508,9 +491,7 @@ def _check_all_are_compared(trainer: train_3d.Trainer, named: dict, pieces: list
     assert owned == n, f"the ranks that shard the state hold {owned} of {n} elements"
 
 
-def compared(
-    case: Case, part: Case, seams: dict, first: int, end: int, folder: str
-) -> Compared:
+def compared(case: Case, part: Case, seams: dict, first: int, end: int, folder: str) -> Compared:
     """layout() after the reference, which rank 0 trains in the first launch."""
     path = f"{folder}/expected"
     if first == 0 and dist.get_rank() == 0:
