@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 import activation_ckpt
 import checkpoint
+import context_parallel
 import gpt
 import huggingface
 import pipeline
@@ -225,8 +226,12 @@ def parser(prog: str = "train_3d.py") -> Parser:
 
     add = group("layout: which rank holds and computes what", "layout")
     add("--tp", type=count, default=1, metavar="T", help="tensor-parallel size t")
+    add("--cp", type=count, default=1, metavar="C", help="context-parallel size c: number of ranks "
+        "that hold the tokens of a row")
     add("--pp", type=count, default=1, metavar="P",
-        help="pipeline-parallel size p; the data-parallel size is d = world size / (t p)")
+        help="pipeline-parallel size p; the data-parallel size is d = world size / (t c p)")
+    add("--cp-attention", choices=context_parallel.METHODS, default="ring",
+        help="how attention reaches the keys of other cp ranks")
     add("--sequence-parallel", action="store_true", help="shard the residual stream and the norms "
         "along the sequence, over the tp ranks")
     add("--zero", type=int, choices=(0, *zero3.STAGES), default=0, help="0: DDP; 1: shard the "
@@ -349,7 +354,8 @@ def require_multiple(
 def axes(args: argparse.Namespace, world_size: int) -> dict[str, int]:
     """The axes of the grid of ranks, outermost first: {name: size}. Consecutive ranks differ in the
     last axis. dp has the ranks that the other axes leave."""
-    return {"pp": args.pp, "dp": world_size // (args.pp * args.tp), "tp": args.tp}
+    d = world_size // (args.pp * args.cp * args.tp)
+    return {"pp": args.pp, "dp": d, "cp": args.cp, "tp": args.tp}
 
 
 def architecture(name: str) -> types.ModuleType:
@@ -420,20 +426,27 @@ def check(
         with torch.device("meta"):
             source.check(gpt.GPT(config))
 
-    t, p, b = args.tp, args.pp, args.micro_batch_size
-    remedy = f"start a multiple of {t * p} ranks (torchrun --nproc-per-node)"
+    t, p, c, b = args.tp, args.pp, args.cp, args.micro_batch_size
+    remedy = f"start a multiple of {t * c * p} ranks (torchrun --nproc-per-node)"
     if "world_size" in args:  # tools/plan/dry_run.py
-        remedy = f"give a --world-size that is a multiple of {t * p}"
-    require_multiple("world size", world_size, f"--tp {t} x --pp {p}", t * p, remedy)
-    d, k, nodes = world_size // (t * p), args.zero_shard_size, args.dp_nodes
+        remedy = f"give a --world-size that is a multiple of {t * c * p}"
+    product = f"--tp {t} x --pp {p}" + (f" x --cp {c}" if c > 1 else "")
+    require_multiple("world size", world_size, product, t * c * p, remedy)
+    d, k, nodes = axes(args, world_size)["dp"], args.zero_shard_size, args.dp_nodes
     require_multiple("--n-embd", config.n_embd, f"--n-head {config.n_head}", config.n_head)
     require_multiple("--n-head", config.n_head, f"--tp {t}", t)
-    if args.sequence_parallel:
+    if args.sequence_parallel and c == 1:
         require_multiple("--sequence-parallel with --seq-len", config.seq_len, f"--tp {t}", t)
+    if c > 1:  # a rank holds 2 of 2 c chunks; with sequence parallelism, t ranks share them
+        n = 2 * c * (t // math.gcd(2, t) if args.sequence_parallel else 1)
+        require_multiple("--cp with --seq-len", config.seq_len, f"{n}", n)
+        if args.cp_attention == "ulysses":
+            require_multiple("--n-head", config.n_head, f"--tp {t} x --cp {c}", t * c)
     rows = args.global_batch_size
     require_multiple("--global-batch-size", rows, f"d {d} x --micro-batch-size {b}", d * b)
-    require_multiple("d", d, f"--zero-shard-size {k}", k or 1, f"give a divisor of {d}")
-    require_multiple("d", d, f"--dp-nodes {nodes}", nodes, f"give a divisor of {d}")
+    replicas = "d" if c == 1 else "d x c"
+    for given, n in ((f"--zero-shard-size {k}", k or 1), (f"--dp-nodes {nodes}", nodes)):
+        require_multiple(replicas, d * c, given, n, f"give a divisor of {d * c}")
     arch.plan(config, t)  # raises ValueError if the model cannot be sharded over t ranks
     for name, needed in unmet(args).items():
         value = getattr(args, name)
@@ -485,14 +498,14 @@ def describe(
 ) -> list[str]:
     """Lines to print at the start: the model and the layout, then a line for each option that does
     not have the effect that its name suggests."""
-    t, p, b = args.tp, args.pp, args.micro_batch_size
-    d = world_size // (t * p)
+    b, (p, d, c, t) = args.micro_batch_size, axes(args, world_size).values()
     m = args.global_batch_size // (d * b)
     with torch.device("meta"):
         model = gpt.module_of(config).Model(config)
         size = sum(parameter.numel() for parameter in model.parameters())
     lines = [
-        f"{size / 1e6:.2f} M parameters in {args.dtype}; t={t} p={p} d={d}; "
+        f"{size / 1e6:.2f} M parameters in {args.dtype}; "
+        f"t={t} {f'c={c} ' if c > 1 else ''}p={p} d={d}; "
         f"{m} microbatches of {b} x {config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, "
         f"recompute {args.recompute}{', compiled' if args.compile else ''}"
     ]
@@ -500,7 +513,7 @@ def describe(
     if args.compile and (t > 1 or zero_bubble):
         reason = "weight gradients are deferred" if zero_bubble else "collectives are asynchronous"
         lines.append(f"--compile: several graphs per block, because {reason}, see docs/gpu.md")
-    if args.zero and d == 1:
+    if args.zero and d * c == 1:
         lines.append(f"--zero {args.zero} has no effect: d is 1, so there are no other replicas")
     if args.sequence_parallel and t == 1:
         lines.append("--sequence-parallel has no effect: t is 1")

@@ -60,6 +60,7 @@ from torch import Tensor, nn
 
 import activation_ckpt
 import checkpoint
+import context_parallel
 import data
 import ddp
 import generate
@@ -119,9 +120,11 @@ class Trainer:
         # The transformations, in the order given in the module docstring.
         with torch.device("meta"):
             self.model = model() if model else arch.Model(config)
+        if (c := axes["cp"]) > 1:
+            self.tokens = gpt.Subset(context_parallel.zigzag(c, self.cp_group.rank()), 2 * c)
         for module in self.model.modules():
             if hasattr(module, "tokens"):  # its result depends on positions
-                module.tokens = tokens
+                module.tokens = self.tokens
 
         # Keep the layers of this rank's pipeline stages. split_layers() balances their FLOPs. The
         # costs of embedding and head are in units of a block.
@@ -136,6 +139,9 @@ class Trainer:
         # Keep this rank's shard of each weight matrix.
         plan = plan or arch.plan(config, axes["tp"])
         tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
+
+        # Let attention reach the keys and values of the tokens that other cp ranks hold.
+        context_parallel.parallelize_attention(self.model, self.cp_group, args.cp_attention)
 
         # Allocate and initialise this rank's parameters. Values do not depend on t, p or d.
         draw = draw or functools.partial(arch.draw, config=config)
@@ -275,7 +281,7 @@ class Trainer:
         return self.pipe.run(program, x.split(b), loss_of, shape, before)
 
     def boundary_shape(self, b: int, s: int) -> tuple[int, int, int]:
-        """The shape of the activations that are sent between stages."""
+        """The shape of the activations that are sent between stages. s: tokens of this rank."""
         shards = self.tp_group.size() if self.args.sequence_parallel else 1
         return b, s // shards, self.config.n_embd
 
@@ -344,9 +350,10 @@ class Trainer:
         )  # fmt: skip
         self.tp_group = self._make_group(axes, "tp")
         self.dp_group = self._make_group(axes, "dp")  # its ranks have different rows of the batch
-        self.gradient_group = self._make_group(axes, "dp")  # gradients are summed over it
+        self.cp_group = self._make_group(axes, "cp")  # its ranks have different tokens of the rows
+        self.gradient_group = self._make_group(axes, "dp", "cp")  # gradients are summed over it
         self.pp_group = self._make_group(axes, "pp")
-        p, d, t = axes.values()
+        p, t, d = axes["pp"], axes["tp"], axes["dp"] * axes["cp"]
         k = self.args.zero_shard_size or (d if self.args.zero else 1)
         state = {"pp": p, "replica": d // k, "shard": k, "tp": t}
         self.replica_group = self._make_group(state, "replica")

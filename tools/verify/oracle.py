@@ -83,7 +83,7 @@ TOLERANCES = {
 SHORT = {"sequence_parallel": "sequence", "zero_shard_size": "shard_size",
          "zero_reshard_after_forward": "reshard", "dp_nodes": "nodes", "recompute_every": "every",
          "recompute_layers": "layers"}  # fmt: skip
-OTHERS = ("tp", "pp", "micro_batch_size", "global_batch_size", "untied", "steps", "lr")
+OTHERS = ("tp", "cp", "pp", "micro_batch_size", "global_batch_size", "untied", "steps", "lr")
 FIELDS = {SHORT.get(n, n): o for n, o in options.OPTIONS.items() if o.kind and n not in OTHERS}
 Options = dataclasses.make_dataclass("Options", [(f, object, o.default) for f, o in FIELDS.items()])
 
@@ -97,6 +97,7 @@ class Case(Options):
     """
 
     t: int = 1  # tensor-parallel ranks
+    c: int = 1  # context-parallel ranks
     p: int = 1  # pipeline ranks
     d: int = 1  # replicas
     m: int = 2  # microbatches per replica and step
@@ -118,7 +119,7 @@ class Case(Options):
 
     @property
     def world_size(self) -> int:
-        return self.t * self.p * self.d
+        return self.t * self.c * self.p * self.d
 
     @property
     def parts(self) -> list[tuple["Case", int, int]]:
@@ -139,6 +140,7 @@ class Case(Options):
         """The flags of train_3d.py."""
         rows = self.d * self.m * self.b
         flags = f"--tp={self.t} --pp={self.p} --micro-batch-size={self.b} --device=cpu".split()
+        flags += [f"--cp={self.c}"]
         flags += f"--global-batch-size={rows} --steps={self.steps} --lr=1e-3".split()
         flags += [] if self.tied else ["--untied"]
         flags += ["--config", *self.config] if self.config else []

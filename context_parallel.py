@@ -1,0 +1,378 @@
+"""Context parallelism: the tokens of each row are sharded over c ranks, also inside attention.
+
+    chunks of a row      0   1   2   3   4   5          c = 3 ranks, 2 c chunks
+    held by rank         0   1   2   2   1   0          a zigzag
+
+Every layer but attention works on each token separately, so a rank needs only its own tokens. The
+ranks hold equal weights. For the gradient they are data-parallel ranks: each rank's loss covers its
+own tokens, and gradients are summed over the c ranks too. In attention, a query needs the keys and
+values of all earlier tokens, which other ranks hold.
+
+Attention is causal, so a late token attends to more keys than an early one. If each rank had s/c
+consecutive tokens, the last rank would compute almost 2 times the mean. In the zigzag, rank r holds
+the chunks r and 2 c - 1 - r of 2 c. Every rank then computes the same number of scores.
+
+There are three ways to compute attention:
+
+    gathered   All-gather keys and values. Each rank stores them for the full sequence.
+    ring       In c steps, each rank sends its keys and values to the next rank, while it computes
+               with those that it has. It stores 1/c of the keys and values.
+    ulysses    All-to-all: from a shard of the tokens to a shard of the heads, with all tokens.
+               Then attention of one rank, then back. c must divide the number of heads.
+
+Symbols: microbatch size b, sequence length s, heads a, key/value heads a', head size n. KV is the
+number of elements of the keys and values of one rank, 2 b a' n s/c; Q is b a n s/c.
+
+    elements sent per rank   forward                   backward
+    gathered                 (c-1) KV                  (c-1) KV
+    ring                     (c-1) KV                  (c-1) KV + c KV, the latter in fp32
+    ulysses                  (c-1)/c (2 Q + KV)        (c-1)/c (2 Q + KV)
+
+Use it when the activations of one row do not fit, even with recomputation: all activations and
+the time of a step shrink with c. Tensor parallelism needs it less, because the number of tokens
+that are sent per layer does not depend on the batch size alone.
+
+    torchrun --standalone --nproc-per-node 4 context_parallel.py
+
+Ring attention: Liu et al. 2023 (arXiv 2310.01889). Gathering keys and values, zigzag: Llama 3
+(arXiv 2407.21783), section 3.3.2. Ulysses: Jacobs et al. 2023 (arXiv 2309.14509).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+aten = torch.ops.aten
+METHODS = ("ring", "gathered", "ulysses")
+
+# torch 2.13 renamed these two and warns about the old names. torch 2.11 has only the old names.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# --- version 1: the whole idea --------------------------------------------------------------------
+
+
+def zigzag(c: int, rank: int) -> tuple[int, int]:
+    """The chunks of each row that a rank holds, of 2 c chunks."""
+    return rank, 2 * c - 1 - rank
+
+
+def positions(s: int, c: int, ranks: Iterable[int]) -> Tensor:
+    """The positions of the tokens that these ranks hold, rank by rank. 2 c must divide s."""
+    chunks = torch.arange(s).chunk(2 * c)
+    return torch.cat([chunks[i] for rank in ranks for i in zigzag(c, rank)])
+
+
+class GatherSequence(torch.autograd.Function):
+    """All-gathers the tokens: x [b, a', s/c, n] -> [b, a', s, n], in the order of the ranks. Every
+    rank computes with the result, so the gradient of x is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, c = group, group.size()
+        stacked = x.new_empty(c * x.size(0), *x.shape[1:])  # [c b, a', s/c, n]
+        all_gather(stacked, x.contiguous(), group=group)  # payload: b a' s n
+        return stacked.unflatten(0, (c, -1)).movedim(0, 2).flatten(2, 3)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        c = ctx.group.size()
+        stacked = grad.unflatten(2, (c, -1)).movedim(2, 0).flatten(0, 1).contiguous()
+        shard = grad.new_empty(grad.size(0), *stacked.shape[1:])
+        reduce_scatter(shard, stacked, group=ctx.group)  # payload: b a' s n
+        return shard, None
+
+
+def gathered_attention(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Causal attention. q, k, v [b, a, s/c, n] hold the tokens of this rank's chunks."""
+    c, s = group.size(), group.size() * q.size(2)
+    k, v = GatherSequence.apply(k, group), GatherSequence.apply(v, group)
+    mask = positions(s, c, range(c)) <= positions(s, c, [group.rank()]).unsqueeze(1)  # [s/c, s]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device))
+
+
+# --- the full version: ring attention -------------------------------------------------------------
+# Version 1 stores the keys and values of all tokens, waits for them before it computes, and
+# computes the scores that the mask removes. Ring attention needs 1/c of the memory, sends while it
+# computes, and computes only the scores that are used. Because of the zigzag, what a rank may
+# attend to among the keys of another rank is a rectangle, so no mask is needed.
+#
+# A rank computes attention for the keys of one source at a time. Each result is normalized by the
+# sum of its own exponentials. To combine two results, their log-sum-exps are needed (lse), see
+# merge(). In backward, the lse of all keys gives the final weights of any of them, so each source
+# can be processed alone again.
+
+
+def visible(rank: int, source: int, n: int) -> tuple[slice, slice, bool]:
+    """What the n queries of `rank` attend to among the n keys of `source`: (queries, keys, whether
+    the mask is causal). A rank's first n/2 tokens are its earlier chunk."""
+    early, late, both = slice(0, n // 2), slice(n // 2, n), slice(0, n)
+    if source == rank:
+        return both, both, True
+    return (both, early, False) if source < rank else (late, both, False)
+
+
+def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
+    """Starts to send x to the next rank of the ring. Returns a function that waits and returns the
+    tensor of the previous rank."""
+    received, rank, c = torch.empty_like(x), group.rank(), group.size()
+    send = dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % c)
+    receive = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % c)
+    handles = dist.batch_isend_irecv([send, receive])  # payload: x
+
+    def wait() -> Tensor:
+        for handle in handles:
+            handle.wait()
+        return received
+
+    return wait
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Adds the attention over more keys to (out [b, a, s, n], lse [b, a, s]), in place."""
+    total = torch.logaddexp(lse, other_lse)
+    out.mul_((lse - total).exp().unsqueeze(-1))
+    out.add_(other * (other_lse - total).exp().unsqueeze(-1))
+    lse.copy_(total)
+
+
+class RingAttention(torch.autograd.Function):
+    """q [b, a, s/c, n]; k, v [b, a', s/c, n] -> [b, a, s/c, n]. Sums are in fp32, or in float64 for
+    float64. keep [b, a, s/c, s]: the dropout mask divided by 1 - p, with the keys in the order of
+    the ranks. It requires fused=False."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, group, fused: bool, keep: Tensor | None):
+        rank, c, kv = group.rank(), group.size(), torch.stack([k, v])
+        wide = torch.promote_types(q.dtype, torch.float32)
+        out = torch.zeros_like(q, dtype=wide)
+        lse = torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
+        for step in range(c):
+            source = (rank - step) % c
+            if step < c - 1:
+                wait_kv = exchange(kv, group)  # payload: 2 b a' n s/c
+            queries, keys, causal = visible(rank, source, q.size(2))
+            block = mask_of_block(keep, source, queries, keys)
+            result = attend(q[:, :, queries], *kv[:, :, :, keys], causal, fused, block)
+            merge(out[:, :, queries], lse[:, :, queries], *result)
+            if step < c - 1:
+                kv = wait_kv()
+        out = out.to(q.dtype)
+        ctx.how = group, fused
+        ctx.save_for_backward(q, k, v, out, lse, keep)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        q, k, v, out, lse, keep = ctx.saved_tensors
+        group, fused = ctx.how
+        rank, c, kv = group.rank(), group.size(), torch.stack([k, v])
+        d_q, wait_d_kv = torch.zeros_like(q, dtype=lse.dtype), None
+        for step in range(c):
+            source = (rank - step) % c
+            if step < c - 1:
+                wait_kv = exchange(kv, group)  # payload: 2 b a' n s/c
+            queries, keys, causal = visible(rank, source, q.size(2))
+            block = mask_of_block(keep, source, queries, keys)
+            rows = [x[:, :, queries] for x in (grad, q, out, lse)]
+            gradients = attend_backward(*rows, *kv[:, :, :, keys], causal, fused, block)
+            d_q[:, :, queries] += gradients[0]
+            # The gradient of the source's keys and values. The ranks between the source and this
+            # one have added their terms. After c steps, the sum is back at the source.
+            d_kv = torch.zeros_like(kv, dtype=lse.dtype)
+            d_kv[:, :, :, keys] = torch.stack(gradients[1:]).to(lse.dtype)
+            if wait_d_kv:
+                d_kv += wait_d_kv()
+            if c > 1:
+                wait_d_kv = exchange(d_kv, group)  # payload: 2 b a' n s/c, in fp32
+            if step < c - 1:
+                kv = wait_kv()
+        if c > 1:
+            d_kv = wait_d_kv()
+        return d_q.to(q.dtype), *d_kv.to(k.dtype), None, None, None
+
+
+def mask_of_block(keep: Tensor | None, source: int, queries: slice, keys: slice) -> Tensor | None:
+    if keep is None:
+        return None
+    n = keep.size(2)
+    return keep[:, :, queries, source * n : (source + 1) * n][..., keys]
+
+
+def attend(q, k, v, causal: bool, fused: bool, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(attention of these queries to these keys, the lse of their scores)."""
+    k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+    if fused and q.device.type == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    if fused:
+        return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+    scores = scores_of(q, k, causal)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1)).exp_()
+    weights = weights if keep is None else weights * keep
+    return weights.to(v.dtype) @ v, lse
+
+
+def attend_backward(
+    grad, q, out, lse, k, v, causal: bool, fused: bool, keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v. out, lse: of all keys, not only of these."""
+    heads, k, v = k.size(1), repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+    if fused:
+        args = grad.contiguous(), q, k, v, out.contiguous(), lse.contiguous()
+    if fused and q.device.type == "cpu":
+        d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *args, 0.0, causal
+        )
+    elif fused:
+        state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of dropout, which is off
+        d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_backward(
+            *args, None, None, q.size(2), k.size(2), 0.0, causal, state, state[:0]
+        )
+    else:
+        weights = (scores_of(q, k, causal) - lse.unsqueeze(-1)).exp_()
+        d_weights = (grad @ v.transpose(-2, -1)).to(lse.dtype)
+        dropped = weights
+        if keep is not None:
+            d_weights, dropped = d_weights * keep, weights * keep
+        d_v = dropped.to(grad.dtype).transpose(-2, -1) @ grad
+        # Softmax: d_scores = weights * (d_weights - sum(weights * d_weights)). The sum over all
+        # keys equals the product of the output and its gradient.
+        delta = (grad * out).to(lse.dtype).sum(-1, keepdim=True)
+        d_scores = (weights * (d_weights - delta) / math.sqrt(q.size(-1))).to(q.dtype)
+        d_q, d_k = d_scores @ k, d_scores.transpose(-2, -1) @ q
+    # Several query heads may share a key/value head: sum their gradients.
+    return d_q, *(x.unflatten(1, (heads, -1)).sum(2) for x in (d_k, d_v))
+
+
+def scores_of(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """[b, a, queries, keys], in fp32 at least."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-2, -1)).to(wide) / math.sqrt(q.size(-1))
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    return scores
+
+
+def repeat_heads(x: Tensor, a: int) -> Tensor:
+    """[b, a', s, n] -> [b, a, s, n]: one copy of its key/value head for each query head."""
+    return x if x.size(1) == a else x.repeat_interleave(a // x.size(1), dim=1)
+
+
+# --- the full version: all-to-all over heads (Ulysses) --------------------------------------------
+# The ring has c steps, which wait for each other. Ulysses has one all-to-all before attention and
+# one after, and any attention kernel can be used. A rank needs at least one head.
+
+
+class AllToAll(torch.autograd.Function):
+    """x [c, ...]: sends x[r] to rank r. Row r of the result was sent by rank r. The backward of an
+    all-to-all is an all-to-all."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, received = group, torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, x.contiguous(), group=group)  # payload: x
+        return received
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return AllToAll.apply(grad, ctx.group), None
+
+
+def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) -> Tensor:
+    """core(q, k, v): causal attention of one process, [b, a/c, s, n] -> [b, a/c, s, n]."""
+    c, s = group.size(), group.size() * q.size(2)
+    if k.size(1) % c:
+        k, v = repeat_heads(k, math.lcm(k.size(1), c)), repeat_heads(v, math.lcm(v.size(1), c))
+    if q.size(1) % c:
+        raise ValueError(
+            f"{q.size(1)} heads cannot be divided over {c} ranks: use the ring, or a divisor"
+        )
+    order = positions(s, c, range(c)).to(q.device)
+
+    def to_heads(x: Tensor) -> Tensor:  # [b, a, s/c, n] -> [b, a/c, s, n], sorted by position
+        x = AllToAll.apply(x.unflatten(1, (c, -1)).movedim(1, 0), group)  # [c, b, a/c, s/c, n]
+        return x.movedim(0, 2).flatten(2, 3)[:, :, order.argsort()]
+
+    def to_tokens(x: Tensor) -> Tensor:
+        x = x[:, :, order].unflatten(2, (c, -1)).movedim(2, 0)  # [c, b, a/c, s/c, n]
+        return AllToAll.apply(x, group).movedim(0, 1).flatten(1, 2)
+
+    return to_tokens(core(to_heads(q), to_heads(k), to_heads(v)))
+
+
+# --- attention of a model -------------------------------------------------------------------------
+
+
+class ContextParallelCore(nn.Module):
+    """Replaces the attention core of a model: forward(q, k, v), as in gpt.Core. core.tokens and
+    core.heads are the tokens and heads of this rank (gpt.Subset)."""
+
+    def __init__(self, core: nn.Module, group: dist.ProcessGroup, method: str):
+        super().__init__()
+        self.core, self.group, self.method = core, group, method
+        c, subset = group.size(), core.tokens
+        held = [chunk for rank in range(c) for chunk in zigzag(c, rank)]
+        self.keys = dataclasses.replace(subset, held=tuple(held), count=2 * c)  # of all ranks
+        if method == "ulysses":
+            core.tokens = dataclasses.replace(subset, held=(0,), count=1)  # all, in order
+            core.heads = core.heads.chunk(group.rank(), c)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        core, group = self.core, self.group
+        if self.method == "gathered":
+            k, v = GatherSequence.apply(k, group), GatherSequence.apply(v, group)
+            return core(q, k, v, self.keys)
+        if self.method == "ulysses":
+            return ulysses_attention(q, k, v, group, core)
+        keep = None
+        if core.training and core.drop.p > 0:
+            ones = q.new_ones(*q.shape[:3], group.size() * k.size(2))
+            keep = core.drop(ones, core.heads, core.tokens, self.keys)
+        return RingAttention.apply(q, k, v, group, not core.explicit, keep)
+
+
+def parallelize_attention(model: nn.Module, group: dist.ProcessGroup, method: str) -> None:
+    """Replaces each attention core of the model, a submodule named `core`. The modules whose result
+    depends on positions must have been given the tokens of zigzag()."""
+    owners = [m for m in model.modules() if isinstance(getattr(m, "core", None), nn.Module)]
+    for owner in owners if group.size() > 1 else ():
+        owner.core = ContextParallelCore(owner.core, group, method)
+
+
+# --- cost -----------------------------------------------------------------------------------------
+
+
+def predicted_payload(
+    method: str, b: int, s: int, a: int, kv_heads: int, n: int, c: int
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """(phase, operation) -> (calls, payload in elements) per rank, for one attention layer and one
+    microbatch. The payload of a send is the tensor that is sent."""
+    kv, q = 2 * b * kv_heads * n * s, b * a * n * s
+    if c == 1:
+        return {}
+    if method == "gathered":
+        return {("forward", "all_gather"): (2, kv), ("backward", "reduce_scatter"): (2, kv)}
+    if method == "ring":
+        forward, backward = (c - 1, (c - 1) * kv // c), (2 * c - 1, (2 * c - 1) * kv // c)
+        return {("forward", "send"): forward, ("backward", "send"): backward}
+    return {(phase, "all_to_all"): (4, (kv + 2 * q) // c) for phase in ("forward", "backward")}
+
+
+def imbalance(s: int, c: int, zigzag: bool = True) -> float:
+    """The number of scores of the rank with most, over the mean. A query at position i has i + 1
+    visible keys."""
+    shards = torch.arange(s).chunk(c)
+    if zigzag:
+        shards = [positions(s, c, [rank]) for rank in range(c)]
+    scores = torch.stack([(shard + 1).sum() for shard in shards]).double()
+    return (scores.max() / scores.mean()).item()
+
+
+# --- demo -----------------------------------------------------------------------------------------
