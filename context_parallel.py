@@ -365,14 +365,74 @@ def predicted_payload(
     return {(phase, "all_to_all"): (4, (kv + 2 * q) // c) for phase in ("forward", "backward")}
 
 
-def imbalance(s: int, c: int, zigzag: bool = True) -> float:
+def imbalance(s: int, c: int, is_zigzag: bool = True) -> float:
     """The number of scores of the rank with most, over the mean. A query at position i has i + 1
     visible keys."""
     shards = torch.arange(s).chunk(c)
-    if zigzag:
+    if is_zigzag:
         shards = [positions(s, c, [rank]) for rank in range(c)]
     scores = torch.stack([(shard + 1).sum() for shard in shards]).double()
     return (scores.max() / scores.mean()).item()
 
 
 # --- demo -----------------------------------------------------------------------------------------
+
+
+def train(group: dist.ProcessGroup, method: str, steps: int = 3):
+    """Train a GPT with SGD in float64. All ranks of `group` use the same rows, and each its own
+    tokens. Returns (losses, parameters, the collectives of attention)."""
+    import data
+    import gpt
+    import measure
+
+    c, rank = group.size(), group.rank()
+    config = gpt.GPTConfig(n_layer=2, n_head=12, n_embd=48, vocab_size=257, seq_len=48)
+    model = gpt.build(config, seed=0, dtype=torch.float64)
+    tokens = gpt.Subset(zigzag(c, rank), 2 * c) if c > 1 else gpt.ALL
+    for module in model.modules():
+        if hasattr(module, "tokens"):  # its result depends on positions
+            module.tokens = tokens
+    parallelize_attention(model, group, method)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses, seen = torch.zeros(steps, dtype=torch.float64), measure.Collectives({"cp": group})
+    for step in range(steps):
+        optimizer.zero_grad()
+        x, y = data.batch(data.example(), step, range(4), config.seq_len, seed=0)
+        with seen:
+            loss = gpt.cross_entropy(model(tokens.take(x, 1)), tokens.take(y, 1)) / y.numel()
+            loss.backward()
+        for p in model.parameters():  # or DDP, or ZeRO
+            dist.all_reduce(p.grad, group=group)  # payload: p.numel()
+        losses[step] = loss.detach()
+        optimizer.step()
+    dist.all_reduce(losses, group=group)
+    return losses, dict(model.named_parameters()), seen
+
+
+def main() -> None:
+    """Compare each method with one process that has all tokens."""
+    import measure
+
+    with measure.Report("context_parallel.py", ranks=4) as report:
+        group, c = report.group, report.group.size()
+        one_rank, _ = dist.new_subgroups(1)
+        expected_losses, expected, _ = train(one_rank, "ring")
+        for method in ("gathered", "ring", "ulysses"):
+            losses, parameters, seen = train(group, method)
+            report.losses(method, [*losses], [*expected_losses])
+            report.close(f"{method} max |d parameter|", parameters, expected)
+            gradients = {name: p.grad for name, p in parameters.items()}
+            true = {name: p.grad for name, p in expected.items()}
+            report.close(f"{method} max |d gradient|", gradients, true)
+            layers = 2 * len(losses)  # attention layers, times steps
+            costs = predicted_payload(method, b=4, s=48, a=12, kv_heads=12, n=4, c=c)
+            for (phase, operation), (calls, payload) in costs.items():
+                measured = seen.total("cp", operation, phase)
+                report.equal(f"{method} {phase} {operation}", (layers * calls, layers * payload),
+                             tuple(measured))  # fmt: skip
+        report.equal("zigzag: most scores / mean", "1.00", f"{imbalance(48, c):.2f}")
+        report.rows.append(f"  with consecutive tokens: {imbalance(48, c, False):.2f}")
+
+
+if __name__ == "__main__":
+    main()
