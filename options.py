@@ -161,10 +161,10 @@ def at_least(low: int, kind: type = int, below: float = math.inf) -> Callable[[s
 def parser(prog: str = "train_3d.py") -> Parser:
     """All options. Besides the arguments of argparse, add() takes
 
-    kind: "size" or "run" if the option affects the losses of a run. A checkpoint stores it, and a
-        resumed run takes it from there if it is not given. "layout" if it affects which rank holds
-        or computes what. None if it affects only the start or the output. By default that of the
-        group. `Case` and `make fuzz` vary the first three kinds.
+    kind: "size" or "run": it affects the losses of a run. A checkpoint stores it, and a resumed
+        run takes it from there if it is not given. "layout": it affects which rank holds or
+        computes what. None: the others, and --model and --init-from, which set other options. By
+        default that of the group. `Case` and `make fuzz` vary the first three kinds.
     needs: {name: values}. The option is refused unless args.name has one of these values.
     was: its former name, which is also accepted, and is the name in args.
     rare: True if only --help-all lists it."""
