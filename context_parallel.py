@@ -1,40 +1,41 @@
 """Context parallelism: the tokens of each row are sharded over c ranks, also inside attention.
 
     chunks of a row      0   1   2   3   4   5          c = 3 ranks, 2 c chunks
-    held by rank         0   1   2   2   1   0          a zigzag
+    rank                 0   1   2   2   1   0          a zigzag
 
-Every layer but attention works on each token separately, so a rank needs only its own tokens. The
-ranks hold equal weights. For the gradient they are data-parallel ranks: each rank's loss covers its
-own tokens, and gradients are summed over the c ranks too. In attention, a query needs the keys and
-values of all earlier tokens, which other ranks hold.
+All layers except attention process each token separately, so a rank computes them for its tokens
+only. In attention, a query needs the keys and values of all earlier tokens. Most of these are on
+other ranks. There are three methods:
 
-Attention is causal, so a late token attends to more keys than an early one. If each rank had s/c
-consecutive tokens, the last rank would compute almost 2 times the mean. In the zigzag, rank r holds
-the chunks r and 2 c - 1 - r of 2 c. Every rank then computes the same number of scores.
+    gathered   Each rank all-gathers the keys and values of all tokens.
+    ring       In c steps, each rank sends keys and values to the next rank, while it computes
+               attention to those that it has. Each rank stores only its own.
+    ulysses    An all-to-all turns the shard of the tokens into a shard of the heads, with all
+               tokens. Another one turns the result back. c must divide the number of heads.
 
-There are three ways to compute attention:
+A late token attends to more keys than an early one. With s/c consecutive tokens per rank, the last
+rank would compute 2 - 1/c times as many scores as the mean. So rank r holds chunks r and
+2 c - 1 - r of 2 c. Then all ranks compute equally many scores.
 
-    gathered   All-gather keys and values. Each rank stores them for the full sequence.
-    ring       In c steps, each rank sends its keys and values to the next rank, while it computes
-               with those that it has. It stores 1/c of the keys and values.
-    ulysses    All-to-all: from a shard of the tokens to a shard of the heads, with all tokens.
-               Then attention of one rank, then back. c must divide the number of heads.
+The c ranks hold equal weights. Each computes the loss of its tokens, and gradients are summed over
+the c ranks as over data-parallel ranks. DDP or ZeRO does this, with a group of all d c ranks.
 
-Symbols: microbatch size b, sequence length s, heads a, key/value heads a', head size n. KV is the
-number of elements of the keys and values of one rank, 2 b a' n s/c; Q is b a n s/c.
+Symbols: microbatch size b, sequence length s, query heads a, key/value heads a', head size n. KV:
+elements of the keys and values of all tokens, 2 b a' n s. Q: those of the queries, b a n s.
 
-    elements sent per rank   forward                   backward
-    gathered                 (c-1) KV                  (c-1) KV
-    ring                     (c-1) KV                  (c-1) KV + c KV, the latter in fp32
-    ulysses                  (c-1)/c (2 Q + KV)        (c-1)/c (2 Q + KV)
+    elements sent per rank, layer and microbatch
+               forward                    backward
+    gathered   (c-1)/c KV                 (c-1)/c KV
+    ring       (c-1)/c KV                 (c-1)/c KV, and KV in fp32 (float64 for float64)
+    ulysses    (c-1)/c (2 Q + KV) / c     (c-1)/c (2 Q + KV) / c
 
-Use it when the activations of one row do not fit, even with recomputation: all activations and
-the time of a step shrink with c. Tensor parallelism needs it less, because the number of tokens
-that are sent per layer does not depend on the batch size alone.
+The activations of a rank are 1/c of those of one rank, except that "gathered" also stores KV.
+The ring overlaps sending with attention, whose time per rank is proportional to s^2/c. Sending
+takes a time proportional to s, so with long rows it is hidden.
 
     torchrun --standalone --nproc-per-node 4 context_parallel.py
 
-Ring attention: Liu et al. 2023 (arXiv 2310.01889). Gathering keys and values, zigzag: Llama 3
+Ring: Liu et al. 2023 (arXiv 2310.01889). Gathered keys and values, two chunks per rank: Llama 3
 (arXiv 2407.21783), section 3.3.2. Ulysses: Jacobs et al. 2023 (arXiv 2309.14509).
 """
 
@@ -55,6 +56,8 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # --- version 1: the whole idea --------------------------------------------------------------------
+# Gathered attention. The other layers need no change, except those whose result depends on the
+# position of a token: a position embedding must use positions(s, c, [rank]).
 
 
 def zigzag(c: int, rank: int) -> tuple[int, int]:
@@ -98,19 +101,20 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
 
 # --- the full version: ring attention -------------------------------------------------------------
 # Version 1 stores the keys and values of all tokens, waits for them before it computes, and
-# computes the scores that the mask removes. Ring attention needs 1/c of the memory, sends while it
-# computes, and computes only the scores that are used. Because of the zigzag, what a rank may
-# attend to among the keys of another rank is a rectangle, so no mask is needed.
+# computes scores that the mask removes. Ring attention stores 1/c of the keys and values, sends
+# while it computes, and computes only scores that are used.
 #
-# A rank computes attention for the keys of one source at a time. Each result is normalized by the
-# sum of its own exponentials. To combine two results, their log-sum-exps are needed (lse), see
-# merge(). In backward, the lse of all keys gives the final weights of any of them, so each source
-# can be processed alone again.
+# A rank computes attention to the keys of one source rank at a time, and adds up the results. The
+# softmax of such a result is normalized over the keys of this source only. The log-sum-exp (lse) of
+# its scores tells how much weight it has in the total, see merge(). In backward, the lse over all
+# keys gives the final softmax weights of any of them, so sources can be processed one by one again.
 
 
 def visible(rank: int, source: int, n: int) -> tuple[slice, slice, bool]:
     """What the n queries of `rank` attend to among the n keys of `source`: (queries, keys, whether
-    the mask is causal). A rank's first n/2 tokens are its earlier chunk."""
+    attention is causal). If it is not, each of these queries attends to each of these keys, because
+    a chunk is completely before or after another one. The first n/2 tokens of a rank are its
+    earlier chunk."""
     early, late, both = slice(0, n // 2), slice(n // 2, n), slice(0, n)
     if source == rank:
         return both, both, True
@@ -125,7 +129,7 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     receive = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % c)
     handles = dist.batch_isend_irecv([send, receive])  # payload: x
 
-    def wait() -> Tensor:
+    def wait(sent: Tensor = x) -> Tensor:  # keeps x alive until it is sent
         for handle in handles:
             handle.wait()
         return received
@@ -134,7 +138,7 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Adds the attention over more keys to (out [b, a, s, n], lse [b, a, s]), in place."""
+    """Adds the attention to other keys to (out [b, a, s, n], lse [b, a, s]), in place."""
     total = torch.logaddexp(lse, other_lse)
     out.mul_((lse - total).exp().unsqueeze(-1))
     out.add_(other * (other_lse - total).exp().unsqueeze(-1))
@@ -182,8 +186,8 @@ class RingAttention(torch.autograd.Function):
             rows = [x[:, :, queries] for x in (grad, q, out, lse)]
             gradients = attend_backward(*rows, *kv[:, :, :, keys], causal, fused, block)
             d_q[:, :, queries] += gradients[0]
-            # The gradient of the source's keys and values. The ranks between the source and this
-            # one have added their terms. After c steps, the sum is back at the source.
+            # The gradient of the source's keys and values. The previous rank had the same source
+            # one step before, and sends the sum so far. After c steps, it is back at the source.
             d_kv = torch.zeros_like(kv, dtype=lse.dtype)
             d_kv[:, :, :, keys] = torch.stack(gradients[1:]).to(lse.dtype)
             if wait_d_kv:
@@ -221,7 +225,7 @@ def attend(q, k, v, causal: bool, fused: bool, keep: Tensor | None) -> tuple[Ten
 def attend_backward(
     grad, q, out, lse, k, v, causal: bool, fused: bool, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v. out, lse: of all keys, not only of these."""
+    """The gradients of q, k and v. out and lse are those over all keys, not only these keys."""
     heads, k, v = k.size(1), repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if fused:
         args = grad.contiguous(), q, k, v, out.contiguous(), lse.contiguous()
@@ -266,8 +270,8 @@ def repeat_heads(x: Tensor, a: int) -> Tensor:
 
 
 # --- the full version: all-to-all over heads (Ulysses) --------------------------------------------
-# The ring has c steps, which wait for each other. Ulysses has one all-to-all before attention and
-# one after, and any attention kernel can be used. A rank needs at least one head.
+# The ring takes c steps. Ulysses takes two: an all-to-all before attention, and one after it. It
+# sends less if c is large, and works with any attention kernel. c is at most the number of heads.
 
 
 class AllToAll(torch.autograd.Function):
@@ -286,7 +290,8 @@ class AllToAll(torch.autograd.Function):
 
 
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) -> Tensor:
-    """core(q, k, v): causal attention of one process, [b, a/c, s, n] -> [b, a/c, s, n]."""
+    """core(q, k, v): causal attention of one process, [b, a/c, s, n] -> [b, a/c, s, n]. If c does
+    not divide the number of key/value heads, they are repeated."""
     c, s = group.size(), group.size() * q.size(2)
     if k.size(1) % c:
         k, v = repeat_heads(k, math.lcm(k.size(1), c)), repeat_heads(v, math.lcm(v.size(1), c))

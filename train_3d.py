@@ -1,10 +1,11 @@
-"""Train a GPT with tensor, pipeline and data parallelism (TP x PP x DP).
+"""Train a GPT with tensor, pipeline, data and context parallelism (TP x PP x DP x CP).
 
 Each strategy transforms a plain model. They are applied in this order:
 
     build on the meta device   gpt.py                the full model: shapes only, no memory
     take_stages                pipeline.py           keep the layers of this rank's pipeline stages
     parallelize                tensor_parallel.py    keep this rank's shard of each weight matrix
+    parallelize_attention      context_parallel.py   let attention use keys of other ranks' tokens
     init_weights               gpt.py                allocate and initialise the remaining weights
     checkpoint_blocks          activation_ckpt.py    recompute activations, or offload them
     DDP, Zero1, Zero2, Zero3   ddp, zero, zero3.py   reduce gradients; shard the training state
@@ -17,10 +18,10 @@ This file assigns ranks to groups, applies the strategies and runs the training 
 contains what depends on several strategies: gradients that are summed over tp or over two stages,
 the global gradient norm, and who saves what.
 
-tp, pp, dp: tensor, pipeline and data parallelism. t, p, d: their sizes; d = world size / (t * p).
-Stage: consecutive layers, on one pp rank. Replica: t * p ranks that process the same rows. (The
-groups called "replica" in _make_groups() are others: with ZeRO, ranks that hold the same shard.)
-World size 8 with t = p = d = 2:
+tp, cp, pp, dp: tensor, context, pipeline and data parallelism. t, c, p, d: their sizes; d = world
+size / (t * c * p). Stage: consecutive layers, on one pp rank. Replica: t * c * p ranks that process
+the same rows. (The groups called "replica" in _make_groups() are others: with ZeRO, ranks that hold
+the same shard.) World size 8 with t = p = d = 2 and c = 1:
 
                     stage 0                 stage 1
                  +-----------+           +-----------+      tp ({0, 1}, {2, 3}, ..): shards of each
@@ -32,7 +33,9 @@ World size 8 with t = p = d = 2:
                  +-----------+           +-----------+          gradients are summed
 
 tp communicates most, so it is the innermost axis: its ranks are consecutive, usually on one node.
-pp usually communicates least, and only between neighbours, so it is the outermost axis.
+cp is the next one. Its ranks have different tokens of the same rows and equal weights, so gradients
+are summed over dp and cp. pp usually communicates least, and only between neighbours, so it is the
+outermost axis.
 
 b: rows of a microbatch. s: tokens per row. v: vocabulary size. m: microbatches per replica and
 step, m = global batch size / (d * b). Gradients accumulate over the m microbatches. With m > 1,
