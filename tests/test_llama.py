@@ -172,8 +172,8 @@ SIZES = dict(n_head=4, n_embd=32, n_layer=4, vocab_size=41, seq_len=8, arch="exa
     ids=str,
 )  # fmt: skip
 def test_a_rank_holds_sends_and_computes_what_is_predicted(case):
-    """85 hidden units: the tp ranks differ. With n_embd 40 and d = 4, so does the padding of two units
-    of ZeRO and one."""
+    """85 hidden units: the tp ranks differ. With n_embd 40 and d = 4, two units of ZeRO have more
+    padding than one."""
     assert launch(case.world_size, differences, case) == [{}] * case.world_size
 
 
