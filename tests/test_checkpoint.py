@@ -67,8 +67,8 @@ def test_boxes_are_the_range(shape):
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("parts, t", [((12,), 1), ((12,), 5), ((4, 4, 4), 2), ((6, 3, 3), 2)])
 def test_the_slices_of_all_pieces_fill_the_full_tensor(parts, t, dim):
-    """Matrices fused in one (also of other widths: grouped-query attention), cut over t ranks, each
-    part flattened and cut in three: every element of the whole is there once."""
+    """A matrix of fused matrices (of different widths for grouped-query attention) is sharded over
+    t ranks, and each shard is flattened and split in three. Every element is in one slice."""
     shape = torch.Size((12, 5) if dim == 0 else (5, 12))
     whole = torch.arange(60, dtype=torch.float64).view(shape)
     rebuilt, times = torch.zeros(shape), torch.zeros(shape)
@@ -386,7 +386,7 @@ def test_a_hostile_checkpoint_runs_no_code(saves, tmp_path):
     def sign() -> None:
         about = json.loads((path / "checkpoint.json").read_text())
         del about["crc"]
-        about["files"] = {name: checkpoint.size_and_crc(path / name) for name in about["files"]}
+        about["files"] = {name: checkpoint_dcp.size_and_crc(path / name) for name in about["files"]}
         (path / "checkpoint.json").write_text(
             json.dumps(about | {"crc": checkpoint._crc_of(about)})
         )
@@ -708,8 +708,8 @@ def test_their_gpt2_has_the_same_loss_in_any_layout(theirs, seq_len):
 
 
 def test_our_gpt2_is_theirs_again(theirs, text, tmp_path):  # noqa: F811
-    """In, saved by 4 ranks, out: with a learning rate of 0 it is what it was, bit by bit; after two
-    real steps it computes what ours does."""
+    """Weights are loaded, saved by 4 ranks and exported. With a learning rate of 0 they are bitwise
+    unchanged; after two real steps, the exported model has the loss of gpt.py."""
     import transformers
 
     model, folder = theirs
