@@ -164,7 +164,7 @@ kill-ranks: $(SETUP)
 	$(PY) -m tools.verify.kill_ranks --drills $(DRILLS) --nproc $(NPROC) $(ARGS)
 
 two-hosts: $(SETUP)
-	$(PY) -m tools.bench.two_hosts $(ARGS)
+	$(PY) -m tools.verify.two_hosts $(ARGS)
 
 zoo: mutants
 drill: kill-ranks

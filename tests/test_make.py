@@ -368,3 +368,9 @@ def test_the_pinned_torch_is_in_the_tested_range():
     pinned = re.search(r"torch==2\.(\d+)", (ROOT / "requirements.txt").read_text())
     assert int(range_[1]) <= int(pinned[1]) < int(range_[2])
     assert shutil.which("make")
+
+
+def test_the_table_of_tools_is_complete():
+    named = set(re.findall(r"`(?:tools\.)?([a-z_]+)`", (ROOT / "tools/README.md").read_text()))
+    files = {path.stem for path in (ROOT / "tools").rglob("*.py")} - {"__init__"}
+    assert files <= named and (ROOT / "tools/slurm.sh").exists(), files - named
