@@ -39,6 +39,16 @@ GIVEN_OUT = $(if $(OUT),--out $(OUT))
 # Targets that were renamed: the old names still work.
 NEW_NAME = $(patsubst zoo,mutants,$(patsubst drill,kill-ranks,$1))
 
+# An unknown target is an error, with a suggestion.
+ALL := help zoo drill .venv/installed
+ALL += $(shell sed -n 's/^\#:  \([a-z][a-z0-9-]*\).*/\1/p' $(firstword $(MAKEFILE_LIST)))
+UNKNOWN := $(firstword $(filter-out $(ALL),$(MAKECMDGOALS)))
+ifneq ($(UNKNOWN),)
+NEAR := $(shell python3 -c 'import difflib as d, sys; print(*d.get_close_matches(sys.argv[1], \
+  sys.argv[2:], 1))' '$(UNKNOWN)' $(ALL))
+$(error there is no target $(UNKNOWN)$(if $(NEAR),; the nearest is $(NEAR),: make lists them))
+endif
+
 # A variable on the command line that no target uses is an error.
 GIVEN := $(strip $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v)))
 GIVEN := $(filter-out PYTHON PIP_FLAGS PYTHON_FOR_VENV OMP_NUM_THREADS,$(filter-out -%,$(GIVEN)))
@@ -154,7 +164,7 @@ kill-ranks: $(SETUP)
 	$(PY) -m tools.verify.kill_ranks --drills $(DRILLS) --nproc $(NPROC) $(ARGS)
 
 two-hosts: $(SETUP)
-	$(PY) -m tools.bench.two_hosts $(ARGS)
+	$(PY) -m tools.verify.two_hosts $(ARGS)
 
 zoo: mutants
 drill: kill-ranks

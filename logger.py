@@ -4,6 +4,8 @@ import argparse
 import json
 import math
 import os
+import signal
+import sys
 import time
 from typing import NamedTuple
 
@@ -118,9 +120,14 @@ class Logger:
         return {"tokens_per_s": self.tokens / seconds, "tflops_per_rank": tflops, **mfu}
 
     def say(self, line: str) -> None:
-        """Print a line on rank 0."""
+        """Print a line on rank 0. If the output is closed (`make train | head`), the run stops and
+        saves, as after a signal."""
         if self.is_main:
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _say_at(self, step: int, line: str) -> None:
         self.say(f"step {step:5d}/{self.args.steps}  {line}")

@@ -63,7 +63,8 @@ SYNONYMS = {
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question with the entry of `known` that is most similar to `name`, or an empty string."""
-    known, meant = [*known], SYNONYMS.get(name)
+    known, name = [*known], name.lower()
+    meant = SYNONYMS.get(name)
     if meant not in known:
         meant = next(iter(difflib.get_close_matches(name, known, n=1)), None)
     return f"; did you mean {meant}?" if meant else ""

@@ -57,7 +57,10 @@ import os
 import sys
 from collections.abc import Callable
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit(f"{sys.executable} has no torch: use .venv/bin/python, which `make setup` creates")
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -581,6 +584,7 @@ def main() -> None:
         measure.exit_if_lost("train_3d.py", error)
         raise
     dist.destroy_process_group()
+    gc.freeze()  # Python's exit then scans no objects: it takes 0.2 CPU seconds per rank, not 0.9
     if not saved:
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""What the planner adds up, beside ranks that were counted; and the planner itself."""
+"""The sums of the planner are compared with counts of real ranks. Tests of the planner itself."""
 
 import dataclasses
 import functools
@@ -459,7 +459,7 @@ def test_calibration_recovers_the_speeds_of_a_machine(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_plan_for_this_machine(monkeypatch, capsys):
-    """Where other work disturbs the measurement, it says so in one line."""
+    """If other work disturbs the measurement, the planner ends with one line."""
     try:
         best = json.loads(said(monkeypatch, capsys, HERE))["best"]
     except SystemExit as error:

@@ -248,7 +248,7 @@ def test_resident_activations_fall_as_predicted(monkeypatch):
 @pytest.mark.slow
 def test_a_leak_would_show_in_resident_memory(monkeypatch):
     config = gpt.GPTConfig(n_layer=3, n_head=8, n_embd=512, vocab_size=256, seq_len=16)
-    monkeypatch.setattr("zero.Unit.reshard", zero.Unit.wait)  # the whole parameters stay
+    monkeypatch.setattr("zero.Unit.reshard", zero.Unit.wait)  # full parameters stay
     assert not memory.table(config, 2, torch.float32, lambda line: None)
 
 

@@ -486,7 +486,7 @@ def test_every_accumulation_is_seen_by_a_hook(schedule, t, p, zero_stage):
 
 
 class Exponentials(TorchDispatchMode):
-    """In which dtype there is an exp: what a softmax and a loss are made of."""
+    """Records the dtypes of exp, which softmax and the loss contain."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
