@@ -10,16 +10,17 @@ other ranks. There are three methods:
     gathered   Each rank all-gathers the keys and values of all tokens.
     ring       In c steps, a rank computes attention to the keys and values of one rank per step.
                Meanwhile it sends them to the next rank. For backward, it saves only its own.
-    ulysses    All-to-alls turn the shard of the tokens into a shard of the heads, with all tokens.
-               Another one turns the result back. c must divide the number of heads.
+    ulysses    All-to-alls turn the shard of the tokens into a shard of the query heads, with all
+               tokens. Another one turns the result back. c must divide the number of these heads.
 
 A late token attends to more keys than an early one. With s/c consecutive tokens per rank, the last
 rank of the ring would compute 2 - 1/c times as many scores as the mean. So rank r holds chunks r
-and 2 c - 1 - r of 2 c. Then all ranks compute equally many. The other methods do not depend on it.
+and 2 c - 1 - r of 2 c. Then all ranks compute equally many. The other methods are balanced with any
+assignment of the tokens.
 
-The c ranks hold equal weights. Each divides the loss of its tokens by the number of all tokens, so
-gradients are summed over the c ranks. The DDP and ZeRO of this repository do this, with a group of
-all c d ranks, where d is the number of data-parallel ranks.
+The c ranks hold equal weights. Each divides the summed loss of its tokens by the number of tokens
+of the global batch, so gradients are summed over the c ranks. The DDP and ZeRO of this repository
+do this, with a group of all c d ranks, where d is the number of data-parallel ranks.
 
 Symbols: microbatch size b, sequence length s, query heads a, key/value heads a', head size n. KV:
 elements of the keys and values of all tokens, 2 b a' n s. Q: those of the queries, b a n s.
@@ -30,9 +31,9 @@ elements of the keys and values of all tokens, 2 b a' n s. Q: those of the queri
     ring       (c-1)/c KV                 (c-1)/c KV, and KV in fp32
     ulysses    (c-1)/c (2 Q + KV) / c     (c-1)/c (2 Q + KV) / c, if c divides a'
 
-A rank stores 1/c of the activations of a single process. "gathered" also stores KV. The ring
-overlaps sending with attention. Per rank, attention takes a time proportional to s^2/c, and sending
-a time proportional to s. So with long rows, sending is hidden, except the last send of backward.
+A rank stores 1/c of the activations of a single process. "gathered" also stores KV, and a mask of
+s^2/c entries. The ring overlaps sending with attention. Attention takes a time proportional to
+s^2/c, and sending one proportional to s. So long rows hide it, except the last send of backward.
 
     torchrun --standalone --nproc-per-node 4 context_parallel.py
 
@@ -102,13 +103,14 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
 
 # --- the full version: ring attention -------------------------------------------------------------
 # Version 1 stores the keys and values of all tokens, waits for them before it computes, and
-# computes scores that the mask removes. Ring attention saves 1/c of the keys and values, sends
-# while it computes, and skips the blocks of scores that the mask would remove.
+# computes scores that the mask removes. Ring attention stores only 1/c of the keys and values,
+# sends while it computes, and skips the blocks of scores that the mask would remove.
 #
 # A rank computes attention to the keys of one source rank at a time, and adds up the results. The
 # softmax of such a result is normalized over the keys of this source only. The log-sum-exp (lse) of
-# its scores tells how much weight it has in the total, see merge(). In backward, the lse over all
-# keys gives the final softmax weights of any of them, so sources can be processed one by one again.
+# its scores tells how much weight it has in the total, see merge(). In backward, the softmax
+# weights of one source's keys are exp(scores - lse), with the lse over all keys. So sources can be
+# processed one by one again.
 
 
 def visible(rank: int, source: int, length: int) -> tuple[slice, slice, bool]:
@@ -131,7 +133,7 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     receive = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % c)
     handles = dist.batch_isend_irecv([send, receive])  # payload: x
 
-    def wait(sent: Tensor = x) -> Tensor:  # keeps x alive until it is sent
+    def wait(sent: Tensor = x) -> Tensor:  # keeps x alive, which the caller may drop before
         for handle in handles:
             handle.wait()
         return received
@@ -140,8 +142,9 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Merges the attention over other keys, (other, other_lse), into (out [b, a, s, n], lse [b, a,
-    s]), in place. Each is weighted by its part of the sum of exponentials over all keys."""
+    """Merges the attention over other keys, (other, other_lse), into (out [b, a, queries, n], lse
+    [b, a, queries]), in place. Each is weighted by its part of the sum of exponentials over the
+    keys of both."""
     total = torch.logaddexp(lse, other_lse)
     out.mul_((lse - total).exp().unsqueeze(-1))
     out.add_(other * (other_lse - total).exp().unsqueeze(-1))
@@ -211,8 +214,8 @@ def mask_of_block(keep: Tensor | None, source: int, queries: slice, keys: slice)
     """The part of the dropout mask for these queries and these keys of the source."""
     if keep is None:
         return None
-    n = keep.size(2)
-    return keep[:, :, queries, source * n : (source + 1) * n][..., keys]
+    length = keep.size(2)  # s/c
+    return keep[:, :, queries, source * length : (source + 1) * length][..., keys]
 
 
 def attend(q, k, v, causal: bool, fused: bool, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -255,8 +258,8 @@ def attend_backward(
         # Softmax: d_scores = weights * (d_weights - sum(weights * d_weights)). For each query, the
         # sum over all keys equals the dot product of the output and its gradient.
         delta = (grad * out).to(lse.dtype).sum(-1, keepdim=True)
-        d_scores = (weights * (d_weights - delta) / math.sqrt(q.size(-1))).to(q.dtype)
-        d_q, d_k = d_scores @ k, d_scores.transpose(-2, -1) @ q
+        d_qk = (weights * (d_weights - delta) / math.sqrt(q.size(-1))).to(q.dtype)
+        d_q, d_k = d_qk @ k, d_qk.transpose(-2, -1) @ q
     # Several query heads may share a key/value head: sum their gradients.
     return d_q, *(x.unflatten(1, (heads, -1)).sum(2) for x in (d_k, d_v))
 
@@ -272,14 +275,14 @@ def scores_of(q: Tensor, k: Tensor, causal: bool) -> Tensor:
 
 
 def repeat_heads(x: Tensor, a: int) -> Tensor:
-    """[b, a', s, n] -> [b, a, s, n]: each head is repeated a / a' times."""
+    """[b, a', tokens, n] -> [b, a, tokens, n]: each head is repeated a / a' times."""
     return x if x.size(1) == a else x.repeat_interleave(a // x.size(1), dim=1)
 
 
 # --- the full version: all-to-all over heads (Ulysses) --------------------------------------------
 # Ulysses has all-to-alls of q, k and v before attention, and one of the result after it. They do
 # not overlap with attention, but send less than the ring if c is large. Any attention kernel can be
-# used. c is at most the number of heads.
+# used. c is at most the number of query heads.
 
 
 class AllToAll(torch.autograd.Function):
@@ -325,13 +328,16 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) ->
 
 
 class ContextParallelCore(nn.Module):
-    """Replaces the attention core of a model, a gpt.Core. core.tokens and core.heads, each a
-    gpt.Subset, are the tokens and the heads that `core` computes."""
+    """Replaces a gpt.Core, the attention core of a model. A gpt.Subset says which chunks of a
+    dimension a process holds. `core` takes its causal mask from core.tokens, and its part of the
+    dropout mask from core.tokens and core.heads. So all ranks together drop what one process
+    drops."""
 
     def __init__(self, core: nn.Module, group: dist.ProcessGroup, method: str):
         super().__init__()
         self.core, self.group, self.method = core, group, method
         c, subset = group.size(), core.tokens
+        # The tokens of the gathered keys: those of all ranks, in the order of the ranks.
         held = [chunk for rank in range(c) for chunk in zigzag(c, rank)]
         self.keys = dataclasses.replace(subset, held=tuple(held), count=2 * c)
         if method == "ulysses":
@@ -342,19 +348,20 @@ class ContextParallelCore(nn.Module):
         core, group = self.core, self.group
         if self.method == "gathered":
             k, v = GatherSequence.apply(k, group), GatherSequence.apply(v, group)
-            return core(q, k, v, self.keys)  # self.keys: which tokens the gathered keys are
+            return core(q, k, v, self.keys)
         if self.method == "ulysses":
             return ulysses_attention(q, k, v, group, core)
         keep = None
         if core.training and core.drop.p > 0:
-            # With dropout, core.explicit is True. Dropout of ones gives the mask / (1 - p).
+            # With dropout, core.explicit is True: core does not use flash attention. Dropout of
+            # ones gives the mask / (1 - p).
             ones = q.new_ones(*q.shape[:3], group.size() * k.size(2))
             keep = core.drop(ones, core.heads, core.tokens, self.keys)
         return RingAttention.apply(q, k, v, group, not core.explicit, keep)
 
 
 def parallelize_attention(model: nn.Module, group: dist.ProcessGroup, method: str) -> None:
-    """Replaces each attention core of the model, a submodule named `core`. Before this, set the
+    """Replaces each submodule named `core`, the attention cores of the model. Before, set the
     attribute `tokens` of all modules that have it to gpt.Subset(zigzag(c, rank), 2 * c)."""
     owners = [m for m in model.modules() if isinstance(getattr(m, "core", None), nn.Module)]
     for owner in owners if group.size() > 1 else ():
@@ -368,9 +375,9 @@ def predicted_payload(
     method: str, b: int, s: int, a: int, kv_heads: int, n: int, c: int
 ) -> dict[tuple[str, str], tuple[int, int]]:
     """(phase, operation) -> (calls, payload in elements) per rank, for one attention layer and one
-    microbatch. The payload is the tensor that is sent, the full tensor of an all-gather or a
-    reduce-scatter, or the input of an all-to-all. A rank sends (c-1)/c of the last three. For
-    ulysses, c must divide kv_heads."""
+    microbatch. The payload of a send is the tensor that is sent. The payload of the others is the
+    full tensor of an all-gather or a reduce-scatter, or the input of an all-to-all. A rank sends
+    (c-1)/c of it. For ulysses, c must divide kv_heads."""
     kv, q = 2 * b * kv_heads * n * s, b * a * n * s
     if c == 1:
         return {}

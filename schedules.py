@@ -167,11 +167,11 @@ def zb_v(p: int, m: int) -> Schedule:
     rank 2p - 1 - k. Rank 0 holds the first and the last stage, so it starts its backwards as soon
     as the forward of microbatch 0 has returned.
 
-    With at least 2p - 1 microbatches, each rank holds up to p of them. Rank r starts r time units after rank 0, and is not idle
-    between its first and its last action. It finishes p - 1 - r units before the last rank. The
-    paper calls this zero bubble, because its ranks do not wait for each other between steps. Here
-    all ranks wait for the gradient norm, which clipping needs. The idle time at the start and at
-    the end is the bubble in the table."""
+    With at least 2p - 1 microbatches, each rank holds up to p of them. Rank r starts r time units
+    after rank 0, and is not idle between its first and its last action. It finishes p - 1 - r units
+    before the last rank. The paper calls this zero bubble, because its ranks do not wait for each
+    other between steps. Here all ranks wait for the gradient norm, which clipping needs. The idle
+    time at the start and at the end is the bubble in the table."""
     n = max(m, 2 * p - 1)  # the phases need this many; microbatches m and above are removed
     schedule = []
     for r in range(p):
