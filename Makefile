@@ -58,7 +58,8 @@ USED := $(strip $(foreach goal,$(call NEW_NAME,$(MAKECMDGOALS)),$(shell awk \
   '$(HELP_LINE) { gsub(/.*[[]|[]].*|=[^] ]*/, ""); print }' $(firstword $(MAKEFILE_LIST)))))
 UNUSED := $(filter-out $(USED),$(GIVEN))
 ifneq ($(UNUSED),)
-$(error make $(MAKECMDGOALS) does not use $(UNUSED). It uses: $(or $(USED),no variables))
+FLAGS := $(if $(filter ARGS,$(USED)),. Flags: ARGS="--flag value")
+$(error make $(MAKECMDGOALS) does not use $(UNUSED). It uses: $(or $(USED),no variables)$(FLAGS))
 endif
 endif
 
