@@ -62,6 +62,7 @@ help:
 #:  setup             3 min   create .venv with torch, numpy, pytest; other targets do it too
 #:  draw              3 s     draw a pipeline schedule  [P=4 M=8 SCHEDULE=1f1b ARGS]
 #:  tp                10 s    compare tensor_parallel.py with one process  [NPROC=2]
+#:  cp                10 s    compare context_parallel.py with one process  [NPROC=4]
 #:  pp                10 s    compare pipeline.py with one process  [NPROC=2]
 #:  ddp               10 s    compare ddp.py with one process  [NPROC=4]
 #:  zero              10 s    compare ZeRO-1 and ZeRO-2 with one process  [NPROC=4]
@@ -83,12 +84,13 @@ setup: $(SETUP)
 draw: $(SETUP)
 	@$(PY) -m tools.draw $(SCHEDULE) --p $(P) --m $(M) $(ARGS)
 
-ddp zero zero3: NPROC = 4
+cp ddp zero zero3: NPROC = 4
 tp pp ckpt: NPROC = 2
 tp: FILE = tensor_parallel
+cp: FILE = context_parallel
 pp: FILE = pipeline
 ckpt: FILE = activation_ckpt
-ddp zero zero3 tp pp ckpt: $(SETUP)
+ddp zero zero3 tp cp pp ckpt: $(SETUP)
 	$(LAUNCH) $(NPROC) $(or $(FILE),$@).py
 
 train: $(SETUP)
@@ -219,7 +221,7 @@ clean:
 	rm -rf .venv .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup draw tp pp ddp zero zero3 ckpt train sample plot
+.PHONY: help setup draw tp cp pp ddp zero zero3 ckpt train sample plot
 .PHONY: plan dry-run published plan-check test test-all parity fuzz races mutants zoo kill-ranks drill
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint links memory
 .PHONY: two-hosts hierarchy gpu-check gpu-drill node figures transcripts lint clean
