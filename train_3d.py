@@ -133,7 +133,7 @@ class Trainer:
         pipeline.take_stages(self.model, self.stages, split)
 
         # Keep this rank's shard of each weight matrix.
-        plan = plan or arch.plan(config, t)
+        plan = plan or arch.plan(config, args.tp)
         tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
 
         # Allocate and initialise this rank's parameters. Values do not depend on t, p or d.
