@@ -143,7 +143,7 @@ class Trainer:
         pipeline.take_stages(self.model, self.stages, split)
 
         # Keep this rank's shard of each weight matrix.
-        plan = plan or arch.plan(config, axes["tp"])
+        plan = plan or arch.plan(config, args.tp)
         tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
 
         # Let attention reach the keys and values of the tokens that other cp ranks hold.
