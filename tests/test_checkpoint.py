@@ -67,8 +67,8 @@ def test_boxes_are_the_range(shape):
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("parts, t", [((12,), 1), ((12,), 5), ((4, 4, 4), 2), ((6, 3, 3), 2)])
 def test_the_slices_of_all_pieces_fill_the_full_tensor(parts, t, dim):
-    """A matrix of fused matrices (of different widths for grouped-query attention) is sharded over
-    t ranks, and each shard is flattened and split in three. Every element is in one slice."""
+    """Matrices fused in one (also of other widths: grouped-query attention), cut over t ranks, each
+    part flattened and cut in three: every element of the whole is there once."""
     shape = torch.Size((12, 5) if dim == 0 else (5, 12))
     whole = torch.arange(60, dtype=torch.float64).view(shape)
     rebuilt, times = torch.zeros(shape), torch.zeros(shape)
