@@ -94,11 +94,12 @@ class GatherSequence(torch.autograd.Function):
 
 
 def gathered_attention(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Causal attention. q, k, v [b, a, s/c, n] hold the tokens of this rank's chunks."""
+    """Causal attention. q [b, a, s/c, n] and k, v [b, a', s/c, n] hold the tokens of this rank's
+    chunks."""
     c, s = group.size(), group.size() * q.size(2)
     k, v = GatherSequence.apply(k, group), GatherSequence.apply(v, group)
     mask = positions(s, c, range(c)) <= positions(s, c, [group.rank()]).unsqueeze(1)  # [s/c, s]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device))
+    return F.scaled_dot_product_attention(q, k, v, mask.to(q.device), enable_gqa=True)
 
 
 # --- the full version: ring attention -------------------------------------------------------------
@@ -362,9 +363,14 @@ class ContextParallelCore(nn.Module):
 
 def parallelize_attention(model: nn.Module, group: dist.ProcessGroup, method: str) -> None:
     """Replaces each submodule named `core`, the attention cores of the model. Before, set the
-    attribute `tokens` of all modules that have it to gpt.Subset(zigzag(c, rank), 2 * c)."""
+    attribute `tokens` of all modules that have it to gpt.Subset(zigzag(c, rank), 2 * c). Raises
+    ValueError if the model has no such submodule."""
+    if group.size() == 1:
+        return
     owners = [m for m in model.modules() if isinstance(getattr(m, "core", None), nn.Module)]
-    for owner in owners if group.size() > 1 else ():
+    if not owners:
+        raise ValueError("--cp: the model has no submodule named core: see Attention in gpt.py")
+    for owner in owners:
         owner.core = ContextParallelCore(owner.core, group, method)
 
 

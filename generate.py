@@ -41,7 +41,8 @@ def next_logits(trainer, tokens: Tensor) -> Tensor:
     logits = torch.zeros(trainer.config.vocab_size, dtype=trainer.dtype, device=trainer.device)
     # The length must be divisible by the number of chunks of a row. Attention is causal, so padding
     # after the last token does not change its logits.
-    chunks = trainer.tokens.count * trainer.tp_group.size()
+    shards = trainer.tp_group.size() if trainer.args.sequence_parallel else 1
+    chunks = trainer.tokens.chunk(0, shards).count
     x = trainer.tokens.take(nn.functional.pad(tokens[None], (0, -len(tokens) % chunks)), 1)
     is_last = trainer.tokens.positions(x.size(1), x.device) == len(tokens) - 1
 
