@@ -12,10 +12,10 @@ This is a library without a command. `make plan` searches for layouts with it. `
 compares its counts with those of a real rank, `make published` and `make plan-check` compare its
 times with published tables and with this machine.
 
-b, s, h: microbatch size, sequence length, hidden size. t, p, d: sizes of tensor, pipeline and data
-parallelism. m: microbatches per step. A stage is a contiguous slice of the layers; a rank has one
-or more stages, its chunks. F, B, W: forward, backward for the input, backward for the weights (part
-of B unless the schedule separates it).
+b, s, h: microbatch size, tokens per row on a rank, hidden size. t, c, p, d: sizes of tensor,
+context, pipeline and data parallelism. m: microbatches per step. A stage is a contiguous slice of
+the layers; a rank has one or more stages, its chunks. F, B, W: forward, backward for the input,
+backward for the weights (part of B unless the schedule separates it).
 """
 
 import collections
@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 
+import context_parallel
 import ddp
 import gpt
 import options
@@ -88,8 +89,8 @@ DEFAULT_PROGRAM = Program()
 
 
 class Layout(NamedTuple):
-    """The layout of a run, in the terms of train_3d.py's flags. `make plan` keeps the last four
-    fields at their defaults.
+    """The layout of a run, in the terms of train_3d.py's flags. `make plan` keeps the fields after
+    `cp` at their defaults.
     """
 
     tp: int
@@ -102,19 +103,26 @@ class Layout(NamedTuple):
     schedule: str = "1f1b"
     chunks: int = 1
     sequence_parallel: bool = False
-    shard_size: int = 0  # --zero-shard-size; 0: dp
+    cp: int = 1
+    shard_size: int = 0  # --zero-shard-size; 0: dp x cp
     reshard: bool = True  # not --no-reshard-after-forward
     every: int = 1  # K of --recompute POLICY:K
     layers: int | None = None  # --recompute-layers
+    cp_attention: str = "ring"
 
     @property
     def gpus(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.replicas
+
+    @property
+    def replicas(self) -> int:
+        """Number of ranks over which gradients are summed."""
+        return self.dp * self.cp
 
     @property
     def shards(self) -> int:
         """Number of ZeRO shards."""
-        return (self.shard_size or self.dp) if self.zero else 1
+        return (self.shard_size or self.replicas) if self.zero else 1
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -265,17 +273,18 @@ def chunk_bytes(
 
     layout: the second result of cache_keys.
     """
-    t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
+    t, c, b, h = layout.tp, layout.cp, layout.micro_batch_size, config.n_embd
+    s = config.seq_len // c
     sizes = dict(b=b, s=s, h=h, itemsize=program.itemsize, t=t, sequence=layout.sequence_parallel)
     head = vocab_rows(config, t, tp_rank)
     waiting = predicted_queue_bytes(
         config, n_layer, b, program.itemsize, head * last, t, layout.sequence_parallel, tp_rank
-    )
+    ) // c  # fmt: skip
     boundary = b * s * h // (t if layout.sequence_parallel else 1) * program.itemsize
     if gpt.module_of(config) is not gpt:
         return 0, waiting, 4 * boundary * (layout.pp > 1)
     more = dict(a=config.n_head, attention=config.attention, dropout=config.dropout > 0,
-                stat=program.stat)  # fmt: skip
+                stat=program.stat, c=c, method=layout.cp_attention)  # fmt: skip
     flying = predicted_activation_bytes(
         n_layer, v=head, policy=layout.recompute, layers=layers, first=first, last=last, **sizes,
         **more
@@ -289,10 +298,11 @@ def cache_keys(layout: Layout) -> tuple[Layout, Layout]:
 
     They keep only the fields on which the result depends, so that many layouts share a cache entry.
     """
-    state_layout = Layout(layout.tp, 1, layout.dp, layout.zero, shard_size=layout.shard_size,
+    state_layout = Layout(layout.tp, 1, layout.replicas, layout.zero, shard_size=layout.shard_size,
                           sequence_parallel=layout.sequence_parallel)  # fmt: skip
     chunk_layout = Layout(layout.tp, min(2, layout.pp), 1, 0, layout.micro_batch_size, 1,
-                          layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
+                          layout.recompute, sequence_parallel=layout.sequence_parallel,
+                          cp=layout.cp, cp_attention=layout.cp_attention)  # fmt: skip
     return state_layout, chunk_layout
 
 
@@ -323,7 +333,7 @@ def tp_traffic(
     Phases: "forward", "backward", and "recompute" for the second forward of `recomputed` blocks.
     The collectives of the loss have elements of at least 4 bytes.
     """
-    b, s, h = layout.micro_batch_size, config.seq_len, config.n_embd
+    b, s, h = layout.micro_batch_size, config.seq_len // layout.cp, config.n_embd
     sequence, itemsize = layout.sequence_parallel, program.itemsize
     costs = tensor_parallel.predicted_collectives(n_layer, b, s, h, m, sequence, first, last)
     traffic = {key: (calls, elements * itemsize) for key, (calls, elements) in costs.items()}
@@ -348,6 +358,33 @@ def recomputed_calls(policy: str, sequence: bool, dropout: bool) -> dict[str, in
     if sequence:
         return {"all_gather": 2, "reduce_scatter": 1 + dropout}
     return {"all_reduce": 1 + dropout}
+
+
+def cp_traffic(
+    config: gpt.Config, layout: Layout, program: Program, n_layer: int, recomputed: int, m: int = 1
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """(phase, operation) -> (calls, bytes) of the cp collectives of n_layer blocks, for m
+    microbatches. phase: as in tp_traffic(). Under the policies "full" and "selective", the second
+    forward repeats those of the forward. With "selective", it stops before the last all-to-all of
+    Ulysses.
+
+    The ring's gradients of keys and values have elements of at least 4 bytes."""
+    heads, n = config.n_head // layout.tp, config.n_embd // config.n_head
+    costs = context_parallel.predicted_payload(
+        layout.cp_attention, layout.micro_batch_size, config.seq_len, heads, heads, n, layout.cp
+    )
+    traffic = {}
+    for (phase, operation), (calls, elements) in costs.items():
+        nbytes = elements * program.itemsize
+        if (phase, operation) == ("backward", "send"):  # 2 c - 1 sends, c of them of gradients
+            more = max(4, program.itemsize) - program.itemsize
+            nbytes += elements // calls * layout.cp * more
+        traffic[phase, operation] = m * n_layer * calls, m * n_layer * nbytes
+        if phase == "forward" and layout.recompute in ("full", "selective"):
+            if (layout.recompute, operation) == ("selective", "all_to_all"):
+                calls, nbytes = calls - 1, nbytes - nbytes // calls
+            traffic["recompute", operation] = m * recomputed * calls, m * recomputed * nbytes
+    return traffic
 
 
 def predicted_rank_bytes(
@@ -385,7 +422,7 @@ def predicted_rank_bytes(
         held["activations"] = n * min(min(bytes_of.values()) for bytes_of in each)
     held["activations"] += 8 * ends[1]
     if layout.tp == 1:  # nn.Embedding saves views of the token ids of all microbatches
-        tokens = layout.microbatches * layout.micro_batch_size * config.seq_len
+        tokens = layout.microbatches * layout.micro_batch_size * config.seq_len // layout.cp
         held["activations"] += 8 * tokens * ends[0]
     held["buffers"] += max(temporary.values())
     return held
@@ -664,12 +701,14 @@ def predicted_step(
 
 def predicted_block_bytes(
     b: int, s: int, h: int, a: int, attention: str, itemsize: int, policy: str = "none",
-    dropout: bool = False, t: int = 1, sequence: bool = False, stat: int | None = None,
+    dropout: bool = False, t: int = 1, sequence: bool = False, stat: int | None = None, c: int = 1,
+    method: str = "ring",
 ) -> int:  # fmt: skip
     """Bytes that autograd saves for the backward of one GPT-2 block of gpt.py, per microbatch, on
-    one of t tensor-parallel ranks. itemsize: bytes per element of the activations. sequence:
-    sequence parallelism. stat: bytes per mean and 1/std of a layer norm (default: itemsize, which
-    holds on a CPU; a GPU uses 4 also in bf16).
+    one of t tensor-parallel ranks. s: tokens on this rank. itemsize: bytes per element of the
+    activations. sequence: sequence parallelism. stat: bytes per mean and 1/std of a layer norm
+    (default: itemsize, which holds on a CPU; a GPU uses 4 also in bf16). c, method:
+    context-parallel ranks, and --cp-attention.
 
     Saved on each rank, in elements unless stated otherwise:
 
@@ -686,6 +725,15 @@ def predicted_block_bytes(
         b a s^2/t    bytes, with dropout: the mask
         s^2          bytes: the causal mask, which every rank has in full
 
+    With context parallelism, s and s^2 in the core become
+
+        ring         s, for log-sum-exps: the scores are recomputed. With dropout, the mask of s c s
+                     scores is saved, in the dtype of the activations
+        gathered     s, and s c s for s^2; also k and v of all tokens, 2 b c s h/t. A fused kernel
+                     saves the causal mask in the dtype of the activations
+        ulysses      those of a/c heads and c s tokens; also four orders of c s tokens (8 bytes),
+                     and the output of a fused kernel, b s h/t
+
     Korthikanti et al., section 4.1, count 34 s b h + 5 a s^2 b bytes for 16-bit elements with
     dropout. This block saves the same 34 s b h: 16 elements of 2 bytes, and 2 bytes of masks. It
     saves 7 a s^2 b: the softmax in fp32 (4 bytes, where the paper has 2), its copy after dropout
@@ -697,10 +745,20 @@ def predicted_block_bytes(
         return hidden * itemsize
     softmax_itemsize = max(4, itemsize)
     norms = 4 * b * s // (t if sequence else 1) * (stat or itemsize)
-    core = b * a * s // t * softmax_itemsize
-    if attention == "explicit" or dropout:
+    core, explicit = b * a * s // t * softmax_itemsize, attention == "explicit" or dropout
+    if c > 1 and method == "ring":
+        core += b * a * s * c * s // t * itemsize * dropout
+    elif explicit:
         copy = itemsize if dropout or itemsize < softmax_itemsize else 0
-        core = b * a * s * s // t * (softmax_itemsize + copy + dropout) + s * s
+        core = b * a * s * c * s // t * (softmax_itemsize + copy + dropout)
+        core += s * c * s * (c if method == "ulysses" else 1)
+    if c > 1 and method == "gathered":
+        # q is a view of q, k and v, unless explicit attention has copied it for a batched matmul.
+        copied = explicit and b > 1 and a > t
+        core += 2 * b * (c - copied) * s * h // t * itemsize
+        core += 0 if explicit else s * c * s * itemsize
+    if c > 1 and method == "ulysses":
+        core += 32 * c * s + (0 if explicit else b * s * h // t * itemsize)
     elements = 4 * hidden + 12 * b * s * h // t
     outside_core = elements * itemsize + norms + 2 * hidden * dropout
     return outside_core + (core if policy == "none" else 0)
@@ -749,7 +807,7 @@ def predicted_activation_bytes(
 def predicted_flops(
     config: gpt.Config, n_layer: int, b: int, policy: str, every: int = 1,
     layers: int | None = None, deferred: bool = False, fused: bool = False, t: int = 1,
-    tp_rank: int = 0,
+    tp_rank: int = 0, c: int = 1, method: str = "ring",
 ) -> int:  # fmt: skip
     """FLOPs of the matmuls of n_layer blocks in forward, backward and second forward, 2 per
     multiply-add, on one of t tensor-parallel ranks. A forward of GPT-2 has 24 b s h^2 + 4 b s^2 h
@@ -760,15 +818,23 @@ def predicted_flops(
     linear layer of a block, or the second matmul of the core of attention. It does not skip the
     linear layer with dropout, whose mask is saved after it, or if weight gradients are `deferred`,
     since such a linear layer saves its input after its matmul. A `fused` core is one operation,
-    which runs again completely."""
+    which runs again completely.
+
+    c, method: context-parallel ranks and --cp-attention. A rank has s/c tokens, and 1/c of the
+    scores. The ring computes (c + 1) / 2 c of these, because it leaves out keys that no query of
+    the rank attends to. Its backward recomputes the scores, unless it is fused. The ring and
+    Ulysses save tensors after their last matmul, so their core runs again completely."""
     block, dropout = sharded(config, t, tp_rank), getattr(config, "dropout", 0) > 0
-    matmuls = [2 * inputs * outputs for inputs, outputs, _ in block.linears]
-    forward = sum(matmuls) + block.core_flops
-    full = forward if dropout or deferred else forward - matmuls[-1]
-    selective = block.core_flops if fused else block.core_flops // 2
+    tokens, matmuls = b * config.seq_len // c, [2 * n * outputs for n, outputs, _ in block.linears]
+    core, ring = tokens * block.core_flops, c > 1 and method == "ring"
+    core = core * (c + 1) // (2 * c) if ring else core
+    again = ring and not fused
+    linear = tokens * sum(matmuls)
+    full = linear + core - (0 if dropout or deferred else tokens * matmuls[-1])
+    selective = core if fused or (c > 1 and method != "gathered") else core // 2
     second = {"none": 0, "offload": 0, "selective": selective, "full": full}[policy]
-    per_token = 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * second
-    return b * config.seq_len * per_token
+    all_blocks = n_layer * (3 * (linear + core) + again * core // 2)
+    return all_blocks + len(range(n_layer)[:layers:every]) * second
 
 
 # --- bytes of a pipeline rank ---------------------------------------------------------------------
