@@ -58,6 +58,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
+    ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
@@ -456,6 +457,7 @@ PP_TORCH = {
         (ScheduleGPipe, 1, False, ["gpipe"]), (Schedule1F1B, 1, False, ["1f1b", "zb-h1"]),
         (ScheduleInterleaved1F1B, 2, False, ["interleaved"]),
         (ScheduleZBVZeroBubble, 2, True, ["zb-v"]),
+        (ScheduleDualPipeV, 2, True, ["dualpipe-v"]),
     )
 }  # fmt: skip
 CKPT_VARIANTS = {
