@@ -176,6 +176,7 @@ drill: kill-ranks
 #: Measure
 #:  bench-dp          9 min   time a step next to PyTorch's DDP, FSDP and ZeRO  [OUT ARGS]
 #:  bench-tp          9 min   time a step next to PyTorch's tensor parallelism  [OUT ARGS]
+#:  bench-cp          9 min   time a step with long rows next to PyTorch's ring attention  [OUT ARGS]
 #:  bench-pp          9 min   time a step next to PyTorch's pipelines  [OUT ARGS]
 #:  bench-3d          9 min   time a step next to PyTorch's 3-D parallelism  [OUT ARGS]
 #:  bench-ckpt        9 min   time a step next to PyTorch's activation checkpointing  [OUT ARGS]
@@ -188,7 +189,7 @@ drill: kill-ranks
 #:  node              30 min  measure a node of NPROC GPUs  [NPROC=8 OUT ARGS]
 
 bench-checkpoint: BENCH = tools.bench.checkpoint
-bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETUP)
+bench-dp bench-tp bench-cp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETUP)
 	$(PY) -m $(or $(BENCH),tools.bench.compare $(@:bench-%=%)) $(GIVEN_OUT) $(ARGS)
 
 links: NPROC = 2
@@ -234,5 +235,5 @@ clean:
 
 .PHONY: help setup draw tp cp pp ddp zero zero3 ckpt train sample plot
 .PHONY: plan dry-run published plan-check test test-all parity fuzz races mutants zoo kill-ranks drill
-.PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint links memory
+.PHONY: bench-dp bench-tp bench-cp bench-pp bench-3d bench-ckpt bench-checkpoint links memory
 .PHONY: two-hosts hierarchy gpu-check gpu-drill node figures transcripts lint clean
