@@ -58,7 +58,8 @@ USED := $(strip $(foreach goal,$(call NEW_NAME,$(MAKECMDGOALS)),$(shell awk \
   '$(HELP_LINE) { gsub(/.*[[]|[]].*|=[^] ]*/, ""); print }' $(firstword $(MAKEFILE_LIST)))))
 UNUSED := $(filter-out $(USED),$(GIVEN))
 ifneq ($(UNUSED),)
-$(error make $(MAKECMDGOALS) does not use $(UNUSED). It uses: $(or $(USED),no variables))
+FLAGS := $(if $(filter ARGS,$(USED)),. Flags: ARGS="--flag value")
+$(error make $(MAKECMDGOALS) does not use $(UNUSED). It uses: $(or $(USED),no variables)$(FLAGS))
 endif
 endif
 
@@ -72,6 +73,7 @@ help:
 #:  setup             3 min   create .venv with torch, numpy, pytest; other targets do it too
 #:  draw              3 s     draw a pipeline schedule  [P=4 M=8 SCHEDULE=1f1b ARGS]
 #:  tp                10 s    compare tensor_parallel.py with one process  [NPROC=2]
+#:  cp                10 s    compare context_parallel.py with one process  [NPROC=4]
 #:  pp                10 s    compare pipeline.py with one process  [NPROC=2]
 #:  ddp               10 s    compare ddp.py with one process  [NPROC=4]
 #:  zero              10 s    compare ZeRO-1 and ZeRO-2 with one process  [NPROC=4]
@@ -93,12 +95,13 @@ setup: $(SETUP)
 draw: $(SETUP)
 	@$(PY) -m tools.draw $(SCHEDULE) --p $(P) --m $(M) $(ARGS)
 
-ddp zero zero3: NPROC = 4
+cp ddp zero zero3: NPROC = 4
 tp pp ckpt: NPROC = 2
 tp: FILE = tensor_parallel
+cp: FILE = context_parallel
 pp: FILE = pipeline
 ckpt: FILE = activation_ckpt
-ddp zero zero3 tp pp ckpt: $(SETUP)
+ddp zero zero3 tp cp pp ckpt: $(SETUP)
 	$(LAUNCH) $(NPROC) $(or $(FILE),$@).py
 
 train: $(SETUP)
@@ -116,8 +119,8 @@ plot: $(SETUP)
 #: Plan
 #:  plan              5 s     recommend a layout, with its launch command  [ARGS]
 #:                            ARGS="--model gpt-175b --gpus 1024"
-#:  dry-run           20 s    count what one rank of 3072 stores, sends and computes  [ARGS]
-#:  published         30 s    compare the cost model with published tables  [ARGS]
+#:  dry-run           10 s    count what one rank of 3072 stores, sends and computes  [ARGS]
+#:  published         5 s     compare the cost model with published tables  [ARGS]
 #:  plan-check        5 min   compare the cost model with this machine  [ARGS]
 
 plan: $(SETUP)
@@ -135,7 +138,7 @@ published plan-check: $(SETUP)
 #: Verify
 #:  test              5 min   run the fast tests; ARGS=tests/test_zero.py: those of a file  [ARGS]
 #:  test-all          15 min  run all tests, as in CI  [ARGS]
-#:  parity            3 min   compare all layouts of NPROC ranks with one process  [NPROC=8]
+#:  parity            5 min   compare all layouts of NPROC ranks with one process  [NPROC=8]
 #:  fuzz              1 min   compare N random configurations with one process  [N=50 SEED=0 ARGS]
 #:  races             12 min  run each overlapped path N times with random delays  [N=20 SEED=0]
 #:  mutants           12 min  insert known bugs one by one; a test must fail for each  [ARGS]
@@ -177,8 +180,8 @@ drill: kill-ranks
 #:  bench-3d          9 min   time a step next to PyTorch's 3-D parallelism  [OUT ARGS]
 #:  bench-ckpt        9 min   time a step next to PyTorch's activation checkpointing  [OUT ARGS]
 #:  bench-checkpoint  9 min   time saving and loading next to PyTorch's  [OUT ARGS]
-#:  links             10 s    time each collective on this machine, by size  [NPROC=2 OUT ARGS]
-#:  memory            1 min   measure memory by ZeRO stage and recompute policy (Linux)  [NPROC=4]
+#:  links             15 s    time each collective on this machine, by size  [NPROC=2 OUT ARGS]
+#:  memory            3 min   measure memory by ZeRO stage and recompute policy (Linux)  [NPROC=4]
 #:  hierarchy         3 min   time traffic between simulated hosts, as root  [OUT ARGS]
 #:  gpu-check         5 min   compare one GPU with a bare loop  [OUT ARGS]
 #:  gpu-drill         10 min  check NCCL on one GPU; ARGS: names of checks  [OUT ARGS]
@@ -210,7 +213,7 @@ node: $(SETUP)
 
 #:
 #: Develop
-#:  figures           1 min   draw the pictures of README and docs again: docs/img  [ARGS]
+#:  figures           1 s     draw the pictures of README and docs again: docs/img  [ARGS]
 #:  transcripts       20 min  rerun the commands of README and docs, update their output  [ARGS]
 #:  lint              1 s     run ruff, if it is installed
 #:  clean             1 s     remove .venv and caches; keep checkpoints and losses
@@ -229,7 +232,7 @@ clean:
 	rm -rf .venv .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup draw tp pp ddp zero zero3 ckpt train sample plot
+.PHONY: help setup draw tp cp pp ddp zero zero3 ckpt train sample plot
 .PHONY: plan dry-run published plan-check test test-all parity fuzz races mutants zoo kill-ranks drill
 .PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint links memory
 .PHONY: two-hosts hierarchy gpu-check gpu-drill node figures transcripts lint clean

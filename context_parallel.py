@@ -1,4 +1,4 @@
-"""Context parallelism: the tokens of each row are sharded over c ranks, also inside attention.
+"""Context parallelism: the tokens of each row are sharded over c ranks, in all layers.
 
     chunks of a row      0   1   2   3   4   5          c = 3 ranks, 2 c chunks
     rank                 0   1   2   2   1   0          a zigzag
@@ -8,17 +8,19 @@ only. In attention, a query needs the keys and values of all earlier tokens. Mos
 other ranks. There are three methods:
 
     gathered   Each rank all-gathers the keys and values of all tokens.
-    ring       In c steps, each rank sends keys and values to the next rank, while it computes
-               attention to those that it has. Each rank stores only its own.
-    ulysses    An all-to-all turns the shard of the tokens into a shard of the heads, with all
-               tokens. Another one turns the result back. c must divide the number of heads.
+    ring       In c steps, a rank computes attention to the keys and values of one rank per step.
+               Meanwhile it sends them to the next rank. For backward, it saves only its own.
+    ulysses    All-to-alls turn the shard of the tokens into a shard of the query heads, with all
+               tokens. Another one turns the result back. c must divide the number of these heads.
 
 A late token attends to more keys than an early one. With s/c consecutive tokens per rank, the last
-rank would compute 2 - 1/c times as many scores as the mean. So rank r holds chunks r and
-2 c - 1 - r of 2 c. Then all ranks compute equally many scores.
+rank of the ring would compute 2 - 1/c times as many scores as the mean. So rank r holds chunks r
+and 2 c - 1 - r of 2 c. Then all ranks compute equally many. The other methods are balanced with any
+assignment of the tokens.
 
-The c ranks hold equal weights. Each computes the loss of its tokens, and gradients are summed over
-the c ranks as over data-parallel ranks. DDP or ZeRO does this, with a group of all d c ranks.
+The c ranks hold equal weights. Each divides the summed loss of its tokens by the number of tokens
+of the global batch, so gradients are summed over the c ranks. The DDP and ZeRO of this repository
+do this, with a group of all c d ranks, where d is the number of data-parallel ranks.
 
 Symbols: microbatch size b, sequence length s, query heads a, key/value heads a', head size n. KV:
 elements of the keys and values of all tokens, 2 b a' n s. Q: those of the queries, b a n s.
@@ -26,12 +28,12 @@ elements of the keys and values of all tokens, 2 b a' n s. Q: those of the queri
     elements sent per rank, layer and microbatch
                forward                    backward
     gathered   (c-1)/c KV                 (c-1)/c KV
-    ring       (c-1)/c KV                 (c-1)/c KV, and KV in fp32 (float64 for float64)
-    ulysses    (c-1)/c (2 Q + KV) / c     (c-1)/c (2 Q + KV) / c
+    ring       (c-1)/c KV                 (c-1)/c KV, and KV in fp32
+    ulysses    (c-1)/c (2 Q + KV) / c     (c-1)/c (2 Q + KV) / c, if c divides a'
 
-The activations of a rank are 1/c of those of one rank, except that "gathered" also stores KV.
-The ring overlaps sending with attention, whose time per rank is proportional to s^2/c. Sending
-takes a time proportional to s, so with long rows it is hidden.
+A rank stores 1/c of the activations of a single process. "gathered" also stores KV, and a mask of
+s^2/c entries. The ring overlaps sending with attention. Attention takes a time proportional to
+s^2/c, and sending one proportional to s. So long rows hide it, except the last send of backward.
 
     torchrun --standalone --nproc-per-node 4 context_parallel.py
 
@@ -101,24 +103,26 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
 
 # --- the full version: ring attention -------------------------------------------------------------
 # Version 1 stores the keys and values of all tokens, waits for them before it computes, and
-# computes scores that the mask removes. Ring attention stores 1/c of the keys and values, sends
-# while it computes, and computes only scores that are used.
+# computes scores that the mask removes. Ring attention stores only 1/c of the keys and values,
+# sends while it computes, and skips the blocks of scores that the mask would remove.
 #
 # A rank computes attention to the keys of one source rank at a time, and adds up the results. The
 # softmax of such a result is normalized over the keys of this source only. The log-sum-exp (lse) of
-# its scores tells how much weight it has in the total, see merge(). In backward, the lse over all
-# keys gives the final softmax weights of any of them, so sources can be processed one by one again.
+# its scores tells how much weight it has in the total, see merge(). In backward, the softmax
+# weights of one source's keys are exp(scores - lse), with the lse over all keys. So sources can be
+# processed one by one again.
 
 
-def visible(rank: int, source: int, n: int) -> tuple[slice, slice, bool]:
-    """What the n queries of `rank` attend to among the n keys of `source`: (queries, keys, whether
-    attention is causal). If it is not, each of these queries attends to each of these keys, because
-    a chunk is completely before or after another one. The first n/2 tokens of a rank are its
-    earlier chunk."""
-    early, late, both = slice(0, n // 2), slice(n // 2, n), slice(0, n)
+def visible(rank: int, source: int, length: int) -> tuple[slice, slice, bool]:
+    """Which queries of `rank` attend to which keys of `source`: (queries, keys, whether attention
+    is causal). If it is not, each of these queries attends to each of these keys. length: the
+    number of tokens per rank, s/c. The first half of them is the earlier chunk."""
+    early, late, both = slice(0, length // 2), slice(length // 2, length), slice(0, length)
     if source == rank:
         return both, both, True
-    return (both, early, False) if source < rank else (late, both, False)
+    if source < rank:  # its early chunk is before both chunks of `rank`, its late chunk after both
+        return both, early, False
+    return late, both, False  # both of its chunks are between the chunks of `rank`
 
 
 def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
@@ -129,7 +133,7 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     receive = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % c)
     handles = dist.batch_isend_irecv([send, receive])  # payload: x
 
-    def wait(sent: Tensor = x) -> Tensor:  # keeps x alive until it is sent
+    def wait(sent: Tensor = x) -> Tensor:  # keeps x alive, which the caller may drop before
         for handle in handles:
             handle.wait()
         return received
@@ -138,7 +142,9 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Adds the attention to other keys to (out [b, a, s, n], lse [b, a, s]), in place."""
+    """Merges the attention over other keys, (other, other_lse), into (out [b, a, queries, n], lse
+    [b, a, queries]), in place. Each is weighted by its part of the sum of exponentials over the
+    keys of both."""
     total = torch.logaddexp(lse, other_lse)
     out.mul_((lse - total).exp().unsqueeze(-1))
     out.add_(other * (other_lse - total).exp().unsqueeze(-1))
@@ -146,10 +152,14 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
 
 
 class RingAttention(torch.autograd.Function):
-    """q [b, a, s/c, n]; k, v [b, a', s/c, n] -> [b, a, s/c, n]. Sums are in fp32, or in float64 for
-    float64. keep [b, a, s/c, s]: the dropout mask divided by 1 - p, with the keys in the order of
-    the ranks. starts [b, s/c]: the position of the first token of each query's document. Both
-    require fused=False."""
+    """q [b, a, s/c, n]; k, v [b, a', s/c, n] -> [b, a, s/c, n]. Results and gradients are summed
+    over the sources in fp32, or in float64 if q is float64.
+
+    fused: use PyTorch's flash attention. Otherwise scores are computed by separate matmuls.
+    keep: the dropout mask divided by 1 - p, [b, a, s/c, s], with the keys in the order of the
+        ranks. Requires fused=False.
+    starts: the position of the first token of each query's document, [b, s/c]. Requires
+        fused=False."""
 
     @staticmethod
     def forward(ctx, q, k, v, group, fused: bool, keep: Tensor | None, starts=None):
@@ -203,8 +213,8 @@ class RingAttention(torch.autograd.Function):
 
 
 def masks_of_block(keep, starts, source: int, queries: slice, keys: slice, c: int) -> tuple:
-    """For these scores: the dropout mask, and True where the key is in an earlier document than the
-    query, [b, 1, queries, keys]."""
+    """For these queries and these keys of the source: the part of the dropout mask, and whether the
+    key is in an earlier document than the query, [b, 1, queries, keys]."""
     if keep is not None:
         keep = keep[:, :, queries].chunk(c, 3)[source][..., keys]
     if starts is None:
@@ -250,17 +260,17 @@ def attend_backward(
         if keep is not None:
             d_weights, dropped = d_weights * keep, weights * keep
         d_v = dropped.to(grad.dtype).transpose(-2, -1) @ grad
-        # Softmax: d_scores = weights * (d_weights - sum(weights * d_weights)). The sum over all
-        # keys equals the product of the output and its gradient.
+        # Softmax: d_scores = weights * (d_weights - sum(weights * d_weights)). For each query, the
+        # sum over all keys equals the dot product of the output and its gradient.
         delta = (grad * out).to(lse.dtype).sum(-1, keepdim=True)
-        d_scores = (weights * (d_weights - delta) / math.sqrt(q.size(-1))).to(q.dtype)
-        d_q, d_k = d_scores @ k, d_scores.transpose(-2, -1) @ q
+        d_qk = (weights * (d_weights - delta) / math.sqrt(q.size(-1))).to(q.dtype)
+        d_q, d_k = d_qk @ k, d_qk.transpose(-2, -1) @ q
     # Several query heads may share a key/value head: sum their gradients.
     return d_q, *(x.unflatten(1, (heads, -1)).sum(2) for x in (d_k, d_v))
 
 
 def scores_of(q: Tensor, k: Tensor, causal: bool, earlier: Tensor | None) -> Tensor:
-    """[b, a, queries, keys], in fp32 at least."""
+    """[b, a, queries, keys]. bf16 scores are rounded to bf16 by the matmul, then promoted."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-2, -1)).to(wide) / math.sqrt(q.size(-1))
     if causal:
@@ -272,13 +282,14 @@ def scores_of(q: Tensor, k: Tensor, causal: bool, earlier: Tensor | None) -> Ten
 
 
 def repeat_heads(x: Tensor, a: int) -> Tensor:
-    """[b, a', s, n] -> [b, a, s, n]: one copy of its key/value head for each query head."""
+    """[b, a', tokens, n] -> [b, a, tokens, n]: each head is repeated a / a' times."""
     return x if x.size(1) == a else x.repeat_interleave(a // x.size(1), dim=1)
 
 
 # --- the full version: all-to-all over heads (Ulysses) --------------------------------------------
-# The ring takes c steps. Ulysses takes two: an all-to-all before attention, and one after it. It
-# sends less if c is large, and works with any attention kernel. c is at most the number of heads.
+# Ulysses has all-to-alls of q, k and v before attention, and one of the result after it. They do
+# not overlap with attention, but send less than the ring if c is large. Any attention kernel can be
+# used. c is at most the number of query heads.
 
 
 class AllToAll(torch.autograd.Function):
@@ -304,7 +315,8 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) ->
         k, v = repeat_heads(k, math.lcm(k.size(1), c)), repeat_heads(v, math.lcm(v.size(1), c))
     if q.size(1) % c:
         raise ValueError(
-            f"{q.size(1)} heads cannot be divided over {c} ranks: use the ring, or a divisor"
+            f"{q.size(1)} heads cannot be divided over {c} ranks: use the ring, or a number of "
+            "ranks that divides the number of heads"
         )
     order = positions(s, c, range(c)).to(q.device)
 
@@ -323,15 +335,18 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) ->
 
 
 class ContextParallelCore(nn.Module):
-    """Replaces the attention core of a model: forward(q, k, v), as in gpt.Core. core.tokens and
-    core.heads are the tokens and heads of this rank (gpt.Subset)."""
+    """Replaces a gpt.Core, the attention core of a model. A gpt.Subset says which chunks of a
+    dimension a process holds. `core` takes its causal mask from core.tokens, and its part of the
+    dropout mask from core.tokens and core.heads. So all ranks together drop what one process
+    drops."""
 
     def __init__(self, core: nn.Module, group: dist.ProcessGroup, method: str):
         super().__init__()
         self.core, self.group, self.method = core, group, method
         c, subset = group.size(), core.tokens
+        # The tokens of the gathered keys: those of all ranks, in the order of the ranks.
         held = [chunk for rank in range(c) for chunk in zigzag(c, rank)]
-        self.keys = dataclasses.replace(subset, held=tuple(held), count=2 * c)  # of all ranks
+        self.keys = dataclasses.replace(subset, held=tuple(held), count=2 * c)
         if method == "ulysses":
             core.tokens = dataclasses.replace(subset, held=(0,), count=1)  # all, in order
             core.heads = core.heads.chunk(group.rank(), c)
@@ -345,6 +360,8 @@ class ContextParallelCore(nn.Module):
             return ulysses_attention(q, k, v, group, core)
         keep, starts = None, core.draws.starts
         if core.training and core.drop.p > 0:
+            # With dropout, core.explicit is True: core does not use flash attention. Dropout of
+            # ones gives the mask / (1 - p).
             ones = q.new_ones(*q.shape[:3], group.size() * k.size(2))
             keep = core.drop(ones, core.heads, core.tokens, self.keys)
         if starts is not None:
@@ -354,8 +371,8 @@ class ContextParallelCore(nn.Module):
 
 
 def parallelize_attention(model: nn.Module, group: dist.ProcessGroup, method: str) -> None:
-    """Replaces each attention core of the model, a submodule named `core`. The modules whose result
-    depends on positions must have been given the tokens of zigzag()."""
+    """Replaces each submodule named `core`, the attention cores of the model. Before, set the
+    attribute `tokens` of all modules that have it to gpt.Subset(zigzag(c, rank), 2 * c)."""
     owners = [m for m in model.modules() if isinstance(getattr(m, "core", None), nn.Module)]
     for owner in owners if group.size() > 1 else ():
         owner.core = ContextParallelCore(owner.core, group, method)
@@ -368,7 +385,9 @@ def predicted_payload(
     method: str, b: int, s: int, a: int, kv_heads: int, n: int, c: int
 ) -> dict[tuple[str, str], tuple[int, int]]:
     """(phase, operation) -> (calls, payload in elements) per rank, for one attention layer and one
-    microbatch. The payload of a send is the tensor that is sent."""
+    microbatch. The payload of a send is the tensor that is sent. The payload of the others is the
+    full tensor of an all-gather or a reduce-scatter, or the input of an all-to-all. A rank sends
+    (c-1)/c of it. For ulysses, c must divide kv_heads."""
     kv, q = 2 * b * kv_heads * n * s, b * a * n * s
     if c == 1:
         return {}
@@ -381,8 +400,8 @@ def predicted_payload(
 
 
 def imbalance(s: int, c: int, is_zigzag: bool = True) -> float:
-    """The number of scores of the rank with most, over the mean. A query at position i has i + 1
-    visible keys."""
+    """The largest number of scores on any rank of the ring, divided by the mean. A query at
+    position i attends to i + 1 keys."""
     shards = torch.arange(s).chunk(c)
     if is_zigzag:
         shards = [positions(s, c, [rank]) for rank in range(c)]
@@ -416,7 +435,7 @@ def train(group: dist.ProcessGroup, method: str, steps: int = 3):
         with seen:
             loss = gpt.cross_entropy(model(tokens.take(x, 1)), tokens.take(y, 1)) / y.numel()
             loss.backward()
-        for p in model.parameters():  # or DDP, or ZeRO
+        for p in model.parameters():  # the DDP or ZeRO of this repository do this, too
             dist.all_reduce(p.grad, group=group)  # payload: p.numel()
         losses[step] = loss.detach()
         optimizer.step()

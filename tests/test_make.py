@@ -111,7 +111,8 @@ def test_an_unused_variable_is_refused():
         done = make("-n", target, f"{unused}=3", python="py")
         used = " ".join(variables) or "no variables"
         assert done.returncode == 2 and done.stdout == ""
-        expected = f"make {target} does not use {unused}. It uses: {used}.  Stop.\n"
+        flags = '. Flags: ARGS="--flag value"' if "ARGS" in variables else ""
+        expected = f"make {target} does not use {unused}. It uses: {used}{flags}.  Stop.\n"
         assert done.stderr.endswith(expected) and done.stderr.count("\n") == 1, done.stderr
     assert make("-n", "train", "NPROCS=4").returncode == 2
     assert "--p 3 " in recipe("draw", "tp", "P=3", "NPROC=2")  # each is used by one of the two
