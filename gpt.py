@@ -87,8 +87,9 @@ MODELS = {
 
 
 class Draws:
-    """What masks depend on: the seed, the step, and the number of each row in the global batch for
-    dropout, and the documents of these rows for attention. The training loop sets the seed once, and calls at() before each forward."""
+    """What dropout masks are drawn from: seed, step, and the number of each row in the global
+    batch. Also the documents in these rows, which attention masks depend on. The training loop sets
+    the seed once, and calls at() before each forward."""
 
     def __init__(self) -> None:
         self.seed, self.step, self.rows, self.starts = 0, 0, (), None

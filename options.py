@@ -219,8 +219,8 @@ def parser(prog: str = "train_3d.py") -> Parser:
     add = group("data", "run")
     add("--data", metavar="PATH", help="a text file, a folder of text files, or token ids as .npy "
         "or .bin (default: the source code of Python's standard library)")
-    add("--document-mask", type=count0, metavar="ID", help="the token that ends a document: "
-        "attention does not cross the ends of documents")
+    add("--document-mask", rare=True, type=count0, metavar="ID", help="the token id that ends a "
+        "document; attention does not cross the ends of documents (default: it does)")
     add("--global-batch-size", type=count, default=32, metavar="ROWS", help="rows per step")
     add("--micro-batch-size", kind="layout", type=count, default=4, metavar="ROWS",
         help="rows per forward pass of one rank")
