@@ -158,10 +158,12 @@ class RingAttention(torch.autograd.Function):
 
     fused: use PyTorch's flash attention. Otherwise scores are computed by separate matmuls.
     keep: the dropout mask divided by 1 - p, [b, a, s/c, s], with the keys in the order of the
-        ranks. Requires fused=False."""
+        ranks. Requires fused=False.
+    starts: the position of the first token of each query's document, [b, s/c]. Requires
+        fused=False."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, group, fused: bool, keep: Tensor | None):
+    def forward(ctx, q, k, v, group, fused: bool, keep: Tensor | None, starts=None):
         rank, c, kv = group.rank(), group.size(), torch.stack([k, v])
         wide = torch.promote_types(q.dtype, torch.float32)
         out = torch.zeros_like(q, dtype=wide)
@@ -171,19 +173,19 @@ class RingAttention(torch.autograd.Function):
             if step < c - 1:
                 wait_kv = exchange(kv, group)  # payload: 2 b a' n s/c
             queries, keys, causal = visible(rank, source, q.size(2))
-            block = mask_of_block(keep, source, queries, keys)
-            result = attend(q[:, :, queries], *kv[:, :, :, keys], causal, fused, block)
+            masks = masks_of_block(keep, starts, source, queries, keys, c)
+            result = attend(q[:, :, queries], *kv[:, :, :, keys], causal, fused, *masks)
             merge(out[:, :, queries], lse[:, :, queries], *result)
             if step < c - 1:
                 kv = wait_kv()
         out = out.to(q.dtype)
         ctx.how = group, fused
-        ctx.save_for_backward(q, k, v, out, lse, keep)
+        ctx.save_for_backward(q, k, v, out, lse, keep, starts)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, out, lse, keep = ctx.saved_tensors
+        q, k, v, out, lse, keep, starts = ctx.saved_tensors
         group, fused = ctx.how
         rank, c, kv = group.rank(), group.size(), torch.stack([k, v])
         d_q, wait_d_kv = torch.zeros_like(q, dtype=lse.dtype), None
@@ -192,9 +194,9 @@ class RingAttention(torch.autograd.Function):
             if step < c - 1:
                 wait_kv = exchange(kv, group)  # payload: 2 b a' n s/c
             queries, keys, causal = visible(rank, source, q.size(2))
-            block = mask_of_block(keep, source, queries, keys)
+            masks = masks_of_block(keep, starts, source, queries, keys, c)
             rows = [x[:, :, queries] for x in (grad, q, out, lse)]
-            gradients = attend_backward(*rows, *kv[:, :, :, keys], causal, fused, block)
+            gradients = attend_backward(*rows, *kv[:, :, :, keys], causal, fused, *masks)
             d_q[:, :, queries] += gradients[0]
             # The gradient of the source's keys and values. The previous rank had the same source
             # one step before, and sends the sum so far. After c steps, it is back at the source.
@@ -208,25 +210,28 @@ class RingAttention(torch.autograd.Function):
                 kv = wait_kv()
         if c > 1:
             d_kv = wait_d_kv()
-        return d_q.to(q.dtype), *d_kv.to(k.dtype), None, None, None
+        return d_q.to(q.dtype), *d_kv.to(k.dtype), *4 * [None]
 
 
-def mask_of_block(keep: Tensor | None, source: int, queries: slice, keys: slice) -> Tensor | None:
-    """The part of the dropout mask for these queries and these keys of the source."""
-    if keep is None:
-        return None
-    length = keep.size(2)  # s/c
-    return keep[:, :, queries, source * length : (source + 1) * length][..., keys]
+def masks_of_block(keep, starts, source: int, queries: slice, keys: slice, c: int) -> tuple:
+    """For these queries and these keys of the source: the part of the dropout mask, and whether the
+    key is in an earlier document than the query, [b, 1, queries, keys]."""
+    if keep is not None:
+        keep = keep[:, :, queries].chunk(c, 3)[source][..., keys]
+    if starts is None:
+        return keep, None
+    position = positions(c * starts.size(1), c, [source])[keys].to(starts.device)
+    return keep, (position < starts[:, queries, None]).unsqueeze(1)
 
 
-def attend(q, k, v, causal: bool, fused: bool, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend(q, k, v, causal: bool, fused: bool, keep, earlier) -> tuple[Tensor, Tensor]:
     """(attention of these queries to these keys, the lse of their scores)."""
     k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if fused and q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     if fused:
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    scores = scores_of(q, k, causal)
+    scores = scores_of(q, k, causal, earlier)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp_()
     weights = weights if keep is None else weights * keep
@@ -234,7 +239,7 @@ def attend(q, k, v, causal: bool, fused: bool, keep: Tensor | None) -> tuple[Ten
 
 
 def attend_backward(
-    grad, q, out, lse, k, v, causal: bool, fused: bool, keep: Tensor | None
+    grad, q, out, lse, k, v, causal: bool, fused: bool, keep, earlier
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v. out and lse are those over all keys, not only these keys."""
     heads, k, v = k.size(1), repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
@@ -250,7 +255,7 @@ def attend_backward(
             *args, None, None, q.size(2), k.size(2), 0.0, causal, state, state[:0]
         )
     else:
-        weights = (scores_of(q, k, causal) - lse.unsqueeze(-1)).exp_()
+        weights = (scores_of(q, k, causal, earlier) - lse.unsqueeze(-1)).exp_()
         d_weights = (grad @ v.transpose(-2, -1)).to(lse.dtype)
         dropped = weights
         if keep is not None:
@@ -265,13 +270,15 @@ def attend_backward(
     return d_q, *(x.unflatten(1, (heads, -1)).sum(2) for x in (d_k, d_v))
 
 
-def scores_of(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+def scores_of(q: Tensor, k: Tensor, causal: bool, earlier: Tensor | None) -> Tensor:
     """[b, a, queries, keys]. bf16 scores are rounded to bf16 by the matmul, then promoted."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-2, -1)).to(wide) / math.sqrt(q.size(-1))
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -math.inf)
+    if earlier is not None:  # not -inf: the softmax of a query without any key here would be nan
+        scores = scores.masked_fill(earlier, torch.finfo(wide).min)
     return scores
 
 
@@ -352,13 +359,16 @@ class ContextParallelCore(nn.Module):
             return core(q, k, v, self.keys)
         if self.method == "ulysses":
             return ulysses_attention(q, k, v, group, core)
-        keep = None
+        keep, starts = None, core.draws.starts
         if core.training and core.drop.p > 0:
             # With dropout, core.explicit is True: core does not use flash attention. Dropout of
             # ones gives the mask / (1 - p).
             ones = q.new_ones(*q.shape[:3], group.size() * k.size(2))
             keep = core.drop(ones, core.heads, core.tokens, self.keys)
-        return RingAttention.apply(q, k, v, group, not core.explicit, keep)
+        if starts is not None:
+            starts = core.tokens.take(starts, 1)
+        fused = not core.explicit and starts is None
+        return RingAttention.apply(q, k, v, group, fused, keep, starts)
 
 
 def parallelize_attention(model: nn.Module, group: dist.ProcessGroup, method: str) -> None:

@@ -25,8 +25,7 @@ which must define these names, as this file does:
     MODELS               {name: Config}, for --model; the first one is the default
     Model(config)        called on the meta device. Its layers are h (a dict of blocks, as in GPT),
                          lm_head, and others that pipeline.FIRST or LAST list. A block has attn.core
-                         for context parallelism and --recompute selective. If the model uses
-                         Dropout, it has `draws`, and sets site and draws of each Dropout, as GPT
+                         for context parallelism and --recompute selective
     plan(config, t)      how layers are sharded over t processes, see PLAN; may raise ValueError
     draw(name, shape, generator, config)     the initial value of a parameter
     flops_per_token(config)                  FLOPs of the embedding, a block and the head
@@ -89,23 +88,25 @@ MODELS = {
 
 class Draws:
     """What dropout masks are drawn from: seed, step, and the number of each row in the global
-    batch. The training loop sets the seed once, and calls at() before each forward."""
+    batch. Also the documents in these rows, which attention masks depend on. The training loop sets
+    the seed once, and calls at() before each forward."""
 
     def __init__(self) -> None:
-        self.seed, self.step, self.rows = 0, 0, ()
+        self.seed, self.step, self.rows, self.starts = 0, 0, (), None
 
-    def at(self, step: int, rows: Sequence[int]) -> None:
-        """Set the step and the rows: one number per row of the next input."""
-        self.step, self.rows = step, rows
+    def at(self, step: int, rows: Sequence[int], starts: Tensor | None = None) -> None:
+        """Set the step, the rows (one number per row of the next input) and the starts of their
+        documents, see document_starts()."""
+        self.step, self.rows, self.starts = step, rows, starts
 
     def save(self) -> Callable[[], contextlib.AbstractContextManager]:
-        """Save the step and the rows, for recomputation (activation_ckpt.py). Returns a function
-        that opens a context in which masks are drawn from the saved values."""
-        saved = self.step, self.rows
+        """Save what at() has set, for recomputation (activation_ckpt.py). Returns a function that
+        opens a context in which masks are those of the saved values."""
+        saved = self.step, self.rows, self.starts
 
         @contextlib.contextmanager
         def restore():
-            current = self.step, self.rows
+            current = self.step, self.rows, self.starts
             self.at(*saved)
             try:
                 yield
@@ -113,6 +114,15 @@ class Draws:
                 self.at(*current)
 
         return restore
+
+
+def document_starts(x: Tensor, end: int | None) -> Tensor | None:
+    """The position of the first token of each token's document, for the tokens x [b, s] of full
+    rows. Token `end` is the last one of its document. None: attention does not use documents."""
+    if end is None:
+        return None
+    after = torch.arange(1, x.size(1) + 1, device=x.device) * (x == end)
+    return F.pad(after[:, :-1], (1, 0)).cummax(1).values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +173,7 @@ ALL = Subset()
 class Dropout(nn.Module):
     """Dropout whose mask is a function of (seed, step, row, site) and of the device type.
 
-    `site` is the name of this module in the model. GPT sets `draws` and `site`.
+    `site` is the name of this module in the model. draws_of() sets both.
     The mask of the full row is drawn on the device. A process that holds a subset of the row takes
     this subset of the mask, so all processes together drop the same entries as one process.
     Different device types draw different masks.
@@ -212,23 +222,37 @@ class Core(nn.Module):
         dropout = getattr(config, "dropout", 0.0)
         self.explicit = config.attention == "explicit" or dropout > 0
         self.drop = Dropout(dropout)
+        self.draws = Draws()  # draws_of() replaces it
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, keys: Subset | None = None) -> Tensor:
         """keys: the tokens of k and v. Default: those of q."""
         keys = keys or self.tokens
+        starts = self.draws.starts
         complete = self.tokens.count == keys.count == 1  # all tokens, in order
-        if complete and not self.explicit:
+        if complete and starts is None and not self.explicit:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         position_q, position_k = (
             subset.positions(x.size(-2), x.device) for subset, x in ((self.tokens, q), (keys, k))
         )
-        future = position_k > position_q.unsqueeze(1)  # [s, s]
+        hidden = position_k > position_q.unsqueeze(1)  # [s, s]: keys of later tokens
+        if starts is not None:  # and keys of earlier documents
+            earlier = position_k < self.tokens.take(starts, 1).unsqueeze(2)  # [b, s, s]
+            hidden = (hidden | earlier).unsqueeze(1)
         if not self.explicit:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=~future)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # [b, a, s, s]
-        scores = scores.masked_fill(future, float("-inf"))
+        scores = scores.masked_fill(hidden, float("-inf"))
         weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
         return self.drop(weights.to(q.dtype), self.heads, self.tokens, keys) @ v
+
+
+def draws_of(model: nn.Module) -> Draws:
+    """The model's attribute `draws`, or a new one. Each Dropout and Core of the model gets it."""
+    draws = getattr(model, "draws", Draws())
+    for name, module in model.named_modules():
+        if isinstance(module, (Dropout, Core)):
+            module.site, module.draws = name, draws
+    return draws
 
 
 class Attention(nn.Module):
@@ -310,10 +334,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
             # A pipeline stage may hold lm_head without wte. See named_parameters().
             self.wte.weight.tied_name = "wte.weight"
-        self.draws = Draws()
-        for name, module in self.named_modules():
-            if isinstance(module, Dropout):
-                module.site, module.draws = name, self.draws
+        self.draws = draws_of(self)
 
     def forward(self, x: Tensor) -> Tensor:  # tokens [b, s] -> logits [b, s, v]
         x = self.drop(self.wpe(self.wte(x)))

@@ -219,6 +219,8 @@ def parser(prog: str = "train_3d.py") -> Parser:
     add = group("data", "run")
     add("--data", metavar="PATH", help="a text file, a folder of text files, or token ids as .npy "
         "or .bin (default: the source code of Python's standard library)")
+    add("--document-mask", rare=True, type=count0, metavar="ID", help="the token id that ends a "
+        "document; attention does not cross the ends of documents (default: it does)")
     add("--global-batch-size", type=count, default=32, metavar="ROWS", help="rows per step")
     add("--micro-batch-size", kind="layout", type=count, default=4, metavar="ROWS",
         help="rows per forward pass of one rank")
@@ -459,6 +461,16 @@ def check(
             "--compile with --recompute offload: compiled kernels expect saved tensors in their "
             "original strides; leave out one of the two"
         )
+    if (end := args.document_mask) is not None:
+        with torch.device("meta"):
+            model = arch.Model(config)
+        if not any(isinstance(module, gpt.Core) for module in model.modules()):
+            raise ValueError(f"--arch {args.arch} does not use gpt.Core: leave out --document-mask")
+        if end >= config.vocab_size:
+            raise ValueError(
+                f"--document-mask {end} is outside the vocabulary 0..{config.vocab_size - 1}: give "
+                "the id of the token that ends a document"
+            )
     schedule = make_schedule(args, rows // (d * b))
     pipeline.split_layers(config.n_layer, sum(map(len, schedules.stages_of(schedule))))
     if config.vocab_size < t:

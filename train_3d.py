@@ -126,6 +126,9 @@ class Trainer:
         # The transformations, in the order given in the module docstring.
         with torch.device("meta"):
             self.model = model() if model else arch.Model(config)
+        # `draws` holds what masks depend on: the seed, step, rows and documents.
+        self.draws = gpt.draws_of(self.model)
+        self.draws.seed = args.seed
         if (c := axes["cp"]) > 1:
             self.tokens = gpt.Subset(context_parallel.zigzag(c, self.cp_group.rank()), 2 * c)
         for module in self.model.modules():
@@ -152,10 +155,6 @@ class Trainer:
         # Allocate and initialise this rank's parameters. Values do not depend on t, p or d.
         draw = draw or functools.partial(arch.draw, config=config)
         gpt.init_weights(self.model, args.seed, self.dtype, device, draw)
-        # `draws` holds the seed, step and rows that determine dropout masks. For a model without
-        # dropout, it is not used.
-        self.draws = getattr(self.model, "draws", gpt.Draws())
-        self.draws.seed = args.seed
 
         # Apply --compile and --recompute. The forward() of each block is compiled, but not the
         # hooks that ZeRO attaches. With --recompute selective, the attention core is not compiled,
@@ -270,12 +269,14 @@ class Trainer:
         rows_per_replica = self.args.global_batch_size // self.dp_group.size()
         first, b = self.dp_group.rank() * rows_per_replica, self.args.micro_batch_size
         rows = range(first, first + rows_per_replica)
-        held = (self.tokens.take(full, 1) for full in read(step, rows))  # of each row
-        x, y = (data.to_device(ids, self.device) for ids in held)
+        full, y = (data.to_device(ids, self.device) for ids in read(step, rows))
+        x, y = (self.tokens.take(ids, 1) for ids in (full, y))  # this rank's tokens of each row
         count, targets = ddp.global_count(y, self.gradient_group), y.split(b)
 
-        def before(microbatch: int) -> None:  # dropout masks depend on the step and the rows
-            self.draws.at(step, rows[microbatch * b : (microbatch + 1) * b])
+        def before(microbatch: int) -> None:  # masks depend on the step, the rows and their tokens
+            here = slice(microbatch * b, (microbatch + 1) * b)
+            starts = gpt.document_starts(full[here], self.args.document_mask)
+            self.draws.at(step, rows[here], starts)
 
         def loss_of(logits: Tensor, microbatch: int) -> Tensor:  # [b, s, v/t]
             total = tensor_parallel.vocab_parallel_cross_entropy(

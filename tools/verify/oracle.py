@@ -305,12 +305,12 @@ def reference(case: Case, model: Callable | None = None) -> dict:
         if sgd
         else torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=EPS)
     )
-    losses, norms = [], []
+    losses, norms, draws = [], [], gpt.draws_of(full_model)
+    draws.seed = case.seed
     for step in range(case.steps):
         x, y = reader(case)(step, range(args.global_batch_size))
-        if case.dropout:
-            full_model.draws.seed = case.seed
-            full_model.draws.at(step, range(args.global_batch_size))
+        starts = gpt.document_starts(x, case.document_mask)
+        draws.at(step, range(args.global_batch_size), starts)
         optimizer.zero_grad()
         loss = gpt.cross_entropy(full_model(x), y) / (y >= 0).sum().clamp(min=1)
         loss.backward()
