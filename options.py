@@ -205,7 +205,7 @@ def parser(prog: str = "train_3d.py") -> Parser:
         help="do not share the embedding with the output head")
     add("--dropout", type=at_least(0, float, below=1), default=0.0, metavar="P",
         help="dropout probability; above 0, attention is explicit")
-    add("--init-from", kind=None, metavar="DIR", help="start from this Hugging Face GPT-2 folder")
+    add("--init-from", kind=None, rare=True, metavar="DIR", help="start from this Hugging Face GPT-2 folder")
     add("--attention", rare=True, choices=("sdpa", "explicit"), default="sdpa",
         help="sdpa: PyTorch's fused attention; explicit: separate matmuls and softmax")
 
@@ -233,7 +233,7 @@ def parser(prog: str = "train_3d.py") -> Parser:
         "that hold the tokens of a row")
     add("--pp", type=count, default=1, metavar="P",
         help="pipeline-parallel size p; the data-parallel size is d = world size / (t c p)")
-    add("--cp-attention", choices=context_parallel.METHODS, default="ring",
+    add("--cp-attention", rare=True, choices=context_parallel.METHODS, default="ring",
         help="how attention reaches the keys of other cp ranks")
     add("--sequence-parallel", action="store_true", help="shard the residual stream and the norms "
         "along the sequence, over the tp ranks")

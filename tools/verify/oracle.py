@@ -486,9 +486,10 @@ def _check_all_are_compared(trainer: train_3d.Trainer, named: dict, pieces: list
         # With ZeRO, p is sharded over a subgroup if its gradient is summed over one. Each of the
         # group's subgroups then holds a complete p.
         size = ddp.gradient_group(p, group).size() if trainer.args.zero else group.size()
-        numel += piece.numel() * size / group.size()
-    owned = torch.tensor(numel, dtype=torch.float64, device=trainer.device)
+        numel += piece.numel() * size
+    owned = torch.tensor(numel, device=trainer.device)
     dist.all_reduce(owned, group=group)
+    owned //= group.size()
     n = sum(p.numel() for p in trainer.model.parameters())
     assert owned == n, f"the ranks that shard the state hold {owned} of {n} elements"
 
