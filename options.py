@@ -205,7 +205,7 @@ def parser(prog: str = "train_3d.py") -> Parser:
         help="do not share the embedding with the output head")
     add("--dropout", type=at_least(0, float, below=1), default=0.0, metavar="P",
         help="dropout probability; above 0, attention is explicit")
-    add("--init-from", kind=None, rare=True, metavar="DIR", help="start from this Hugging Face GPT-2 folder")
+    add("--init-from", kind=None, metavar="DIR", help="start from this Hugging Face GPT-2 folder")
     add("--attention", rare=True, choices=("sdpa", "explicit"), default="sdpa",
         help="sdpa: PyTorch's fused attention; explicit: separate matmuls and softmax")
 
@@ -271,8 +271,8 @@ def parser(prog: str = "train_3d.py") -> Parser:
     add = group("precision", "run")
     add("--dtype", choices=DTYPES, default="float32", help="dtype of parameters, activations and "
         "communication; bf16 keeps fp32 master weights")
-    add("--grad-dtype", choices=("float32", "bf16"), needs={"dtype": ["bf16"]}, help="with "
-        "--dtype bf16: dtype in which gradients are summed over microbatches (default: float32)")
+    add("--grad-dtype", rare=True, choices=("float32", "bf16"), needs={"dtype": ["bf16"]},
+        help="with --dtype bf16: dtype in which gradients are summed over microbatches (default: float32)")
     add("--reduce-dtype", choices=("float32", "bf16"), needs={"dtype": ["bf16"]}, help="with "
         "--dtype bf16: dtype in which gradients are summed over ranks (default: bf16)")
 
