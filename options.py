@@ -272,7 +272,8 @@ def parser(prog: str = "train_3d.py") -> Parser:
     add("--dtype", choices=DTYPES, default="float32", help="dtype of parameters, activations and "
         "communication; bf16 keeps fp32 master weights")
     add("--grad-dtype", rare=True, choices=("float32", "bf16"), needs={"dtype": ["bf16"]},
-        help="with --dtype bf16: dtype in which gradients are summed over microbatches (default: float32)")
+        help="with --dtype bf16: dtype in which gradients are summed over microbatches "
+        "(default: float32)")
     add("--reduce-dtype", choices=("float32", "bf16"), needs={"dtype": ["bf16"]}, help="with "
         "--dtype bf16: dtype in which gradients are summed over ranks (default: bf16)")
 
