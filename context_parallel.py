@@ -336,7 +336,9 @@ class ContextParallelCore(nn.Module):
         if core.training and core.drop.p > 0:
             ones = q.new_ones(*q.shape[:3], group.size() * k.size(2))
             keep = core.drop(ones, core.heads, core.tokens, self.keys)
-        return RingAttention.apply(q, k, v, group, not core.explicit, keep)
+        # The kernel of a GPU accepts bf16 and fp16 only.
+        fused = not core.explicit and (q.device.type != "cuda" or q.dtype.itemsize == 2)
+        return RingAttention.apply(q, k, v, group, fused, keep)
 
 
 def parallelize_attention(model: nn.Module, group: dist.ProcessGroup, method: str) -> None:
