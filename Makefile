@@ -125,7 +125,7 @@ published plan-check: $(SETUP)
 #: Verify
 #:  test              5 min   run the fast tests; ARGS=tests/test_zero.py: those of a file  [ARGS]
 #:  test-all          15 min  run all tests, as in CI  [ARGS]
-#:  parity            3 min   compare all layouts of NPROC ranks with one process  [NPROC=8]
+#:  parity            5 min   compare all layouts of NPROC ranks with one process  [NPROC=8]
 #:  fuzz              1 min   compare N random configurations with one process  [N=50 SEED=0 ARGS]
 #:  races             12 min  run each overlapped path N times with random delays  [N=20 SEED=0]
 #:  mutants           12 min  insert known bugs one by one; a test must fail for each  [ARGS]
