@@ -368,6 +368,8 @@ class ContextParallelCore(nn.Module):
         if starts is not None:
             starts = core.tokens.take(starts, 1)
         fused = not core.explicit and starts is None
+        if q.device.type == "cuda":  # flash attention needs 16 bits and a multiple of 8
+            fused &= q.dtype.itemsize == 2 and q.size(-1) % 8 == 0
         return RingAttention.apply(q, k, v, group, fused, keep, starts)
 
 

@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -212,15 +213,15 @@ def test_a_slice_of_races(path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
     cases = parity.cases(8, n_head=24)
-    sizes = {(c.t, c.p, c.d) for c in cases}
-    assert len(sizes) == 10 and all(t * p * d == 8 for t, p, d in sizes)
-    assert len({str(c) for c in cases}) == len(cases) >= 87
+    sizes = {(c.t, c.c, c.p, c.d) for c in cases}
+    assert len(sizes) == 20 and all(math.prod(size) == 8 for size in sizes)
+    assert len({str(c) for c in cases}) == len(cases) >= 140
     monkeypatch.setattr("sys.argv", ["parity", "--nproc", "2"])
     with pytest.raises(SystemExit) as exit_:
         parity.main()
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and "0 mismatches" in out
-    assert out.count(" ok\n") == 6 + len(schedules.SCHEDULES)
+    assert out.count(" ok\n") == 10 + len(schedules.SCHEDULES)
     errors = Errors(float("nan"), 0.0, 0.0, 0.0, "loss")
     monkeypatch.setattr(parity, "judge", lambda case: errors)
     with pytest.raises(SystemExit) as exit_:
