@@ -61,11 +61,11 @@ CONTEXTS = [
     CONTEXT(c=3, attention="explicit"), CONTEXT(c=3, dtype="bf16", recompute="selective"),
     CONTEXT(t=2, p=2, sequence=True, schedule="zb-v", n_layer=4, dropout=0.1, recompute="full"),
     CONTEXT(d=2, nodes=2, cp_attention="gathered"), CONTEXT(d=2, zero=3, recompute="selective"),
-    CONTEXT(cp_attention="gathered", b=1, attention="explicit", recompute="selective"),
+    CONTEXT(cp_attention="gathered", b=1, attention="explicit", recompute="selective", every=2),
     CONTEXT(t=2, p=2, cp_attention="gathered", sequence=True, dropout=0.1, zero=1),
-    CONTEXT(c=3, cp_attention="ulysses", attention="explicit", recompute="selective"),
+    CONTEXT(c=3, cp_attention="ulysses", attention="explicit", recompute="selective", every=2),
     CONTEXT(p=2, cp_attention="ulysses", dtype="bf16", recompute="full", schedule="zb-h1"),
-    CONTEXT(t=2, cp_attention="ulysses", recompute="selective", zero=2, shard_size=2, d=2),
+    CONTEXT(t=2, cp_attention="ulysses", recompute="selective", every=2, zero=2, d=2, shard_size=2),
 ]  # fmt: skip
 IN_BF16 = [  # the other collectives
     SMALL_BF16(t=2), SMALL_BF16(t=2, sequence=True, seq_len=8), SMALL_BF16(p=2),
