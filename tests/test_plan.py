@@ -534,6 +534,7 @@ def test_the_report_names_the_anchor(monkeypatch, capsys):
     ("--anchor 1", "--micro-batch-size 3", "--global-batch-size 64 is not divisible by d 16 x"),
     ("--anchor 1", "--global-batch-size 32", "is 32, but this plan assumes 64: measure"),
     ("--anchor 1", "--zero 1 --zero-shard-size 8", "is 8, but this plan assumes None: measure"),
+    ("--anchor 1", "--document-mask 0", "is 0, but this plan assumes None: measure"),
     ("--anchor 1", "--recompute offload", "does not know --recompute offload"),
     ("--anchor 1", "--model gpt2", "it has flags of another model: leave them out"),
     ("--anchor 1", "--modle gpt2", "--anchor-layout: unrecognized arguments: --modle"),
