@@ -3,7 +3,6 @@
     args, found, notes = parse_args()            options, completed from a checkpoint with --resume
     config = check(args, world_size)             the model's configuration
     schedule = make_schedule(args, m)            the schedule of --schedule and --virtual-stages
-    lines = describe(args, config, world_size, device)
 
 The checks use only the options, the world size and files that every rank can read. All ranks reach
 the same result, so an error ends the run before the first communication. An error is a ValueError
@@ -502,42 +501,6 @@ def make_schedule(args: argparse.Namespace, m: int) -> schedules.Schedule:
             f"leave out --virtual-stages, or give --schedule {schedules.with_any_chunks()}"
         )
     return entry(args.pp, m, chunks)
-
-
-# --- the first lines of output --------------------------------------------------------------------
-
-
-def describe(
-    args: argparse.Namespace, config: gpt.GPTConfig, world_size: int, device: torch.device
-) -> list[str]:
-    """Lines to print at the start: the model and the layout, then a line for each option that does
-    not have the effect that its name suggests."""
-    b, (p, d, c, t) = args.micro_batch_size, axes(args, world_size).values()
-    m = args.global_batch_size // (d * b)
-    with torch.device("meta"):
-        model = gpt.module_of(config).Model(config)
-        size = sum(parameter.numel() for parameter in model.parameters())
-    lines = [
-        f"{size / 1e6:.2f} M parameters in {args.dtype}; "
-        f"t={t} {f'c={c} ' if c > 1 else ''}p={p} d={d}; "
-        f"{m} microbatches of {b} x {config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, "
-        f"recompute {args.recompute}{', compiled' if args.compile else ''}"
-    ]
-    zero_bubble = any(map(schedules.splits_backward, make_schedule(args, m)))
-    if args.compile and (t > 1 or zero_bubble):
-        reason = "weight gradients are deferred" if zero_bubble else "collectives are asynchronous"
-        lines.append(f"--compile: several graphs per block, because {reason}, see docs/gpu.md")
-    if args.zero and d * c == 1:
-        lines.append(f"--zero {args.zero} has no effect: d is 1, so there are no other replicas")
-    if args.sequence_parallel and t == 1:
-        lines.append("--sequence-parallel has no effect: t is 1")
-    if args.attention == "sdpa" and args.dropout:
-        lines.append("--dropout: attention is explicit, because the fused kernel takes no masks")
-    elif args.attention == "sdpa" and args.recompute == "selective":
-        lines.append("--recompute selective saves little memory: sdpa does not store s x s scores")
-    if args.recompute == "offload" and device.type == "cpu":
-        lines.append("--recompute offload saves no memory on a CPU: all memory is host memory")
-    return lines
 
 
 # --- resumed runs ---------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ import startup
 import tensor_parallel
 import zero
 import zero3
-from logger import Logger
+from logger import Logger, describe
 
 # --- the model: transformations in order ----------------------------------------------------------
 
@@ -568,7 +568,7 @@ def main() -> None:
         logger = Logger(args, config, world_size, peak, bool(found), device)
     except ValueError as error:
         options.parser().error(str(error))
-    for line in (device_line, *notes, *options.describe(args, config, world_size, device)):
+    for line in (device_line, *notes, *describe(args, config, world_size, device)):
         logger.say(line)
     try:
         startup.join_ranks(device, args.timeout)

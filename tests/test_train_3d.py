@@ -23,6 +23,7 @@ import checkpoint
 import data
 import ddp
 import gpt
+import logger
 import measure
 import options
 import pipeline
@@ -553,7 +554,7 @@ def described(*flags: str) -> tuple[list[str], torch.Tensor]:
     config = options.check(args, 1)
     trainer = train_3d.Trainer(args, config, reader(Case(vocab_size=256, seq_len=16)),
                                torch.device("cpu"))  # fmt: skip
-    lines = options.describe(args, config, 1, torch.device("cpu"))
+    lines = logger.describe(args, config, 1, torch.device("cpu"))
     return lines[1:], torch.stack([trainer.step(step) for step in range(2)])
 
 
