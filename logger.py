@@ -1,4 +1,4 @@
-"""The output of a run: the first lines, lines of progress, and a JSON object per step (--metrics)."""
+"""The output of a run: first lines, lines of progress, and a JSON object per step (--metrics)."""
 
 import argparse
 import json
