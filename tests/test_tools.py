@@ -199,7 +199,7 @@ def test_options_without_an_effect_are_no_features():
 
 @pytest.mark.parametrize("path", [
     "DDP, buckets", "ZeRO-1",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("zb-v", "TP and SP")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("zb-v", "TP and SP", "CP, ring")),
 ])  # fmt: skip
 def test_a_slice_of_races(path, capsys, monkeypatch):
     monkeypatch.setattr(races, "PATHS", {path: races.PATHS[path]})
