@@ -49,7 +49,7 @@ METHODS = {
 
 
 def inputs(a: int, kv_heads: int, s: int, n: int = 6, b: int = 2) -> dict[str, torch.Tensor]:
-    """q, k, v and the gradient of the output, of all tokens."""
+    """q, k, v and the gradient of the output, for all tokens."""
     generator = torch.Generator().manual_seed(s)
     heads = {"q": a, "k": kv_heads, "v": kv_heads, "grad": a}
     return {x: torch.randn(b, h, s, n, dtype=D, generator=generator) for x, h in heads.items()}
@@ -304,8 +304,8 @@ def slow(*values) -> list:
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(c=2, dtype="bf16", n_layer=2), dict(c=3, d=2, zero=3, dtype="bf16", n_layer=2),
-        dict(c=2, dtype="float32"),
+        dict(c=2, d=2), dict(c=2, dtype="float32"), dict(c=2, dtype="bf16", n_layer=2),
+        dict(c=3, d=2, zero=3, dtype="bf16", n_layer=2),
         dict(c=2, t=2, sequence=True, arch="examples.llama", tied=False,
              config=("n_kv_head=4", "n_hidden=17", "qk_norm=true"), n_embd=48),
         dict(c=3, p=2, schedule="zb-v", n_layer=4, arch="examples.llama",

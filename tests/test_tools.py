@@ -15,6 +15,7 @@ import re
 import signal
 import tempfile
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,6 +118,20 @@ def test_fuzz_draws_valid_and_invalid_ones():
     assert all("\n" not in r for r in refused) and len({r.split()[0] for r in refused}) >= 2
 
 
+def test_fuzz_draws_context_parallelism():
+    """Every method in valid cases, and resumed runs with another c. Few are refused: --seq-len and
+    --n-head are multiples of what c and t require."""
+    rng = random.Random(0)
+    cases = [case for case in (fuzz.draw_case(rng) for _ in range(300)) if case.c > 1]
+    valid = [case for case in cases if fuzz.refusal(case) is None]
+    assert len(cases) > 90 and 0.6 * len(cases) < len(valid) < len(cases)
+    methods = Counter(case.cp_attention for case in valid)
+    assert {*methods} == {*context_parallel.METHODS} and min(methods.values()) > 15
+    resumed = [case.resume["c"] for case in valid if case.resume]
+    assert 1 in resumed and max(resumed) > 1
+    assert all(case.world_size <= 8 for case in cases)
+
+
 def test_fuzz_reports_a_failure_with_its_replay_line(monkeypatch, capsys):
     monkeypatch.setattr(fuzz, "judge", lambda case: judge(case)._replace(norm=1e-6))
     monkeypatch.setattr("sys.argv", ["fuzz", "--case", '{"d": 2}'])
@@ -192,15 +207,17 @@ def test_a_few_refusals_are_chance():
 
 def test_options_without_an_effect_are_no_features():
     plain = {"m>1", "b>1", "mask", "clip"}
-    for case in (Case(sequence=True), Case(schedule="zb-v"), Case(zero=3, reshard=0)):
+    for case in (Case(sequence=True), Case(schedule="zb-v"), Case(zero=3, reshard=0),
+                 Case(cp_attention="ulysses")):  # fmt: skip
         assert {*fuzz.features(case)} == plain, case
+    assert {*fuzz.features(Case(c=2, zero=1))} == plain | {"ring", "zero1"}
     hybrid = [Case(d=4, zero=3, shard_size=k) for k in (1, 2, 4)]
     assert ["hybrid" in fuzz.features(case) for case in hybrid] == [False, True, False]
 
 
 @pytest.mark.parametrize("path", [
     "DDP, buckets", "ZeRO-1",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("zb-v", "TP and SP")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("zb-v", "TP and SP", "CP, ring")),
 ])  # fmt: skip
 def test_a_slice_of_races(path, capsys, monkeypatch):
     monkeypatch.setattr(races, "PATHS", {path: races.PATHS[path]})
