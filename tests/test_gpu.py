@@ -217,9 +217,10 @@ def test_mfu_of_a_run(tmp_path, monkeypatch):
         assert row["tflops_per_rank"] == pytest.approx(tflop / 2)
 
 
-def test_the_ranks_share_the_flops(tmp_path):
+@pytest.mark.parametrize("axis", ["--tp", "--cp"])
+def test_the_ranks_share_the_flops(axis, tmp_path):
     log = tmp_path / "log"
-    done = forked(2, train_3d.main, *TINY, "--tp", 2, "--metrics", log, "--peak-tflops", 1)
+    done = forked(2, train_3d.main, *TINY, axis, 2, "--metrics", log, "--peak-tflops", 1)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     args = options.parser().parse_args(TINY)

@@ -486,7 +486,7 @@ class Times(NamedTuple):
 
     matmul: float
     memory: float  # operations bound by memory bandwidth: norms, GELU, softmax, residuals
-    tp: float  # exposed tp collectives; with ZeRO-3 also its exposed collectives
+    tp: float  # exposed tp collectives, and exposed sends of cp; with ZeRO-3 also its collectives
     bubble: float  # idle, including waiting for transfers
     dp: float  # exposed reductions of gradients and, for ZeRO-1 and 2, all-gathers of parameters
     optimizer: float
@@ -508,20 +508,25 @@ def chunk_seconds(
 
     B does not include the matmuls of W. deferred: whether the schedule has W. With ZeRO-3, tp
     includes the exposed time of its collectives.
+
+    With c > 1, a rank computes 1/c of a row, and its attention runs in the c steps of the ring. The
+    scores that the ring leaves out are counted, because they are also counted for c = 1.
     """
-    t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
+    t, c, b, h = layout.tp, layout.cp, layout.micro_batch_size, config.n_embd
+    s = config.seq_len // c
     _, block, head = (b * s * flops / t for flops in gpt.flops_per_token(config))
-    core = b * s * 4 * s * h / t  # FLOPs of a block without weights: the core of attention
+    core = b * s * 4 * c * s * h / t  # FLOPs of a block without weights: the core of attention
     dropout, policy = config.dropout > 0, layout.recompute
-    again = predicted_flops(config, 1, b, policy, deferred=deferred, t=t) - 3 * block
-    sizes = (b, s, h, config.n_head, config.attention, program.itemsize)
+    again = predicted_flops(config, 1, b, policy, deferred=deferred, t=t) / c - 3 * block
+    sizes = (b, config.seq_len, h, config.n_head, config.attention, program.itemsize)
     more = (dropout, t, layout.sequence_parallel)
-    kept, left = (predicted_block_bytes(*sizes, name, *more)
+    kept, left = (predicted_block_bytes(*sizes, name, *more) / c
                   for name in ("none", "selective"))  # fmt: skip
     anew = {"full": kept, "selective": kept - left}.get(policy, 0)
     head_bytes = b * s * -(-config.vocab_size // t) * (program.itemsize + 4)
     over_tp = Collective(hardware, per_node, t, 1)
-    over_dp = Collective(hardware, per_node, layout.dp, t)
+    over_dp = Collective(hardware, per_node, layout.replicas, t)
+    over_cp = Collective(hardware, per_node, c, t)
 
     def matmul(flops: float, calls: int) -> float:
         ramp = calls * hardware.ramp_gflop * 1e9
@@ -534,6 +539,16 @@ def chunk_seconds(
         nbytes = elements * dp_itemsize(program, operation)
         return over_dp.seconds(operation, n + 1, nbytes)
 
+    def ring(phase: str, flops: float, last: int = 0) -> float:
+        """Exposed seconds. The sends of a step overlap with its attention, but for those of the
+        last step. flops: of attention in all steps. last: bytes sent in the last step."""
+        calls, nbytes = sends.get((phase, "send"), (0, 0))
+        compute = n * matmul(flops, 4 * c if phase == "backward" else 2 * c) * (c - 1) / c
+        at_the_end = over_cp.seconds("send", n, n * last) if last else 0.0
+        hidden = over_cp.seconds("send", calls, nbytes) - at_the_end
+        return overlapped_seconds(compute, hidden, hardware.overlap) - compute + at_the_end
+
+    sends = cp_traffic(config, layout, program, n, n)
     comm = {"forward": 0.0, "backward": 0.0, "hidden": 0.0, "recompute": 0.0}
     traffic = tp_traffic(config, layout, program, n, n, first, last)
     for (phase, operation), (calls, nbytes) in traffic.items() if t > 1 else ():
@@ -542,12 +557,17 @@ def chunk_seconds(
     w = n * matmul(block - core, 4) + last * matmul(head, 1)
     overlapped = overlapped_seconds(w, comm["hidden"], hardware.overlap)
     tp_b = comm["backward"] + comm["recompute"] + overlapped - w
-    second_calls = {"full": 6, "selective": 1}.get(policy, 0)  # matmuls of the second forward
+    more_calls = 2 * (c - 1)  # matmuls of the ring's other steps
+    second_calls = {"full": 6 + more_calls, "selective": c}.get(policy, 0)  # of the second forward
     ends = last * matmul(head, 1), last * memory(head_bytes)
-    f = [n * matmul(block, 6) + ends[0], n * memory(kept) + ends[1], comm["forward"]]
-    bw = [n * matmul(block + core + again, 8 + second_calls) + ends[0],
+    f = [n * matmul(block, 6 + more_calls) + ends[0], n * memory(kept) + ends[1], comm["forward"]]
+    bw = [n * matmul(block + core + again, 8 + 2 * more_calls + second_calls) + ends[0],
           n * memory(kept + anew) + ends[1], tp_b]  # fmt: skip
-    if layout.zero == 3 and layout.dp > 1:
+    if c > 1:
+        f[2] += ring("forward", core)
+        bw[2] += ring("backward", 2 * core, 2 * b * s * h // t * max(4, program.itemsize))
+        bw[2] += ring("recompute", core)
+    if layout.zero == 3 and layout.replicas > 1:
         psi = sum(payload_sizes(units(config, t, n, first, last), layout))
         gather = dp_seconds("all_gather", psi)
         both = gather + dp_seconds("reduce_scatter", psi)
@@ -562,10 +582,11 @@ def stage_seconds(
     split: list[range],
 ) -> list[Parts]:  # fmt: skip
     """chunk_seconds of each stage. split: the blocks of each stage."""
-    shards = layout.dp if layout.zero == 3 else 1
+    zero3 = layout.zero == 3 and layout.replicas > 1
     # Only the fields on which chunk_seconds depends, so that layouts share its cache.
-    key = Layout(layout.tp, 1, shards, 3 if shards > 1 else 0, layout.micro_batch_size, 1,
-                 layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
+    key = Layout(layout.tp, 1, layout.dp if zero3 else 1, 3 * zero3, layout.micro_batch_size,
+                 1, layout.recompute, sequence_parallel=layout.sequence_parallel,
+                 cp=layout.cp)  # fmt: skip
     common = (config, key, hardware, per_node, program, splits_backward(layout.schedule))
     end = len(split) - 1
     return [chunk_seconds(*common, len(own), k == 0, k == end) for k, own in enumerate(split)]
@@ -634,11 +655,12 @@ def predicted_step(
     round the relative times of stages to so many digits, so that similar layouts share a cached
     simulation. least: return a lower bound without a simulation.
     """
-    t, p, d, m = layout.tp, layout.pp, layout.dp, layout.microbatches
+    t, p, d, m = layout.tp, layout.pp, layout.replicas, layout.microbatches
     split = split or split_layers(config, layout)
     parts = stage_seconds(config, layout, hardware, per_node, program, split)
     seconds = [tuple(sum(part[kind]) for kind in "FBW") for part in parts]
     boundary = layout.micro_batch_size * config.seq_len * config.n_embd * program.itemsize
+    boundary /= layout.cp
     boundary /= t if layout.sequence_parallel or program.scatters else 1
     over_pp = Collective(hardware, per_node, p, t * d)
     transfer = over_pp.seconds("send", 1, boundary) if p > 1 else 0.0
