@@ -271,6 +271,26 @@ def test_a_leak_would_show_in_resident_memory(monkeypatch):
     assert not memory.table(config, 2, torch.float32, lambda line: None)
 
 
+@pytest.mark.slow
+def test_a_long_row_needs_several_ranks(monkeypatch):
+    said = []
+    assert memory.context_table(memory.LONG, 4, memory.ALLOWED, said.append), said
+    assert memory.LONG.seq_len == 32768 and len(said) == 5 and "ratio 1.00 <= 1.10  ok" in said[0]
+    assert [line.endswith("ok") for line in said] == [True, False, True, True, True]  # gathered
+
+
+@pytest.mark.slow
+def test_too_much_memory_on_a_rank_would_show(monkeypatch):
+    config, said = dataclasses.replace(memory.LONG, seq_len=4096), []
+    assert not memory.context_table(config, 2, memory.ALLOWED, said.append)  # one process fits
+    assert [line.endswith("MISMATCH") for line in said] == [False, False, False, True, False]
+    plain = context_parallel.parallelize_attention
+    monkeypatch.setattr("context_parallel.parallelize_attention",
+                        lambda model, group, _: plain(model, group, "gathered"))  # fmt: skip
+    assert not memory.context_table(config, 2, 20 * 10**6, said.append)
+    assert "ring" in said[5] and said[5].endswith("<= 1.10  MISMATCH")
+
+
 class Clock:
     """In place of the module `time`: each reading is `tick` seconds after the previous one."""
 
