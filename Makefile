@@ -181,13 +181,8 @@ drill: kill-ranks
 #:  bench-3d          9 min   time a step next to PyTorch's 3-D parallelism  [OUT ARGS]
 #:  bench-ckpt        9 min   time a step next to PyTorch's activation checkpointing  [OUT ARGS]
 #:  bench-checkpoint  9 min   time saving and loading next to PyTorch's  [OUT ARGS]
-<<<<<<< HEAD
 #:  links             15 s    time each collective on this machine, by size  [NPROC=2 OUT ARGS]
-#:  memory            3 min   measure memory by ZeRO stage and recompute policy (Linux)  [NPROC=4]
-=======
-#:  links             10 s    time each collective on this machine, by size  [NPROC=2 OUT ARGS]
-#:  memory            2 min   measure memory: ZeRO, recomputation, long rows (Linux)  [NPROC=4]
->>>>>>> e23f22a70633228a987f8cafa74fc4c6fe955cc2
+#:  memory            3 min   measure memory: ZeRO, recomputation, long rows (Linux)  [NPROC=4]
 #:  hierarchy         3 min   time traffic between simulated hosts, as root  [OUT ARGS]
 #:  gpu-check         5 min   compare one GPU with a bare loop  [OUT ARGS]
 #:  gpu-drill         10 min  check NCCL on one GPU; ARGS: names of checks  [OUT ARGS]
