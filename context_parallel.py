@@ -68,7 +68,9 @@ def zigzag(c: int, rank: int) -> tuple[int, int]:
 
 
 def positions(s: int, c: int, ranks: Iterable[int]) -> Tensor:
-    """The positions of the tokens that these ranks hold, rank by rank. 2 c must divide s."""
+    """The positions of the tokens that these ranks hold, rank by rank."""
+    if s % (2 * c):
+        raise ValueError(f"{s} tokens are not divisible into 2 x {c} chunks: change one of them")
     chunks = torch.arange(s).chunk(2 * c)
     return torch.cat([chunks[i] for rank in ranks for i in zigzag(c, rank)])
 
@@ -320,10 +322,11 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) ->
             "ranks that divides the number of heads"
         )
     order = positions(s, c, range(c)).to(q.device)
+    by_position = order.argsort()
 
     def to_heads(x: Tensor) -> Tensor:  # [b, a, s/c, n] -> [b, a/c, s, n], sorted by position
         x = AllToAll.apply(x.unflatten(1, (c, -1)).movedim(1, 0), group)  # [c, b, a/c, s/c, n]
-        return x.movedim(0, 2).flatten(2, 3)[:, :, order.argsort()]
+        return x.movedim(0, 2).flatten(2, 3)[:, :, by_position]
 
     def to_tokens(x: Tensor) -> Tensor:
         x = x[:, :, order].unflatten(2, (c, -1)).movedim(2, 0)  # [c, b, a/c, s/c, n]
