@@ -27,7 +27,7 @@ from tools.verify.oracle import Case, judge, launch
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what torch.compile looks at warns; a run shows none of it
 @pytest.mark.parametrize(
-    "backend, case",  # aot_eager: the graphs, with autograd's, but no C++ made of them (40 s)
+    "backend, case",  # aot_eager: compiles the graphs, but generates no C++ (40 s)
     [("aot_eager", Case(t=2, sequence=True, dropout=0.2, recompute="full")),
      ("inductor", Case(d=2, zero=3, recompute="selective", attention="explicit"))],
     ids=str,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import activation_ckpt
+import context_parallel
 import gpt
 import schedules
 import train_3d
@@ -23,10 +24,13 @@ from tools.verify.oracle import Case, judge
 
 # Each option of a layout and its tested values. LIVE defines when a value has an effect.
 FACTORS = {
-    "layout": [  # (t, p, d)
-        (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2),
-        (4, 1, 1), (1, 4, 1), (1, 1, 4), (3, 2, 1), (1, 3, 2), (1, 2, 4), (2, 1, 4),
+    "layout": [  # (t, c, p, d)
+        (1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (2, 1, 2, 1), (2, 1, 1, 2),
+        (1, 1, 2, 2), (2, 1, 2, 2), (4, 1, 1, 1), (1, 1, 4, 1), (1, 1, 1, 4), (3, 1, 2, 1),
+        (1, 1, 3, 2), (1, 1, 2, 4), (2, 1, 1, 4), (1, 2, 1, 1), (1, 3, 1, 1), (2, 2, 1, 1),
+        (1, 2, 2, 1), (1, 2, 1, 2), (2, 2, 2, 1), (1, 2, 2, 2),
     ],
+    "cp_attention": [*context_parallel.METHODS],
     "schedule": [  # and chunks
         (name, chunks) for name, entry in schedules.SCHEDULES.items()
         for chunks in ((2, 3) if entry.any_chunks else (None,))
@@ -54,25 +58,33 @@ FACTORS = {
 # For each option: the options it depends on, and whether its value has an effect in a row. All
 # schedules are equivalent at p = 1, and all ZeRO stages at d = 1.
 LIVE = {
-    "schedule": (("layout",), lambda row: row["layout"][1] > 1),
-    "zero": (("layout",), lambda row: row["layout"][2] > (2 if row["zero"][1] else 1)),
+    "cp_attention": (("layout",), lambda row: row["layout"][1] > 1),
+    "schedule": (("layout",), lambda row: row["layout"][2] > 1),
+    "zero": (("layout",), lambda row: replicas(row) > (3 if row["zero"][1] else 1)),
     "sequence": (("layout",), lambda row: row["layout"][0] > 1),
     "vocab_size": (("layout",), lambda row: row["layout"][0] > 1),
-    "bucket_bytes": (("layout", "zero"), lambda row: row["layout"][2] > 1 and row["zero"][0] == 0),
+    "bucket_bytes": (("layout", "zero"), lambda row: replicas(row) > 1 and row["zero"][0] == 0),
     "recompute": (  # `every` and `layers` need a rank with more than one block
         ("layout", "schedule", "n_layer"),
-        lambda row: row["recompute"][1:] == (1, None) or blocks(row) > row["layout"][1],
+        lambda row: row["recompute"][1:] == (1, None) or blocks(row) > row["layout"][2],
     ),
     "attention": (  # with dropout, sdpa falls back to explicit attention
-        ("dropout",), lambda row: row["attention"] == "explicit" or row["dropout"] == 0
+        ("dropout",),
+        lambda row: row["attention"] == "explicit" or row["dropout"] == 0,
     ),
 }
 Pair = tuple[tuple[str, object], tuple[str, object]]  # two values of different factors
 
 
+def replicas(row: dict) -> int:
+    """The ranks over which gradients are summed."""
+    _, c, _, d = row["layout"]
+    return c * d
+
+
 def blocks(row: dict) -> int:
     schedule, chunks = row["schedule"]
-    stages = row["layout"][1] * (chunks or schedules.SCHEDULES[schedule].chunks)
+    stages = row["layout"][2] * (chunks or schedules.SCHEDULES[schedule].chunks)
     return max(row["n_layer"], stages + row["n_layer"] - 2)
 
 
@@ -135,13 +147,15 @@ def pairwise(tries: int = 20) -> list[dict]:
 
 def strategies(row: dict) -> list[str]:
     """The names of the strategies that have an effect in it."""
-    t, p, d = row["layout"]
+    t, c, p, d = row["layout"]
     live = []
     if t > 1:
         live.append("SP" if row["sequence"] else "TP")
+    if c > 1:
+        live.append(row["cp_attention"])
     if p > 1:
         live.append(row["schedule"][0])
-    if d > 1:
+    if c * d > 1:
         live.append(f"ZeRO-{row['zero'][0]}")
     if is_live(row, "recompute"):
         live.append(row["recompute"][0])
@@ -165,16 +179,16 @@ def small_cover(rows: list[dict]) -> list[dict]:
 
 
 def case_of(row: dict) -> Case:
-    t, p, d = row["layout"]
+    (t, c, p, d), n = row["layout"], replicas(row)
     recompute, every, layers = row["recompute"]
     zero, shard_size, reshard = row["zero"]
-    shard_size = max(1, d // 2) if shard_size and d % 2 == 0 else None
-    nodes, shard_size = (1, shard_size) if zero else (d // (shard_size or d), None)
+    shard_size = max(1, n // 2) if shard_size and n % 2 == 0 else None
+    nodes, shard_size = (1, shard_size) if zero else (n // (shard_size or n), None)
     schedule, chunks = row["schedule"]
-    same = ("sequence", "dropout", "attention", "bucket_bytes", "vocab_size", "tied", "optimizer",
-            "clip", "masked")  # fmt: skip
+    same = ("cp_attention", "sequence", "dropout", "attention", "bucket_bytes", "vocab_size",
+            "tied", "optimizer", "clip", "masked")  # fmt: skip
     return Case(
-        t=t, p=p, d=d, m=p if row["m"] == "p" else row["m"], schedule=schedule, chunks=chunks,
+        t=t, c=c, p=p, d=d, m=p if row["m"] == "p" else row["m"], schedule=schedule, chunks=chunks,
         zero=zero, shard_size=shard_size, reshard=reshard, nodes=nodes, recompute=recompute,
         every=every, layers=layers, n_layer=blocks(row), seq_len=12,
         steps=2,  # the second step starts from the state after the first
@@ -188,7 +202,7 @@ FAST = small_cover(ROWS)
 
 def counted_step(trainer: train_3d.Trainer, step: int) -> torch.Tensor:
     """The second step: in the first one DDP's buckets have no order yet."""
-    if step != 1:
+    if step != 1 or trainer.args.cp > 1:  # the dry run does not know c
         return trainer.step(step)
     seen = dry_run.observe(trainer, dist.get_rank(), step=step)
     assert seen.differences() == {}, f"(counted, predicted): {seen.differences()}"
@@ -214,17 +228,18 @@ def test_every_live_pair_of_options_is_tested():
         for stage, part, reshard in FACTORS["zero"]:
             assert any(
                 (case.schedule, case.chunks) == (schedule, chunks) and case.p > 1
-                and (case.zero, case.reshard) == (stage, reshard) and case.d > 1
-                and (part is None or 1 < (case.shard_size or case.d // case.nodes) < case.d)
+                and (case.zero, case.reshard) == (stage, reshard) and (n := case.c * case.d) > 1
+                and (part is None or 1 < (case.shard_size or n // case.nodes) < n)
                 for case in cases
             ), (schedule, chunks, stage, part, reshard)  # fmt: skip
     met = set().union(*map(live_pairs, ROWS))
-    assert met == {*all_live_pairs()} and len(met) >= 1500 and len(ROWS) >= 140
+    assert met == {*all_live_pairs()} and len(met) >= 1900 and len(ROWS) >= 180
 
 
 def test_the_fast_run_has_every_strategy():
     tested = Counter(name for row in FAST for name in strategies(row))
-    expected = {"TP", "SP", *schedules.SCHEDULES, *(f"ZeRO-{n}" for n in range(4)),
+    stages = (f"ZeRO-{n}" for n in range(4))
+    expected = {"TP", "SP", *context_parallel.METHODS, *schedules.SCHEDULES, *stages,
                 *activation_ckpt.POLICIES}  # fmt: skip
     assert {*tested} == expected and min(tested.values()) >= 2
     pairs = {pair for row in FAST for pair in itertools.combinations(strategies(row), 2)}

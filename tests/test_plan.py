@@ -1,4 +1,4 @@
-"""What the planner adds up, beside ranks that were counted; and the planner itself."""
+"""The sums of the planner are compared with counts of real ranks. Tests of the planner itself."""
 
 import dataclasses
 import functools
@@ -512,7 +512,7 @@ def test_calibration_recovers_the_speeds_of_a_machine(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_plan_for_this_machine(monkeypatch, capsys):
-    """Where other work disturbs the measurement, it says so in one line."""
+    """If other work disturbs the measurement, the planner ends with one line."""
     try:
         best = json.loads(said(monkeypatch, capsys, HERE))["best"]
     except SystemExit as error:
@@ -575,6 +575,7 @@ def test_the_report_names_the_anchor(monkeypatch, capsys):
     ("--anchor 1", "--micro-batch-size 3", "--global-batch-size 64 is not divisible by d 16 x"),
     ("--anchor 1", "--global-batch-size 32", "is 32, but this plan assumes 64: measure"),
     ("--anchor 1", "--zero 1 --zero-shard-size 8", "is 8, but this plan assumes None: measure"),
+    ("--anchor 1", "--document-mask 0", "is 0, but this plan assumes None: measure"),
     ("--anchor 1", "--cp 2 --cp-attention gathered", "is gathered, but this plan assumes ring: "),
     ("--anchor 1", "--recompute offload", "does not know --recompute offload"),
     ("--anchor 1", "--model gpt2", "it has flags of another model: leave them out"),

@@ -1,12 +1,14 @@
 """Late delivery: the output of each collective and transfer is NaN from its launch to wait()."""
 
 import functools
+import inspect
 import re
 import time
 
 import pytest
 import torch.distributed as dist
 
+import context_parallel
 import ddp
 import measure
 import pipeline
@@ -22,6 +24,7 @@ CASES = {
     "zb-v": Case(p=2, schedule="zb-v", m=3, **SMALL | {"n_layer": 4}),
     "TP": Case(t=2, **SMALL),
     "TP+SP": Case(t=2, sequence=True, **SMALL),
+    "ring": Case(c=3, attention="explicit", **SMALL | {"seq_len": 6}),
 }
 
 
@@ -94,6 +97,19 @@ def test_a_wait_that_comes_after_the_read_is_seen(monkeypatch):
 
     monkeypatch.setattr(pipeline.Pipeline, "_take", read_then_wait)
     said = broken("zb-v")
+    assert re.search("loss=(nan|inf)", said), said
+
+
+def test_keys_that_are_used_before_they_are_received_are_seen(monkeypatch):
+    plain = context_parallel.exchange
+
+    def exchange(x, group):
+        wait = plain(x, group)
+        received = inspect.getclosurevars(wait).nonlocals["received"]
+        return lambda: (received.clone(), wait())[0]
+
+    monkeypatch.setattr(context_parallel, "exchange", exchange)
+    said = broken("ring")
     assert re.search("loss=(nan|inf)", said), said
 
 

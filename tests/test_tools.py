@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -14,6 +15,7 @@ import re
 import signal
 import tempfile
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
+import context_parallel
 import data
 import ddp
 import gpt
@@ -115,6 +118,20 @@ def test_fuzz_draws_valid_and_invalid_ones():
     assert all("\n" not in r for r in refused) and len({r.split()[0] for r in refused}) >= 2
 
 
+def test_fuzz_draws_context_parallelism():
+    """Every method in valid cases, and resumed runs with another c. Few are refused: --seq-len and
+    --n-head are multiples of what c and t require."""
+    rng = random.Random(0)
+    cases = [case for case in (fuzz.draw_case(rng) for _ in range(300)) if case.c > 1]
+    valid = [case for case in cases if fuzz.refusal(case) is None]
+    assert len(cases) > 90 and 0.6 * len(cases) < len(valid) < len(cases)
+    methods = Counter(case.cp_attention for case in valid)
+    assert {*methods} == {*context_parallel.METHODS} and min(methods.values()) > 15
+    resumed = [case.resume["c"] for case in valid if case.resume]
+    assert 1 in resumed and max(resumed) > 1
+    assert all(case.world_size <= 8 for case in cases)
+
+
 def test_fuzz_reports_a_failure_with_its_replay_line(monkeypatch, capsys):
     monkeypatch.setattr(fuzz, "judge", lambda case: judge(case)._replace(norm=1e-6))
     monkeypatch.setattr("sys.argv", ["fuzz", "--case", '{"d": 2}'])
@@ -190,15 +207,17 @@ def test_a_few_refusals_are_chance():
 
 def test_options_without_an_effect_are_no_features():
     plain = {"m>1", "b>1", "mask", "clip"}
-    for case in (Case(sequence=True), Case(schedule="zb-v"), Case(zero=3, reshard=0)):
+    for case in (Case(sequence=True), Case(schedule="zb-v"), Case(zero=3, reshard=0),
+                 Case(cp_attention="ulysses")):  # fmt: skip
         assert {*fuzz.features(case)} == plain, case
+    assert {*fuzz.features(Case(c=2, zero=1))} == plain | {"ring", "zero1"}
     hybrid = [Case(d=4, zero=3, shard_size=k) for k in (1, 2, 4)]
     assert ["hybrid" in fuzz.features(case) for case in hybrid] == [False, True, False]
 
 
 @pytest.mark.parametrize("path", [
     "DDP, buckets", "ZeRO-1",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("zb-v", "TP and SP")),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("zb-v", "TP and SP", "CP, ring")),
 ])  # fmt: skip
 def test_a_slice_of_races(path, capsys, monkeypatch):
     monkeypatch.setattr(races, "PATHS", {path: races.PATHS[path]})
@@ -211,15 +230,15 @@ def test_a_slice_of_races(path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_parity_lists_every_layout_once_and_fails_loudly(monkeypatch, capsys):
     cases = parity.cases(8, n_head=24)
-    sizes = {(c.t, c.p, c.d) for c in cases}
-    assert len(sizes) == 10 and all(t * p * d == 8 for t, p, d in sizes)
-    assert len({str(c) for c in cases}) == len(cases) >= 87
+    sizes = {(c.t, c.c, c.p, c.d) for c in cases}
+    assert len(sizes) == 20 and all(math.prod(size) == 8 for size in sizes)
+    assert len({str(c) for c in cases}) == len(cases) >= 140
     monkeypatch.setattr("sys.argv", ["parity", "--nproc", "2"])
     with pytest.raises(SystemExit) as exit_:
         parity.main()
     out = capsys.readouterr().out
     assert exit_.value.code == 0 and "0 mismatches" in out
-    assert out.count(" ok\n") == 6 + len(schedules.SCHEDULES)
+    assert out.count(" ok\n") == 10 + len(schedules.SCHEDULES)
     errors = Errors(float("nan"), 0.0, 0.0, 0.0, "loss")
     monkeypatch.setattr(parity, "judge", lambda case: errors)
     with pytest.raises(SystemExit) as exit_:
@@ -248,8 +267,28 @@ def test_resident_activations_fall_as_predicted(monkeypatch):
 @pytest.mark.slow
 def test_a_leak_would_show_in_resident_memory(monkeypatch):
     config = gpt.GPTConfig(n_layer=3, n_head=8, n_embd=512, vocab_size=256, seq_len=16)
-    monkeypatch.setattr("zero.Unit.reshard", zero.Unit.wait)  # the whole parameters stay
+    monkeypatch.setattr("zero.Unit.reshard", zero.Unit.wait)  # full parameters stay
     assert not memory.table(config, 2, torch.float32, lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_long_row_needs_several_ranks(monkeypatch):
+    said = []
+    assert memory.context_table(memory.LONG, 4, memory.ALLOWED, said.append), said
+    assert memory.LONG.seq_len == 32768 and len(said) == 5 and "ratio 1.00 <= 1.10  ok" in said[0]
+    assert [line.endswith("ok") for line in said] == [True, False, True, True, True]  # gathered
+
+
+@pytest.mark.slow
+def test_too_much_memory_on_a_rank_would_show(monkeypatch):
+    config, said = dataclasses.replace(memory.LONG, seq_len=4096), []
+    assert not memory.context_table(config, 2, memory.ALLOWED, said.append)  # one process fits
+    assert [line.endswith("MISMATCH") for line in said] == [False, False, False, True, False]
+    plain = context_parallel.parallelize_attention
+    monkeypatch.setattr("context_parallel.parallelize_attention",
+                        lambda model, group, _: plain(model, group, "gathered"))  # fmt: skip
+    assert not memory.context_table(config, 2, 20 * 10**6, said.append)
+    assert "ring" in said[5] and said[5].endswith("<= 1.10  MISMATCH")
 
 
 class Clock:
@@ -308,10 +347,11 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
     assert "| ddp | naive | 256 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tp", "pp", "ckpt", "3d"])
+@pytest.mark.parametrize("name", ["tp", "cp", "pp", "ckpt", "3d"])
 @pytest.mark.slow
 def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 256, 8)})
+    for sizes in ("SIZES", "LONG"):
+        monkeypatch.setattr(compare, sizes, {256: gpt.GPTConfig(2, 2, 16, 256, 8)})
     monkeypatch.setattr(compare, "ROUNDS", 1)
     monkeypatch.setattr(compare, "WARMUP", 1)
     out, suite = tmp_path / "bench.json", compare.SUITES[name]
@@ -326,7 +366,8 @@ def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
     arguments = f"bench {name} --sizes 256 --minutes 0 --steps 1 --out {out}"
     monkeypatch.setattr("sys.argv", arguments.split())
     compare.main()
-    rows = json.loads(out.read_text())["rows"]
+    written = json.loads(out.read_text())
+    rows = written["rows"]
     assert len(rows) == len(suite.variants) + len(suite.torch)
     for row in rows:
         assert row["max_loss_difference"] < 1e-5, row
@@ -337,6 +378,20 @@ def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
     if name == "tp":  # 10 (t-1)/t of [b, s, h] in a block with its sequence cut, 8 without
         sent = {r["strategy"]: r["wire_bytes"] for r in rows if r["variant"] == "m 1"}
         assert 1.1 < sent["tp+sp"] / sent["tp"] < 1.4
+    if name == "cp":
+        psi = sum(p.numel() for p in gpt.GPT(compare.LONG[256]).parameters())
+        for row in rows[: len(suite.variants)]:  # of the gradients 2 (c-1)/c, of 2 layers
+            costs = context_parallel.predicted_payload(row["variant"], 1, 8, 2, 2, 8, 2)
+            of_sends = 1 if row["variant"] == "ring" else 1 / 2  # (c-1)/c of a collective
+            sent = psi + 2 * of_sends * sum(elements for _, elements in costs.values())
+            assert row["wire_bytes"] == 4 * sent and row["s"] == 256, row
+        ms = {r["variant"]: r["ours_ms"] or r["torch_ms"] for r in rows}
+        ratios = {tuple(pair["of"]): pair["ratio"] for pair in written["pairs"]}
+        one = ms["ring"] / ratios["ring", "one process"]
+        assert ratios == pytest.approx(
+            {("ring", "gathered"): ms["ring"] / ms["gathered"]}
+            | {(variant, "one process"): ms[variant] / one for variant in ms}
+        )
     # Each takes one of seven seconds.
     share = r"h 256: data, norm and log take 42.86% of .*: data 14.29%, norm 14.29%, log 14.29%"
     assert len(re.findall(share, capsys.readouterr().out)) == (name == "3d")

@@ -617,6 +617,8 @@ def ranks_of(args: argparse.Namespace) -> list[int]:
         raise ValueError(
             "--recompute offload: meta tensors cannot be offloaded: use another policy"
         )
+    if args.document_mask is not None:
+        raise ValueError("--document-mask: the formulas do not know it: leave it out")
     if args.all_ranks:
         if n > 8:
             raise ValueError(

@@ -319,7 +319,8 @@ def measured_layout(job: Job, text: str, model: list[str]) -> Layout:
     default = parser.parse_args(own)
     known = (*FIELDS, "chunks", "sequence_parallel", "compile")
     unknown = [n for n, o in options.OPTIONS.items() if o.kind == "layout" and n not in known]
-    for name in ("global_batch_size", "dtype", "grad_dtype", "reduce_dtype", *unknown):
+    runs = ("global_batch_size", "dtype", "grad_dtype", "reduce_dtype", "document_mask")
+    for name in (*runs, *unknown):
         if (value := getattr(args, name)) != (planned := getattr(default, name)):
             refuse(f"{options.flag(name)} is {value}, but this plan assumes {planned}: measure a "
                    "step with that")  # fmt: skip

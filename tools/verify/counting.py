@@ -7,7 +7,8 @@
     bytes_held(model.parameters())                      bytes of the distinct storages
     bytes_by_kind(sync.held(), optimizer)               the same, by kind
 
-A call is hidden if it is asynchronous and a matmul started before its result was used.
+A call is hidden if it is asynchronous and a matmul started before its result was used. A send has
+no result.
 """
 
 from collections.abc import Iterable
@@ -33,14 +34,13 @@ class Collectives(measure.Collectives):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         i = len(self.calls)
+        self._find_uses(args)
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if len(self.calls) > i:  # a collective
-            if is_async(func, args):
-                output = args[0][0] if isinstance(args[0], list) else args[0]
-                self._unused[storage_id(output)] = (i, self._matmuls)
-        else:
-            self._find_uses(args)
-            self._matmuls += func._schema.name in MATMULS
+        self._matmuls += func._schema.name in MATMULS
+        is_collective = len(self.calls) > i and self.calls[i].operation != "send"  # has a result
+        if is_collective and is_async(func, args):
+            output = args[0][0] if isinstance(args[0], list) else args[0]
+            self._unused[storage_id(output)] = (i, self._matmuls)
         return result
 
     def _find_uses(self, args) -> None:

@@ -25,13 +25,14 @@ import time
 from collections.abc import Iterator
 
 import activation_ckpt
+import context_parallel
 import options
 import schedules
 from tools.verify.oracle import FIELDS, STEPS, Case, judge
 
 # Fields of a Case that may change when a run is resumed. b and m may change, too, as long as the
 # global batch stays the same.
-LAYOUT = ["t", "p", "d", "bucket_bytes", *(f for f in FIELDS if FIELDS[f].kind == "layout")]
+LAYOUT = ["t", "c", "p", "d", "bucket_bytes", *(f for f in FIELDS if FIELDS[f].kind == "layout")]
 
 
 def draw_resume(rng: random.Random, case: Case, largest_world: int = 8) -> dict:
@@ -61,10 +62,9 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
     """
     sizes = (1, 1, 2, 2, 3, 4)
     while True:
-        t, p, d = (rng.choice(sizes) for _ in range(3))
-        if t * p * d <= largest_world:
+        t, c, p, d = (rng.choice(sizes) for _ in range(4))
+        if t * c * p * d <= largest_world:
             break
-    n_head = rng.choice((1, 2, 3, 4)) if rng.random() < 0.1 else t * rng.randint(1, 3)
     schedule, entry = rng.choice(list(schedules.SCHEDULES.items()))
     chunks = rng.choice((None, *((1, 2, 3) if entry.any_chunks else (entry.chunks,))))
     chunks = rng.randint(1, 2) if rng.random() < 0.05 else chunks
@@ -72,13 +72,18 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
     n_layer = rng.randint(1, 6) if rng.random() < 0.1 else stages + rng.randint(0, 3)
     dtype = rng.choice(("float64",) * 4 + ("float32", "bf16"))
     drawn = {field: draw_option(rng, option) for field, option in FIELDS.items()}
-    # Values that depend on others, or that need another distribution.
+    # Values that depend on others, or that need another distribution. One in ten does not fit t and
+    # c, and is refused.
+    by_heads = t * c if c > 1 and drawn["cp_attention"] == "ulysses" else t
+    n_head = rng.choice((1, 2, 3, 4)) if rng.random() < 0.1 else by_heads * rng.randint(1, 3)
+    shards = t if drawn["sequence"] else 1
+    multiple = (c * math.lcm(2, shards) if c > 1 else shards) if rng.random() < 0.9 else 1
     drawn |= dict(
-        t=t, p=p, d=d,
+        t=t, c=c, p=p, d=d,
         m=rng.randint(1, 6),
         b=rng.randint(1, 3),
-        shard_size=rng.choice((None, 1, 2 if d % 2 == 0 or rng.random() < 0.2 else None)),
-        nodes=rng.choice([1, *(k for k in (2, 3, 4) if d % k == 0)]),
+        shard_size=rng.choice((None, 1, 2 if d * c % 2 == 0 or rng.random() < 0.2 else None)),
+        nodes=rng.choice([1, *(k for k in (2, 3, 4) if d * c % k == 0)]),
         schedule=schedule,
         chunks=chunks,
         recompute=rng.choice(activation_ckpt.POLICIES),
@@ -87,14 +92,14 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
         clip=rng.choice((0.0, 0.1, 1e9)),  # off, active, larger than the norm
         masked=rng.random() < 0.7,
         dropout=rng.choice((0.0, 0.0, 0.2)),
+        document_mask=rng.choice((None, 1)),
         n_layer=n_layer,
         n_head=n_head,
         # The LayerNorm of 2 entries is always +-1, so gradients are 0 apart from rounding, which
         # cannot be compared. In bf16 even 4 entries are too few.
         n_embd=n_head * rng.randint(-(-(6 if dtype == "bf16" else 4) // n_head), 6),
         vocab_size=rng.randint(5, 60),
-        # Sequence parallelism needs a multiple of t. One in ten is no multiple: it is refused.
-        seq_len=rng.randint(1, 12) * (t if drawn["sequence"] and rng.random() < 0.9 else 1),
+        seq_len=rng.randint(1, 12 if c == 1 else 4) * multiple,
         bucket_bytes=rng.choice((1, 500, 3000, 10**9)),
         dtype=dtype,
         seed=rng.randint(0, 10**6),
@@ -131,7 +136,7 @@ def verdict(case: Case) -> tuple[bool, str]:
 
 # --- reduction of a failing case ------------------------------------------------------------------
 
-PLAIN = {"t": 1, "p": 1, "d": 1,
+PLAIN = {"t": 1, "c": 1, "p": 1, "d": 1,
          **{f: option.default for f, option in FIELDS.items() if option.kind != "size"},
          "masked": False, "clip": 0.0, "optimizer": "sgd", "tied": False, "dtype": "float64",
          "bucket_bytes": 10**9}  # fmt: skip
@@ -149,12 +154,13 @@ def simpler(case: Case) -> Iterator[Case]:
     for name, least in SMALLEST.items():
         value = getattr(case, name)
         least = 6 if name == "n_embd" and case.dtype == "bf16" else least  # see draw_case
-        # n_embd must be a multiple of n_head, so all smaller values are tried. Other sizes are set
-        # to the smallest value, halved, or reduced by one.
-        steps = range(least, value) if name == "n_embd" else (least, value // 2, value - 1)
+        # These must be multiples, so all smaller values are tried. Other sizes are set to the
+        # smallest value, halved, or reduced by one.
+        multiples = name in ("n_head", "n_embd", "seq_len")
+        steps = range(least, value) if multiples else (least, value // 2, value - 1)
         for less in sorted({n for n in steps if least <= n < value}):
             yield dataclasses.replace(case, **{name: less})
-    for name in ("t", "p", "d"):
+    for name in ("t", "c", "p", "d"):
         if getattr(case, name) > 2:
             yield dataclasses.replace(case, **{name: 2})
     for name in LAYOUT if case.resume else ():
@@ -187,11 +193,13 @@ def shrink(case: Case, seconds: float = 120, say=print) -> Case:
 # --- coverage: pairs of features ------------------------------------------------------------------
 
 STAGES = ("ddp", "zero1", "zero2", "zero3")
-ALL = ["tp", "sp", *(name[:6] for name in schedules.SCHEDULES), *STAGES, "hybrid", "kept", "nodes",
+ALL = ["tp", "sp", *(name[:6] for name in context_parallel.METHODS),
+       *(name[:6] for name in schedules.SCHEDULES), *STAGES, "hybrid", "kept", "nodes",
        "m>1", "b>1", "select", "full", "offloa", "drop", "explic", "untied", "mask", "odd v",
-       "clip", "sgd", "fp32", "bf16", "reduce", "resume"]  # fmt: skip
+       "clip", "sgd", "fp32", "bf16", "reduce", "resume", "docs"]  # fmt: skip
 # Features of which a layout has at most one.
-ONE_OF = [STAGES, tuple(name[:6] for name in schedules.SCHEDULES), ("select", "full", "offloa"),
+ONE_OF = [STAGES, tuple(name[:6] for name in context_parallel.METHODS),
+          tuple(name[:6] for name in schedules.SCHEDULES), ("select", "full", "offloa"),
           ("fp32", "bf16"), ("fp32", "reduce"), ("hybrid", "ddp"), ("nodes", "hybrid"),
           ("nodes", "kept"),
           *(("kept", stage) for stage in STAGES[:3]),
@@ -201,22 +209,24 @@ ONE_OF = [STAGES, tuple(name[:6] for name in schedules.SCHEDULES), ("select", "f
 def features(case: Case) -> list[str]:
     """Names (at most 6 letters) of the features that have an effect in this case.
 
-    A schedule has an effect only with p > 1, a ZeRO stage with d > 1, sequence parallelism with
+    A schedule has an effect only with p > 1, a ZeRO stage with d c > 1, sequence parallelism with
     t > 1.
     """
+    replicas = case.d * case.c
     live = {
         "tp": case.t > 1, "sp": case.sequence and case.t > 1,
+        **{name[:6]: case.cp_attention == name and case.c > 1 for name in context_parallel.METHODS},
         **{name[:6]: case.schedule == name and case.p > 1 for name in schedules.SCHEDULES},
-        **{name: case.zero == n and case.d > 1 for n, name in enumerate(STAGES)},
-        "hybrid": 1 < (case.shard_size or case.d) < case.d,
-        "kept": not case.reshard and case.d > 1, "nodes": case.nodes > 1,
+        **{name: case.zero == n and replicas > 1 for n, name in enumerate(STAGES)},
+        "hybrid": 1 < (case.shard_size or replicas) < replicas,
+        "kept": not case.reshard and replicas > 1, "nodes": case.nodes > 1,
         "m>1": case.m > 1, "b>1": case.b > 1,
         **{p[:6]: case.recompute == p for p in activation_ckpt.POLICIES if p != "none"},
         "drop": case.dropout > 0, "explic": case.attention == "explicit",
         "untied": not case.tied, "mask": case.masked, "odd v": case.vocab_size % case.t > 0,
         "clip": case.clip == 0.1, "sgd": case.optimizer == "sgd", "fp32": case.dtype == "float32",
-        "bf16": case.dtype == "bf16", "reduce": case.reduce_dtype == "float32" and case.d > 1,
-        "resume": case.resume is not None,
+        "bf16": case.dtype == "bf16", "reduce": case.reduce_dtype == "float32" and replicas > 1,
+        "resume": case.resume is not None, "docs": case.document_mask is not None,
     }  # fmt: skip
     return [name for name in ALL if live[name]]
 
@@ -275,9 +285,10 @@ def main(argv: list[str] | None = None) -> None:
         refused.append(ok and line.startswith("refused"))
         ran += [case] if ok and not refused[-1] else []
         state = "ok  " if ok else "FAIL"
-        then = "then t{t} p{p} d{d}".format(**case.resume) if case.resume else ""
-        print(f"{i + 1:4d}/{len(drawn)} {state} t{case.t} p{case.p} d{case.d} {then:13s}  {line}",
-              flush=True)  # fmt: skip
+        sizes = "t{t} c{c} p{p} d{d}"
+        then = f"then {sizes}".format(**case.resume) if case.resume else ""
+        layout = f"{sizes.format(**vars(case))} {then:16s}"
+        print(f"{i + 1:4d}/{len(drawn)} {state} {layout}  {line}", flush=True)
         if not ok:
             failed += 1
             print(f"     replay: python -m tools.verify.fuzz --case '{case}'", flush=True)

@@ -44,6 +44,8 @@ HANG = "the test hangs"
 NUMBERS = r"Errors\(.*where='(gradient|parameter) "  # largest error: a gradient or parameter
 NORM = r"Errors\(.*norm=\d+\.\d+,"  # an error printed without exponent is at least 1e-4
 LAYOUTS = "tests/test_layouts.py::test_layout_equals_one_process"
+CONTEXT = "tests/test_context_parallel.py::test_training_equals_one_process"
+ATTENTION = "tests/test_context_parallel.py::test_attention_and_its_gradients_equal_one_process"
 PARTIAL = """y = reduce_output(self.multiply(x, None), self.group, self.sequence)
         return y if self.bias is None else y.add_(self.bias)"""
 WAIT_D_X = "wait_d_x = start(d_x, ctx.group, async_op=need_weight)"
@@ -138,6 +140,9 @@ ZOO = [
         ("activation_ckpt.py", "cuda_autocast, restore_rng():", "cuda_autocast:")],
         "tests/test_activation_ckpt.py::test_the_same_gradients_and_masks_bitwise",
         r"AssertionError: wte\.weight"),
+    Bug(14, "recomputation masks the documents of another microbatch", [
+        ("gpt.py", "self.at(*saved)\n", "self.at(*saved[:2], self.starts)\n")],
+        "tests/test_documents.py::test_layouts", NUMBERS),
     Bug(15, "replicated dropout differs between tp ranks", [
         ("tensor_parallel.py", '"tokens", group) if sequence else module',
          '"tokens", group) if sequence or hasattr(module, "draws") else module')],
@@ -251,6 +256,10 @@ ZOO = [
         ("gpt.py", "return x + self.tokens.take(self.weight[: self.tokens.total(x.size(1))], 0)",
          "return x + self.weight[: x.size(1)]")],
         LAYOUTS, r"where='gradient wpe\.weight"),
+    Bug(31, "every rank of a ring masks the documents of the first tokens", [
+        ("context_parallel.py", "starts = core.tokens.take(starts, 1)",
+         "starts = starts[:, : q.size(2)]")],
+        "tests/test_documents.py::test_layouts", NUMBERS),
     Bug(32, "ranks sample different tokens", [
         ("generate.py", "manual_seed(trainer.args.seed)",
          "manual_seed(trainer.args.seed + dist.get_rank())")],
@@ -315,6 +324,51 @@ ZOO = [
          "shard.copy_(grad.chunk(ctx.group.size())[ctx.group.rank()])")],
         "tests/test_zero.py::test_version_1_of_zero3_equals_one_process",
         "Tensor-likes are not close"),
+    Bug(44, "positions of consecutive tokens under a zigzag", [
+        ("train_3d.py", "module.tokens = self.tokens",
+         "module.tokens = gpt.ALL.chunk(self.cp_group.rank(), c)")],
+        CONTEXT, r"where='gradient wpe"),
+    Bug(45, "the loss is a mean over each shard of the sequence", [
+        ("train_3d.py", "ddp.global_count(y, self.gradient_group)",
+         "ddp.global_count(y, self.dp_group)")],
+        CONTEXT, r"Errors\(loss=\d\.\d+,"),
+    Bug(45, "the printed loss is that of one shard of the sequence", [
+        ("train_3d.py", "stats = torch.stack([loss * first_tp, squared_norm, stop])",
+         "first_tp &= self.cp_group.rank() == 0\n"
+         "        stats = torch.stack([loss * first_tp, squared_norm, stop])")],
+        CONTEXT, r"Errors\(loss=0\.\d+, norm=\d\.\d+e-1\d"),
+    Bug(46, "results of the ring are merged in bf16", [
+        ("context_parallel.py", "out = torch.zeros_like(q, dtype=wide)",
+         "out = torch.zeros_like(q)")],
+        "tests/test_context_parallel.py::test_rounding_errors_do_not_grow_with_the_number_of_ranks",
+        r"\(8, \{'out': (1\.[4-9]|[2-9])"),
+    Bug(46, "gradients of the keys are added in bf16 along the ring", [
+        ("context_parallel.py", "d_kv = torch.zeros_like(kv, dtype=lse.dtype)",
+         "d_kv = torch.zeros_like(kv)")],
+        "tests/test_context_parallel.py::test_rounding_errors_do_not_grow_with_the_number_of_ranks",
+        r"\(8, \{.*'k': (1\.[4-9]|[2-9])"),
+    Bug(47, "the ring computes with stale keys", [
+        ("context_parallel.py", "kv = wait_kv()\n        out = out.to(q.dtype)",
+         "wait_kv()\n        out = out.to(q.dtype)")],
+        ATTENTION, r"assert \d+\.\d+ <= 1e-12"),
+    Bug(47, "the ring uses keys before they are received", [
+        ("context_parallel.py", "        for handle in handles:\n            handle.wait()\n", "")],
+        "tests/test_races.py -k ring", "handles were not waited for|loss=(nan|inf)"),
+    Bug(48, "gradients of keys stay one rank before their owner", [
+        ("context_parallel.py", "            d_kv = wait_d_kv()\n", "            wait_d_kv()\n")],
+        ATTENTION, r"assert \d+\.\d+ <= 1e-12"),
+    Bug(48, "gradients of gathered keys are not summed over the ranks", [
+        ("context_parallel.py", "reduce_scatter(shard, stacked, group=ctx.group)",
+         "shard.copy_(stacked.chunk(c)[ctx.group.rank()])")],
+        ATTENTION, r"assert \d+\.\d+ <= 1e-12"),
+    Bug(49, "cp left out of the sum of the gradients", [
+        ("train_3d.py", "(self.model, self.gradient_group, accumulations, **how)",
+         "(self.model, self.dp_group, accumulations, **how)")],
+        CONTEXT, r"Errors\(.*gradient=\d\.\d+,"),
+    Bug(49, "the norm counts each cp rank", [
+        ("train_3d.py", "replicas is None or replicas.rank() == 0",
+         "replicas is None or replicas.rank() // self.cp_group.size() == 0")],
+        CONTEXT, NORM),
 ]  # fmt: skip
 
 

@@ -2,10 +2,10 @@
 
     make parity NPROC=8    python -m tools.verify.parity --nproc 8
 
-A layout is a choice of t, p, d (sizes of tensor, pipeline and data parallelism), sequence
-parallelism (SP), ZeRO stage and pipeline schedule. Each is trained for a few steps, and the table
-has its largest relative errors in loss, gradient norm, gradients and parameters. The exit code is 1
-if an error in float64 exceeds measure.TOLERANCE.
+A layout is a choice of t, c, p, d (sizes of tensor, context, pipeline and data parallelism),
+sequence parallelism (SP), the attention of context parallelism, ZeRO stage and pipeline schedule.
+Each is trained for a few steps, and the table has its largest relative errors in loss, gradient
+norm, gradients and parameters. The exit code is 1 if an error in float64 exceeds measure.TOLERANCE.
 
 The two halves of the table tell rounding from bugs. A layout adds numbers in another order than one
 process, so results differ by rounding: about 1e-6 in float32 and 1e-15 in float64. The error caused
@@ -13,43 +13,50 @@ by a bug does not shrink that much with the dtype.
 """
 
 import argparse
+import itertools
 import sys
 import time
 
+import context_parallel
 import measure
 import schedules
 from tools.verify.oracle import Case, judge
 
 
 def cases(nproc: int, n_head: int) -> list[Case]:
-    """All layouts with t p d = nproc in which t divides the heads.
+    """All layouts with t c p d = nproc in which t (with Ulysses, t c) divides the heads.
 
-    Options without effect are left out: schedules if p = 1, ZeRO if d = 1, SP if t = 1. To save
+    Options without effect are left out: schedules if p = 1, ZeRO if d c = 1, SP if t = 1. To save
     time, schedules other than 1F1B are combined with ZeRO stages 0 and 3 only, and SP with 1F1B and
-    with schedules that have several chunks and split the backward.
+    with schedules that have several chunks and split the backward. If c > 1, only these schedules
+    and ZeRO stages are used, TP with SP only, and Ulysses and gathered keys with 1F1B and DDP only.
     """
+    divisors = [n for n in range(1, nproc + 1) if nproc % n == 0]
     sizes = [
-        (t, p, nproc // (t * p))
-        for t in range(1, nproc + 1)
-        for p in range(1, nproc + 1)
-        if nproc % (t * p) == 0 and n_head % t == 0
+        (t, c, p, nproc // (t * c * p))
+        for c, t, p in itertools.product(divisors, repeat=3)
+        if nproc % (t * c * p) == 0 and n_head % t == 0
     ]
     with_sp = ["1f1b", *(name for name, entry in schedules.SCHEDULES.items()
                          if entry.chunks > 1 and entry.splits_backward)]  # fmt: skip
     return [
-        Case(t=t, p=p, d=d, m=max(2, p - 1), sequence=sequence, zero=z, shard_size=k,
-             schedule=schedule, n_head=n_head, n_embd=2 * n_head, n_layer=2 * p + 1, vocab_size=45,
-             seq_len=nproc)
-        for t, p, d in sizes
-        for z, k in stages(d)
+        Case(t=t, c=c, p=p, d=d, m=max(2, p - 1), sequence=sequence, cp_attention=attention,
+             zero=z, shard_size=k, schedule=schedule, n_head=n_head, n_embd=2 * n_head,
+             n_layer=2 * p + 1, vocab_size=45, seq_len=nproc if c == 1 else 2 * nproc)
+        for t, c, p, d in sizes
+        for attention in (context_parallel.METHODS if c > 1 else ("ring",))
+        if attention != "ulysses" or n_head % (t * c) == 0
+        for z, k in stages(d * c)
         for schedule in (schedules.SCHEDULES if p > 1 else ("1f1b",))
-        if schedule == "1f1b" or (z, k) in ((0, None), (3, None))
+        if (schedule == "1f1b" and c == 1) or (z, k) in ((0, None), (3, None))
+        if c == 1 or (schedule in with_sp and attention == "ring") or (schedule, z) == ("1f1b", 0)
         for sequence in ((False, True) if t > 1 and schedule in with_sp else (False,))
+        if c == 1 or sequence == (t > 1)
     ]  # fmt: skip
 
 
 def stages(d: int) -> list[tuple[int, int | None]]:
-    """(ZeRO stage, shard size or None) for d data-parallel ranks."""
+    """(ZeRO stage, shard size or None) for gradients that are summed over d ranks."""
     hybrid = [(3, d // 2)] if d > 2 and d % 2 == 0 else []
     return [(z, None) for z in range(4 if d > 1 else 1)] + hybrid
 
@@ -59,7 +66,7 @@ def main() -> None:
     arguments.add_argument("--nproc", type=int, default=8, metavar="N", help="ranks")
     nproc = arguments.parse_args().nproc
     columns = "     loss     norm  gradient parameter"
-    print(f" t  p  d  SP  zero schedule    | float64{columns} | float32{columns}")
+    print(f" t  c  p  d  SP  attention zero schedule    | float64{columns} | float32{columns}")
     failed, since = 0, time.monotonic()
     for case in cases(nproc, n_head=24):
         errors = judge(case)
@@ -72,9 +79,10 @@ def main() -> None:
             f"{e.loss:9.1e}{e.norm:9.1e}{e.gradient:10.1e}{e.parameter:10.1e}"
             for e in (errors, rounding)
         ]
-        sp = "SP" if case.sequence else ""
+        sp, attention = "SP" * case.sequence, case.cp_attention if case.c > 1 else ""
         print(
-            f"{case.t:2d} {case.p:2d} {case.d:2d}  {sp:2s}  {zero_name:>4s} {case.schedule:11s} "
+            f"{case.t:2d} {case.c:2d} {case.p:2d} {case.d:2d}  {sp:2s}  {attention:9s} "
+            f"{zero_name:>4s} {case.schedule:11s} "
             f"|       {numbers[0]} |       {numbers[1]}  {'ok' if ok else 'MISMATCH'}",
             flush=True,
         )

@@ -52,6 +52,8 @@ PATHS = {
     "PP, untied": Case(p=2, schedule="interleaved", recompute="full", tied=False, **SIZES),
     "TP": Case(t=2, **SIZES),
     "TP and SP": Case(t=2, sequence=True, **SIZES),
+    "CP, ring": Case(c=4, **SIZES),
+    "CP, PP, ZeRO-3": Case(c=2, p=2, zero=3, schedule="zb-v", recompute="full", **SIZES),
     "all together": Case(t=2, p=2, d=2, zero=3, schedule="zb-v", sequence=True, **SIZES),
 }
 
