@@ -455,7 +455,7 @@ def test_json(monkeypatch, capsys):
 
 
 LONG_ROWS = ("--model gpt-7.5b --n-layer 4 --seq-len 131072 --gpus 64 --hardware h100-80 "
-             "--global-batch-size 16")  # fmt: skip
+             "--global-batch-size 8")  # fmt: skip
 
 
 def test_context_parallelism_is_planned_for_long_rows(monkeypatch, capsys):
@@ -465,6 +465,7 @@ def test_context_parallelism_is_planned_for_long_rows(monkeypatch, capsys):
     options.check(args, 64)
     assert args.cp > 1 and f" c={args.cp} p=" in text
     found = json.loads(said(monkeypatch, capsys, f"{LONG_ROWS} --cp 4 --json"))
+    assert found["layouts"]
     for layout in found["layouts"]:
         assert layout["tp"] * layout["cp"] * layout["pp"] * layout["dp"] == 64
         assert layout["cp"] == 4

@@ -267,7 +267,9 @@ def chunk_bytes(
     """Bytes of one microbatch of a stage, as a tuple of
     - the activations saved from F to B, with the recompute policy on `layers` blocks (None: all);
     - the tensors saved from B to W, if W is separate;
-    - temporaries: the activations of one block and the buffers of two transfers each way.
+    - temporaries: the activations of one block and the buffers of two transfers each way; with cp,
+      in the backward of attention, two buffers of keys and values, two of their gradients, and the
+      gradient of the queries.
 
     Activations are known for gpt.py only. For other models they are 0.
 
@@ -290,7 +292,8 @@ def chunk_bytes(
         **more
     ) - 8 * last  # fmt: skip
     block = predicted_block_bytes(policy="none", **sizes, **more)
-    return flying, waiting, block + 4 * boundary * (layout.pp > 1)
+    ring = b * s * h // t * (4 * program.itemsize + 5 * max(4, program.itemsize)) * (c > 1)
+    return flying, waiting, block + ring + 4 * boundary * (layout.pp > 1)
 
 
 def cache_keys(layout: Layout) -> tuple[Layout, Layout]:

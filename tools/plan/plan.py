@@ -676,7 +676,8 @@ def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
                     asked.get("chunks", 2), cp=c)  # fmt: skip
     if t > job.per_node:
         raise ValueError(f"--tp {t} is more than the {job.per_node} GPUs of a machine: lower it")
-    flags = " ".join(arguments(job, layout, model)).split()
+    rows = layout.dp * layout.micro_batch_size  # the batch is checked by layouts()
+    flags = " ".join(arguments(job._replace(batch=rows), layout, model)).split()
     if asked.keys() & {"tp", "cp", "pp", "micro_batch_size"}:
         check_ranks(t, p, c, job.gpus)
         options.check(options.parser().parse_args(flags), job.gpus)
