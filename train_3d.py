@@ -538,7 +538,8 @@ def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoin
                 break
         if trace:
             pp, dp, tp = trainer.pp_rank, trainer.dp_group.rank(), trainer.tp_group.rank()
-            trace.write(args.trace, f"pp {pp}, dp {dp}, tp {tp}")
+            cp = f"cp {trainer.cp_group.rank()}, " if args.cp > 1 else ""
+            trace.write(args.trace, f"pp {pp}, dp {dp}, {cp}tp {tp}")
             command = f"python -m tools.plan.bubble {args.trace}"
             logger.say(f"--trace: wrote {args.trace}. To measure the bubble, run: {command}")
     if first >= end:

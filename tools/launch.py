@@ -100,12 +100,13 @@ def check(flags: list[str], ranks: int) -> None:
     import startup
 
     args, found, _ = options.parse_args(flags)
-    both = args.tp * args.pp
-    if ranks % both:
-        near = max(1, round(ranks / both)) * both
+    product = args.tp * args.pp * args.cp
+    if ranks % product:
+        near = max(1, round(ranks / product)) * product
+        cp = f" x --cp {args.cp}" if args.cp > 1 else ""
         raise ValueError(
-            f"{ranks} ranks cannot be divided into --tp {args.tp} x --pp {args.pp}: start a "
-            f"multiple of {both} (make train NPROC={near}), or change --tp or --pp (TP=, PP=)"
+            f"{ranks} ranks cannot be divided into --tp {args.tp} x --pp {args.pp}{cp}: start a "
+            f"multiple of {product} (make train NPROC={near}), or change --tp or --pp (TP=, PP=)"
         )
     source = huggingface.GPT2Folder(args.init_from) if args.init_from else None
     config = options.check(args, ranks, source)
