@@ -26,9 +26,10 @@ def read_steps(path: str) -> list[list[schedules.Span]]:
     try:
         with open(path) as file:
             events = json.load(file)["traceEvents"]
+        ours = re.compile(r"pp (\d+), dp 0, (cp 0, )?tp 0$")
         for event in events:
             about = event["args"]
-            if event["ph"] == "M" and (found := re.search(r"pp (\d+), dp 0, (cp 0, )?tp 0$", about["name"])):
+            if event["ph"] == "M" and (found := ours.search(about["name"])):
                 pp_rank[event["pid"]] = int(found[1])
             elif "step" in about and event["pid"] in pp_rank:
                 action, start = schedules.Action(*about["action"]), 1e-6 * event["ts"]
