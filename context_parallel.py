@@ -222,7 +222,8 @@ def masks_of_block(keep, starts, source: int, queries: slice, keys: slice, c: in
         keep = keep[:, :, queries].chunk(c, 3)[source][..., keys]
     if starts is None:
         return keep, None
-    position = positions(c * starts.size(1), c, [source])[keys].to(starts.device)
+    with starts.device:  # made there: a copy from the host would wait for the GPU
+        position = positions(c * starts.size(1), c, [source])[keys]
     return keep, (position < starts[:, queries, None]).unsqueeze(1)
 
 

@@ -29,6 +29,7 @@ from tools.verify.oracle import Case, judge, launch
 @pytest.mark.parametrize(
     "backend, case",  # aot_eager: compiles the graphs, but generates no C++ (40 s)
     [("aot_eager", Case(t=2, sequence=True, dropout=0.2, recompute="full")),
+     ("aot_eager", Case(c=2, document_mask=1, masked=False)),
      ("inductor", Case(d=2, zero=3, recompute="selective", attention="explicit"))],
     ids=str,
 )  # fmt: skip
