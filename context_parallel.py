@@ -100,8 +100,9 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
     chunks."""
     c, s = group.size(), group.size() * q.size(2)
     k, v = GatherSequence.apply(k, group), GatherSequence.apply(v, group)
-    mask = positions(s, c, range(c)) <= positions(s, c, [group.rank()]).unsqueeze(1)  # [s/c, s]
-    return F.scaled_dot_product_attention(q, k, v, mask.to(q.device), enable_gqa=True)
+    with q.device:
+        mask = positions(s, c, range(c)) <= positions(s, c, [group.rank()]).unsqueeze(1)
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # mask: [s/c, s]
 
 
 # --- the full version: ring attention -------------------------------------------------------------
@@ -322,7 +323,8 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) ->
             f"{q.size(1)} heads cannot be divided over {c} ranks: use the ring, or a number of "
             "ranks that divides the number of heads"
         )
-    order = positions(s, c, range(c)).to(q.device)
+    with q.device:
+        order = positions(s, c, range(c))
     by_position = order.argsort()
 
     def to_heads(x: Tensor) -> Tensor:  # [b, a, s/c, n] -> [b, a/c, s, n], sorted by position
