@@ -39,6 +39,16 @@ GIVEN_OUT = $(if $(OUT),--out $(OUT))
 # Targets that were renamed: the old names still work.
 NEW_NAME = $(patsubst zoo,mutants,$(patsubst drill,kill-ranks,$1))
 
+# An unknown target is an error, with a suggestion.
+ALL := help zoo drill .venv/installed
+ALL += $(shell sed -n 's/^\#:  \([a-z][a-z0-9-]*\).*/\1/p' $(firstword $(MAKEFILE_LIST)))
+UNKNOWN := $(firstword $(filter-out $(ALL),$(MAKECMDGOALS)))
+ifneq ($(UNKNOWN),)
+NEAR := $(shell python3 -c 'import difflib as d, sys; print(*d.get_close_matches(sys.argv[1], \
+  sys.argv[2:], 1))' '$(UNKNOWN)' $(ALL))
+$(error there is no target $(UNKNOWN)$(if $(NEAR),; the nearest is $(NEAR),: make lists them))
+endif
+
 # A variable on the command line that no target uses is an error.
 GIVEN := $(strip $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$v)))
 GIVEN := $(filter-out PYTHON PIP_FLAGS PYTHON_FOR_VENV OMP_NUM_THREADS,$(filter-out -%,$(GIVEN)))
@@ -48,7 +58,8 @@ USED := $(strip $(foreach goal,$(call NEW_NAME,$(MAKECMDGOALS)),$(shell awk \
   '$(HELP_LINE) { gsub(/.*[[]|[]].*|=[^] ]*/, ""); print }' $(firstword $(MAKEFILE_LIST)))))
 UNUSED := $(filter-out $(USED),$(GIVEN))
 ifneq ($(UNUSED),)
-$(error make $(MAKECMDGOALS) does not use $(UNUSED). It uses: $(or $(USED),no variables))
+FLAGS := $(if $(filter ARGS,$(USED)),. Flags: ARGS="--flag value")
+$(error make $(MAKECMDGOALS) does not use $(UNUSED). It uses: $(or $(USED),no variables)$(FLAGS))
 endif
 endif
 
@@ -62,6 +73,7 @@ help:
 #:  setup             3 min   create .venv with torch, numpy, pytest; other targets do it too
 #:  draw              3 s     draw a pipeline schedule  [P=4 M=8 SCHEDULE=1f1b ARGS]
 #:  tp                10 s    compare tensor_parallel.py with one process  [NPROC=2]
+#:  cp                10 s    compare context_parallel.py with one process  [NPROC=4]
 #:  pp                10 s    compare pipeline.py with one process  [NPROC=2]
 #:  ddp               10 s    compare ddp.py with one process  [NPROC=4]
 #:  zero              10 s    compare ZeRO-1 and ZeRO-2 with one process  [NPROC=4]
@@ -83,12 +95,13 @@ setup: $(SETUP)
 draw: $(SETUP)
 	@$(PY) -m tools.draw $(SCHEDULE) --p $(P) --m $(M) $(ARGS)
 
-ddp zero zero3: NPROC = 4
+cp ddp zero zero3: NPROC = 4
 tp pp ckpt: NPROC = 2
 tp: FILE = tensor_parallel
+cp: FILE = context_parallel
 pp: FILE = pipeline
 ckpt: FILE = activation_ckpt
-ddp zero zero3 tp pp ckpt: $(SETUP)
+ddp zero zero3 tp cp pp ckpt: $(SETUP)
 	$(LAUNCH) $(NPROC) $(or $(FILE),$@).py
 
 train: $(SETUP)
@@ -106,8 +119,8 @@ plot: $(SETUP)
 #: Plan
 #:  plan              5 s     recommend a layout, with its launch command  [ARGS]
 #:                            ARGS="--model gpt-175b --gpus 1024"
-#:  dry-run           20 s    count what one rank of 3072 stores, sends and computes  [ARGS]
-#:  published         30 s    compare the cost model with published tables  [ARGS]
+#:  dry-run           10 s    count what one rank of 3072 stores, sends and computes  [ARGS]
+#:  published         5 s     compare the cost model with published tables  [ARGS]
 #:  plan-check        5 min   compare the cost model with this machine  [ARGS]
 
 plan: $(SETUP)
@@ -154,7 +167,7 @@ kill-ranks: $(SETUP)
 	$(PY) -m tools.verify.kill_ranks --drills $(DRILLS) --nproc $(NPROC) $(ARGS)
 
 two-hosts: $(SETUP)
-	$(PY) -m tools.bench.two_hosts $(ARGS)
+	$(PY) -m tools.verify.two_hosts $(ARGS)
 
 zoo: mutants
 drill: kill-ranks
@@ -163,19 +176,20 @@ drill: kill-ranks
 #: Measure
 #:  bench-dp          9 min   time a step next to PyTorch's DDP, FSDP and ZeRO  [OUT ARGS]
 #:  bench-tp          9 min   time a step next to PyTorch's tensor parallelism  [OUT ARGS]
+#:  bench-cp          9 min   time a step with long rows next to PyTorch's ring attention  [OUT ARGS]
 #:  bench-pp          9 min   time a step next to PyTorch's pipelines  [OUT ARGS]
 #:  bench-3d          9 min   time a step next to PyTorch's 3-D parallelism  [OUT ARGS]
 #:  bench-ckpt        9 min   time a step next to PyTorch's activation checkpointing  [OUT ARGS]
 #:  bench-checkpoint  9 min   time saving and loading next to PyTorch's  [OUT ARGS]
-#:  links             10 s    time each collective on this machine, by size  [NPROC=2 OUT ARGS]
-#:  memory            1 min   measure memory by ZeRO stage and recompute policy (Linux)  [NPROC=4]
+#:  links             15 s    time each collective on this machine, by size  [NPROC=2 OUT ARGS]
+#:  memory            3 min   measure memory: ZeRO, recomputation, long rows (Linux)  [NPROC=4]
 #:  hierarchy         3 min   time traffic between simulated hosts, as root  [OUT ARGS]
 #:  gpu-check         5 min   compare one GPU with a bare loop  [OUT ARGS]
 #:  gpu-drill         10 min  check NCCL on one GPU; ARGS: names of checks  [OUT ARGS]
 #:  node              30 min  measure a node of NPROC GPUs  [NPROC=8 OUT ARGS]
 
 bench-checkpoint: BENCH = tools.bench.checkpoint
-bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETUP)
+bench-dp bench-tp bench-cp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETUP)
 	$(PY) -m $(or $(BENCH),tools.bench.compare $(@:bench-%=%)) $(GIVEN_OUT) $(ARGS)
 
 links: NPROC = 2
@@ -200,7 +214,7 @@ node: $(SETUP)
 
 #:
 #: Develop
-#:  figures           1 min   draw the pictures of README and docs again: docs/img  [ARGS]
+#:  figures           1 s     draw the pictures of README and docs again: docs/img  [ARGS]
 #:  transcripts       20 min  rerun the commands of README and docs, update their output  [ARGS]
 #:  lint              1 s     run ruff, if it is installed
 #:  clean             1 s     remove .venv and caches; keep checkpoints and losses
@@ -219,7 +233,7 @@ clean:
 	rm -rf .venv .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help setup draw tp pp ddp zero zero3 ckpt train sample plot
+.PHONY: help setup draw tp cp pp ddp zero zero3 ckpt train sample plot
 .PHONY: plan dry-run published plan-check test test-all parity fuzz races mutants zoo kill-ranks drill
-.PHONY: bench-dp bench-tp bench-pp bench-3d bench-ckpt bench-checkpoint links memory
+.PHONY: bench-dp bench-tp bench-cp bench-pp bench-3d bench-ckpt bench-checkpoint links memory
 .PHONY: two-hosts hierarchy gpu-check gpu-drill node figures transcripts lint clean

@@ -2,20 +2,23 @@
 
     files = save(path, slices, group)           each rank of `group` writes its slices
     load(path, slices, group)                   each rank fills its slices
+    Reader(path).read_metadata()                which slices are stored, and in which files
 
-It is a separate file because importing torch.distributed.checkpoint takes a second.
+A slice is a checkpoint.TensorSlice (name, shape, offsets, tensor). checkpoint.py imports this file
+only where it reads or writes, because importing torch.distributed.checkpoint takes a second.
 """
 
 import enum
 import math
 import pickle
+import zlib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException  # noqa: F401 (checkpoint.py catches it)
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorProperties,
@@ -24,27 +27,48 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from checkpoint import TensorSlice, size_and_crc
 
-
-def save(path: Path, slices: list[TensorSlice], group: dist.ProcessGroup) -> dict[str, list[int]]:
+def save(path: Path, slices: list, group: dist.ProcessGroup) -> dict[str, list[int]]:
     """Write the slices of all ranks of `group` to a folder. Returns {name: [size, crc32]} of the
-    files that this rank has written. Raises CheckpointException, which is not an Exception."""
+    files that this rank has written. Raises OSError."""
     writer = Writer(path, per_thread_copy_ahead=0)  # the slices are in host memory already
-    dcp.save({}, storage_writer=writer, planner=SavePlanner(slices), process_group=group)
+    planner = SavePlanner(slices)
+    try:
+        dcp.save({}, storage_writer=writer, planner=planner, process_group=group)
+    except CheckpointException as error:
+        raise OSError(first_of(error)) from None
     return writer.files
 
 
-def load(path: Path, slices: list[TensorSlice], group: dist.ProcessGroup) -> None:
-    """Fill the slices of all ranks of `group`. Raises CheckpointException."""
-    dcp.load({}, storage_reader=Reader(path), planner=LoadPlanner(slices), process_group=group)
+def load(path: Path, slices: list, group: dist.ProcessGroup) -> None:
+    """Fill the slices of all ranks of `group`. Raises ValueError."""
+    reader, planner = Reader(path), LoadPlanner(slices)
+    try:
+        dcp.load({}, storage_reader=reader, planner=planner, process_group=group)
+    except CheckpointException as error:
+        raise ValueError(first_of(error)) from None
 
 
-def index(s: TensorSlice) -> MetadataIndex:
+def first_of(error: CheckpointException) -> str:
+    """The message of the first failed rank. CheckpointException is not an Exception, and has one
+    error per failed rank."""
+    first = next((wrapped[0] for wrapped in error.failures.values()), error)
+    return f"{first}" or type(first).__name__
+
+
+def size_and_crc(path: Path) -> list[int]:
+    size = crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def index(s) -> MetadataIndex:
     return MetadataIndex(s.name, s.offsets)
 
 
-def chunk(s: TensorSlice) -> dcp.ChunkStorageMetadata:
+def chunk(s) -> dcp.ChunkStorageMetadata:
     return dcp.ChunkStorageMetadata(torch.Size(s.offsets), s.tensor.size())
 
 
@@ -52,7 +76,7 @@ class SavePlanner(dcp.DefaultSavePlanner):
     """Writes the slices of this rank. torch combines the plans of all ranks and raises an error if
     slices overlap or if a part of a tensor is missing."""
 
-    def __init__(self, slices: list[TensorSlice]):
+    def __init__(self, slices: list):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.slices = {index(s): s for s in slices}
 
@@ -72,7 +96,7 @@ class SavePlanner(dcp.DefaultSavePlanner):
 class LoadPlanner(dcp.DefaultLoadPlanner):
     """Fills the slices of this rank from the stored slices that overlap them."""
 
-    def __init__(self, slices: list[TensorSlice]):
+    def __init__(self, slices: list):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.slices = {index(s): s for s in slices}
 

@@ -1,40 +1,43 @@
-"""Context parallelism: the tokens of each row are sharded over c ranks, also inside attention.
+"""Context parallelism: the tokens of each row are sharded over c ranks, in all layers.
 
     chunks of a row      0   1   2   3   4   5          c = 3 ranks, 2 c chunks
-    held by rank         0   1   2   2   1   0          a zigzag
+    rank                 0   1   2   2   1   0          a zigzag
 
-Every layer but attention works on each token separately, so a rank needs only its own tokens. The
-ranks hold equal weights. For the gradient they are data-parallel ranks: each rank's loss covers its
-own tokens, and gradients are summed over the c ranks too. In attention, a query needs the keys and
-values of all earlier tokens, which other ranks hold.
+All layers except attention process each token separately, so a rank computes them for its tokens
+only. In attention, a query needs the keys and values of all earlier tokens. Most of these are on
+other ranks. There are three methods:
 
-Attention is causal, so a late token attends to more keys than an early one. If each rank had s/c
-consecutive tokens, the last rank would compute almost 2 times the mean. In the zigzag, rank r holds
-the chunks r and 2 c - 1 - r of 2 c. Every rank then computes the same number of scores.
+    gathered   Each rank all-gathers the keys and values of all tokens.
+    ring       In c steps, a rank computes attention to the keys and values of one rank per step.
+               Meanwhile it sends them to the next rank. For backward, it saves only its own.
+    ulysses    All-to-alls turn the shard of the tokens into a shard of the query heads, with all
+               tokens. Another one turns the result back. c must divide the number of these heads.
 
-There are three ways to compute attention:
+A late token attends to more keys than an early one. With s/c consecutive tokens per rank, the last
+rank of the ring would compute 2 - 1/c times as many scores as the mean. So rank r holds chunks r
+and 2 c - 1 - r of 2 c. Then all ranks compute equally many. The other methods are balanced with any
+assignment of the tokens.
 
-    gathered   All-gather keys and values. Each rank stores them for the full sequence.
-    ring       In c steps, each rank sends its keys and values to the next rank, while it computes
-               with those that it has. It stores 1/c of the keys and values.
-    ulysses    All-to-all: from a shard of the tokens to a shard of the heads, with all tokens.
-               Then attention of one rank, then back. c must divide the number of heads.
+The c ranks hold equal weights. Each divides the summed loss of its tokens by the number of tokens
+of the global batch, so gradients are summed over the c ranks. The DDP and ZeRO of this repository
+do this, with a group of all c d ranks, where d is the number of data-parallel ranks.
 
-Symbols: microbatch size b, sequence length s, heads a, key/value heads a', head size n. KV is the
-number of elements of the keys and values of one rank, 2 b a' n s/c; Q is b a n s/c.
+Symbols: microbatch size b, sequence length s, query heads a, key/value heads a', head size n. KV:
+elements of the keys and values of all tokens, 2 b a' n s. Q: those of the queries, b a n s.
 
-    elements sent per rank   forward                   backward
-    gathered                 (c-1) KV                  (c-1) KV
-    ring                     (c-1) KV                  (c-1) KV + c KV, the latter in fp32
-    ulysses                  (c-1)/c (2 Q + KV)        (c-1)/c (2 Q + KV)
+    elements sent per rank, layer and microbatch
+               forward                    backward
+    gathered   (c-1)/c KV                 (c-1)/c KV
+    ring       (c-1)/c KV                 (c-1)/c KV, and KV in fp32
+    ulysses    (c-1)/c (2 Q + KV) / c     (c-1)/c (2 Q + KV) / c, if c divides a'
 
-Use it when the activations of one row do not fit, even with recomputation: all activations and
-the time of a step shrink with c. Tensor parallelism needs it less, because the number of tokens
-that are sent per layer does not depend on the batch size alone.
+A rank stores 1/c of the activations of a single process. "gathered" also stores KV, and a mask of
+s^2/c entries. The ring overlaps sending with attention. Attention takes a time proportional to
+s^2/c, and sending one proportional to s. So long rows hide it, except the last send of backward.
 
     torchrun --standalone --nproc-per-node 4 context_parallel.py
 
-Ring attention: Liu et al. 2023 (arXiv 2310.01889). Gathering keys and values, zigzag: Llama 3
+Ring: Liu et al. 2023 (arXiv 2310.01889). Gathered keys and values, two chunks per rank: Llama 3
 (arXiv 2407.21783), section 3.3.2. Ulysses: Jacobs et al. 2023 (arXiv 2309.14509).
 """
 
@@ -55,6 +58,8 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 # --- version 1: the whole idea --------------------------------------------------------------------
+# Gathered attention. The other layers need no change, except those whose result depends on the
+# position of a token: a position embedding must use positions(s, c, [rank]).
 
 
 def zigzag(c: int, rank: int) -> tuple[int, int]:
@@ -63,7 +68,9 @@ def zigzag(c: int, rank: int) -> tuple[int, int]:
 
 
 def positions(s: int, c: int, ranks: Iterable[int]) -> Tensor:
-    """The positions of the tokens that these ranks hold, rank by rank. 2 c must divide s."""
+    """The positions of the tokens that these ranks hold, rank by rank."""
+    if s % (2 * c):
+        raise ValueError(f"{s} tokens are not divisible into 2 x {c} chunks: change one of them")
     chunks = torch.arange(s).chunk(2 * c)
     return torch.cat([chunks[i] for rank in ranks for i in zigzag(c, rank)])
 
@@ -99,23 +106,26 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
 
 # --- the full version: ring attention -------------------------------------------------------------
 # Version 1 stores the keys and values of all tokens, waits for them before it computes, and
-# computes the scores that the mask removes. Ring attention needs 1/c of the memory, sends while it
-# computes, and computes only the scores that are used. Because of the zigzag, what a rank may
-# attend to among the keys of another rank is a rectangle, so no mask is needed.
+# computes scores that the mask removes. Ring attention stores only 1/c of the keys and values,
+# sends while it computes, and skips the blocks of scores that the mask would remove.
 #
-# A rank computes attention for the keys of one source at a time. Each result is normalized by the
-# sum of its own exponentials. To combine two results, their log-sum-exps are needed (lse), see
-# merge(). In backward, the lse of all keys gives the final weights of any of them, so each source
-# can be processed alone again.
+# A rank computes attention to the keys of one source rank at a time, and adds up the results. The
+# softmax of such a result is normalized over the keys of this source only. The log-sum-exp (lse) of
+# its scores tells how much weight it has in the total, see merge(). In backward, the softmax
+# weights of one source's keys are exp(scores - lse), with the lse over all keys. So sources can be
+# processed one by one again.
 
 
-def visible(rank: int, source: int, n: int) -> tuple[slice, slice, bool]:
-    """What the n queries of `rank` attend to among the n keys of `source`: (queries, keys, whether
-    the mask is causal). A rank's first n/2 tokens are its earlier chunk."""
-    early, late, both = slice(0, n // 2), slice(n // 2, n), slice(0, n)
+def visible(rank: int, source: int, length: int) -> tuple[slice, slice, bool]:
+    """Which queries of `rank` attend to which keys of `source`: (queries, keys, whether attention
+    is causal). If it is not, each of these queries attends to each of these keys. length: the
+    number of tokens per rank, s/c. The first half of them is the earlier chunk."""
+    early, late, both = slice(0, length // 2), slice(length // 2, length), slice(0, length)
     if source == rank:
         return both, both, True
-    return (both, early, False) if source < rank else (late, both, False)
+    if source < rank:  # its early chunk is before both chunks of `rank`, its late chunk after both
+        return both, early, False
+    return late, both, False  # both of its chunks are between the chunks of `rank`
 
 
 def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
@@ -126,7 +136,7 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     receive = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % c)
     handles = dist.batch_isend_irecv([send, receive])  # payload: x
 
-    def wait() -> Tensor:
+    def wait(sent: Tensor = x) -> Tensor:  # keeps x alive, which the caller may drop before
         for handle in handles:
             handle.wait()
         return received
@@ -135,7 +145,9 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
-    """Adds the attention over more keys to (out [b, a, s, n], lse [b, a, s]), in place."""
+    """Merges the attention over other keys, (other, other_lse), into (out [b, a, queries, n], lse
+    [b, a, queries]), in place. Each is weighted by its part of the sum of exponentials over the
+    keys of both."""
     total = torch.logaddexp(lse, other_lse)
     out.mul_((lse - total).exp().unsqueeze(-1))
     out.add_(other * (other_lse - total).exp().unsqueeze(-1))
@@ -143,12 +155,17 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
 
 
 class RingAttention(torch.autograd.Function):
-    """q [b, a, s/c, n]; k, v [b, a', s/c, n] -> [b, a, s/c, n]. Sums are in fp32, or in float64 for
-    float64. keep [b, a, s/c, s]: the dropout mask divided by 1 - p, with the keys in the order of
-    the ranks. It requires fused=False."""
+    """q [b, a, s/c, n]; k, v [b, a', s/c, n] -> [b, a, s/c, n]. Results and gradients are summed
+    over the sources in fp32, or in float64 if q is float64.
+
+    fused: use PyTorch's flash attention. Otherwise scores are computed by separate matmuls.
+    keep: the dropout mask divided by 1 - p, [b, a, s/c, s], with the keys in the order of the
+        ranks. Requires fused=False.
+    starts: the position of the first token of each query's document, [b, s/c]. Requires
+        fused=False."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, group, fused: bool, keep: Tensor | None):
+    def forward(ctx, q, k, v, group, fused: bool, keep: Tensor | None, starts=None):
         rank, c, kv = group.rank(), group.size(), torch.stack([k, v])
         wide = torch.promote_types(q.dtype, torch.float32)
         out = torch.zeros_like(q, dtype=wide)
@@ -158,19 +175,19 @@ class RingAttention(torch.autograd.Function):
             if step < c - 1:
                 wait_kv = exchange(kv, group)  # payload: 2 b a' n s/c
             queries, keys, causal = visible(rank, source, q.size(2))
-            block = mask_of_block(keep, source, queries, keys)
-            result = attend(q[:, :, queries], *kv[:, :, :, keys], causal, fused, block)
+            masks = masks_of_block(keep, starts, source, queries, keys, c)
+            result = attend(q[:, :, queries], *kv[:, :, :, keys], causal, fused, *masks)
             merge(out[:, :, queries], lse[:, :, queries], *result)
             if step < c - 1:
                 kv = wait_kv()
         out = out.to(q.dtype)
         ctx.how = group, fused
-        ctx.save_for_backward(q, k, v, out, lse, keep)
+        ctx.save_for_backward(q, k, v, out, lse, keep, starts)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, out, lse, keep = ctx.saved_tensors
+        q, k, v, out, lse, keep, starts = ctx.saved_tensors
         group, fused = ctx.how
         rank, c, kv = group.rank(), group.size(), torch.stack([k, v])
         d_q, wait_d_kv = torch.zeros_like(q, dtype=lse.dtype), None
@@ -179,12 +196,12 @@ class RingAttention(torch.autograd.Function):
             if step < c - 1:
                 wait_kv = exchange(kv, group)  # payload: 2 b a' n s/c
             queries, keys, causal = visible(rank, source, q.size(2))
-            block = mask_of_block(keep, source, queries, keys)
+            masks = masks_of_block(keep, starts, source, queries, keys, c)
             rows = [x[:, :, queries] for x in (grad, q, out, lse)]
-            gradients = attend_backward(*rows, *kv[:, :, :, keys], causal, fused, block)
+            gradients = attend_backward(*rows, *kv[:, :, :, keys], causal, fused, *masks)
             d_q[:, :, queries] += gradients[0]
-            # The gradient of the source's keys and values. The ranks between the source and this
-            # one have added their terms. After c steps, the sum is back at the source.
+            # The gradient of the source's keys and values. The previous rank had the same source
+            # one step before, and sends the sum so far. After c steps, it is back at the source.
             d_kv = torch.zeros_like(kv, dtype=lse.dtype)
             d_kv[:, :, :, keys] = torch.stack(gradients[1:]).to(lse.dtype)
             if wait_d_kv:
@@ -195,24 +212,28 @@ class RingAttention(torch.autograd.Function):
                 kv = wait_kv()
         if c > 1:
             d_kv = wait_d_kv()
-        return d_q.to(q.dtype), *d_kv.to(k.dtype), None, None, None
+        return d_q.to(q.dtype), *d_kv.to(k.dtype), *4 * [None]
 
 
-def mask_of_block(keep: Tensor | None, source: int, queries: slice, keys: slice) -> Tensor | None:
-    if keep is None:
-        return None
-    n = keep.size(2)
-    return keep[:, :, queries, source * n : (source + 1) * n][..., keys]
+def masks_of_block(keep, starts, source: int, queries: slice, keys: slice, c: int) -> tuple:
+    """For these queries and these keys of the source: the part of the dropout mask, and whether the
+    key is in an earlier document than the query, [b, 1, queries, keys]."""
+    if keep is not None:
+        keep = keep[:, :, queries].chunk(c, 3)[source][..., keys]
+    if starts is None:
+        return keep, None
+    position = positions(c * starts.size(1), c, [source])[keys].to(starts.device)
+    return keep, (position < starts[:, queries, None]).unsqueeze(1)
 
 
-def attend(q, k, v, causal: bool, fused: bool, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend(q, k, v, causal: bool, fused: bool, keep, earlier) -> tuple[Tensor, Tensor]:
     """(attention of these queries to these keys, the lse of their scores)."""
     k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if fused and q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     if fused:
         return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    scores = scores_of(q, k, causal)
+    scores = scores_of(q, k, causal, earlier)
     lse = scores.logsumexp(-1)
     weights = (scores - lse.unsqueeze(-1)).exp_()
     weights = weights if keep is None else weights * keep
@@ -220,9 +241,9 @@ def attend(q, k, v, causal: bool, fused: bool, keep: Tensor | None) -> tuple[Ten
 
 
 def attend_backward(
-    grad, q, out, lse, k, v, causal: bool, fused: bool, keep: Tensor | None
+    grad, q, out, lse, k, v, causal: bool, fused: bool, keep, earlier
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v. out, lse: of all keys, not only of these."""
+    """The gradients of q, k and v. out and lse are those over all keys, not only these keys."""
     heads, k, v = k.size(1), repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if fused:
         args = grad.contiguous(), q, k, v, out.contiguous(), lse.contiguous()
@@ -236,39 +257,42 @@ def attend_backward(
             *args, None, None, q.size(2), k.size(2), 0.0, causal, state, state[:0]
         )
     else:
-        weights = (scores_of(q, k, causal) - lse.unsqueeze(-1)).exp_()
+        weights = (scores_of(q, k, causal, earlier) - lse.unsqueeze(-1)).exp_()
         d_weights = (grad @ v.transpose(-2, -1)).to(lse.dtype)
         dropped = weights
         if keep is not None:
             d_weights, dropped = d_weights * keep, weights * keep
         d_v = dropped.to(grad.dtype).transpose(-2, -1) @ grad
-        # Softmax: d_scores = weights * (d_weights - sum(weights * d_weights)). The sum over all
-        # keys equals the product of the output and its gradient.
+        # Softmax: d_scores = weights * (d_weights - sum(weights * d_weights)). For each query, the
+        # sum over all keys equals the dot product of the output and its gradient.
         delta = (grad * out).to(lse.dtype).sum(-1, keepdim=True)
-        d_scores = (weights * (d_weights - delta) / math.sqrt(q.size(-1))).to(q.dtype)
-        d_q, d_k = d_scores @ k, d_scores.transpose(-2, -1) @ q
+        d_qk = (weights * (d_weights - delta) / math.sqrt(q.size(-1))).to(q.dtype)
+        d_q, d_k = d_qk @ k, d_qk.transpose(-2, -1) @ q
     # Several query heads may share a key/value head: sum their gradients.
     return d_q, *(x.unflatten(1, (heads, -1)).sum(2) for x in (d_k, d_v))
 
 
-def scores_of(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """[b, a, queries, keys], in fp32 at least."""
+def scores_of(q: Tensor, k: Tensor, causal: bool, earlier: Tensor | None) -> Tensor:
+    """[b, a, queries, keys]. bf16 scores are rounded to bf16 by the matmul, then promoted."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-2, -1)).to(wide) / math.sqrt(q.size(-1))
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -math.inf)
+    if earlier is not None:  # not -inf: the softmax of a query without any key here would be nan
+        scores = scores.masked_fill(earlier, torch.finfo(wide).min)
     return scores
 
 
 def repeat_heads(x: Tensor, a: int) -> Tensor:
-    """[b, a', s, n] -> [b, a, s, n]: one copy of its key/value head for each query head."""
+    """[b, a', tokens, n] -> [b, a, tokens, n]: each head is repeated a / a' times."""
     return x if x.size(1) == a else x.repeat_interleave(a // x.size(1), dim=1)
 
 
 # --- the full version: all-to-all over heads (Ulysses) --------------------------------------------
-# The ring has c steps, which wait for each other. Ulysses has one all-to-all before attention and
-# one after, and any attention kernel can be used. A rank needs at least one head.
+# Ulysses has all-to-alls of q, k and v before attention, and one of the result after it. They do
+# not overlap with attention, but send less than the ring if c is large. Any attention kernel can be
+# used. c is at most the number of query heads.
 
 
 class AllToAll(torch.autograd.Function):
@@ -287,19 +311,22 @@ class AllToAll(torch.autograd.Function):
 
 
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) -> Tensor:
-    """core(q, k, v): causal attention of one process, [b, a/c, s, n] -> [b, a/c, s, n]."""
+    """core(q, k, v): causal attention of one process, [b, a/c, s, n] -> [b, a/c, s, n]. If c does
+    not divide the number of key/value heads, they are repeated."""
     c, s = group.size(), group.size() * q.size(2)
     if k.size(1) % c:
         k, v = repeat_heads(k, math.lcm(k.size(1), c)), repeat_heads(v, math.lcm(v.size(1), c))
     if q.size(1) % c:
         raise ValueError(
-            f"{q.size(1)} heads cannot be divided over {c} ranks: use the ring, or a divisor"
+            f"{q.size(1)} heads cannot be divided over {c} ranks: use the ring, or a number of "
+            "ranks that divides the number of heads"
         )
     order = positions(s, c, range(c)).to(q.device)
+    by_position = order.argsort()
 
     def to_heads(x: Tensor) -> Tensor:  # [b, a, s/c, n] -> [b, a/c, s, n], sorted by position
         x = AllToAll.apply(x.unflatten(1, (c, -1)).movedim(1, 0), group)  # [c, b, a/c, s/c, n]
-        return x.movedim(0, 2).flatten(2, 3)[:, :, order.argsort()]
+        return x.movedim(0, 2).flatten(2, 3)[:, :, by_position]
 
     def to_tokens(x: Tensor) -> Tensor:
         x = x[:, :, order].unflatten(2, (c, -1)).movedim(2, 0)  # [c, b, a/c, s/c, n]
@@ -312,15 +339,18 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) ->
 
 
 class ContextParallelCore(nn.Module):
-    """Replaces the attention core of a model: forward(q, k, v), as in gpt.Core. core.tokens and
-    core.heads are the tokens and heads of this rank (gpt.Subset)."""
+    """Replaces a gpt.Core, the attention core of a model. A gpt.Subset says which chunks of a
+    dimension a process holds. `core` takes its causal mask from core.tokens, and its part of the
+    dropout mask from core.tokens and core.heads. So all ranks together drop what one process
+    drops."""
 
     def __init__(self, core: nn.Module, group: dist.ProcessGroup, method: str):
         super().__init__()
         self.core, self.group, self.method = core, group, method
         c, subset = group.size(), core.tokens
+        # The tokens of the gathered keys: those of all ranks, in the order of the ranks.
         held = [chunk for rank in range(c) for chunk in zigzag(c, rank)]
-        self.keys = dataclasses.replace(subset, held=tuple(held), count=2 * c)  # of all ranks
+        self.keys = dataclasses.replace(subset, held=tuple(held), count=2 * c)
         if method == "ulysses":
             core.tokens = dataclasses.replace(subset, held=(0,), count=1)  # all, in order
             core.heads = core.heads.chunk(group.rank(), c)
@@ -332,18 +362,24 @@ class ContextParallelCore(nn.Module):
             return core(q, k, v, self.keys)
         if self.method == "ulysses":
             return ulysses_attention(q, k, v, group, core)
-        keep = None
+        keep, starts = None, core.draws.starts
         if core.training and core.drop.p > 0:
+            # With dropout, core.explicit is True: core does not use flash attention. Dropout of
+            # ones gives the mask / (1 - p).
             ones = q.new_ones(*q.shape[:3], group.size() * k.size(2))
             keep = core.drop(ones, core.heads, core.tokens, self.keys)
-        # The kernel of a GPU accepts bf16 and fp16 only.
-        fused = not core.explicit and (q.device.type != "cuda" or q.dtype.itemsize == 2)
-        return RingAttention.apply(q, k, v, group, fused, keep)
+        if starts is not None:
+            starts = core.tokens.take(starts, 1)
+        fused = not core.explicit and starts is None
+        if q.device.type == "cuda":  # flash attention needs 16 bits and a multiple of 8
+            fused &= q.dtype.itemsize == 2 and q.size(-1) % 8 == 0
+        return RingAttention.apply(q, k, v, group, fused, keep, starts)
 
 
 def parallelize_attention(model: nn.Module, group: dist.ProcessGroup, method: str) -> None:
-    """Replaces each attention core of the model, a submodule named `core`. The modules whose result
-    depends on positions must have been given the tokens of zigzag(). Raises ValueError."""
+    """Replaces each submodule named `core`, the attention cores of the model. Before, set the
+    attribute `tokens` of all modules that have it to gpt.Subset(zigzag(c, rank), 2 * c). Raises
+    ValueError if the model has no such submodule."""
     if group.size() == 1:
         return
     owners = [m for m in model.modules() if isinstance(getattr(m, "core", None), nn.Module)]
@@ -360,7 +396,9 @@ def predicted_payload(
     method: str, b: int, s: int, a: int, kv_heads: int, n: int, c: int
 ) -> dict[tuple[str, str], tuple[int, int]]:
     """(phase, operation) -> (calls, payload in elements) per rank, for one attention layer and one
-    microbatch. The payload of a send is the tensor that is sent."""
+    microbatch. The payload of a send is the tensor that is sent. The payload of the others is the
+    full tensor of an all-gather or a reduce-scatter, or the input of an all-to-all. A rank sends
+    (c-1)/c of it. For ulysses, c must divide kv_heads."""
     kv, q = 2 * b * kv_heads * n * s, b * a * n * s
     if c == 1:
         return {}
@@ -373,8 +411,8 @@ def predicted_payload(
 
 
 def imbalance(s: int, c: int, is_zigzag: bool = True) -> float:
-    """The number of scores of the rank with most, over the mean. A query at position i has i + 1
-    visible keys."""
+    """The largest number of scores on any rank of the ring, divided by the mean. A query at
+    position i attends to i + 1 keys."""
     shards = torch.arange(s).chunk(c)
     if is_zigzag:
         shards = [positions(s, c, [rank]) for rank in range(c)]
@@ -408,7 +446,7 @@ def train(group: dist.ProcessGroup, method: str, steps: int = 3):
         with seen:
             loss = gpt.cross_entropy(model(tokens.take(x, 1)), tokens.take(y, 1)) / y.numel()
             loss.backward()
-        for p in model.parameters():  # or DDP, or ZeRO
+        for p in model.parameters():  # the DDP or ZeRO of this repository do this, too
             dist.all_reduce(p.grad, group=group)  # payload: p.numel()
         losses[step] = loss.detach()
         optimizer.step()

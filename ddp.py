@@ -341,7 +341,7 @@ class DDP:
         most `clip`, then runs optimizer.step() and after_step(). Returns the norm before clipping;
         None without clip.
 
-        Raises ValueError if clip is given and a gradient is distributed over tensor-parallel ranks.
+        Raises ValueError if clip is given and a gradient is distributed over several ranks.
         In that case call before_step(), clip by the gradient norm of the full model, then call
         optimizer.step() and after_step(), as train_3d.py does. Do the same with pipeline stages:
         step() raises no error there, but its norm would cover only the stages of this rank."""

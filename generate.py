@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import data
+import gpt
 import tensor_parallel
 
 
@@ -43,7 +44,9 @@ def next_logits(trainer, tokens: Tensor) -> Tensor:
     # after the last token does not change its logits.
     shards = trainer.tp_group.size() if trainer.args.sequence_parallel else 1
     chunks = trainer.tokens.chunk(0, shards).count
-    x = trainer.tokens.take(nn.functional.pad(tokens[None], (0, -len(tokens) % chunks)), 1)
+    full = nn.functional.pad(tokens[None], (0, -len(tokens) % chunks))
+    trainer.draws.at(0, (), gpt.document_starts(full, trainer.args.document_mask))
+    x = trainer.tokens.take(full, 1)
     is_last = trainer.tokens.positions(x.size(1), x.device) == len(tokens) - 1
 
     def store(output: Tensor, _: int) -> Tensor:  # [1, s, v/t]

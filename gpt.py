@@ -8,21 +8,25 @@ v vocabulary size.
 Between wte and lm_head, every layer maps [b, s, h] to [b, s, h], so other files can change single
 layers. Tensor parallelism replaces a layer by a shard of it. A pipeline stage removes the blocks
 that other stages hold, and replaces its other missing layers by nn.Identity. `GPT.forward` does not
-change. Parameters have the names used in the published GPT-2 checkpoints.
+change. Parameters have the names of Hugging Face's GPT-2 checkpoints, which store the matrices of
+attention and MLP transposed.
 
     python gpt.py          trains a small model for 30 steps
 
-train_3d.py trains any model whose module, given as --arch, defines what this one does. An example
-is examples/llama.py.
+To read only the model, start at Core and stop at the end of GPT. Draws and Subset matter only for
+dropout and for parallelism.
 
-    Config               a frozen dataclass of sizes, at least those that `Config` has here without
-                         attention, tied and dropout. Options set these; --config sets the others
+train_3d.py can train other models, such as examples/llama.py. --arch names the module of the model,
+which must define these names, as this file does:
+
+    Config               a frozen dataclass with at least the fields of `Config` here, except
+                         attention, tied and dropout, which are optional. Each of these has a
+                         command-line option. --config sets any other field
     MODELS               {name: Config}, for --model; the first one is the default
-    Model(config)        called on the meta device. It has h, a dict of blocks as in GPT, lm_head,
-                         and other layers with names of pipeline.FIRST and LAST. A block has
-                         attn.core, for --recompute selective. Dropout needs `draws`, as in GPT
-    plan(config, t)      how layers are sharded over t processes, see PLAN; raises ValueError if t
-                         is not possible
+    Model(config)        called on the meta device. Its layers are h (a dict of blocks, as in GPT),
+                         lm_head, and others that pipeline.FIRST or LAST list. A block has attn.core
+                         for context parallelism and --recompute selective
+    plan(config, t)      how layers are sharded over t processes, see PLAN; may raise ValueError
     draw(name, shape, generator, config)     the initial value of a parameter
     flops_per_token(config)                  FLOPs of the embedding, a block and the head
 """
@@ -83,24 +87,26 @@ MODELS = {
 
 
 class Draws:
-    """The training position from which dropout masks are drawn: seed, step, and the number of each
-    row in the global batch. The training loop calls at() before each forward."""
+    """What dropout masks are drawn from: seed, step, and the number of each row in the global
+    batch. Also the documents in these rows, which attention masks depend on. The training loop sets
+    the seed once, and calls at() before each forward."""
 
     def __init__(self) -> None:
-        self.seed, self.step, self.rows = 0, 0, ()
+        self.seed, self.step, self.rows, self.starts = 0, 0, (), None
 
-    def at(self, step: int, rows: Sequence[int]) -> None:
-        """Set the position. rows: one number per row of the next input."""
-        self.step, self.rows = step, rows
+    def at(self, step: int, rows: Sequence[int], starts: Tensor | None = None) -> None:
+        """Set the step, the rows (one number per row of the next input) and the starts of their
+        documents, see document_starts()."""
+        self.step, self.rows, self.starts = step, rows, starts
 
     def save(self) -> Callable[[], contextlib.AbstractContextManager]:
-        """Save the current position, for recomputation (activation_ckpt.py). Returns a function
-        that opens a context in which masks are drawn at the saved position."""
-        saved = self.step, self.rows
+        """Save what at() has set, for recomputation (activation_ckpt.py). Returns a function that
+        opens a context in which masks are those of the saved values."""
+        saved = self.step, self.rows, self.starts
 
         @contextlib.contextmanager
         def restore():
-            current = self.step, self.rows
+            current = self.step, self.rows, self.starts
             self.at(*saved)
             try:
                 yield
@@ -110,24 +116,37 @@ class Draws:
         return restore
 
 
+def document_starts(x: Tensor, end: int | None) -> Tensor | None:
+    """The position of the first token of each token's document, for the tokens x [b, s] of full
+    rows. Token `end` is the last one of its document. None: attention does not use documents."""
+    if end is None:
+        return None
+    after = torch.arange(1, x.size(1) + 1, device=x.device) * (x == end)
+    return F.pad(after[:, :-1], (1, 0)).cummax(1).values
+
+
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """Which entries of a dimension a process holds, such as the tokens of a row or the heads of a
-    block: chunks number `held`, in this order, of `count` equal chunks.
+    """Which entries of a dimension a process holds: which tokens of a row, or heads of a block. The
+    dimension is divided into `count` equal chunks. The process holds those whose indices are in
+    `held`, in this order.
 
         Subset()                     all entries
         Subset().chunk(i, t)         chunk i of t: the tokens of a rank with sequence parallelism
         Subset((i, 2*c-1-i), 2*c)    two chunks of 2 c: the zigzag of context parallelism
 
     A module whose result depends on positions has an attribute `tokens`, the tokens of its input.
-    Other files replace it. The loop takes the same subset of each row of data."""
+    tensor_parallel.py and train_3d.py set it. With context parallelism, a process reads only its
+    tokens of each row."""
 
     held: tuple[int, ...] = (0,)
     count: int = 1
 
     def chunk(self, index: int, count: int) -> "Subset":
-        """Chunk `index` of `count` equal chunks of these entries."""
-        parts = count // math.gcd(len(self.held), count)  # into which each chunk is split
+        """Chunk `index` of `count` equal chunks of these entries. For example,
+        Subset((0, 3), 4).chunk(1, 4) is Subset((1,), 8), the second half of the first chunk."""
+        # Split each chunk into so many parts that `count` divides the total number of parts.
+        parts = count // math.gcd(len(self.held), count)
         finer = [parts * i + j for i in self.held for j in range(parts)]
         n = len(finer) // count
         return Subset(tuple(finer[index * n :][:n]), parts * self.count)
@@ -154,13 +173,13 @@ ALL = Subset()
 class Dropout(nn.Module):
     """Dropout whose mask is a function of (seed, step, row, site) and of the device type.
 
-    `draws` is the training position and `site` the name of this module in the model; GPT sets both.
+    `site` is the name of this module in the model. draws_of() sets both.
     The mask of the full row is drawn on the device. A process that holds a subset of the row takes
     this subset of the mask, so all processes together drop the same entries as one process.
     Different device types draw different masks.
 
-    forward(x, *held): held[i] is the subset of dimension 1 + i that x has. Default: the first
-    dimension is the tokens, the others are full."""
+    forward(x, *subsets): subsets[i] is what x has of dimension 1 + i. Default: dimension 1 has the
+    subset `tokens`, and later dimensions are complete."""
 
     tokens = ALL
 
@@ -169,23 +188,23 @@ class Dropout(nn.Module):
         self.p = p
         self.site, self.draws = "", None
 
-    def forward(self, x: Tensor, *held: Subset) -> Tensor:  # [b, ...] -> the same shape
+    def forward(self, x: Tensor, *subsets: Subset) -> Tensor:  # [b, ...] -> the same shape
         if not self.training or self.p == 0.0:
             return x
-        draws, held, shape = self.draws, held or (self.tokens,), [*x.shape[1:]]
+        draws, subsets, shape = self.draws, subsets or (self.tokens,), [*x.shape[1:]]
         if len(draws.rows) != len(x):
             raise ValueError(
                 f"dropout: the input has {len(x)} rows, but draws.at() was called with "
                 f"{len(draws.rows)}: call it before each forward, with one number per row"
             )
-        for dim, subset in enumerate(held):
+        for dim, subset in enumerate(subsets):
             shape[dim] = subset.total(shape[dim])
         masks, generator = [], torch.Generator("cpu" if x.is_meta else x.device)
         for row in draws.rows:
             key = f"{draws.seed} {draws.step} {row} {self.site}"
             generator.manual_seed(zlib.crc32(key.encode()))
             mask = torch.rand(shape, generator=generator, device=x.device)
-            for dim, subset in enumerate(held):
+            for dim, subset in enumerate(subsets):
                 mask = subset.take(mask, dim)
             masks.append(mask >= self.p)
         return x * torch.stack(masks) / (1.0 - self.p)
@@ -203,23 +222,37 @@ class Core(nn.Module):
         dropout = getattr(config, "dropout", 0.0)
         self.explicit = config.attention == "explicit" or dropout > 0
         self.drop = Dropout(dropout)
+        self.draws = Draws()  # draws_of() replaces it
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, keys: Subset | None = None) -> Tensor:
         """keys: the tokens of k and v. Default: those of q."""
         keys = keys or self.tokens
-        in_order = self.tokens.count == keys.count == 1
-        if in_order and not self.explicit:
+        starts = self.draws.starts
+        complete = self.tokens.count == keys.count == 1  # all tokens, in order
+        if complete and starts is None and not self.explicit:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         position_q, position_k = (
             subset.positions(x.size(-2), x.device) for subset, x in ((self.tokens, q), (keys, k))
         )
-        future = position_k > position_q.unsqueeze(1)  # [s, s]
+        hidden = position_k > position_q.unsqueeze(1)  # [s, s]: keys of later tokens
+        if starts is not None:  # and keys of earlier documents
+            earlier = position_k < self.tokens.take(starts, 1).unsqueeze(2)  # [b, s, s]
+            hidden = (hidden | earlier).unsqueeze(1)
         if not self.explicit:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=~future)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden)
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # [b, a, s, s]
-        scores = scores.masked_fill(future, float("-inf"))
+        scores = scores.masked_fill(hidden, float("-inf"))
         weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
         return self.drop(weights.to(q.dtype), self.heads, self.tokens, keys) @ v
+
+
+def draws_of(model: nn.Module) -> Draws:
+    """The model's attribute `draws`, or a new one. Each Dropout and Core of the model gets it."""
+    draws = getattr(model, "draws", Draws())
+    for name, module in model.named_modules():
+        if isinstance(module, (Dropout, Core)):
+            module.site, module.draws = name, draws
+    return draws
 
 
 class Attention(nn.Module):
@@ -301,10 +334,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
             # A pipeline stage may hold lm_head without wte. See named_parameters().
             self.wte.weight.tied_name = "wte.weight"
-        self.draws = Draws()
-        for name, module in self.named_modules():
-            if isinstance(module, Dropout):
-                module.site, module.draws = name, self.draws
+        self.draws = draws_of(self)
 
     def forward(self, x: Tensor) -> Tensor:  # tokens [b, s] -> logits [b, s, v]
         x = self.drop(self.wpe(self.wte(x)))
@@ -335,6 +365,7 @@ PLAN = {
 
 
 def plan(config: GPTConfig, t: int) -> dict:
+    """The same for every t. Attention raises an error if t does not divide n_head."""
     return PLAN
 
 

@@ -1,9 +1,11 @@
-"""The output of a run: lines of progress, and a JSON object per step in the file of --metrics."""
+"""The output of a run: first lines, lines of progress, and a JSON object per step (--metrics)."""
 
 import argparse
 import json
 import math
 import os
+import signal
+import sys
 import time
 from typing import NamedTuple
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 import gpt
+import options
+import schedules
 
 
 class Logger:
@@ -118,9 +122,14 @@ class Logger:
         return {"tokens_per_s": self.tokens / seconds, "tflops_per_rank": tflops, **mfu}
 
     def say(self, line: str) -> None:
-        """Print a line on rank 0."""
+        """Print a line on rank 0. If the output is closed (`make train | head`), the run stops and
+        saves, as after a signal."""
         if self.is_main:
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _say_at(self, step: int, line: str) -> None:
         self.say(f"step {step:5d}/{self.args.steps}  {line}")
@@ -130,3 +139,36 @@ class Logger:
         if self.file:
             position = {"step": step, "tokens": step * self.tokens}
             self.file.write(json.dumps(position | row) + "\n")
+
+
+def describe(
+    args: argparse.Namespace, config: gpt.GPTConfig, world_size: int, device: torch.device
+) -> list[str]:
+    """Lines to print at the start: the model and the layout, then a line for each option that does
+    not have the effect that its name suggests."""
+    b, (p, d, c, t) = args.micro_batch_size, options.axes(args, world_size).values()
+    m = args.global_batch_size // (d * b)
+    with torch.device("meta"):
+        model = gpt.module_of(config).Model(config)
+        size = sum(parameter.numel() for parameter in model.parameters())
+    lines = [
+        f"{size / 1e6:.2f} M parameters in {args.dtype}; "
+        f"t={t} {f'c={c} ' if c > 1 else ''}p={p} d={d}; "
+        f"{m} microbatches of {b} x {config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, "
+        f"recompute {args.recompute}{', compiled' if args.compile else ''}"
+    ]
+    zero_bubble = any(map(schedules.splits_backward, options.make_schedule(args, m)))
+    if args.compile and (t > 1 or zero_bubble):
+        reason = "weight gradients are deferred" if zero_bubble else "collectives are asynchronous"
+        lines.append(f"--compile: several graphs per block, because {reason}, see docs/gpu.md")
+    if args.zero and d * c == 1:
+        lines.append(f"--zero {args.zero} has no effect: d is 1, so there are no other replicas")
+    if args.sequence_parallel and t == 1:
+        lines.append("--sequence-parallel has no effect: t is 1")
+    if args.attention == "sdpa" and args.dropout:
+        lines.append("--dropout: attention is explicit, because the fused kernel takes no masks")
+    elif args.attention == "sdpa" and args.recompute == "selective":
+        lines.append("--recompute selective saves little memory: sdpa does not store s x s scores")
+    if args.recompute == "offload" and device.type == "cpu":
+        lines.append("--recompute offload saves no memory on a CPU: all memory is host memory")
+    return lines

@@ -399,8 +399,10 @@ class Report:
         dist.all_reduce(failed)
         if dist.get_rank() == 0 or self.failed:
             ranks = f"rank {dist.get_rank()} of {dist.get_world_size()}"
-            print(f"{self.title}, {self.dtype}, {ranks}:")
-            print("\n".join(self.rows), flush=True)
+            try:
+                print(f"{self.title}, {self.dtype}, {ranks}:", *self.rows, sep="\n", flush=True)
+            except BrokenPipeError:  # `make tp | head -1`: drop the output
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         dist.barrier()
         dist.destroy_process_group()
         if failed > 0:

@@ -3,7 +3,6 @@
     args, found, notes = parse_args()            options, completed from a checkpoint with --resume
     config = check(args, world_size)             the model's configuration
     schedule = make_schedule(args, m)            the schedule of --schedule and --virtual-stages
-    lines = describe(args, config, world_size, device)
 
 The checks use only the options, the world size and files that every rank can read. All ranks reach
 the same result, so an error ends the run before the first communication. An error is a ValueError
@@ -63,7 +62,8 @@ SYNONYMS = {
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question with the entry of `known` that is most similar to `name`, or an empty string."""
-    known, meant = [*known], SYNONYMS.get(name)
+    known, name = [*known], name.lower()
+    meant = SYNONYMS.get(name)
     if meant not in known:
         meant = next(iter(difflib.get_close_matches(name, known, n=1)), None)
     return f"; did you mean {meant}?" if meant else ""
@@ -218,6 +218,8 @@ def parser(prog: str = "train_3d.py") -> Parser:
     add = group("data", "run")
     add("--data", metavar="PATH", help="a text file, a folder of text files, or token ids as .npy "
         "or .bin (default: the source code of Python's standard library)")
+    add("--document-mask", rare=True, type=count0, metavar="ID", help="the token id that ends a "
+        "document; attention does not cross the ends of documents (default: it does)")
     add("--global-batch-size", type=count, default=32, metavar="ROWS", help="rows per step")
     add("--micro-batch-size", kind="layout", type=count, default=4, metavar="ROWS",
         help="rows per forward pass of one rank")
@@ -230,7 +232,7 @@ def parser(prog: str = "train_3d.py") -> Parser:
         "that hold the tokens of a row")
     add("--pp", type=count, default=1, metavar="P",
         help="pipeline-parallel size p; the data-parallel size is d = world size / (t c p)")
-    add("--cp-attention", choices=context_parallel.METHODS, default="ring",
+    add("--cp-attention", rare=True, choices=context_parallel.METHODS, default="ring",
         help="how attention reaches the keys of other cp ranks")
     add("--sequence-parallel", action="store_true", help="shard the residual stream and the norms "
         "along the sequence, over the tp ranks")
@@ -268,8 +270,9 @@ def parser(prog: str = "train_3d.py") -> Parser:
     add = group("precision", "run")
     add("--dtype", choices=DTYPES, default="float32", help="dtype of parameters, activations and "
         "communication; bf16 keeps fp32 master weights")
-    add("--grad-dtype", choices=("float32", "bf16"), needs={"dtype": ["bf16"]}, help="with "
-        "--dtype bf16: dtype in which gradients are summed over microbatches (default: float32)")
+    add("--grad-dtype", rare=True, choices=("float32", "bf16"), needs={"dtype": ["bf16"]},
+        help="with --dtype bf16: dtype in which gradients are summed over microbatches "
+        "(default: float32)")
     add("--reduce-dtype", choices=("float32", "bf16"), needs={"dtype": ["bf16"]}, help="with "
         "--dtype bf16: dtype in which gradients are summed over ranks (default: bf16)")
 
@@ -458,6 +461,16 @@ def check(
             "--compile with --recompute offload: compiled kernels expect saved tensors in their "
             "original strides; leave out one of the two"
         )
+    if (end := args.document_mask) is not None:
+        with torch.device("meta"):
+            model = arch.Model(config)
+        if not any(isinstance(module, gpt.Core) for module in model.modules()):
+            raise ValueError(f"--arch {args.arch} does not use gpt.Core: leave out --document-mask")
+        if end >= config.vocab_size:
+            raise ValueError(
+                f"--document-mask {end} is outside the vocabulary 0..{config.vocab_size - 1}: give "
+                "the id of the token that ends a document"
+            )
     schedule = make_schedule(args, rows // (d * b))
     pipeline.split_layers(config.n_layer, sum(map(len, schedules.stages_of(schedule))))
     if config.vocab_size < t:
@@ -488,42 +501,6 @@ def make_schedule(args: argparse.Namespace, m: int) -> schedules.Schedule:
             f"leave out --virtual-stages, or give --schedule {schedules.with_any_chunks()}"
         )
     return entry(args.pp, m, chunks)
-
-
-# --- the first lines of output --------------------------------------------------------------------
-
-
-def describe(
-    args: argparse.Namespace, config: gpt.GPTConfig, world_size: int, device: torch.device
-) -> list[str]:
-    """Lines to print at the start: the model and the layout, then a line for each option that does
-    not have the effect that its name suggests."""
-    b, (p, d, c, t) = args.micro_batch_size, axes(args, world_size).values()
-    m = args.global_batch_size // (d * b)
-    with torch.device("meta"):
-        model = gpt.module_of(config).Model(config)
-        size = sum(parameter.numel() for parameter in model.parameters())
-    lines = [
-        f"{size / 1e6:.2f} M parameters in {args.dtype}; "
-        f"t={t} {f'c={c} ' if c > 1 else ''}p={p} d={d}; "
-        f"{m} microbatches of {b} x {config.seq_len} tokens; {args.schedule}, ZeRO-{args.zero}, "
-        f"recompute {args.recompute}{', compiled' if args.compile else ''}"
-    ]
-    zero_bubble = any(map(schedules.splits_backward, make_schedule(args, m)))
-    if args.compile and (t > 1 or zero_bubble):
-        reason = "weight gradients are deferred" if zero_bubble else "collectives are asynchronous"
-        lines.append(f"--compile: several graphs per block, because {reason}, see docs/gpu.md")
-    if args.zero and d * c == 1:
-        lines.append(f"--zero {args.zero} has no effect: d is 1, so there are no other replicas")
-    if args.sequence_parallel and t == 1:
-        lines.append("--sequence-parallel has no effect: t is 1")
-    if args.attention == "sdpa" and args.dropout:
-        lines.append("--dropout: attention is explicit, because the fused kernel takes no masks")
-    elif args.attention == "sdpa" and args.recompute == "selective":
-        lines.append("--recompute selective saves little memory: sdpa does not store s x s scores")
-    if args.recompute == "offload" and device.type == "cpu":
-        lines.append("--recompute offload saves no memory on a CPU: all memory is host memory")
-    return lines
 
 
 # --- resumed runs ---------------------------------------------------------------------------------

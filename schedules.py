@@ -38,8 +38,8 @@ by a middle rank.
 
 To draw a schedule: python -m tools.draw zb-v --p 4 --m 8
 
-GPipe: arXiv 1811.06965. 1F1B, interleaved: 2104.04473. ZB-H1, ZB-V: 2401.10241 (section 6).
-DualPipeV: 2412.19437 and github.com/deepseek-ai/DualPipe.
+GPipe: arXiv 1811.06965. 1F1B, interleaved: 2104.04473. ZB-H1, ZB-V: 2401.10241 (sections 2
+and 6). DualPipe: 2412.19437, and its variant DualPipeV: github.com/deepseek-ai/DualPipe.
 """
 
 import collections
@@ -155,8 +155,8 @@ def held_by_interleaved(p: int, m: int, c: int, r: int) -> int:
 
 def zb_h1(p: int, m: int) -> Schedule:
     """1F1B with each backward split into B and W. On rank r, the W of a microbatch runs after the B
-    of the next r microbatches. This adds r to the p - r microbatches that it holds in 1F1B, so
-    every rank holds up to p."""
+    of the next r microbatches. This adds r to the p - r microbatches that it holds in 1F1B. So
+    every rank holds up to p, no more than rank 0 of 1F1B."""
     return [
         from_phases(m, [(p - 1 - r, "F"), (r, "FB"), (m, "FBW"), (m, "W")], [r]) for r in range(p)
     ]
@@ -165,13 +165,13 @@ def zb_h1(p: int, m: int) -> Schedule:
 def zb_v(p: int, m: int) -> Schedule:
     """Two chunks per rank, with stages placed in a V: stage k < p is on rank k, and stage k >= p on
     rank 2p - 1 - k. Rank 0 holds the first and the last stage, so it starts its backwards as soon
-    as the forward of microbatch 0 has returned. All ranks hold the same number of activations.
+    as the forward of microbatch 0 has returned.
 
-    With at least 2p - 1 microbatches, rank r starts r time units after rank 0, and is not idle
-    between its first and its last action. It finishes p - 1 - r units before the last rank. The
-    paper calls this zero bubble, because its ranks do not wait for each other between steps. Here
-    all ranks wait for the gradient norm, which clipping needs. The idle time at the start and at
-    the end is the bubble in the table."""
+    With at least 2p - 1 microbatches, each rank holds up to p of them. Rank r starts r time units
+    after rank 0, and is not idle between its first and its last action. It finishes p - 1 - r units
+    before the last rank. The paper calls this zero bubble, because its ranks do not wait for each
+    other between steps. Here all ranks wait for the gradient norm, which clipping needs. The idle
+    time at the start and at the end is the bubble in the table."""
     n = max(m, 2 * p - 1)  # the phases need this many; microbatches m and above are removed
     schedule = []
     for r in range(p):
@@ -190,15 +190,16 @@ def zb_v(p: int, m: int) -> Schedule:
 
 
 def dualpipe_v(p: int, m: int) -> Schedule:
-    """The placement of zb_v, and a steady state in which forwards of one chunk alternate with
-    backwards of the other, of another microbatch. DualPipeV runs the two at the same time, so that
-    one computes while the other communicates. Here they run one after the other, which gains
-    nothing over zb_v and holds more. W follows its B, except at the end, where earlier ranks wait
-    for B."""
-    n = max(m, 2 * p)  # the phases need this many, as in zb_v
+    """Stages are placed as in zb_v. In the steady state, a forward of one chunk alternates with a
+    backward of the other chunk, for a different microbatch. The original DualPipeV runs the two at
+    the same time, so that one computes while the other communicates. Here they run one after the
+    other, so this schedule is no faster than zb_v, and it holds more activations. W follows its B,
+    except at the end, where earlier ranks wait for B."""
+    n = max(m, 2 * p)  # the phases need this many; the rest are removed, as in zb_v
     schedule = []
     for r in range(p):
-        later, (pairs, odd) = p - 1 - r, divmod(r + 1, 2)
+        later = p - 1 - r
+        pairs, odd = divmod(r + 1, 2)
         phases = [
             (2 * later, "F"),
             (r + 1, "Ff"),  # until the first gradient is received
@@ -215,7 +216,7 @@ def dualpipe_v(p: int, m: int) -> Schedule:
 
 
 class Entry(NamedTuple):
-    """A schedule, and what cannot be computed from its list of actions.
+    """A schedule, and closed forms of its costs for all p and m.
 
     make: a function (p, m), or (p, m, chunks) if `any_chunks`. The closed forms are optional:
     bubble(p, m, c) is idle / busy time with the durations of unit_time, for c chunks per rank, and
@@ -230,9 +231,11 @@ class Entry(NamedTuple):
     any_chunks: bool = False
 
     def __call__(self, p: int, m: int, chunks: int | None = None) -> Schedule:
-        """The actions of each rank. Raises ValueError if they would not have `chunks` per rank."""
+        """The actions of each rank. Raises ValueError if `chunks` is given, and the schedule has
+        another number of chunks per rank."""
         schedule = self.make(p, m, chunks) if self.any_chunks and chunks else self.make(p, m)
-        if chunks not in (None, has := len(stages_of(schedule)[0])):
+        has = len(stages_of(schedule)[0])
+        if chunks is not None and chunks != has:
             raise ValueError(f"chunks = {chunks}: this schedule has {has} per rank")
         return schedule
 
@@ -327,9 +330,9 @@ class ScheduleError(ValueError):
 
 def dependency(action: Action, last: int) -> Action | None:
     """The action whose result this one needs, or None for F on stage 0. F needs F of the previous
-    stage. B needs B of the next stage or, on the last stage, F of the same stage. W needs B of the
-    same stage. (On the other stages, B needs F of the same stage, too. But B of the next stage can
-    only run after this F.) last: the number of the last stage."""
+    stage. B needs B of the next stage or, on the last stage, F of the same stage. (On all stages
+    but the last, B needs F of the same stage, too. But B of the next stage can only run after this
+    F.) W needs B of the same stage. last: the number of the last stage."""
     kind, microbatch, stage = action
     if kind == "F":
         return Action("F", microbatch, stage - 1) if stage > 0 else None
@@ -340,8 +343,8 @@ def dependency(action: Action, last: int) -> Action | None:
 
 def consumer(action: Action) -> Action:
     """The action on another stage that needs the result of this F or B: F of the next stage for F,
-    B of the previous stage for B. For F of the last stage and B of the first, the result has the
-    number of a stage that does not exist."""
+    B of the previous stage for B. F of the last stage and B of the first have no consumer: the
+    action that is returned has the number of a stage that does not exist."""
     return action._replace(stage=action.stage + (1 if action.kind == "F" else -1))
 
 
@@ -393,7 +396,8 @@ def simulate(
                 progress = True
     stuck = [rank for rank, row in enumerate(remaining) if row]
     if stuck:  # the action that a stuck rank needs has not run, so its rank is stuck too
-        ranks, lines = cycle(stuck[0], lambda rank: rank_of[next_dependency(rank).stage]), []
+        ranks = cycle(stuck[0], lambda rank: rank_of[next_dependency(rank).stage])
+        lines = []
         for rank in ranks:
             action, needed = remaining[rank][0], next_dependency(rank)
             other = rank_of[needed.stage]

@@ -66,9 +66,15 @@ MODELS = {
 }
 
 
-class Attention(nn.Module):
-    """Inputs and outputs of the rotation, q, k and v: [b, heads, s, size]."""
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """RoPE (Su et al. 2021, arXiv 2104.09864) of x [b, heads, s, size]: turns each pair of entries
+    by an angle. angles: [s, size/2], proportional to the position."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
+
+class Attention(nn.Module):
     tokens = gpt.ALL
 
     def __init__(self, config: Config):
@@ -86,23 +92,16 @@ class Attention(nn.Module):
         rates = self.theta ** -(torch.arange(0, self.size, 2, dtype=torch.float64) / self.size)
         self.register_buffer("rates", rates, persistent=False)
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """RoPE (Su et al. 2021, arXiv 2104.09864): turns pairs of entries by angles that are
-        proportional to the position."""
-        positions = self.tokens.positions(x.size(-2), x.device)
-        angles = torch.outer(positions.to(self.rates.dtype), self.rates)  # [s, size/2]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The q, k and v of this rank's heads."""
+        """The q, k and v of this rank's heads, [b, heads, s, size]."""
         heads = self.qkv(x).unflatten(-1, (-1, self.size)).transpose(1, 2)
         return heads.split([n * heads.size(1) // sum(self.split) for n in self.split], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:  # [b, s, h] -> [b, s, h]
         q, k, v = self.project(x)
-        q, k = self.rotate(self.q_norm(q)), self.rotate(self.k_norm(k))
+        positions = self.tokens.positions(q.size(2), q.device)
+        angles = torch.outer(positions.to(self.rates.dtype), self.rates)
+        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
         k, v = (kv.repeat_interleave(q.size(1) // kv.size(1), dim=1) for kv in (k, v))
         return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))
 

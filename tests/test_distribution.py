@@ -69,9 +69,6 @@ def build(case: Case, split: bool) -> gpt.GPT:
     model = gpt.GPT(config)
     for i in model.h:
         model.h[i] = Block(config, model.draws, case.d * case.m * case.b, split, groups)
-    for name, module in model.named_modules():
-        if isinstance(module, gpt.Dropout):
-            module.site, module.draws = name, model.draws
     return model
 
 

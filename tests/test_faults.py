@@ -1,7 +1,7 @@
-"""What goes wrong around a run: it ends soon, and every rank that is left says why in one line.
+"""Faults around a run: it ends soon, and every remaining rank prints the reason in one line.
 
-Under torchrun the first rank that ends makes torchrun end the others; here nobody does, so that
-what each of them finds out by itself is seen.
+torchrun ends all ranks when the first one ends. These tests start the ranks without torchrun, so
+that each rank has to detect the fault.
 """
 
 import functools
@@ -131,7 +131,7 @@ def test_a_rank_that_dies(flags, before, expected, text, tmp_path):
 
 @pytest.mark.parametrize("nth", [1, 4])
 def test_a_rank_that_dies_before_a_group_is_made(nth, text, tmp_path):
-    """Of four ranks, with two groups for tp and two for dp: its neighbour in the group says so."""
+    """Four ranks, two groups for tp and two for dp. The other rank of the group reports it."""
     before = functools.partial(die_at(dist.distributed_c10d, "new_group", nth), tmp_path / "begun")
     flags = ["--data", text, "--tp", 2, "--timeout", 8]
     with Forked(4, train_3d.main, *ENDLESS, *flags, before=before) as job:
@@ -277,7 +277,7 @@ exec "$@"
 @pytest.mark.skipif(not hosts.capable("CAP_SYS_ADMIN"), reason="mount needs CAP_SYS_ADMIN")
 @pytest.mark.slow
 def test_a_full_shared_memory_is_no_matter(text):
-    """Nothing of ours is there: CPU ranks talk through sockets."""
+    """CPU ranks communicate through sockets and do not use shared memory."""
     line = command_line(2, "train_3d.py", *TINY, "--data", text, "--tp", 2)
     line = ["unshare", "--mount", "sh", "-ec", FULL_SHM, "sh", *line]
     result = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True,

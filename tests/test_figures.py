@@ -284,7 +284,7 @@ def test_a_plot_is_drawn(tmp_path, capsys, monkeypatch):
     out = tmp_path / "runs.svg"
     monkeypatch.setattr("sys.argv", ["plot.py", *map(str, paths), "--out", str(out)])
     plot.main()
-    assert capsys.readouterr().out == f"{out}\n"
+    assert capsys.readouterr().out == f"{out}: {', '.join(map(str, paths))}\n"
     picture = out.read_text()
     root = ElementTree.fromstring(picture)
     lines = [line.get("points").split() for line in root.iter(f"{SVG}polyline")]

@@ -27,7 +27,7 @@ from tools.verify.oracle import Case, judge, launch
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what torch.compile looks at warns; a run shows none of it
 @pytest.mark.parametrize(
-    "backend, case",  # aot_eager: the graphs, with autograd's, but no C++ made of them (40 s)
+    "backend, case",  # aot_eager: compiles the graphs, but generates no C++ (40 s)
     [("aot_eager", Case(t=2, sequence=True, dropout=0.2, recompute="full")),
      ("inductor", Case(d=2, zero=3, recompute="selective", attention="explicit"))],
     ids=str,
@@ -217,9 +217,10 @@ def test_mfu_of_a_run(tmp_path, monkeypatch):
         assert row["tflops_per_rank"] == pytest.approx(tflop / 2)
 
 
-def test_the_ranks_share_the_flops(tmp_path):
+@pytest.mark.parametrize("axis", ["--tp", "--cp"])
+def test_the_ranks_share_the_flops(axis, tmp_path):
     log = tmp_path / "log"
-    done = forked(2, train_3d.main, *TINY, "--tp", 2, "--metrics", log, "--peak-tflops", 1)
+    done = forked(2, train_3d.main, *TINY, axis, 2, "--metrics", log, "--peak-tflops", 1)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     args = options.parser().parse_args(TINY)

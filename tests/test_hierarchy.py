@@ -6,8 +6,9 @@ import pytest
 
 import gpt
 from tests.test_hosts import namespaces  # noqa: F401
-from tools.bench import hierarchy, hosts, two_hosts
+from tools.bench import hierarchy, hosts
 from tools.plan import cost
+from tools.verify import two_hosts
 
 SMALL = gpt.GPTConfig(2, 4, 64, 64, 64)
 

@@ -10,7 +10,8 @@ import torch.distributed.run
 
 import train_3d
 from tests.commands import ROOT, TINY, forked
-from tools.bench import hosts, two_hosts
+from tools.bench import hosts
+from tools.verify import two_hosts
 
 
 @pytest.fixture(scope="session")

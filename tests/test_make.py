@@ -4,8 +4,10 @@ one line. Copies of the repository are folders of links, so that runs do not wri
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tests.commands import ROOT, read_log
-from tools import draw, launch, sample
+from tools import draw, launch, plot, sample
 
 HELP = [line[2:] for line in (ROOT / "Makefile").read_text().splitlines() if line[:2] == "#:"]
 # {target: {variable: default, or None}}, from the help
@@ -44,6 +46,16 @@ def recipe(*arguments: str) -> str:
     done = make("-n", *arguments, python="py")
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def what_launch_changes(monkeypatch: pytest.MonkeyPatch):
+    """The environment and the handler of SIGINT, restored after each test."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    yield
+    signal.signal(signal.SIGINT, on_interrupt)
 
 
 @pytest.fixture
@@ -99,10 +111,19 @@ def test_an_unused_variable_is_refused():
         done = make("-n", target, f"{unused}=3", python="py")
         used = " ".join(variables) or "no variables"
         assert done.returncode == 2 and done.stdout == ""
-        expected = f"make {target} does not use {unused}. It uses: {used}.  Stop.\n"
+        flags = '. Flags: ARGS="--flag value"' if "ARGS" in variables else ""
+        expected = f"make {target} does not use {unused}. It uses: {used}{flags}.  Stop.\n"
         assert done.stderr.endswith(expected) and done.stderr.count("\n") == 1, done.stderr
     assert make("-n", "train", "NPROCS=4").returncode == 2
     assert "--p 3 " in recipe("draw", "tp", "P=3", "NPROC=2")  # each is used by one of the two
+
+
+def test_an_unknown_target_is_one_line():
+    near, none = "; the nearest is train", ": make lists them"
+    for goals, hint in ((["tarin"], near), (["qqqq", "TP=2"], none)):
+        done = make(*goals)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+        assert done.stderr.endswith(f"there is no target {goals[0]}{hint}.  Stop.\n"), done.stderr
 
 
 # --- one line for a mistake -----------------------------------------------------------------------
@@ -110,13 +131,19 @@ def test_an_unused_variable_is_refused():
 
 def launched(monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[list[str] | None, int]:
     """(the arguments of torchrun, or None if it is not started; the exit code)."""
-    started = []
-    monkeypatch.setattr(torchrun, "main", started.append)
+    started = [None]
+
+    def start(words: list[str]) -> None:
+        assert words[:2] == ["--signals-to-handle", "SIGTERM,SIGHUP,SIGQUIT"]
+        assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
+        started[0] = words[2:]
+
+    monkeypatch.setattr(torchrun, "main", start)
     monkeypatch.setattr("sys.argv", ["launch", *words])
     try:
         launch.main()
     except SystemExit as end:
-        return (started or [None])[0], end.code
+        return started[0], end.code
     return started[0], 0
 
 
@@ -149,6 +176,8 @@ def test_a_wrong_flag_of_make_train_is_one_line(clone):
 @pytest.mark.parametrize("tool, words, message", [
     (draw, ["zbv"], "draw: error: "), (draw, ["1f1b", "--m", "x"], "draw: error: argument --m"),
     (sample, ["--n", "x"], "sample: error: argument --n"),
+    (sample, ["--promt", "x"], "sample: error: unrecognized argument: --promt; did you mean --p"),
+    (plot, ["README.md"], "plot: error: README.md, line 1 was not written by --metrics"),
 ])  # fmt: skip
 def test_a_wrong_argument_of_a_tool_is_one_line(tool, words, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tool", *words])
@@ -190,6 +219,9 @@ def test_a_python_without_torch_is_one_line(tmp_path):
         first, *rest = done.stderr.splitlines()
         assert "has no torch: `make` without PYTHON= installs it in .venv" in first
         assert len(rest) == 1, done.stderr  # make's
+    done = subprocess.run([python, "train_3d.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "has no torch: use .venv/bin/python" in done.stderr
 
 
 @pytest.mark.parametrize("size", [1, 100_000])
@@ -203,7 +235,42 @@ def test_a_closed_pipe_is_no_traceback(size):
     job.stdout.close()
     with job:
         assert job.stderr.read() == ""
-    assert job.returncode == (0 if size == 1 else 1)
+    assert job.returncode == 128 + signal.SIGPIPE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [0, 1])
+def test_ctrl_c_during_the_start_is_silent(lines, clone):
+    """While the flags are checked, and while the ranks import torch."""
+    arguments = ["make", "train", "NPROC=2", "PP=1", f"PYTHON={sys.executable}", f"ARGS={TINY}"]
+    job = subprocess.Popen(
+        arguments, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    with job:
+        for _ in range(lines):
+            assert "torch.distributed.run" in job.stdout.readline()
+        time.sleep(1)
+        os.killpg(job.pid, signal.SIGINT)
+        said = job.stderr.read()
+    assert job.returncode == -signal.SIGINT and said.count("\n") == 1, said
+    assert re.match(r"make: \*\*\* .*(Interrupt|Error 130)", said), said
+
+
+@pytest.mark.slow
+def test_a_run_stops_and_saves_when_its_output_is_closed(clone):
+    more = f"ARGS={TINY} --steps 100000 --log-interval 1 --eval-interval 0 --save-interval 0"
+    job = subprocess.Popen(
+        ["make", "train", "NPROC=2", "PP=1", f"PYTHON={sys.executable}", more], cwd=clone,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with job:
+        while "step " not in job.stdout.readline():
+            pass
+        job.stdout.close()
+        assert job.stderr.read() == ""
+    assert job.returncode == 0
+    assert [path.name[:5] for path in (clone / "checkpoints").iterdir()] == ["step-"]
 
 
 # --- train, sample, plot --------------------------------------------------------------------------
@@ -283,7 +350,8 @@ def test_train_sample_and_plot_work_as_typed(clone):
         assert losses in make("-n", "plot", folder=clone).stdout
         done = make("sample", "ARGS=--n 3", folder=clone)
         assert done.returncode == 0, done.stderr
-        assert ("checkpoints-2 is the newest" in done.stderr) == (folder != "checkpoints")
+        assert f"sample: from {folder}" in done.stderr
+        assert ("checkpoints-2, the newest of" in done.stderr) == (folder != "checkpoints")
     before = (clone / "checkpoints-2/step-2/checkpoint.json").stat().st_mtime_ns
     done = make("train", *size[:3], f"ARGS={TINY} --steps 4 --resume", folder=clone)
     assert done.returncode == 0, done.stderr
@@ -301,3 +369,9 @@ def test_the_pinned_torch_is_in_the_tested_range():
     pinned = re.search(r"torch==2\.(\d+)", (ROOT / "requirements.txt").read_text())
     assert int(range_[1]) <= int(pinned[1]) < int(range_[2])
     assert shutil.which("make")
+
+
+def test_the_table_of_tools_is_complete():
+    named = set(re.findall(r"`(?:tools\.)?([a-z_]+)`", (ROOT / "tools/README.md").read_text()))
+    files = {path.stem for path in (ROOT / "tools").rglob("*.py")} - {"__init__"}
+    assert files <= named and (ROOT / "tools/slurm.sh").exists(), files - named

@@ -76,7 +76,7 @@ def test_saved_activations_count_storages_and_not_weights():
         y = net(x)
     assert saved.bytes() == 4 * (5 * 3 + 5 * 4)  # the first input; ReLU's output, for two layers
     del y
-    assert saved.bytes() == 4 * 5 * 3 and saved.peak == 4 * (5 * 3 + 5 * 4)  # x is ours
+    assert saved.bytes() == 4 * 5 * 3 and saved.peak == 4 * (5 * 3 + 5 * 4)  # x is still referenced
 
 
 def spans_on_one_clock(path: str):

@@ -126,16 +126,16 @@ def bytes_reduced() -> list[int]:
 
 
 def test_neither_ddp_sends_a_gradient_twice():
-    """ROWS microbatches a step, whose sums go once; in ours, a count and a norm as well."""
+    """A step of ROWS microbatches reduces gradients once. ddp.py also sums a count and a norm."""
     psi = sum(p.numel() for p in gpt.GPT(gpt.GPTConfig(2, 2, 32, 64, 16, tied=False)).parameters())
-    for ours, theirs in oracle.launch(2, bytes_reduced):
-        assert (theirs, psi) == (psi, psi) and psi <= ours < psi + 16
+    for here, torch_s in oracle.launch(2, bytes_reduced):
+        assert torch_s == psi and psi <= here < psi + 16
 
 
 def masters():
     p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = node.Masters([p])
-    for _ in range(20):  # steps of 1e-3 beside 1: bf16 alone would round each away
+    for _ in range(20):  # 1 changes by 1e-3: bf16 without fp32 masters would lose it
         optimizer.zero_grad()
         p.sum().backward()
         optimizer.step()

@@ -116,8 +116,8 @@ def test_old_names_are_accepted(old, new, values):
 
 
 def test_torchrun_takes_no_option_for_its_own():
-    """It reads the options after the script too, and refuses those that begin several of its own,
-    as --log does."""
+    """torchrun also reads the options after the script. It refuses an option that abbreviates
+    several of its options, such as --log."""
     for action in options.parser()._actions:
         name = action.option_strings[-1]
         if name != "--log":
@@ -125,8 +125,8 @@ def test_torchrun_takes_no_option_for_its_own():
             assert args.training_script_args == [name]
 
 
-# The entries of checkpoint.json that describe the run, as they were written before the options got
-# their present names, by:  --n-layer 2 --steps 50 --clip 0.5 --dtype float64
+# The entries of checkpoint.json that describe the run, written before the options were renamed,
+# by:  --n-layer 2 --steps 50 --clip 0.5 --dtype float64
 BEFORE = {
     "sizes": {"n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 256, "seq_len": 128},
     "arguments": {

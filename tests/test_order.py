@@ -30,6 +30,7 @@ LAYOUTS = [
     Case(t=2, p=4, sequence=True, schedule="zb-h1", m=4, **SMALL),
     Case(p=4, d=2, zero=3, schedule="zb-v", m=4, **SMALL | {"n_layer": 8}),
     Case(p=4, d=2, zero=2, schedule="interleaved", m=6, tied=False, **SMALL | {"n_layer": 8}),
+    Case(t=2, c=2, p=2, zero=3, schedule="zb-v", m=3, **SMALL),
 ]
 
 
@@ -54,7 +55,7 @@ def test_the_queues_of_a_layout_run_to_completion(case):
     groups = {event.group for queue in of_ranks for events in queue for event in events}
     expected = {"tp": case.t > 1, "pp": case.p > 1, "world": True,
                 "dp": case.d > 1, "inside": case.nodes > 1, "across": case.nodes > 1,
-                "replica": case.shard_size is not None}  # fmt: skip
+                "cp": case.c > 1, "replica": case.shard_size is not None}  # fmt: skip
     assert {name for name, used in expected.items() if used} <= groups
     assert len({len(queue) for queue in of_ranks}) <= case.p  # none is empty: all have as many
 

@@ -148,9 +148,9 @@ def test_chunks_and_splitting_are_read_off_the_actions():
                    "zb-h1": (1, True), "zb-v": (2, True)} == read  # fmt: skip
 
 
-def test_a_circle_is_refused_and_named():
-    """Rank 0 wants B0 before it forwards microbatch 1, rank 1 wants F1 before it gives back B0;
-    rank 2 waits as well, but not in the circle."""
+def test_a_cycle_is_refused_and_named():
+    """Rank 0 waits for B0 before F1, and rank 1 waits for F1 before B0. Rank 2 waits too, but is
+    not in the cycle."""
 
     def row(line: str, stage: int):
         return [Action(word[0], int(word[1]), stage) for word in line.split()]
@@ -182,7 +182,7 @@ def random_schedule(rng: random.Random, p: int) -> tuple[list[list[Action]], int
 
 
 def can_run(schedule, n: int) -> bool:
-    """By another's judgement: no circle among what follows on what."""
+    """Whether the dependencies have no cycle, according to graphlib."""
     graph = {a: {schedules.dependency(a, n - 1)} - {None} for row in schedule for a in row}
     for row in schedule:
         for before, after in zip(row, row[1:], strict=False):
@@ -211,7 +211,7 @@ def test_200_broken_schedules_are_refused_and_what_can_run_is_not():
             row[a], row[b] = row[b], row[a]
         kinds = {x.kind for r in schedule for x in r}
         if (how == "swap" and can_run(schedule, n)) or kinds != only_w:
-            passed += 1  # another order that can be; or the only W was dropped: B is whole, then
+            passed += 1  # another valid order; or the only W was dropped, and B is not split then
             check(schedule, m)
             continue
         refused += 1

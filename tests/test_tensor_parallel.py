@@ -101,7 +101,7 @@ def conjugates(sequence: bool):
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_conjugates(t, sequence):
-    """And what they are given stays as it is; but for g's partial sum, and then autograd knows."""
+    """Inputs are not changed, except g's partial sum, and autograd is told of that change."""
     launch(t, conjugates, sequence)
 
 
@@ -188,7 +188,8 @@ tp_operations = ("all_reduce", "all_gather", "reduce_scatter")
 @pytest.mark.parametrize("t", [2, 3, 4])
 @pytest.mark.parametrize("sequence", [False, True])
 def test_collectives_of_a_block_and_what_hides_them(t, sequence):
-    """Two f and two g in a block; each f's sum travels behind the gradient of its weight."""
+    """A block has two f and two g. The all-reduce of each f is overlapped with the gradient of its
+    weight."""
     for n_layer, b in ((1, 2), (3, 1)):
         predicted = tp.predicted_collectives(n_layer, b, s=12, h=24, sequence=sequence)
         for counted, hidden in launch(t, counts, n_layer, b, sequence):

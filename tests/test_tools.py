@@ -267,8 +267,31 @@ def test_resident_activations_fall_as_predicted(monkeypatch):
 @pytest.mark.slow
 def test_a_leak_would_show_in_resident_memory(monkeypatch):
     config = gpt.GPTConfig(n_layer=3, n_head=8, n_embd=512, vocab_size=256, seq_len=16)
-    monkeypatch.setattr("zero.Unit.reshard", zero.Unit.wait)  # the whole parameters stay
+    monkeypatch.setattr("zero.Unit.reshard", zero.Unit.wait)  # full parameters stay
     assert not memory.table(config, 2, torch.float32, lambda line: None)
+
+
+@pytest.mark.slow
+def test_a_long_row_needs_several_ranks():
+    said = []
+    assert memory.context_table(memory.LONG, 4, memory.ALLOWED, said.append), said
+    assert memory.LONG.seq_len == 32768 and len(said) == 5 and "ratio 1.00 <= 1.10  ok" in said[0]
+    assert [line.endswith("ok") for line in said] == [True, False, True, True, True]  # gathered
+
+
+@pytest.mark.slow
+def test_too_much_memory_on_a_rank_would_show(monkeypatch):
+    config, said = dataclasses.replace(memory.LONG, seq_len=4096), []
+    assert not memory.context_table(config, 2, memory.ALLOWED, said.append)  # one process fits
+    assert [line.endswith("MISMATCH") for line in said] == [False, False, False, True, False]
+    plain = context_parallel.parallelize_attention
+
+    def always_gathered(model, group, _):
+        plain(model, group, "gathered")
+
+    monkeypatch.setattr("context_parallel.parallelize_attention", always_gathered)
+    assert not memory.context_table(config, 2, 20 * 10**6, said.append)
+    assert "ring" in said[5] and said[5].endswith("<= 1.10  MISMATCH")
 
 
 class Clock:
@@ -327,10 +350,11 @@ def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, cap
     assert "| ddp | naive | 256 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tp", "pp", "ckpt", "3d"])
+@pytest.mark.parametrize("name", ["tp", "cp", "pp", "ckpt", "3d"])
 @pytest.mark.slow
 def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 256, 8)})
+    for sizes in ("SIZES", "LONG"):
+        monkeypatch.setattr(compare, sizes, {256: gpt.GPTConfig(2, 2, 16, 256, 8)})
     monkeypatch.setattr(compare, "ROUNDS", 1)
     monkeypatch.setattr(compare, "WARMUP", 1)
     out, suite = tmp_path / "bench.json", compare.SUITES[name]
@@ -345,7 +369,8 @@ def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
     arguments = f"bench {name} --sizes 256 --minutes 0 --steps 1 --out {out}"
     monkeypatch.setattr("sys.argv", arguments.split())
     compare.main()
-    rows = json.loads(out.read_text())["rows"]
+    written = json.loads(out.read_text())
+    rows = written["rows"]
     assert len(rows) == len(suite.variants) + len(suite.torch)
     for row in rows:
         assert row["max_loss_difference"] < 1e-5, row
@@ -356,6 +381,20 @@ def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
     if name == "tp":  # 10 (t-1)/t of [b, s, h] in a block with its sequence cut, 8 without
         sent = {r["strategy"]: r["wire_bytes"] for r in rows if r["variant"] == "m 1"}
         assert 1.1 < sent["tp+sp"] / sent["tp"] < 1.4
+    if name == "cp":
+        psi = sum(p.numel() for p in gpt.GPT(compare.LONG[256]).parameters())
+        for row in rows[: len(suite.variants)]:  # of the gradients 2 (c-1)/c, of 2 layers
+            costs = context_parallel.predicted_payload(row["variant"], 1, 8, 2, 2, 8, 2)
+            of_sends = 1 if row["variant"] == "ring" else 1 / 2  # (c-1)/c of a collective
+            sent = psi + 2 * of_sends * sum(elements for _, elements in costs.values())
+            assert row["wire_bytes"] == 4 * sent and row["s"] == 256, row
+        ms = {r["variant"]: r["ours_ms"] or r["torch_ms"] for r in rows}
+        ratios = {tuple(pair["of"]): pair["ratio"] for pair in written["pairs"]}
+        one = ms["ring"] / ratios["ring", "one process"]
+        assert ratios == pytest.approx(
+            {("ring", "gathered"): ms["ring"] / ms["gathered"]}
+            | {(variant, "one process"): ms[variant] / one for variant in ms}
+        )
     # Each takes one of seven seconds.
     share = r"h 256: data, norm and log take 42.86% of .*: data 14.29%, norm 14.29%, log 14.29%"
     assert len(re.findall(share, capsys.readouterr().out)) == (name == "3d")

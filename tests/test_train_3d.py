@@ -23,6 +23,7 @@ import checkpoint
 import data
 import ddp
 import gpt
+import logger
 import measure
 import options
 import pipeline
@@ -486,7 +487,7 @@ def test_every_accumulation_is_seen_by_a_hook(schedule, t, p, zero_stage):
 
 
 class Exponentials(TorchDispatchMode):
-    """In which dtype there is an exp: what a softmax and a loss are made of."""
+    """Records the dtypes of exp, which softmax and the loss contain."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -553,7 +554,7 @@ def described(*flags: str) -> tuple[list[str], torch.Tensor]:
     config = options.check(args, 1)
     trainer = train_3d.Trainer(args, config, reader(Case(vocab_size=256, seq_len=16)),
                                torch.device("cpu"))  # fmt: skip
-    lines = options.describe(args, config, 1, torch.device("cpu"))
+    lines = logger.describe(args, config, 1, torch.device("cpu"))
     return lines[1:], torch.stack([trainer.step(step) for step in range(2)])
 
 

@@ -61,7 +61,7 @@ def pieces_and_step(stage: int, options: dict, hybrid: bool):
     sync, group = attach(net, stage, options, hybrid, M)
     names = {"dp": group} | ({"replica": sync.replicas} if hybrid else {})
     tied = [unit for unit in sync.units if any(hasattr(p, "tied_name") for p in unit.place)]
-    assert [len(unit.place) for unit in tied] == [1], "a tied matrix travels alone"
+    assert [len(unit.place) for unit in tied] == [1], "a tied matrix is in a unit alone"
     rank, held = dist.get_rank(), {}
     with measure.Collectives(names) as seen:
         for _ in range(2):
@@ -235,8 +235,8 @@ BF16 = torch.bfloat16
 
 
 def bf16_steps(stage: int, options: dict, grad_dtype, replicate: bool):
-    """Three steps in bf16 on two ranks that share the state, or have it alike and replicate; beside
-    one process that adds in the same order."""
+    """Three steps in bf16 on two ranks that shard or replicate the state, compared with one process
+    that adds in the same order."""
     config, rank = gpt.GPTConfig(2, 2, 16, 31, 8), dist.get_rank()
     kind = zero3.STAGES[stage] if stage else ddp.DDP
     model, whole = (gpt.build(config, seed=0, dtype=BF16) for _ in range(2))
@@ -396,8 +396,8 @@ def units_of_a_tied_matrix_with_a_bias():
     return [[p is net.weight for p in unit.place] for unit in sync.needs[0]]
 
 
-def test_a_tied_matrix_is_cut_alone():
-    """The other stage that holds it has no bias beside it, and must have the same shards."""
+def test_a_tied_matrix_is_sharded_alone():
+    """The other stage that holds it has no bias to group it with, and must have the same shards."""
     assert launch(1, units_of_a_tied_matrix_with_a_bias) == [[[True], [False]]]
 
 

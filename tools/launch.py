@@ -7,15 +7,21 @@
 It prints the torchrun command. The check takes one process and about two seconds, and reports a
 wrong flag in one line, before any rank starts. The ranks do the checks that need communication.
 
+Ctrl-C and SIGTERM are sent to the ranks as SIGTERM: train_3d.py finishes its step and saves, and a
+rank that is still starting ends silently. torchrun kills the ranks that still run 10 minutes later
+(torch 2.11: 30 s later), or after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds, if that is set.
+
 --save adds --checkpoint-dir and --metrics, unless they are given. The first run is saved to
 checkpoints and run.jsonl, the next one to checkpoints-2 and run-2.jsonl, and so on: no run
 overwrites another. With --resume, the newest of these runs is continued. With a --checkpoint-dir
 DIR, the losses are written to DIR.jsonl.
 """
 
+import logging
 import os
 import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -150,16 +156,28 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    interrupted = SignalException("Ctrl-C", signal.SIGTERM)
+
+    def interrupt(*_) -> None:
+        raise interrupted
+
+    signal.signal(signal.SIGINT, interrupt)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    for module in ("agent.server.api", "multiprocessing.api"):
+        # torchrun reports the signal that it receives, and the one that it sends to each rank.
+        logging.getLogger(f"torch.distributed.elastic.{module}").addFilter(
+            lambda record: not record.msg.startswith(("Received %s death", "Sending process"))
+        )
     # torchrun in this process, which has imported torch already.
     try:
-        run.main(start)
+        run.main(["--signals-to-handle", "SIGTERM,SIGHUP,SIGQUIT", *start])
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         if codes != {2}:  # code 2: the rank has printed one line that says what is wrong
             print(error, file=sys.stderr)
         sys.exit(2 if codes == {2} else 1)
     except SignalException as error:
-        sys.exit(128 + error.sigval)
+        sys.exit(128 + (signal.SIGINT if error is interrupted else error.sigval))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ out. A browser opens the file; no package is needed.
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 from tools.svg import COLORS, Axes, Picture, limits, text_width
@@ -68,7 +69,7 @@ def plot(curves: dict[str, list[list[tuple[float, float]]]]) -> Picture:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments = argparse.ArgumentParser(prog="plot", description=__doc__.splitlines()[0])
     add = arguments.add_argument
     add("runs", nargs="+", metavar="FILE", help="logs of train_3d.py --metrics")
     add("--out", default="runs.svg", metavar="FILE", help="the SVG file to write")
@@ -84,8 +85,9 @@ def main() -> None:
             raise ValueError(f"there are no finite losses in {', '.join(args.runs)}")
         plot(curves).save(args.out)
     except (OSError, ValueError) as error:
-        arguments.error(str(error))
-    print(args.out)
+        print(f"plot: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.out}: {', '.join(args.runs)}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ def main() -> None:
     add("--checkpoint-dir", metavar="DIR", help="default: the newest run of make train")
     add("--init-from", metavar="DIR", help="a GPT-2 in Hugging Face's format")
     mine, rest = arguments.parse_known_args()
+    known = options.parser("sample")
+    for word in known.parse_known_args(rest)[1]:
+        names = [*arguments._option_string_actions, *known._option_string_actions]
+        hint = options.did_you_mean(word.split("=")[0], names)
+        arguments.error(f"unrecognized argument: {word}{hint}")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     # train_3d.py's checks need a valid batch size. Sampling does not use it.
     rest += [f"--global-batch-size={world_size}", "--micro-batch-size=1"]
@@ -95,8 +100,9 @@ def source_of(folder: str | None, init_from: str | None) -> list[str]:
                 "(--checkpoint-dir DIR) or ARGS='--init-from DIR'"
             )
         folder = runs[-1]
-        if len(runs) > 1 and int(os.environ.get("RANK", 0)) == 0:
-            print(f"sample: {folder} is the newest of {', '.join(runs)}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            newest = f", the newest of {', '.join(runs)}" if len(runs) > 1 else ""
+            print(f"sample: from {folder}{newest}", file=sys.stderr)
     elif not [*Path(folder).glob("step-*")]:
         raise ValueError(f"{folder} has no checkpoint: run make train first, or give another one")
     return ["--checkpoint-dir", folder, "--resume"]

@@ -2,21 +2,23 @@
 
     make bench-dp      python -m tools.bench.compare dp      2 ranks, data parallelism and ZeRO
     make bench-tp      python -m tools.bench.compare tp      2 ranks, tensor parallelism
+    make bench-cp  python -m tools.bench.compare cp  2 ranks, context parallelism, one long row
     make bench-pp  python -m tools.bench.compare pp  2 ranks, pipelines, 8 microbatches of one row
     make bench-ckpt  python -m tools.bench.compare ckpt  1 rank, recomputation, explicit attention
     make bench-3d  python -m tools.bench.compare 3d  8 ranks, t = p = d = 2, train_3d.py's step
 
-t, p and d are the sizes of tensor, pipeline and data parallelism, m is the number of microbatches,
-h the hidden size. Ranks are forked processes of one thread that communicate through gloo. All
-variants train the same model in float32 with AdamW, from the same weights and on the same global
-batches, and their losses are compared with those of one process.
+t, c, p and d are the sizes of tensor, context, pipeline and data parallelism, m is the number of
+microbatches, h the hidden size, s the sequence length. Ranks are forked processes of one thread
+that communicate through gloo. All variants train the same model in float32 with AdamW, from the
+same weights and on the same global batches, and their losses are compared with those of one
+process.
 
 A round launches each variant once, in separate processes, with one-process runs in between. The
-variants of `pp` share one launch and alternate step by step, because launches differ by more than
-schedules do. Rounds are repeated for `--minutes`, and at least twice. If there are enough cores,
-each rank is bound to one of them. The result is a Markdown table; `--out` writes it as JSON. A row
-named "torch" is one of PyTorch's variants. The variant "none" does not communicate, so it is a
-lower bound of the step time. The columns:
+variants of `pp` and `cp` share one launch and alternate step by step, because launches differ by
+more than variants do. Rounds are repeated for `--minutes`, and at least twice. If there are enough
+cores, each rank is bound to one of them. The result is a Markdown table; `--out` writes it as JSON.
+A row named "torch" is one of PyTorch's variants. The variant "none" does not communicate, so it is
+a lower bound of the step time. The columns:
 
     step             time of a step on its slowest rank: median per launch, median over rounds
     +-               largest minus smallest median of a launch
@@ -32,6 +34,10 @@ lower bound of the step time. The columns:
     other CPU        CPU time of other processes on this machine / wall time
     d loss           largest difference from the losses of one process
 
+`cp` also prints the step of each variant over that of one process, and that of ring attention over
+gathered keys and values: the median and the range of the rounds. context_parallel() of PyTorch does
+not run on a CPU. The ring attention that it calls does, if it is given the CPU's kernels.
+
 `3d` also prints which fraction of a step's CPU time is spent outside the strategies, on data,
 gradient norm and log. It is CPU time of the main thread, so waiting for other ranks is excluded.
 """
@@ -45,7 +51,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,12 +64,14 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
+    ScheduleDualPipeV,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -75,6 +83,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import activation_ckpt
+import context_parallel
 import data
 import ddp
 import gpt
@@ -93,6 +102,7 @@ from tools.verify.oracle import launch
 # RANKS: ranks along each parallel axis of a suite. ROUNDS: the least number of rounds.
 RANKS, ROWS, WARMUP, ROUNDS = 2, 8, 2, 2
 SIZES = {256: gpt.GPTConfig(8, 4, 256, 256, 256), 768: gpt.GPTConfig(2, 12, 768, 256, 128)}
+LONG = {s: gpt.GPTConfig(1, 4, 256, 256, s) for s in (2048, 8192)}  # of `cp`, one row
 adamw = functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True)
 
 
@@ -272,6 +282,54 @@ def torch_tp(model: nn.Module, sequence: bool) -> Callable:
     return step
 
 
+def zigzag_step(model: nn.Module, attach: Callable) -> Callable:
+    """attach(model) makes attention context-parallel. DDP sums the gradients."""
+    c, rank = dist.get_world_size(), dist.get_rank()
+    tokens = gpt.Subset(context_parallel.zigzag(c, rank), 2 * c)
+    for module in model.modules():
+        if hasattr(module, "tokens"):
+            module.tokens = tokens
+    attach(model)
+    step = repo_dp(model, ddp.DDP)
+    return lambda batch, valid: step([[tokens.take(t, 1) for t in pair] for pair in batch], valid)
+
+
+def repo_cp(model: nn.Module, method: str) -> Callable:
+    how = {"group": dist.group.WORLD, "method": method}
+    return zigzag_step(model, functools.partial(context_parallel.parallelize_attention, **how))
+
+
+class TorchRing(torch.autograd.Function):
+    """PyTorch's ring attention over a zigzag, with the kernels of the CPU."""
+
+    @staticmethod
+    def forward(ctx, *qkv: Tensor) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        ring = torch_ring._templated_ring_attention
+        out, lse = ring(dist.group.WORLD, 2, kernel, *qkv, is_causal=True)
+        ctx.save_for_backward(*qkv, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        ring = torch_ring._templated_ring_attention_backward
+        how = {"is_causal": True, "dropout_p": 0.0}
+        return ring(dist.group.WORLD, 2, kernel, grad, "grad_out", *ctx.saved_tensors, **how)
+
+
+def torch_cp(model: nn.Module, rotate: str) -> Callable:
+    def core(*qkv: Tensor) -> Tensor:
+        torch_ring.set_rotate_method(rotate)  # a global setting
+        return TorchRing.apply(*qkv)
+
+    def attach(model: nn.Module) -> None:
+        for block in model.h.values():
+            block.attn.core.forward = core
+
+    return zigzag_step(model, attach)
+
+
 def repo_pp(model: nn.Module, name: str, m: int = ROWS) -> Callable:
     group, p, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     schedule = schedules.SCHEDULES[name](p, m)
@@ -444,6 +502,18 @@ TP_TORCH = {
                              [(kind, m)])
     for (kind, m), (build, _) in TP_VARIANTS.items()
 }  # fmt: skip
+CP_VARIANTS = {
+    ("cp", method): (1, functools.partial(repo_cp, method=method))
+    for method in ("gathered", "ring", "ulysses")
+}
+CP_TORCH = {
+    f"torch ring, {rotate}": (1, functools.partial(torch_cp, rotate=rotate), [*CP_VARIANTS])
+    for rotate in ("allgather", "alltoall")
+}
+CP_PAIRS = [
+    *((key, "one process") for key in (*CP_VARIANTS, *CP_TORCH)),
+    (("cp", "ring"), ("cp", "gathered")),
+]
 PP_VARIANTS = {
     (name, f"m {ROWS}"): (ROWS, functools.partial(repo_pp, name=name))
     for name in schedules.SCHEDULES
@@ -456,6 +526,7 @@ PP_TORCH = {
         (ScheduleGPipe, 1, False, ["gpipe"]), (Schedule1F1B, 1, False, ["1f1b", "zb-h1"]),
         (ScheduleInterleaved1F1B, 2, False, ["interleaved"]),
         (ScheduleZBVZeroBubble, 2, True, ["zb-v"]),
+        (ScheduleDualPipeV, 2, True, ["dualpipe-v"]),
     )
 }  # fmt: skip
 CKPT_VARIANTS = {
@@ -492,24 +563,42 @@ class Suite(NamedTuple):
     t: int = 1
     p: int = 1
     d: int = 1
+    c: int = 1
     attention: str = "sdpa"
     together: bool = False  # run all variants in one launch
+    pairs: Sequence = ()  # variants whose ratio is printed
 
     @property
     def ranks(self) -> int:
-        return self.t * self.p * self.d
+        return self.t * self.c * self.p * self.d
 
-    def config(self, h: int) -> gpt.GPTConfig:
-        """At least two blocks per rank. Untied with p > 1: PyTorch's stages cannot tie weights."""
+    @property
+    def axis(self) -> str:
+        """What the sizes are: hidden sizes, or sequence lengths."""
+        return "s" if self.c > 1 else "h"
+
+    @property
+    def sizes(self) -> dict[int, gpt.GPTConfig]:
+        return LONG if self.c > 1 else SIZES
+
+    @property
+    def rows(self) -> int:
+        """Rows of the global batch."""
+        return 1 if self.c > 1 else ROWS
+
+    def config(self, size: int) -> gpt.GPTConfig:
+        """At least two blocks per stage. Untied with p > 1: PyTorch's stages cannot tie weights."""
+        config = self.sizes[size]
+        layers = max(config.n_layer, 2 * self.p if self.p > 1 else 1)
         return dataclasses.replace(
-            SIZES[h], attention=self.attention, n_layer=max(SIZES[h].n_layer, 2 * self.p),
-            tied=self.p == 1,
-        )  # fmt: skip
+            config, attention=self.attention, n_layer=layers, tied=self.p == 1
+        )
 
 
 SUITES = {
     "dp": Suite(DP_VARIANTS, DP_TORCH, d=RANKS),
     "tp": Suite(TP_VARIANTS, TP_TORCH, t=RANKS),
+    "cp": Suite(CP_VARIANTS, CP_TORCH, c=RANKS, together=True, pairs=CP_PAIRS),
     "pp": Suite(PP_VARIANTS, PP_TORCH, p=RANKS, together=True),
     "ckpt": Suite(CKPT_VARIANTS, CKPT_TORCH, attention="explicit"),
     "3d": Suite(LOOP_VARIANTS, LOOP_TORCH, t=RANKS, p=RANKS, d=RANKS),
@@ -528,7 +617,7 @@ def on_rank(suite: Suite, variants: dict, h: int, steps: int, count: bool) -> di
     config = suite.config(h)
     bind()
     d = min(suite.d, dist.get_world_size())  # 1 for the one-process baseline
-    share, replica = ROWS // d, dist.get_rank() // suite.t % d
+    share, replica = suite.rows // d, dist.get_rank() // suite.t % d
     mine = slice(replica * share, (replica + 1) * share)
     built = {key: (m, build(gpt.build(config, seed=0))) for key, (m, build) in variants.items()}
     results = {key: {"seconds": [], "losses": [], "cpu": 0.0, "wire": {},
@@ -536,7 +625,8 @@ def on_rank(suite: Suite, variants: dict, h: int, steps: int, count: bool) -> di
                for key, (_, step) in built.items()}  # fmt: skip
     for i in range(WARMUP + steps + count):
         generator = torch.Generator().manual_seed(i)
-        tokens = torch.randint(config.vocab_size, (ROWS, config.seq_len + 1), generator=generator)
+        shape = suite.rows, config.seq_len + 1
+        tokens = torch.randint(config.vocab_size, shape, generator=generator)
         x, y = tokens[mine, :-1], tokens[mine, 1:]
         for key, (m, step) in built.items():
             result, seen = results[key], measure.Collectives()
@@ -548,7 +638,7 @@ def on_rank(suite: Suite, variants: dict, h: int, steps: int, count: bool) -> di
             dist.barrier()
             start, cpu_start = time.perf_counter(), time.process_time()
             with seen if i == WARMUP + steps and not uncounted(key) else contextlib.nullcontext():
-                loss = step(batch, ROWS * config.seq_len)
+                loss = step(batch, suite.rows * config.seq_len)
             if i == WARMUP + steps:
                 result["wire"] = wire_of(seen)
                 continue
@@ -564,19 +654,22 @@ def on_rank(suite: Suite, variants: dict, h: int, steps: int, count: bool) -> di
 
 
 def uncounted(key) -> bool:
-    """measure.Collectives does not see DTensor's functional collectives."""
-    return "DTensor" in str(key)
+    """measure.Collectives does not see functional collectives, as in DTensor."""
+    return "DTensor" in str(key) or key in CP_TORCH
 
 
 def wire_of(seen: measure.Collectives) -> dict[str, tuple[int, float]]:
     """Collective -> (calls, bytes that a ring sends)."""
     wire: dict[str, tuple[int, float]] = {}
     for call in seen.calls:
-        if call.ranks > 1:
+        if call.ranks > 1 and call.operation != "recv":
             # A broadcast is a tree: a rank sends about one payload, as in a transfer.
             operation = call.operation if call.operation in links.WIRE else "p2p"
             calls, sent = wire.get(operation, (0, 0.0))
-            sent += links.WIRE[operation](call.ranks) * call.payload * call.dtype.itemsize
+            share = links.WIRE[operation](call.ranks)
+            if call.operation == "all_to_all":  # a rank keeps 1/n of it
+                share = 1 - 1 / call.ranks
+            sent += share * call.payload * call.dtype.itemsize
             wire[operation] = (calls + 1, sent)
     return wire
 
@@ -724,7 +817,8 @@ def collect(
                     results = run(suite, group, h, steps, ranks, count=rounds == 0)
                     for key, result in results.items():
                         runs[h][key].append(result)
-            report(f"round {rounds + 1}, h {h}: done after {time.perf_counter() - start:.0f} s")
+            took = time.perf_counter() - start
+            report(f"round {rounds + 1}, {suite.axis} {h}: done after {took:.0f} s")
         rounds, longest = rounds + 1, max(longest, time.perf_counter() - began)
     return runs
 
@@ -764,7 +858,7 @@ def rows_of(suite: Suite, h: int, runs: dict[object, list[dict]], costs: list[di
         comparable = [name for name, (_, _, keys) in suite.torch.items() if key in keys]
         best = min(comparable, key=ms.get, default=None)
         rows.append({
-            "strategy": key[0], "variant": key[1], "h": h, "ours_ms": ms[key],
+            "strategy": key[0], "variant": key[1], suite.axis: h, "ours_ms": ms[key],
             "torch": best, "torch_ms": ms[best] if best else None,
             "ratio": ms[key] / ms[best] if best else None,
         } | describe(key))  # fmt: skip
@@ -778,13 +872,24 @@ def rows_of(suite: Suite, h: int, runs: dict[object, list[dict]], costs: list[di
             rows[-1]["efficiency_by_flops"] = flops[0] / flops[1]  # fmt: skip
     for name in suite.torch:
         rows.append({
-            "strategy": "torch", "variant": name, "h": h, "ours_ms": None, "torch": name,
+            "strategy": "torch", "variant": name, suite.axis: h, "ours_ms": None, "torch": name,
             "torch_ms": ms[name], "ratio": None,
         } | describe(name))  # fmt: skip
     return rows
 
 
-COLUMNS = ("strategy", "variant", "h", "step", "+-", "PyTorch's best", "its step", "ratio",
+def ratios(suite: Suite, size: int, runs: dict[object, list[dict]]) -> list[dict]:
+    """The steps of suite.pairs over each other: median, lowest and highest ratio of the rounds."""
+    rows = []
+    for pair in suite.pairs:
+        each = [a["ms"] / b["ms"] for a, b in zip(*(runs[key] for key in pair), strict=True)]
+        names = [key if isinstance(key, str) else key[1] for key in pair]
+        ratio = {"ratio": statistics.median(each), "range": [min(each), max(each)]}
+        rows.append({suite.axis: size, "of": names} | ratio)
+    return rows
+
+
+COLUMNS = ("strategy", "variant", "size", "step", "+-", "PyTorch's best", "its step", "ratio",
            "efficiency", "by FLOPs", "bubble", "wire", "links", "CPU", "other CPU",
            "d loss")  # fmt: skip
 
@@ -795,7 +900,8 @@ def markdown(rows: list[dict]) -> str:
         ms = r["ours_ms"] or r["torch_ms"]
         compared = r["ratio"] is not None
         cells = (
-            r["strategy"], r["variant"], r["h"], f"{ms:.0f} ms", f"{r['spread_ms']:.0f}",
+            r["strategy"], r["variant"], r.get("h") or r["s"], f"{ms:.0f} ms",
+            f"{r['spread_ms']:.0f}",
             r["torch"] if compared else "", f"{r['torch_ms']:.0f} ms" if compared else "",
             f"{r['ratio']:.2f}" if compared else "", f"{r['efficiency']:.2f}",
             f"{r['efficiency_by_flops']:.2f}" if "efficiency_by_flops" in r else "",
@@ -812,35 +918,45 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = arguments.add_argument
     add("suite", choices=SUITES)
-    add("--sizes", type=int, nargs="+", default=list(SIZES), choices=SIZES, metavar="H",
-        help=f"hidden sizes: {', '.join(map(str, SIZES))}")  # fmt: skip
+    add("--sizes", type=int, nargs="+", metavar="N", help="some of the suite's sizes: hidden sizes "
+        f"{[*SIZES]}, or for cp sequence lengths {[*LONG]}")  # fmt: skip
     add("--minutes", type=float, default=9, metavar="N", help="time limit (at least two rounds)")
     add("--steps", type=int, default=3, metavar="N", help="timed steps per launch")
     add("--out", metavar="FILE", help="write the rows as JSON")
     args = arguments.parse_args()
     suite = SUITES[args.suite]
+    sizes = args.sizes or [*suite.sizes]
+    if unknown := {*sizes} - {*suite.sizes}:
+        arguments.error(f"--sizes {min(unknown)}: choose from {[*suite.sizes]}")
 
     def report(line: str) -> None:
         print(line, flush=True)
 
     report(f"{suite.ranks} ranks x 1 thread on {len(cores())} cores, gloo, "
-           f"torch {torch.__version__}, float32, global batch {ROWS} rows")  # fmt: skip
-    costs, rows = launch(RANKS, link_costs)[0], []
+           f"torch {torch.__version__}, float32, global batch {suite.rows} rows")  # fmt: skip
+    costs, rows, pairs = launch(RANKS, link_costs)[0], [], []
     for name in ("1f1b", "zb-h1") if args.suite == "pp" else ():
         us = [max(launch(p, overhead, name)) for p in (1, RANKS)]
         report(f"executor, {name}: {us[0]:.0f} us per action, including autograd; {us[1]:.0f} us "
                f"with transfers between {RANKS} ranks")  # fmt: skip
-    for h in args.sizes if args.suite == "3d" else ():
+    for h in sizes if args.suite == "3d" else ():
         shares = launch(suite.ranks, loop_shares, suite.config(h))
         most = max(shares, key=lambda of: sum(of.values()))
         parts = ", ".join(f"{kind} {share:.2%}" for kind, share in most.items())
         report(f"h {h}: data, norm and log take {sum(most.values()):.2%} of a step's CPU time on "
                f"the rank where they take most: {parts}")  # fmt: skip
-    for h, runs in collect(suite, args.sizes, args.minutes, args.steps, report).items():
+    for h, runs in collect(suite, sizes, args.minutes, args.steps, report).items():
         one = [r["ms"] for r in runs[BASELINE]]
-        report(f"h {h}: one process {statistics.median(one):.0f} ms ({min(one):.0f} to "
+        report(f"{suite.axis} {h}: one process {statistics.median(one):.0f} ms ({min(one):.0f} to "
                f"{max(one):.0f} ms in {len(one)} launches)")  # fmt: skip
         rows += rows_of(suite, h, runs, costs)
+        pairs += ratios(suite, h, runs)
+    for pair in pairs:
+        size, (over, under) = pair[suite.axis], pair["of"]
+        low, high = pair["range"]
+        report(
+            f"{suite.axis} {size}: {over} / {under} {pair['ratio']:.3f} ({low:.3f} to {high:.3f})"
+        )
     report("\n" + markdown(rows))
     if args.out:
         with open(args.out, "w") as file:
@@ -851,6 +967,7 @@ def main() -> None:
                     "torch": torch.__version__,
                     "backend": "gloo",
                     "links": costs,
+                    "pairs": pairs,
                     "rows": rows,
                 },
                 file,

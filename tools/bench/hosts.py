@@ -7,7 +7,7 @@
 A process on a host uses the files and cores of the machine, but only the network of its host. That
 network has two interfaces: `lo`, which is as fast as the machine copies memory, and `eth0`, which
 is connected to the bridge and may be limited. Needs root and iproute2 (the commands ip and tc).
-Used by tools/bench/two_hosts.py, tools/bench/hierarchy.py and tests; it is not a command.
+Used by tools/verify/two_hosts.py, tools/bench/hierarchy.py and tests; it is not a command.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Measures the resident memory of ZeRO stages and recompute policies, compared with the formulas.
+"""Measures the memory of ZeRO stages, recompute policies and long rows, compared with the formulas.
 
     make memory NPROC=4    python -m tools.bench.memory --nproc 4     Linux with glibc
 
@@ -8,10 +8,15 @@ the backward of the second step and its optimizer. The second table has one row 
 of activation_ckpt.py: predicted bytes of the saved activations, resident memory added by a forward,
 and the peak of forward and backward.
 
+The third table is about context parallelism. It has one row per method: the bytes that a block
+saves for backward on one of 4 ranks, and 4 times these bytes over those of one process. Its last
+two rows are a step with 32,768 tokens in one process and on 4 ranks. Each process may allocate
+160 MB, which is too little for the one process and enough for the ranks.
+
 Resident memory is RssAnon of /proc/self/status, which excludes files. Each row runs in new
 processes. They first train a tiny model, so that the libraries are loaded before the first reading.
-A row is "ok" if the savings relative to the first row (ZeRO-0, or no recomputation) agree with the
-formula. The exit code is 1 otherwise.
+A row of the first two tables is "ok" if the savings relative to the first row (ZeRO-0, or no
+recomputation) agree with the formula. The exit code is 1 if a row is not.
 """
 
 import argparse
@@ -19,6 +24,7 @@ import ctypes
 import dataclasses
 import functools
 import gc
+import resource
 import sys
 from collections.abc import Callable
 
@@ -26,13 +32,17 @@ import torch
 import torch.distributed as dist
 
 import activation_ckpt
+import context_parallel
 import ddp
 import gpt
+import measure
 import zero3
 from tools.plan import cost
 from tools.verify.oracle import launch
 
 TOLERANCE = 0.01  # relative to the first row of a table
+ALLOWED = 160 * 10**6  # bytes that a process may allocate for a step with LONG
+LONG = gpt.GPTConfig(n_layer=1, n_head=4, n_embd=64, vocab_size=256, seq_len=32768)
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
@@ -111,6 +121,73 @@ def activations_table(config: gpt.GPTConfig, rows: int, say: Callable) -> bool:
     return savings.fine
 
 
+def context_parallel_model(config: gpt.GPTConfig, method: str) -> tuple[gpt.GPT, gpt.Subset]:
+    """(the model, the tokens of this rank)."""
+    group, model, tokens = dist.group.WORLD, gpt.build(config, seed=0), gpt.ALL
+    if (c := group.size()) > 1:
+        tokens = gpt.Subset(context_parallel.zigzag(c, group.rank()), 2 * c)
+    for module in model.modules():
+        if hasattr(module, "tokens"):
+            module.tokens = tokens
+    context_parallel.parallelize_attention(model, group, method)
+    return model, tokens
+
+
+def saved_by_a_block(config: gpt.GPTConfig, method: str) -> int:
+    """Bytes that a block saves for backward on this rank, with one row."""
+    model, tokens = context_parallel_model(config, method)
+    x = tokens.take(torch.randn(1, config.seq_len, config.n_embd, requires_grad=True), 1)
+    with measure.SavedActivations(model) as saved:
+        y = model.h["0"](x)  # alive, and with it what was saved
+    return saved.bytes() if y.requires_grad else 0
+
+
+def step_within(config: gpt.GPTConfig, method: str, allowed: int) -> int | None:
+    """Runs forward and backward of one row. Returns the peak of the bytes added by it, or None if
+    it failed because this process may not allocate more than `allowed` bytes."""
+    return_freed_memory()
+    model, tokens = context_parallel_model(config, method)
+    full = torch.randint(config.vocab_size, (1, config.seq_len))
+
+    def step(full: torch.Tensor) -> None:
+        x = tokens.take(full, 1)
+        gpt.cross_entropy(model(x), x).backward()
+
+    step(full[:, :64])  # gradients are allocated and libraries are loaded
+    limit = status("VmData") + allowed, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    base = reset_peak()
+    resource.setrlimit(resource.RLIMIT_DATA, limit)
+    try:
+        step(full)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        return None
+    return status("VmHWM") - base
+
+
+def context_table(config: gpt.GPTConfig, c: int, allowed: int, say: Callable) -> bool:
+    """Prints the rows of context parallelism over c ranks. Returns whether all are as expected."""
+    fine, short = [], dataclasses.replace(config, seq_len=2048)
+    (one,) = launch(1, saved_by_a_block, short, "ring")
+    for method in context_parallel.METHODS:
+        saved = max(launch(c, saved_by_a_block, short, method))
+        row = f"cp {c} {method:9s} saved by a block: {saved / 1e6:5.2f} MB, one process "
+        row += f"{one / 1e6:.2f} MB; {c} x ratio {c * saved / one:.2f}"
+        if method != "gathered":  # which stores keys, values and a mask of the full row
+            fine.append(c * saved <= 1.1 * one)
+            row += " <= 1.10  " + ("ok" if fine[-1] else "MISMATCH")
+        say(row)
+    for n in (1, c):
+        peaks = launch(n, step_within, config, "ring", allowed, timeout=600)
+        failed = None in peaks
+        fine.append(failed == (n == 1))
+        what = "out of memory" if failed else f"peak {max(peaks) / 1e6:.0f} MB"
+        row = f"cp {n} step of {config.seq_len} tokens with at most {allowed / 1e6:.0f} MB: {what}"
+        say(f"{row}  {'ok' if fine[-1] else 'MISMATCH'}")
+    return all(fine)
+
+
 def on_rank(config: gpt.GPTConfig, stage: int, k: int, dtype: torch.dtype) -> tuple[int, int]:
     """(resident, predicted) bytes of this rank's model, gradients and optimizer state.
 
@@ -181,6 +258,7 @@ def main() -> None:
     # A long sequence: the s x s scores of 8 heads are as large as all other tensors of a block.
     config = gpt.GPTConfig(4, 8, 256, 256, seq_len=512, attention="explicit")
     fine.append(activations_table(config, 4, say))
+    fine.append(context_table(LONG, 4, ALLOWED, say))
     sys.exit(0 if all(fine) else 1)
 
 

@@ -12,10 +12,10 @@ This is a library without a command. `make plan` searches for layouts with it. `
 compares its counts with those of a real rank, `make published` and `make plan-check` compare its
 times with published tables and with this machine.
 
-b, s, h: microbatch size, sequence length, hidden size. t, p, d: sizes of tensor, pipeline and data
-parallelism. m: microbatches per step. A stage is a contiguous slice of the layers; a rank has one
-or more stages, its chunks. F, B, W: forward, backward for the input, backward for the weights (part
-of B unless the schedule separates it).
+b, s, h: microbatch size, tokens per row on a rank, hidden size. t, c, p, d: sizes of tensor,
+context, pipeline and data parallelism. m: microbatches per step. A stage is a contiguous slice of
+the layers; a rank has one or more stages, its chunks. F, B, W: forward, backward for the input,
+backward for the weights (part of B unless the schedule separates it).
 """
 
 import collections
@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 
+import context_parallel
 import ddp
 import gpt
 import options
@@ -88,8 +89,8 @@ DEFAULT_PROGRAM = Program()
 
 
 class Layout(NamedTuple):
-    """The layout of a run, in the terms of train_3d.py's flags. `make plan` keeps the last four
-    fields at their defaults.
+    """The layout of a run, in the terms of train_3d.py's flags. `make plan` keeps the fields after
+    `cp` at their defaults.
     """
 
     tp: int
@@ -102,19 +103,26 @@ class Layout(NamedTuple):
     schedule: str = "1f1b"
     chunks: int = 1
     sequence_parallel: bool = False
-    shard_size: int = 0  # --zero-shard-size; 0: dp
+    cp: int = 1
+    shard_size: int = 0  # --zero-shard-size; 0: dp x cp
     reshard: bool = True  # not --no-reshard-after-forward
     every: int = 1  # K of --recompute POLICY:K
     layers: int | None = None  # --recompute-layers
+    cp_attention: str = "ring"
 
     @property
     def gpus(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.replicas
+
+    @property
+    def replicas(self) -> int:
+        """Number of ranks over which gradients are summed."""
+        return self.dp * self.cp
 
     @property
     def shards(self) -> int:
         """Number of ZeRO shards."""
-        return (self.shard_size or self.dp) if self.zero else 1
+        return (self.shard_size or self.replicas) if self.zero else 1
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -259,29 +267,33 @@ def chunk_bytes(
     """Bytes of one microbatch of a stage, as a tuple of
     - the activations saved from F to B, with the recompute policy on `layers` blocks (None: all);
     - the tensors saved from B to W, if W is separate;
-    - temporaries: the activations of one block and the buffers of two transfers each way.
+    - temporaries: the activations of one block and the buffers of two transfers each way; with cp,
+      in the backward of attention, two buffers of keys and values, two of their gradients, and the
+      gradient of the queries.
 
     Activations are known for gpt.py only. For other models they are 0.
 
     layout: the second result of cache_keys.
     """
-    t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
+    t, c, b, h = layout.tp, layout.cp, layout.micro_batch_size, config.n_embd
+    s = config.seq_len // c
     sizes = dict(b=b, s=s, h=h, itemsize=program.itemsize, t=t, sequence=layout.sequence_parallel)
     head = vocab_rows(config, t, tp_rank)
     waiting = predicted_queue_bytes(
         config, n_layer, b, program.itemsize, head * last, t, layout.sequence_parallel, tp_rank
-    )
+    ) // c  # fmt: skip
     boundary = b * s * h // (t if layout.sequence_parallel else 1) * program.itemsize
     if gpt.module_of(config) is not gpt:
         return 0, waiting, 4 * boundary * (layout.pp > 1)
     more = dict(a=config.n_head, attention=config.attention, dropout=config.dropout > 0,
-                stat=program.stat)  # fmt: skip
+                stat=program.stat, c=c, method=layout.cp_attention)  # fmt: skip
     flying = predicted_activation_bytes(
         n_layer, v=head, policy=layout.recompute, layers=layers, first=first, last=last, **sizes,
         **more
     ) - 8 * last  # fmt: skip
     block = predicted_block_bytes(policy="none", **sizes, **more)
-    return flying, waiting, block + 4 * boundary * (layout.pp > 1)
+    ring = b * s * h // t * (4 * program.itemsize + 5 * max(4, program.itemsize)) * (c > 1)
+    return flying, waiting, block + ring + 4 * boundary * (layout.pp > 1)
 
 
 def cache_keys(layout: Layout) -> tuple[Layout, Layout]:
@@ -289,10 +301,11 @@ def cache_keys(layout: Layout) -> tuple[Layout, Layout]:
 
     They keep only the fields on which the result depends, so that many layouts share a cache entry.
     """
-    state_layout = Layout(layout.tp, 1, layout.dp, layout.zero, shard_size=layout.shard_size,
+    state_layout = Layout(layout.tp, 1, layout.replicas, layout.zero, shard_size=layout.shard_size,
                           sequence_parallel=layout.sequence_parallel)  # fmt: skip
     chunk_layout = Layout(layout.tp, min(2, layout.pp), 1, 0, layout.micro_batch_size, 1,
-                          layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
+                          layout.recompute, sequence_parallel=layout.sequence_parallel,
+                          cp=layout.cp, cp_attention=layout.cp_attention)  # fmt: skip
     return state_layout, chunk_layout
 
 
@@ -323,7 +336,7 @@ def tp_traffic(
     Phases: "forward", "backward", and "recompute" for the second forward of `recomputed` blocks.
     The collectives of the loss have elements of at least 4 bytes.
     """
-    b, s, h = layout.micro_batch_size, config.seq_len, config.n_embd
+    b, s, h = layout.micro_batch_size, config.seq_len // layout.cp, config.n_embd
     sequence, itemsize = layout.sequence_parallel, program.itemsize
     costs = tensor_parallel.predicted_collectives(n_layer, b, s, h, m, sequence, first, last)
     traffic = {key: (calls, elements * itemsize) for key, (calls, elements) in costs.items()}
@@ -348,6 +361,33 @@ def recomputed_calls(policy: str, sequence: bool, dropout: bool) -> dict[str, in
     if sequence:
         return {"all_gather": 2, "reduce_scatter": 1 + dropout}
     return {"all_reduce": 1 + dropout}
+
+
+def cp_traffic(
+    config: gpt.Config, layout: Layout, program: Program, n_layer: int, recomputed: int, m: int = 1
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """(phase, operation) -> (calls, bytes) of the cp collectives of n_layer blocks, for m
+    microbatches. phase: as in tp_traffic(). Under the policies "full" and "selective", the second
+    forward repeats those of the forward. With "selective", it stops before the last all-to-all of
+    Ulysses.
+
+    The ring's gradients of keys and values have elements of at least 4 bytes."""
+    heads, n = config.n_head // layout.tp, config.n_embd // config.n_head
+    costs = context_parallel.predicted_payload(
+        layout.cp_attention, layout.micro_batch_size, config.seq_len, heads, heads, n, layout.cp
+    )
+    traffic = {}
+    for (phase, operation), (calls, elements) in costs.items():
+        nbytes = elements * program.itemsize
+        if (phase, operation) == ("backward", "send"):  # 2 c - 1 sends, c of them of gradients
+            more = max(4, program.itemsize) - program.itemsize
+            nbytes += elements // calls * layout.cp * more
+        traffic[phase, operation] = m * n_layer * calls, m * n_layer * nbytes
+        if phase == "forward" and layout.recompute in ("full", "selective"):
+            if (layout.recompute, operation) == ("selective", "all_to_all"):
+                calls, nbytes = calls - 1, nbytes - nbytes // calls
+            traffic["recompute", operation] = m * recomputed * calls, m * recomputed * nbytes
+    return traffic
 
 
 def predicted_rank_bytes(
@@ -385,7 +425,7 @@ def predicted_rank_bytes(
         held["activations"] = n * min(min(bytes_of.values()) for bytes_of in each)
     held["activations"] += 8 * ends[1]
     if layout.tp == 1:  # nn.Embedding saves views of the token ids of all microbatches
-        tokens = layout.microbatches * layout.micro_batch_size * config.seq_len
+        tokens = layout.microbatches * layout.micro_batch_size * config.seq_len // layout.cp
         held["activations"] += 8 * tokens * ends[0]
     held["buffers"] += max(temporary.values())
     return held
@@ -449,7 +489,7 @@ class Times(NamedTuple):
 
     matmul: float
     memory: float  # operations bound by memory bandwidth: norms, GELU, softmax, residuals
-    tp: float  # exposed tp collectives; with ZeRO-3 also its exposed collectives
+    tp: float  # exposed tp collectives, and exposed sends of cp; with ZeRO-3 also its collectives
     bubble: float  # idle, including waiting for transfers
     dp: float  # exposed reductions of gradients and, for ZeRO-1 and 2, all-gathers of parameters
     optimizer: float
@@ -471,20 +511,25 @@ def chunk_seconds(
 
     B does not include the matmuls of W. deferred: whether the schedule has W. With ZeRO-3, tp
     includes the exposed time of its collectives.
+
+    With c > 1, a rank computes 1/c of a row, and its attention runs in the c steps of the ring. The
+    scores that the ring leaves out are counted, because they are also counted for c = 1.
     """
-    t, b, s, h = layout.tp, layout.micro_batch_size, config.seq_len, config.n_embd
+    t, c, b, h = layout.tp, layout.cp, layout.micro_batch_size, config.n_embd
+    s = config.seq_len // c
     _, block, head = (b * s * flops / t for flops in gpt.flops_per_token(config))
-    core = b * s * 4 * s * h / t  # FLOPs of a block without weights: the core of attention
+    core = b * s * 4 * c * s * h / t  # FLOPs of a block without weights: the core of attention
     dropout, policy = config.dropout > 0, layout.recompute
-    again = predicted_flops(config, 1, b, policy, deferred=deferred, t=t) - 3 * block
-    sizes = (b, s, h, config.n_head, config.attention, program.itemsize)
+    again = predicted_flops(config, 1, b, policy, deferred=deferred, t=t) / c - 3 * block
+    sizes = (b, config.seq_len, h, config.n_head, config.attention, program.itemsize)
     more = (dropout, t, layout.sequence_parallel)
-    kept, left = (predicted_block_bytes(*sizes, name, *more)
+    kept, left = (predicted_block_bytes(*sizes, name, *more) / c
                   for name in ("none", "selective"))  # fmt: skip
     anew = {"full": kept, "selective": kept - left}.get(policy, 0)
     head_bytes = b * s * -(-config.vocab_size // t) * (program.itemsize + 4)
     over_tp = Collective(hardware, per_node, t, 1)
-    over_dp = Collective(hardware, per_node, layout.dp, t)
+    over_dp = Collective(hardware, per_node, layout.replicas, t)
+    over_cp = Collective(hardware, per_node, c, t)
 
     def matmul(flops: float, calls: int) -> float:
         ramp = calls * hardware.ramp_gflop * 1e9
@@ -497,6 +542,16 @@ def chunk_seconds(
         nbytes = elements * dp_itemsize(program, operation)
         return over_dp.seconds(operation, n + 1, nbytes)
 
+    def ring(phase: str, flops: float, last: int = 0) -> float:
+        """Exposed seconds. The sends of a step overlap with its attention, but for those of the
+        last step. flops: of attention in all steps. last: bytes sent in the last step."""
+        calls, nbytes = sends.get((phase, "send"), (0, 0))
+        compute = n * matmul(flops, 4 * c if phase == "backward" else 2 * c) * (c - 1) / c
+        at_the_end = over_cp.seconds("send", n, n * last) if last else 0.0
+        hidden = over_cp.seconds("send", calls, nbytes) - at_the_end
+        return overlapped_seconds(compute, hidden, hardware.overlap) - compute + at_the_end
+
+    sends = cp_traffic(config, layout, program, n, n)
     comm = {"forward": 0.0, "backward": 0.0, "hidden": 0.0, "recompute": 0.0}
     traffic = tp_traffic(config, layout, program, n, n, first, last)
     for (phase, operation), (calls, nbytes) in traffic.items() if t > 1 else ():
@@ -505,12 +560,17 @@ def chunk_seconds(
     w = n * matmul(block - core, 4) + last * matmul(head, 1)
     overlapped = overlapped_seconds(w, comm["hidden"], hardware.overlap)
     tp_b = comm["backward"] + comm["recompute"] + overlapped - w
-    second_calls = {"full": 6, "selective": 1}.get(policy, 0)  # matmuls of the second forward
+    more_calls = 2 * (c - 1)  # matmuls of the ring's other steps
+    second_calls = {"full": 6 + more_calls, "selective": c}.get(policy, 0)  # of the second forward
     ends = last * matmul(head, 1), last * memory(head_bytes)
-    f = [n * matmul(block, 6) + ends[0], n * memory(kept) + ends[1], comm["forward"]]
-    bw = [n * matmul(block + core + again, 8 + second_calls) + ends[0],
+    f = [n * matmul(block, 6 + more_calls) + ends[0], n * memory(kept) + ends[1], comm["forward"]]
+    bw = [n * matmul(block + core + again, 8 + 2 * more_calls + second_calls) + ends[0],
           n * memory(kept + anew) + ends[1], tp_b]  # fmt: skip
-    if layout.zero == 3 and layout.dp > 1:
+    if c > 1:
+        f[2] += ring("forward", core)
+        bw[2] += ring("backward", 2 * core, 2 * b * s * h // t * max(4, program.itemsize))
+        bw[2] += ring("recompute", core)
+    if layout.zero == 3 and layout.replicas > 1:
         psi = sum(payload_sizes(units(config, t, n, first, last), layout))
         gather = dp_seconds("all_gather", psi)
         both = gather + dp_seconds("reduce_scatter", psi)
@@ -525,10 +585,11 @@ def stage_seconds(
     split: list[range],
 ) -> list[Parts]:  # fmt: skip
     """chunk_seconds of each stage. split: the blocks of each stage."""
-    shards = layout.dp if layout.zero == 3 else 1
+    zero3 = layout.zero == 3 and layout.replicas > 1
     # Only the fields on which chunk_seconds depends, so that layouts share its cache.
-    key = Layout(layout.tp, 1, shards, 3 if shards > 1 else 0, layout.micro_batch_size, 1,
-                 layout.recompute, sequence_parallel=layout.sequence_parallel)  # fmt: skip
+    key = Layout(layout.tp, 1, layout.dp if zero3 else 1, 3 * zero3, layout.micro_batch_size,
+                 1, layout.recompute, sequence_parallel=layout.sequence_parallel,
+                 cp=layout.cp)  # fmt: skip
     common = (config, key, hardware, per_node, program, splits_backward(layout.schedule))
     end = len(split) - 1
     return [chunk_seconds(*common, len(own), k == 0, k == end) for k, own in enumerate(split)]
@@ -597,11 +658,12 @@ def predicted_step(
     round the relative times of stages to so many digits, so that similar layouts share a cached
     simulation. least: return a lower bound without a simulation.
     """
-    t, p, d, m = layout.tp, layout.pp, layout.dp, layout.microbatches
+    t, p, d, m = layout.tp, layout.pp, layout.replicas, layout.microbatches
     split = split or split_layers(config, layout)
     parts = stage_seconds(config, layout, hardware, per_node, program, split)
     seconds = [tuple(sum(part[kind]) for kind in "FBW") for part in parts]
     boundary = layout.micro_batch_size * config.seq_len * config.n_embd * program.itemsize
+    boundary /= layout.cp
     boundary /= t if layout.sequence_parallel or program.scatters else 1
     over_pp = Collective(hardware, per_node, p, t * d)
     transfer = over_pp.seconds("send", 1, boundary) if p > 1 else 0.0
@@ -664,12 +726,14 @@ def predicted_step(
 
 def predicted_block_bytes(
     b: int, s: int, h: int, a: int, attention: str, itemsize: int, policy: str = "none",
-    dropout: bool = False, t: int = 1, sequence: bool = False, stat: int | None = None,
+    dropout: bool = False, t: int = 1, sequence: bool = False, stat: int | None = None, c: int = 1,
+    method: str = "ring",
 ) -> int:  # fmt: skip
     """Bytes that autograd saves for the backward of one GPT-2 block of gpt.py, per microbatch, on
-    one of t tensor-parallel ranks. itemsize: bytes per element of the activations. sequence:
-    sequence parallelism. stat: bytes per mean and 1/std of a layer norm (default: itemsize, which
-    holds on a CPU; a GPU uses 4 also in bf16).
+    one of t tensor-parallel ranks. s: tokens on this rank. itemsize: bytes per element of the
+    activations. sequence: sequence parallelism. stat: bytes per mean and 1/std of a layer norm
+    (default: itemsize, which holds on a CPU; a GPU uses 4 also in bf16). c, method:
+    context-parallel ranks, and --cp-attention.
 
     Saved on each rank, in elements unless stated otherwise:
 
@@ -686,6 +750,15 @@ def predicted_block_bytes(
         b a s^2/t    bytes, with dropout: the mask
         s^2          bytes: the causal mask, which every rank has in full
 
+    With context parallelism, s and s^2 in the core become
+
+        ring         s, for log-sum-exps: the scores are recomputed. With dropout, the mask of s c s
+                     scores is saved, in the dtype of the activations
+        gathered     s, and s c s for s^2; also k and v of all tokens, 2 b c s h/t. A fused kernel
+                     saves the causal mask in the dtype of the activations
+        ulysses      those of a/c heads and c s tokens; also four orders of c s tokens (8 bytes),
+                     and the output of a fused kernel, b s h/t
+
     Korthikanti et al., section 4.1, count 34 s b h + 5 a s^2 b bytes for 16-bit elements with
     dropout. This block saves the same 34 s b h: 16 elements of 2 bytes, and 2 bytes of masks. It
     saves 7 a s^2 b: the softmax in fp32 (4 bytes, where the paper has 2), its copy after dropout
@@ -697,10 +770,20 @@ def predicted_block_bytes(
         return hidden * itemsize
     softmax_itemsize = max(4, itemsize)
     norms = 4 * b * s // (t if sequence else 1) * (stat or itemsize)
-    core = b * a * s // t * softmax_itemsize
-    if attention == "explicit" or dropout:
+    core, explicit = b * a * s // t * softmax_itemsize, attention == "explicit" or dropout
+    if c > 1 and method == "ring":
+        core += b * a * s * c * s // t * itemsize * dropout
+    elif explicit:
         copy = itemsize if dropout or itemsize < softmax_itemsize else 0
-        core = b * a * s * s // t * (softmax_itemsize + copy + dropout) + s * s
+        core = b * a * s * c * s // t * (softmax_itemsize + copy + dropout)
+        core += s * c * s * (c if method == "ulysses" else 1)
+    if c > 1 and method == "gathered":
+        # q is a view of q, k and v, unless explicit attention has copied it for a batched matmul.
+        copied = explicit and b > 1 and a > t
+        core += 2 * b * (c - copied) * s * h // t * itemsize
+        core += 0 if explicit else s * c * s * itemsize
+    if c > 1 and method == "ulysses":
+        core += 32 * c * s + (0 if explicit else b * s * h // t * itemsize)
     elements = 4 * hidden + 12 * b * s * h // t
     outside_core = elements * itemsize + norms + 2 * hidden * dropout
     return outside_core + (core if policy == "none" else 0)
@@ -749,7 +832,7 @@ def predicted_activation_bytes(
 def predicted_flops(
     config: gpt.Config, n_layer: int, b: int, policy: str, every: int = 1,
     layers: int | None = None, deferred: bool = False, fused: bool = False, t: int = 1,
-    tp_rank: int = 0,
+    tp_rank: int = 0, c: int = 1, method: str = "ring",
 ) -> int:  # fmt: skip
     """FLOPs of the matmuls of n_layer blocks in forward, backward and second forward, 2 per
     multiply-add, on one of t tensor-parallel ranks. A forward of GPT-2 has 24 b s h^2 + 4 b s^2 h
@@ -760,15 +843,23 @@ def predicted_flops(
     linear layer of a block, or the second matmul of the core of attention. It does not skip the
     linear layer with dropout, whose mask is saved after it, or if weight gradients are `deferred`,
     since such a linear layer saves its input after its matmul. A `fused` core is one operation,
-    which runs again completely."""
+    which runs again completely.
+
+    c, method: context-parallel ranks and --cp-attention. A rank has s/c tokens, and 1/c of the
+    scores. The ring computes (c + 1) / 2 c of these, because it leaves out keys that no query of
+    the rank attends to. Its backward recomputes the scores, unless it is fused. The ring and
+    Ulysses save tensors after their last matmul, so their core runs again completely."""
     block, dropout = sharded(config, t, tp_rank), getattr(config, "dropout", 0) > 0
-    matmuls = [2 * inputs * outputs for inputs, outputs, _ in block.linears]
-    forward = sum(matmuls) + block.core_flops
-    full = forward if dropout or deferred else forward - matmuls[-1]
-    selective = block.core_flops if fused else block.core_flops // 2
+    tokens, matmuls = b * config.seq_len // c, [2 * n * outputs for n, outputs, _ in block.linears]
+    core, ring = tokens * block.core_flops, c > 1 and method == "ring"
+    core = core * (c + 1) // (2 * c) if ring else core
+    again = ring and not fused
+    linear = tokens * sum(matmuls)
+    full = linear + core - (0 if dropout or deferred else tokens * matmuls[-1])
+    selective = core if fused or (c > 1 and method != "gathered") else core // 2
     second = {"none": 0, "offload": 0, "selective": selective, "full": full}[policy]
-    per_token = 3 * n_layer * forward + len(range(n_layer)[:layers:every]) * second
-    return b * config.seq_len * per_token
+    all_blocks = n_layer * (3 * (linear + core) + again * core // 2)
+    return all_blocks + len(range(n_layer)[:layers:every]) * second
 
 
 # --- bytes of a pipeline rank ---------------------------------------------------------------------

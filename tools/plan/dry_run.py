@@ -51,7 +51,7 @@ import zero
 from tools.plan import cost
 from tools.verify import counting
 
-AXES = ("tp", "pp", "dp", "shard", "replica", "inside", "across", "tied")
+AXES = ("tp", "cp", "pp", "dp", "gradient", "shard", "replica", "inside", "across", "tied")
 Traffic = dict[tuple[str, str], tuple[int, int]]  # (group, operation) -> (calls, bytes)
 
 
@@ -111,9 +111,9 @@ _aten = torch.ops.aten
 FLOPS = flop_registry | {
     _aten._scaled_dot_product_flash_attention_for_cpu:
         lambda q, k, *rest, **more: core_flops(q.shape, k.shape),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, *rest, **more: 2 * core_flops(q.shape, k.shape),
-}  # fmt: skip
+} | dict.fromkeys((_aten._scaled_dot_product_flash_attention_for_cpu_backward,
+                   _aten._scaled_dot_product_flash_attention_backward),
+                  lambda grad, q, k, *rest, **more: 2 * core_flops(q.shape, k.shape))  # fmt: skip
 
 
 class Counter(measure.Collectives):
@@ -342,8 +342,8 @@ def layout_of(trainer: train_3d.Trainer) -> cost.Layout:
     return cost.Layout(
         args.tp, args.pp, trainer.dp_group.size(), args.zero, args.micro_batch_size, trainer.m,
         args.recompute, args.schedule, len(trainer.stages), args.sequence_parallel,
-        args.zero_shard_size or 0, bool(args.zero_reshard_after_forward), args.recompute_every,
-        args.recompute_layers,
+        args.cp, args.zero_shard_size or 0, bool(args.zero_reshard_after_forward),
+        args.recompute_every, args.recompute_layers, args.cp_attention,
     )  # fmt: skip
 
 
@@ -405,7 +405,8 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
     """
     args, config, stages = trainer.args, trainer.config, trainer.stages
     layout, program, groups = layout_of(trainer), program_of(trainer), groups_of(trainer)
-    t, b, s, h, m = args.tp, args.micro_batch_size, config.seq_len, config.n_embd, trainer.m
+    t, b, h, m = args.tp, args.micro_batch_size, config.n_embd, trainer.m
+    s = config.seq_len // args.cp
     traffic: dict = collections.defaultdict(lambda: torch.zeros(2, dtype=torch.long))
     names = measure.Collectives(groups).names  # axes with the same ranks share a group
 
@@ -420,6 +421,11 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
         costs = cost.tp_traffic(config, layout, program, n, again, k == 0, k == end, m)
         for (_, operation), (calls, nbytes) in costs.items():
             add("tp", operation, calls, nbytes, 1)
+    for n, again in zip(layers, recomputed, strict=True):
+        costs = cost.cp_traffic(config, layout, program, n, again, m)
+        for (_, operation), (calls, nbytes) in costs.items():
+            for each in ("send", "recv") if operation == "send" else (operation,):
+                add("cp", each, calls, nbytes, 1)
     pieces, wide = trainer.sync.pieces(), max(4, program.itemsize)  # masters are in fp32
     partial = sum(piece.numel() for _, piece, p, _ in pieces if p.distribution.partial)
     tied = sum(piece.numel() for _, piece, p, _ in pieces if hasattr(p, "tied_name"))
@@ -441,13 +447,13 @@ def predicted_traffic(trainer: train_3d.Trainer) -> Traffic:
     else:
         numel = sum(p.numel() for _, p in trainer.sync.parameters)
         calls, buckets = len(trainer.sync.buckets), [f.numel() for f in trainer.sync.buckets]
-        payloads = {("dp", "all_reduce"): ddp.predicted_payload(numel)}
+        payloads = {("gradient", "all_reduce"): ddp.predicted_payload(numel)}
         if args.dp_nodes > 1 and trainer.inside_group.size() > 1:
             n = trainer.inside_group.size()
             payloads = ddp.predicted_hierarchical_payload(buckets, n)
         for key, payload in payloads.items():  # gradients, also in the all-gather inside a host
             add(*key, calls, payload, cost.dp_itemsize(program, "all_reduce"))
-    add("dp", "all_reduce", 1, 1, 8)  # number of target tokens
+    add("gradient", "all_reduce", 1, 1, 8)  # number of target tokens
     add("world", "all_reduce", 1, 3, wide)  # loss, gradient norm, request to stop
     return {key: tuple(both.tolist()) for key, both in traffic.items()}
 
@@ -457,16 +463,18 @@ def predicted_flops(trainer: train_3d.Trainer) -> int:
     args, config = trainer.args, trainer.config
     b, tp_rank = args.micro_batch_size, trainer.tp_group.rank()
     layers = [len(trainer.pipe.chunks[k].h) for k in trainer.stages]
-    fused = not is_explicit(config) and trainer.device.type != "meta"
+    ring = args.cp > 1 and args.cp_attention == "ring"
+    fused = not is_explicit(config) and (trainer.device.type != "meta" or ring)
     deferred = any(map(schedules.splits_backward, trainer.schedule))
-    more = dict(deferred=deferred, fused=fused, t=args.tp, tp_rank=tp_rank)
+    more = dict(deferred=deferred, fused=fused, t=args.tp, tp_rank=tp_rank, c=args.cp,
+                method=args.cp_attention)  # fmt: skip
     total = sum(
         cost.predicted_flops(config, n, b, args.recompute, layers=again, **more)
         for n, again in zip(layers, cost.under_policy(layout_of(trainer), layers), strict=True)
     )  # fmt: skip
     if trainer.pipe.last in trainer.stages:
         rows = cost.vocab_rows(config, args.tp, tp_rank)
-        total += 6 * b * config.seq_len * config.n_embd * rows
+        total += 6 * b * config.seq_len // args.cp * config.n_embd * rows
     return trainer.m * total
 
 
@@ -476,8 +484,8 @@ def predicted_flops(trainer: train_3d.Trainer) -> int:
 def lines_of(seen: Seen) -> Iterator[tuple[str, bool]]:
     """Pairs (line of the report, whether counted = predicted)."""
     trainer, compared = seen.trainer, counts_activations(seen.trainer.config)
-    places = ", ".join(f"{axis} {getattr(trainer, f'{axis}_group').rank()}"
-                       for axis in ("pp", "dp", "tp"))  # fmt: skip
+    axes = ("pp", "dp", "cp", "tp") if trainer.args.cp > 1 else ("pp", "dp", "tp")
+    places = ", ".join(f"{axis} {getattr(trainer, f'{axis}_group').rank()}" for axis in axes)
     blocks = ", ".join(f"{k} ({len(trainer.pipe.chunks[k].h)} blocks)" for k in trainer.stages)
     yield f"rank {seen.rank}: {places}; stage {blocks}; {trainer.m} microbatches", True
 
@@ -609,6 +617,8 @@ def ranks_of(args: argparse.Namespace) -> list[int]:
         raise ValueError(
             "--recompute offload: meta tensors cannot be offloaded: use another policy"
         )
+    if args.document_mask is not None:
+        raise ValueError("--document-mask: the formulas do not know it: leave it out")
     if args.all_ranks:
         if n > 8:
             raise ValueError(

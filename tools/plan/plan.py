@@ -3,14 +3,16 @@
     make plan ARGS="--model gpt2-xl --gpus 16 --hardware h100-80 --global-batch-size 64 --zero"
     python -m tools.plan.plan --model gpt-175b --gpus 96 --hardware a100-80 --global-batch-size 1536
 
-A layout has t tensor-parallel ranks, p pipeline ranks and d replicas. Two layouts are proposed:
+A layout has t tensor-parallel ranks, c context-parallel ranks, p pipeline ranks and d replicas. Two
+layouts are proposed:
 
 - The recipe of Narayanan et al. (arXiv 2104.04473, section 5.4), step by step. It takes the
   smallest t, up to the GPUs of one machine, with which the model fits; if there is none, the
   smallest p with which it fits. "Fits" means that the rank with the most bytes needs at most USABLE
   of its GPU's memory. With --zero the recipe tries ZeRO-3 before p > 1. The other GPUs become
   replicas, and each replica accumulates gradients over its rows with the fastest microbatch size.
-- The best: the fastest of all layouts that fit.
+- The best: the fastest of all layouts that fit. Those with c > 1 are searched for long sequences
+  only, of at least 2 SHORTEST tokens.
 
 For both it prints bytes and times, why the best is faster, a bar chart of its memory and time, the
 days of training, and the torchrun command. --json prints the same as JSON. Memory and time are
@@ -30,6 +32,7 @@ import argparse
 import dataclasses
 import functools
 import heapq
+import itertools
 import json
 import math
 import shlex
@@ -49,6 +52,7 @@ from tools.plan.cost import HARDWARE, Hardware, Layout, Times
 # buffers, CUDA's context and larger microbatches. With 0.7 the recipe gives the (t, p) of all ten
 # rows of table 1 of 2104.04473; with 1.0 it does not.
 USABLE = 0.7
+SHORTEST = 2048  # fewest tokens of a row that the search gives to a context-parallel rank
 
 
 class Job(NamedTuple):
@@ -176,11 +180,19 @@ def worth_trying() -> list[str]:
     return [name for name, a in costs.items() if not any(is_worse(a, b) for b in costs.values())]
 
 
+def cp_sizes(job: Job, t: int) -> list[int]:
+    """The numbers of context-parallel ranks to try: 1, and those with enough tokens per rank."""
+    s = job.config.seq_len
+    return [c for c in divisors(job.gpus // t)
+            if c == 1 or (s % (2 * c) == 0 and s >= SHORTEST * c)]  # fmt: skip
+
+
 def layouts(job: Job, asked: dict) -> Iterator[Layout]:
     """All layouts that the trainer accepts and that could be the fastest.
 
     Left out: schedules that are not worth_trying(); chunks that do not divide the blocks; t larger
-    than a machine; microbatches of more than 64 rows. asked: fields of the layout that the user has
+    than a machine; microbatches of more than 64 rows; fewer than SHORTEST tokens of a row per rank;
+    --cp-attention other than ring. asked: fields of the layout that the user has
     fixed.
     """
     config = job.config
@@ -194,9 +206,15 @@ def layouts(job: Job, asked: dict) -> Iterator[Layout]:
     for t in choices("tp", [t for t in divisors(config.n_head) if job.per_node % t == 0]):
         if job.gpus % t:
             continue
-        sequences = (False, True) if t > 1 and config.seq_len % t == 0 else (False,)
-        for p in choices("pp", [p for p in divisors(job.gpus // t) if p <= config.n_layer]):
-            d = job.gpus // (t * p)
+        for c, p in itertools.product(
+            choices("cp", cp_sizes(job, t)),
+            choices("pp", [p for p in divisors(job.gpus // t) if p <= config.n_layer]),
+        ):
+            if job.gpus % (t * c * p):
+                continue
+            d = job.gpus // (t * c * p)
+            shards = t if c == 1 else 2 * c * t // math.gcd(2, t)  # of a row, see options.check()
+            sequences = (False, True) if t > 1 and config.seq_len % shards == 0 else (False,)
             several = [k // p for k in divisors(config.n_layer) if k % p == 0 and k > p]
             orders = [
                 (name, chunks)
@@ -213,10 +231,10 @@ def layouts(job: Job, asked: dict) -> Iterator[Layout]:
                     continue
                 m = job.batch // (d * b)
                 for name, chunks in orders:
-                    for zero in choices("zero", [0, 1, 2, 3] if d > 1 else [0]):
+                    for zero in choices("zero", [0, 1, 2, 3] if d * c > 1 else [0]):
                         for policy in choices("recompute", policies):
                             for sequence in choices("sequence_parallel", sequences):
-                                yield Layout(t, p, d, zero, b, m, policy, name, chunks, sequence)
+                                yield Layout(t, p, d, zero, b, m, policy, name, chunks, sequence, c)
 
 
 def search(job: Job, keep: int = 8, asked: dict | None = None) -> tuple[list[Plan], int]:
@@ -301,12 +319,13 @@ def measured_layout(job: Job, text: str, model: list[str]) -> Layout:
     default = parser.parse_args(own)
     known = (*FIELDS, "chunks", "sequence_parallel", "compile")
     unknown = [n for n, o in options.OPTIONS.items() if o.kind == "layout" and n not in known]
-    for name in ("global_batch_size", "dtype", "grad_dtype", "reduce_dtype", *unknown):
+    runs = ("global_batch_size", "dtype", "grad_dtype", "reduce_dtype", "document_mask")
+    for name in (*runs, *unknown):
         if (value := getattr(args, name)) != (planned := getattr(default, name)):
             refuse(f"{options.flag(name)} is {value}, but this plan assumes {planned}: measure a "
                    "step with that")  # fmt: skip
     try:
-        check_ranks(args.tp, args.pp, job.gpus)
+        check_ranks(args.tp, args.pp, args.cp, job.gpus)
         config = options.check(args, job.gpus)
     except ValueError as error:
         refuse(str(error))
@@ -316,11 +335,12 @@ def measured_layout(job: Job, text: str, model: list[str]) -> Layout:
         name = "recompute" if args.recompute == "offload" else "schedule"
         refuse(f"the cost model does not know --{name} {getattr(args, name)}: measure another "
                "layout")  # fmt: skip
-    d = job.gpus // (args.tp * args.pp)
+    d = job.gpus // (args.tp * args.cp * args.pp)
     m = job.batch // (d * args.micro_batch_size)
     chunks = args.chunks or schedules.SCHEDULES[args.schedule].chunks
-    return Layout(args.tp, args.pp, d, args.zero if d > 1 else 0, args.micro_batch_size, m,
-                  args.recompute, args.schedule, chunks, args.sequence_parallel)  # fmt: skip
+    return Layout(args.tp, args.pp, d, args.zero if d * args.cp > 1 else 0, args.micro_batch_size,
+                  m, args.recompute, args.schedule, chunks, args.sequence_parallel,
+                  args.cp)  # fmt: skip
 
 
 def anchor_of(job: Job, seconds: float, layout: Layout | None, asked: dict) -> Anchor:
@@ -346,11 +366,21 @@ def anchor_of(job: Job, seconds: float, layout: Layout | None, asked: dict) -> A
 
 # --- the report -----------------------------------------------------------------------------------
 
-FIELDS = ("tp", "pp", "dp", "zero", "micro_batch_size", "microbatches", "recompute", "schedule")
+FIELDS = (
+    "tp",
+    "cp",
+    "pp",
+    "dp",
+    "zero",
+    "micro_batch_size",
+    "microbatches",
+    "recompute",
+    "schedule",
+)
 # Part of the time -> the fields of a layout that change it most. Used by `why`.
 REASONS = {
     "matmul": ("recompute", "micro_batch_size"), "memory": ("recompute", "tp"),
-    "tp": ("tp", "sequence_parallel"), "bubble": ("pp", "microbatches", "schedule"),
+    "tp": ("tp", "cp", "sequence_parallel"), "bubble": ("pp", "microbatches", "schedule"),
     "dp": ("zero", "dp"), "optimizer": ("zero",),
 }  # fmt: skip
 
@@ -358,8 +388,10 @@ REASONS = {
 def spell(layout: Layout) -> str:
     """The layout in words."""
     name = f"{layout.schedule} x{layout.chunks}" if layout.chunks > 1 else layout.schedule
-    return (f"t={layout.tp} p={layout.pp} d={layout.dp} ZeRO-{layout.zero}, {layout.microbatches} "
-            f"x {layout.micro_batch_size} rows, {name}, recompute {layout.recompute}"
+    c = f" c={layout.cp}" * (layout.cp > 1)
+    return (f"t={layout.tp}{c} p={layout.pp} d={layout.dp} ZeRO-{layout.zero}, "
+            f"{layout.microbatches} x {layout.micro_batch_size} rows, {name}, "
+            f"recompute {layout.recompute}"
             + ", sequence parallel" * layout.sequence_parallel)  # fmt: skip
 
 
@@ -400,7 +432,7 @@ def arguments(job: Job, layout: Layout, model: list[str]) -> list[str]:
     """The flags of train_3d.py."""
     flags = [
         *model,
-        f"--tp {layout.tp} --pp {layout.pp}",
+        f"--tp {layout.tp} --pp {layout.pp}" + f" --cp {layout.cp}" * (layout.cp > 1),
         f"--global-batch-size {job.batch} --micro-batch-size {layout.micro_batch_size}",
         f"--zero {layout.zero} --recompute {layout.recompute} --schedule {layout.schedule}",
     ]
@@ -587,7 +619,7 @@ def parser() -> Parser:
     add("--tokens", type=options.at_least(1, float), default=300e9, help="tokens to train on")
     add("--zero", action="store_true", help="the recipe tries ZeRO-3 before p > 1")
     fixed = "search for the best among layouts with this value only"
-    for field in ("tp", "pp", "micro_batch_size"):
+    for field in ("tp", "cp", "pp", "micro_batch_size"):
         add(f"--{field.replace('_', '-')}", type=natural, metavar="N", help=fixed)
     add("--virtual-stages", dest="chunks", type=natural, metavar="N", help=fixed)
     add("--chunks", type=natural, help=argparse.SUPPRESS)  # the former name
@@ -602,10 +634,11 @@ def parser() -> Parser:
     return p
 
 
-def check_ranks(t: int, p: int, gpus: int) -> None:
-    if gpus % (t * p):
-        raise ValueError(f"--gpus {gpus} is not divisible by --tp {t} x --pp {p}: give a "
-                         "divisor, or other --gpus")  # fmt: skip
+def check_ranks(t: int, p: int, c: int, gpus: int) -> None:
+    if gpus % (t * p * c):
+        product = f"--tp {t} x --pp {p}" + f" x --cp {c}" * (c > 1)
+        raise ValueError(f"--gpus {gpus} is not divisible by {product}: give a divisor, or other "
+                         "--gpus")  # fmt: skip
 
 
 def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
@@ -628,7 +661,7 @@ def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
     if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
         raise ValueError(f"--gpus {args.gpus} is not a multiple of --gpus-per-node "
                          f"{args.gpus_per_node}: change one")  # fmt: skip
-    asked = {field: value for field in ("tp", "pp", "micro_batch_size", "schedule", "chunks",
+    asked = {field: value for field in ("tp", "cp", "pp", "micro_batch_size", "schedule", "chunks",
              "recompute") if (value := getattr(args, field)) is not None}  # fmt: skip
     model = [f"--model {args.model}"]
     model += [f"--{size.replace('_', '-')} {n}" for size, n in sizes.items()]
@@ -637,15 +670,16 @@ def job_of(args: argparse.Namespace) -> tuple[Job, dict, list[str]]:
     job = Job(config, args.gpus, min(args.gpus, args.gpus_per_node), args.global_batch_size,
               hardware, program, args.usable)  # fmt: skip
 
-    t, p = asked.get("tp", 1), asked.get("pp", 1)
-    layout = Layout(t, p, max(1, job.gpus // (t * p)), 0, asked.get("micro_batch_size", 1), 1,
+    t, p, c = (asked.get(field, 1) for field in ("tp", "pp", "cp"))
+    layout = Layout(t, p, max(1, job.gpus // (t * p * c)), 0, asked.get("micro_batch_size", 1), 1,
                     asked.get("recompute", "full"), asked.get("schedule", "1f1b"),
-                    asked.get("chunks", 2))  # fmt: skip
+                    asked.get("chunks", 2), cp=c)  # fmt: skip
     if t > job.per_node:
         raise ValueError(f"--tp {t} is more than the {job.per_node} GPUs of a machine: lower it")
-    flags = " ".join(arguments(job, layout, model)).split()
-    if "pp" in asked or "tp" in asked or "micro_batch_size" in asked:
-        check_ranks(t, p, job.gpus)
+    rows = layout.dp * layout.micro_batch_size  # the batch is checked by layouts()
+    flags = " ".join(arguments(job._replace(batch=rows), layout, model)).split()
+    if asked.keys() & {"tp", "cp", "pp", "micro_batch_size"}:
+        check_ranks(t, p, c, job.gpus)
         options.check(options.parser().parse_args(flags), job.gpus)
     if not any(True for _ in layouts(job, asked)):
         raise ValueError(f"--global-batch-size {job.batch}: no d = {job.gpus} / (t p) divides it "

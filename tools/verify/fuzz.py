@@ -92,6 +92,7 @@ def draw_case(rng: random.Random, largest_world: int = 8, resumes: float = 0.25)
         clip=rng.choice((0.0, 0.1, 1e9)),  # off, active, larger than the norm
         masked=rng.random() < 0.7,
         dropout=rng.choice((0.0, 0.0, 0.2)),
+        document_mask=rng.choice((None, 1)),
         n_layer=n_layer,
         n_head=n_head,
         # The LayerNorm of 2 entries is always +-1, so gradients are 0 apart from rounding, which
@@ -195,7 +196,7 @@ STAGES = ("ddp", "zero1", "zero2", "zero3")
 ALL = ["tp", "sp", *(name[:6] for name in context_parallel.METHODS),
        *(name[:6] for name in schedules.SCHEDULES), *STAGES, "hybrid", "kept", "nodes",
        "m>1", "b>1", "select", "full", "offloa", "drop", "explic", "untied", "mask", "odd v",
-       "clip", "sgd", "fp32", "bf16", "reduce", "resume"]  # fmt: skip
+       "clip", "sgd", "fp32", "bf16", "reduce", "resume", "docs"]  # fmt: skip
 # Features of which a layout has at most one.
 ONE_OF = [STAGES, tuple(name[:6] for name in context_parallel.METHODS),
           tuple(name[:6] for name in schedules.SCHEDULES), ("select", "full", "offloa"),
@@ -225,7 +226,7 @@ def features(case: Case) -> list[str]:
         "untied": not case.tied, "mask": case.masked, "odd v": case.vocab_size % case.t > 0,
         "clip": case.clip == 0.1, "sgd": case.optimizer == "sgd", "fp32": case.dtype == "float32",
         "bf16": case.dtype == "bf16", "reduce": case.reduce_dtype == "float32" and replicas > 1,
-        "resume": case.resume is not None,
+        "resume": case.resume is not None, "docs": case.document_mask is not None,
     }  # fmt: skip
     return [name for name in ALL if live[name]]
 

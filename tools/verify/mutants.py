@@ -140,6 +140,9 @@ ZOO = [
         ("activation_ckpt.py", "cuda_autocast, restore_rng():", "cuda_autocast:")],
         "tests/test_activation_ckpt.py::test_the_same_gradients_and_masks_bitwise",
         r"AssertionError: wte\.weight"),
+    Bug(14, "recomputation masks the documents of another microbatch", [
+        ("gpt.py", "self.at(*saved)\n", "self.at(*saved[:2], self.starts)\n")],
+        "tests/test_documents.py::test_layouts", NUMBERS),
     Bug(15, "replicated dropout differs between tp ranks", [
         ("tensor_parallel.py", '"tokens", group) if sequence else module',
          '"tokens", group) if sequence or hasattr(module, "draws") else module')],
@@ -253,6 +256,10 @@ ZOO = [
         ("gpt.py", "return x + self.tokens.take(self.weight[: self.tokens.total(x.size(1))], 0)",
          "return x + self.weight[: x.size(1)]")],
         LAYOUTS, r"where='gradient wpe\.weight"),
+    Bug(31, "every rank of a ring masks the documents of the first tokens", [
+        ("context_parallel.py", "starts = core.tokens.take(starts, 1)",
+         "starts = starts[:, : q.size(2)]")],
+        "tests/test_documents.py::test_layouts", NUMBERS),
     Bug(32, "ranks sample different tokens", [
         ("generate.py", "manual_seed(trainer.args.seed)",
          "manual_seed(trainer.args.seed + dist.get_rank())")],

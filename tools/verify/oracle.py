@@ -305,12 +305,12 @@ def reference(case: Case, model: Callable | None = None) -> dict:
         if sgd
         else torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=EPS)
     )
-    losses, norms = [], []
+    losses, norms, draws = [], [], gpt.draws_of(full_model)
+    draws.seed = case.seed
     for step in range(case.steps):
         x, y = reader(case)(step, range(args.global_batch_size))
-        if case.dropout:
-            full_model.draws.seed = case.seed
-            full_model.draws.at(step, range(args.global_batch_size))
+        starts = gpt.document_starts(x, case.document_mask)
+        draws.at(step, range(args.global_batch_size), starts)
         optimizer.zero_grad()
         loss = gpt.cross_entropy(full_model(x), y) / (y >= 0).sum().clamp(min=1)
         loss.backward()
@@ -486,9 +486,10 @@ def _check_all_are_compared(trainer: train_3d.Trainer, named: dict, pieces: list
         # With ZeRO, p is sharded over a subgroup if its gradient is summed over one. Each of the
         # group's subgroups then holds a complete p.
         size = ddp.gradient_group(p, group).size() if trainer.args.zero else group.size()
-        numel += piece.numel() * size / group.size()
-    owned = torch.tensor(numel, dtype=torch.float64, device=trainer.device)
+        numel += piece.numel() * size
+    owned = torch.tensor(numel, device=trainer.device)
     dist.all_reduce(owned, group=group)
+    owned //= group.size()
     n = sum(p.numel() for p in trainer.model.parameters())
     assert owned == n, f"the ranks that shard the state hold {owned} of {n} elements"
 

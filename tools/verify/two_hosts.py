@@ -1,6 +1,6 @@
 """Trains with torchrun on two simulated hosts and compares the run with a single process.
 
-    make two-hosts    python -m tools.bench.two_hosts     as root, 1 minute
+    make two-hosts    python -m tools.verify.two_hosts     as root, 1 minute
 
 The hosts are network namespaces of this machine (tools/bench/hosts.py). torchrun is started on each
 of them, as on a cluster, with two ranks per host. Tensor parallelism stays inside a host; the
@@ -107,7 +107,7 @@ def main() -> None:
                            help="bandwidth between the hosts, Mbit/s per direction")  # fmt: skip
     steps, mbit = vars(arguments.parse_args()).values()
     if lack := hosts.missing():
-        return print(f"tools.bench.two_hosts: skipped: {lack}")
+        return print(f"tools.verify.two_hosts: skipped: {lack}")
     flags = [*MODEL, f"--steps={steps}"]
     with tempfile.TemporaryDirectory() as folder, hosts.Hosts(2, mbit) as net:
         log = f"{folder}/two-hosts.jsonl"
