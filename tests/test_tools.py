@@ -184,10 +184,10 @@ def fuzz_without_ranks(monkeypatch, capsys, n: int) -> tuple[int, list[str]]:
 
 
 def test_a_feature_that_is_refused_far_more_often_than_the_others_is_a_failure(monkeypatch, capsys):
-    assert fuzz_without_ranks(monkeypatch, capsys, 250) == (0, [])
+    assert fuzz_without_ranks(monkeypatch, capsys, 500) == (0, [])
     broken = schedules.SCHEDULES | {"zb-v": OneChunk(*schedules.SCHEDULES["zb-v"])}
     monkeypatch.setattr(schedules, "SCHEDULES", broken)
-    code, lines = fuzz_without_ranks(monkeypatch, capsys, 250)
+    code, lines = fuzz_without_ranks(monkeypatch, capsys, 500)
     assert code == 1 and len(lines) == 1 and re.match(r"zb-v: \d+ of \d+ refused, and", lines[0])
 
 

@@ -756,7 +756,7 @@ def predicted_block_bytes(
                      scores is saved, in the dtype of the activations
         gathered     s, and s c s for s^2; also k and v of all tokens, 2 b c s h/t. A fused kernel
                      saves the causal mask in the dtype of the activations
-        ulysses      those of a/c heads and c s tokens; also four orders of c s tokens (8 bytes),
+        ulysses      those of a/c heads and c s tokens; also two orders of c s tokens (8 bytes),
                      and the output of a fused kernel, b s h/t
 
     Korthikanti et al., section 4.1, count 34 s b h + 5 a s^2 b bytes for 16-bit elements with
@@ -783,7 +783,7 @@ def predicted_block_bytes(
         core += 2 * b * (c - copied) * s * h // t * itemsize
         core += 0 if explicit else s * c * s * itemsize
     if c > 1 and method == "ulysses":
-        core += 32 * c * s + (0 if explicit else b * s * h // t * itemsize)
+        core += 16 * c * s + (0 if explicit else b * s * h // t * itemsize)
     elements = 4 * hidden + 12 * b * s * h // t
     outside_core = elements * itemsize + norms + 2 * hidden * dropout
     return outside_core + (core if policy == "none" else 0)
