@@ -19,8 +19,8 @@ and 2 c - 1 - r of 2 c. Then all ranks compute equally many. The other methods a
 assignment of the tokens.
 
 The c ranks hold equal weights. Each divides the summed loss of its tokens by the number of tokens
-of the global batch, so gradients are summed over the c ranks. The DDP and ZeRO of this repository
-do this, with a group of all c d ranks, where d is the number of data-parallel ranks.
+of the global batch, so gradients are summed over the c ranks. DDP and ZeRO in this repository do
+this, with a group of all c d ranks. d is the number of data-parallel ranks.
 
 Symbols: microbatch size b, sequence length s, query heads a, key/value heads a', head size n. KV:
 elements of the keys and values of all tokens, 2 b a' n s. Q: those of the queries, b a n s.
@@ -33,7 +33,8 @@ elements of the keys and values of all tokens, 2 b a' n s. Q: those of the queri
 
 A rank stores 1/c of the activations of a single process. "gathered" also stores KV, and a mask of
 s^2/c entries. The ring overlaps sending with attention. Attention takes a time proportional to
-s^2/c, and sending one proportional to s. So long rows hide it, except the last send of backward.
+s^2/c, and sending one proportional to s. With long rows, attention therefore hides the sends,
+except the last one of backward.
 
     torchrun --standalone --nproc-per-node 4 context_parallel.py
 
@@ -97,7 +98,7 @@ class GatherSequence(torch.autograd.Function):
 
 def gathered_attention(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Causal attention. q [b, a, s/c, n] and k, v [b, a', s/c, n] hold the tokens of this rank's
-    chunks."""
+    chunks. (ContextParallelCore does the same with the attention core of the model.)"""
     c, s = group.size(), group.size() * q.size(2)
     k, v = GatherSequence.apply(k, group), GatherSequence.apply(v, group)
     with q.device:
@@ -137,7 +138,8 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
     receive = dist.P2POp(dist.irecv, received, group=group, group_peer=(rank - 1) % c)
     handles = dist.batch_isend_irecv([send, receive])  # payload: x
 
-    def wait(sent: Tensor = x) -> Tensor:  # keeps x alive, which the caller may drop before
+    # The default value keeps x alive until it is sent, even if the caller has dropped it.
+    def wait(sent: Tensor = x) -> Tensor:
         for handle in handles:
             handle.wait()
         return received
@@ -213,7 +215,7 @@ class RingAttention(torch.autograd.Function):
                 kv = wait_kv()
         if c > 1:
             d_kv = wait_d_kv()
-        return d_q.to(q.dtype), *d_kv.to(k.dtype), *4 * [None]
+        return d_q.to(q.dtype), *d_kv.to(k.dtype), None, None, None, None
 
 
 def masks_of_block(keep, starts, source: int, queries: slice, keys: slice, c: int) -> tuple:
@@ -254,7 +256,7 @@ def attend_backward(
             *args, 0.0, causal
         )
     elif fused:
-        state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of dropout, which is off
+        state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of dropout, unused
         d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_backward(
             *args, None, None, q.size(2), k.size(2), 0.0, causal, state, state[:0]
         )
@@ -343,9 +345,9 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) ->
 
 class ContextParallelCore(nn.Module):
     """Replaces a gpt.Core, the attention core of a model. A gpt.Subset says which chunks of a
-    dimension a process holds. `core` takes its causal mask from core.tokens, and its part of the
-    dropout mask from core.tokens and core.heads. So all ranks together drop what one process
-    drops."""
+    dimension a process holds: `held`, of `count`. `core` takes its causal mask from core.tokens,
+    and its part of the dropout mask from core.tokens and core.heads. So all ranks together drop
+    what one process drops."""
 
     def __init__(self, core: nn.Module, group: dist.ProcessGroup, method: str):
         super().__init__()
@@ -374,15 +376,15 @@ class ContextParallelCore(nn.Module):
         if starts is not None:
             starts = core.tokens.take(starts, 1)
         fused = not core.explicit and starts is None
-        if q.device.type == "cuda":  # flash attention needs 16 bits and a multiple of 8
+        if q.device.type == "cuda":  # flash attention: 16 bits, head size a multiple of 8
             fused &= q.dtype.itemsize == 2 and q.size(-1) % 8 == 0
         return RingAttention.apply(q, k, v, group, fused, keep, starts)
 
 
 def parallelize_attention(model: nn.Module, group: dist.ProcessGroup, method: str) -> None:
-    """Replaces each submodule named `core`, the attention cores of the model. Before, set the
-    attribute `tokens` of all modules that have it to gpt.Subset(zigzag(c, rank), 2 * c). Raises
-    ValueError if the model has no such submodule."""
+    """Replaces each submodule named `core`, the attention cores of the model. Before calling this,
+    set the attribute `tokens` of all modules that have it to gpt.Subset(zigzag(c, rank), 2 * c).
+    Raises ValueError if the model has no such submodule."""
     if group.size() == 1:
         return
     owners = [m for m in model.modules() if isinstance(getattr(m, "core", None), nn.Module)]
