@@ -32,8 +32,8 @@ reduce-scatter.
 Each rank stores 1/t of the sharded matrices, of their gradients and of their optimizer state.
 Norms, the biases of row-parallel layers and the position table are replicated. Each rank also
 stores 1/t of the activations inside attention and MLP or, with sequence parallelism, 1/t of all
-activations. 2 of the 4 collectives do not overlap with computation, and with sequence parallelism 6
-of the 10: those in forward, and g in backward. So the t ranks should be within one node.
+activations. The collectives in forward, and g in backward, do not overlap with computation: 2 of
+the 4 collectives, or 6 of the 10 with sequence parallelism. So the t ranks should be on one node.
 
     torchrun --standalone --nproc-per-node 2 tensor_parallel.py
 
@@ -196,7 +196,7 @@ class ReduceScatterFromGroup(torch.autograd.Function):
 
 
 def reduce_output(x: Tensor, group: dist.ProcessGroup, sequence: bool) -> Tensor:
-    """g. It saves nothing for backward, and is separate from its matmul, which does. Activation
+    """g. Unlike f, it is not fused with its matmul, which saves tensors for backward. Activation
     checkpointing with early stop ends the recomputation of a block at the last saved tensor, so a g
     after that tensor is not run again."""
     return (ReduceScatterFromGroup if sequence else ReduceFromGroup).apply(x, group)
@@ -229,7 +229,7 @@ class Distribution:
     train_3d.py counts each element once in the gradient norm."""
 
     shape: torch.Size  # of the full parameter
-    splits: tuple[Split, ...] = ()  # at most one per dimension. None: the parameter is replicated
+    splits: tuple[Split, ...] = ()  # at most one per dimension. Empty: it is replicated
     # Each rank of this group computes only a part of the gradient. all_reduce_partial() adds them.
     partial: dist.ProcessGroup | None = None
     # The data-parallel ranks that hold the same elements. DDP and ZeRO sum the gradient over this
@@ -267,7 +267,7 @@ def shard_parameter(p: nn.Parameter, dim: int, fused: tuple[int, ...], group) ->
         )
     split, old = Split(dim, sizes, group), distribution_of(p)
     if any(dim == other.dim for other in old.splits):
-        raise ValueError(f"dimension {dim} is split already, over another group: split another one")
+        raise ValueError(f"dimension {dim} is already split: split another dimension")
     local = Distribution(p.shape, (split,)).shard(p.detach())
     shard = nn.Parameter(local, requires_grad=p.requires_grad)
     new = dataclasses.replace(old, splits=(*old.splits, split))
@@ -290,7 +290,7 @@ def distribution_of(p: nn.Parameter) -> Distribution:
 
 
 def check_type(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raises ValueError unless the type of `module` is exactly `kind`, or if it has a padding_idx
+    """Raises ValueError if the type of `module` is not exactly `kind`, or if it has a padding_idx
     or a max_norm. A style that replaces it would drop what a subclass or these options compute."""
     values = [getattr(module, option, None) for option in ("padding_idx", "max_norm")]
     has_option = any(value is not None for value in values)
@@ -371,18 +371,20 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def shard_heads(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
-    """For gpt.Core, whose dropout masks differ from head to head: sets the heads of this rank."""
+    """For gpt.Core, which draws another dropout mask for each head: sets which heads this rank
+    has."""
     return hold_chunk(module, "heads", group)
 
 
 def shard_tokens(module: nn.Module, fused: tuple, group, sequence: bool) -> nn.Module:
-    """For gpt.Dropout and gpt.PositionEmbedding on [b, s, h], or with `sequence` on [b, s/t, h]:
-    sets the tokens of this rank. The position table is replicated."""
+    """For gpt.Dropout and gpt.PositionEmbedding. With `sequence`, they get [b, s/t, h], and this
+    sets which tokens the rank has. Without it, they do not change. The position table is
+    replicated."""
     return hold_chunk(module, "tokens", group) if sequence else module
 
 
 def hold_chunk(module: nn.Module, name: str, group) -> nn.Module:
-    """Of the tokens or heads that the module has, see gpt.Subset, this rank has a chunk."""
+    """Reduces module.tokens or module.heads, a gpt.Subset, to this rank's chunk of it."""
     if not hasattr(module, name):
         raise ValueError(f"this style sets `{name}`, which {module} does not have: see gpt.Subset")
     setattr(module, name, getattr(module, name).chunk(group.rank(), group.size()))
@@ -435,9 +437,10 @@ def parallelize(
     of its queries. Weights may be split unevenly. With `sequence`, t must divide the sequence
     length.
 
-    Every parameter gets the attribute `distribution`, or keeps the one that the model has set. Do
-    not use clip_grad_norm_, which would scale the gradients differently on each rank. Compute the
-    norm from all shards, counting replicas once, as train_3d.py does."""
+    Every parameter gets the attribute `distribution`. If the model has set one, the new split or
+    `partial` is added to it. Do not use clip_grad_norm_, which would scale the gradients
+    differently on each rank. Compute the norm from all shards, counting replicas once, as
+    train_3d.py does."""
     if group.size() == 1:
         for p in model.parameters():
             p.distribution = distribution_of(p)
@@ -474,7 +477,8 @@ def parallelize(
             model.set_submodule(name, new)
     for p in model.parameters():
         p.distribution = distribution_of(p)
-        if sequence and not p.distribution.is_split_over(group):  # applied to this rank's tokens
+        # Each rank applies such a parameter to its tokens only, so its gradient is partial.
+        if sequence and not p.distribution.is_split_over(group):
             p.distribution = dataclasses.replace(p.distribution, partial=group)
     return model
 
@@ -653,7 +657,7 @@ def main() -> None:
         report.equal("version 1 all_reduce", f_and_g, tuple(seen.total("tp", "all_reduce")))
         for name, sequence in (("TP", False), ("TP+SP", True)):
             seen, local = compare(name, train_gpt, sequence)
-            # m = STEPS: one microbatch per step
+            # `seen` covers all steps, each with one microbatch: as many as one step of m = STEPS.
             costs = predicted_collectives(N_LAYER, B, S, H, m=STEPS, sequence=sequence)
             if sequence:  # add all_reduce_partial, which is called once per step, after backward.
                 # `seen` counts all calls outside of backward as "forward".

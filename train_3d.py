@@ -11,8 +11,8 @@ Each strategy transforms a plain model. They are applied in this order:
     DDP, Zero1, Zero2, Zero3   ddp, zero, zero3.py   reduce gradients; shard the training state
 
 No strategy requires another: each can be left out. Stages and shards are taken on the meta device,
-so no rank allocates the full model. Activation checkpointing replaces the forward of blocks. DDP or
-ZeRO comes last: it attaches hooks to layers and parameters, which must not be replaced afterwards.
+so no rank allocates the full model. DDP or ZeRO comes last: it attaches hooks to layers and
+parameters, which must not be replaced afterwards. Activation checkpointing replaces forward().
 
 This file assigns ranks to groups, applies the strategies and runs the training loop. It also
 contains what depends on several strategies: gradients that are summed over tp or over two stages,
@@ -20,8 +20,8 @@ the global gradient norm, and who saves what.
 
 tp, cp, pp, dp: tensor, context, pipeline and data parallelism. t, c, p, d: their sizes; d = world
 size / (t * c * p). Stage: consecutive layers, on one pp rank. Replica: t * c * p ranks that process
-the same rows. (The groups called "replica" in _make_groups() are others: with ZeRO, ranks that hold
-the same shard.) World size 8 with t = p = d = 2 and c = 1:
+the same rows. (replica_group below is something else: the dp and cp ranks that hold the same piece
+of the training state.) World size 8 with t = p = d = 2 and c = 1:
 
                     stage 0                 stage 1
                  +-----------+           +-----------+      tp ({0, 1}, {2, 3}, ..): shards of each
@@ -97,13 +97,13 @@ class Trainer:
     draw: the function that returns a parameter's initial values, see gpt.init_weights().
     model: a function that builds the model; called on the meta device.
     plan: how each layer is sharded over tp, see tensor_parallel.parallelize().
-        These three are by default those of the module of --arch. gpt.py lists what it defines.
-    tokens: the tokens of each row that this rank holds. Default: all.
+        These three are by default those of the module of --arch, see gpt.py.
+    tokens: the tokens of each row that this rank holds. Default: all. With c > 1 it is ignored.
     schedule: schedule(p, m) -> schedules.Schedule. Default: --schedule.
-    sync: a class with the interface of ddp.DDP, used instead of DDP or ZeRO. If it shards the
-        training state over dp, also set --zero, so that the norm and checkpoints include every
-        shard. step() sums the gradients of partial parameters, which tensor_parallel.py marks, over
-        tp. So all ranks of a tp group must divide such a parameter into the same pieces."""
+    sync: a class with the interface of ddp.DDP, used instead of DDP or ZeRO. The norm and
+        checkpoints use its replicas_of(). step() sums gradients over tp of which each tp rank has
+        computed only one addend. So all ranks of a tp group must divide the parameters that
+        tensor_parallel.py marks as partial into the same pieces."""
 
     def __init__(
         self, args: argparse.Namespace, config: gpt.GPTConfig, read: Callable, device: torch.device,
@@ -126,7 +126,8 @@ class Trainer:
         # The transformations, in the order given in the module docstring.
         with torch.device("meta"):
             self.model = model() if model else arch.Model(config)
-        # `draws` holds what masks depend on: the seed, step, rows and documents.
+        # `draws` holds what dropout masks and document masks depend on: the seed, step, rows and
+        # documents.
         self.draws = gpt.draws_of(self.model)
         self.draws.seed = args.seed
         if (c := axes["cp"]) > 1:
@@ -177,7 +178,7 @@ class Trainer:
             chunks, len(split), self.pp_group, self.dtype, self.device, self.program
         )
 
-        # Attach DDP or ZeRO, which reduces gradients over dp.
+        # Attach DDP or ZeRO, which reduces gradients over dp and cp.
         self.sync = self._make_sync(sync)
         self.optimizer = self._make_optimizer()
 
@@ -225,12 +226,13 @@ class Trainer:
         self.current_step = step
         self.sync.start()  # zero the gradients
 
-        # Forward and backward of m microbatches. Communicates over tp inside the layers and over pp
-        # between stages. As soon as a gradient is complete, its reduction over dp starts.
+        # Forward and backward of m microbatches. Communicates over tp and cp inside the layers, and
+        # over pp between stages. ZeRO-3 gathers parameters. As soon as a gradient is complete, its
+        # reduction over dp and cp starts.
         loss = self._run(self.program, self.read, step)
 
         with self.span("reduce gradients"):
-            # Wait for the sums over dp. Replicas have processed different rows.
+            # Wait for the sums over dp and cp, whose ranks have processed different tokens.
             self.sync.finish()
             self.sync.before_step()  # sets piece.tensor.grad, in fp32 for bf16 parameters
             # A parameter that no rank used in this step has no gradient.
@@ -264,8 +266,9 @@ class Trainer:
         return stats
 
     def _run(self, program: pipeline.Program, read: Callable, step: int) -> Tensor:
-        """Run the pipeline on this replica's rows of the global batch `step`. Returns the replica's
-        contribution to the mean loss on ranks with the last stage, and 0 on the others."""
+        """Run the pipeline on this replica's rows of the global batch `step`. Returns the
+        contribution of this rank's tokens to the mean loss on ranks with the last stage, and 0 on
+        the others."""
         rows_per_replica = self.args.global_batch_size // self.dp_group.size()
         first, b = self.dp_group.rank() * rows_per_replica, self.args.micro_batch_size
         rows = range(first, first + rows_per_replica)
@@ -295,8 +298,8 @@ class Trainer:
     def _global_stats(self, loss: Tensor, pieces: list) -> Tensor:
         """[loss, gradient norm, stop requests], computed with one all-reduce over the world. No
         value is counted twice. The loss is nonzero only on the last stage, where all tp ranks have
-        the same value and tp rank 0 contributes it. A gradient that several replicas have is
-        contributed by the first of them."""
+        the same value and tp rank 0 contributes it. If several dp or cp ranks have the same
+        gradient, the first of them contributes it."""
         first_tp, owned = self.tp_group.rank() == 0, []
         for piece in pieces:
             replicas = self.sync.replicas_of(piece.parameter)
@@ -313,11 +316,11 @@ class Trainer:
 
     def _owns(self, p: nn.Parameter) -> bool:
         """True if this rank is responsible for its elements of p in the global norm and in
-        checkpoints. Within a replica, several tp or pp ranks can hold the same elements, but only
-        one owns them: a tp rank owns its shards, tp rank 0 owns replicated parameters, and the
-        first stage owns a tied embedding, of which the last stage has a copy. All data-parallel
-        replicas return the same value. The first of them contributes to the norm, and all share the
-        checkpoint writes."""
+        checkpoints. Several tp or pp ranks can hold the same elements, but only one of them owns
+        them: a tp rank owns its shards, tp rank 0 owns replicated parameters, and the first stage
+        owns a tied embedding, of which the last stage has a copy. The result does not depend on the
+        dp or cp rank. Among the dp and cp ranks that hold the same piece, see replicas_of(), the
+        first contributes to the norm, and all share the checkpoint writes."""
         sharded = p.distribution.is_split_over(self.tp_group)
         duplicate = hasattr(p, "tied_name") and 0 not in self.stages
         return (sharded or self.tp_group.rank() == 0) and not duplicate
@@ -380,7 +383,8 @@ class Trainer:
         self, axes: dict[str, int], *names: str, only: list[int] | None = None
     ) -> dist.ProcessGroup:
         """This rank's group along the named axes of the grid of ranks. axes: {name: size},
-        outermost first. only: indices along a single axis; the other ranks get single_group. All
+        outermost first. For axes of sizes pp 2, dp 2, tp 2, the groups of "dp" are [0, 2], [1, 3],
+        [4, 6], [5, 7]. only: indices along a single axis; the other ranks get single_group. All
         ranks must make the same call."""
         dims = [[*axes].index(name) for name in names]
         ranks = torch.arange(math.prod(axes.values())).view(*axes.values())
@@ -402,8 +406,8 @@ class Trainer:
     # --- checkpoints and validation ---
 
     def state_to_save(self) -> tuple[list[checkpoint.TensorSlice], dict]:
-        """(slices of parameters and moments that this rank writes, scalars of the optimizer).
-        Replicas hold the same slices, and each writes some of them."""
+        """(slices of parameters and moments that this rank writes, scalars of the optimizer). The
+        dp and cp ranks that hold the same slices write some of them each."""
         owned = [piece for piece in self.sync.pieces() if self._owns(piece.parameter)]
         numbers, mine = checkpoint.state_slices(owned, self.optimizer)[1], []
         by_replicas: dict[dist.ProcessGroup | None, list] = {}
@@ -515,7 +519,8 @@ def train(trainer: Trainer, corpus: tuple, logger: Logger, found: list[checkpoin
             if not last:
                 if not is_asynchronous(device):
                     stop_requests = stats[2]  # of this step: nothing is queued
-                copied.synchronize()  # otherwise of the step before this one
+                # On a GPU, stop_requests are those of the previous step: wait for their copy.
+                copied.synchronize()
                 stopped = last = stop_requests.item() > 0
                 stop_requests = stats[2].to("cpu", non_blocking=True)  # into pinned memory
                 copied.record()
