@@ -35,9 +35,8 @@ TINY = (
 
 
 def make(*arguments: str, folder: Path = ROOT, python: str = sys.executable):
-    outside = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # as from a shell
     return subprocess.run(
-        ["make", *arguments, *([f"PYTHON={python}"] if python else [])], cwd=folder, env=outside,
+        ["make", *arguments, *([f"PYTHON={python}"] if python else [])], cwd=folder,
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
@@ -54,6 +53,8 @@ def what_launch_changes(monkeypatch: pytest.MonkeyPatch):
     on_interrupt = signal.getsignal(signal.SIGINT)
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    for name in [name for name in os.environ if name.startswith("MAKE")]:
+        monkeypatch.delenv(name)  # as from a shell, also under `make test`
     yield
     signal.signal(signal.SIGINT, on_interrupt)
 
