@@ -202,7 +202,7 @@ ZOO = [
     Bug(23, "a reduction over the wrong group", [
         ("train_3d.py", "tensor_parallel.all_reduce_partial(pairs)",
          "[dist.all_reduce(g, group=self.dp_group) for p, g in pairs if p.distribution.partial]")],
-        LAYOUTS, r"where='gradient ((h\.\d\.)?ln_|wpe)"),
+        LAYOUTS, r"\('tp', 'all_reduce'\)"),
     Bug(23, "the gradient of an expert summed over ranks with other experts", [
         ("ddp.py", "self.groups.append(gradient_group(parameters[0], self.group))",
          "self.groups.append(self.group)")],
