@@ -149,7 +149,7 @@ def exchange(x: Tensor, group: dist.ProcessGroup) -> Callable[[], Tensor]:
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Merges the attention over other keys, (other, other_lse), into (out [b, a, queries, n], lse
-    [b, a, queries]), in place. Each is weighted by its part of the sum of exponentials over the
+    [b, a, queries]), in place. Each is weighted by its fraction of the sum of exponentials over the
     keys of both."""
     total = torch.logaddexp(lse, other_lse)
     out.mul_((lse - total).exp().unsqueeze(-1))
@@ -219,8 +219,8 @@ class RingAttention(torch.autograd.Function):
 
 
 def masks_of_block(keep, starts, source: int, queries: slice, keys: slice, c: int) -> tuple:
-    """For these queries and these keys of the source: the part of the dropout mask, and whether the
-    key is in an earlier document than the query, [b, 1, queries, keys]."""
+    """For these queries and these keys of the source: the slice of the dropout mask, and whether
+    the key is in an earlier document than the query, [b, 1, queries, keys]."""
     if keep is not None:
         keep = keep[:, :, queries].chunk(c, 3)[source][..., keys]
     if starts is None:

@@ -182,7 +182,7 @@ class DDP:
         of a stage may use different parameters in one step. With overlap they would start
         all-reduces at different points relative to their sends and receives, which can deadlock.
 
-    A parameter may have a gradient_group() of its own. It must be a subset of `group`, and all
+    A parameter may have another gradient_group(). It must be a subset of `group`, and all
     ranks of `group` must have such parameters in the same order and with the same sizes.
 
     A parameter that no rank uses in a step has `.grad` None after finish(). If, on some rank, a

@@ -8,8 +8,8 @@ The checks use only the options, the world size and files that every rank can re
 the same result, so an error ends the run before the first communication. An error is a ValueError
 with one line: what is wrong, both numbers, and a remedy.
 
-t, p, d: sizes of tensor, pipeline and data parallelism. m: microbatches per step. Stage:
-consecutive layers on one pipeline-parallel rank. Chunk: one of the stages of a rank.
+t, c, p, d: sizes of tensor, context, pipeline and data parallelism. m: microbatches per step.
+Stage: consecutive layers on one pipeline-parallel rank. Chunk: one of the stages of a rank.
 """
 
 import argparse

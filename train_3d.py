@@ -89,7 +89,7 @@ class Trainer:
     """The model, optimizer and process groups of one rank. Call init_process_group() first.
 
     args, config: from options.parse_args() and options.check(), which raises an error unless d * b
-        divides the batch size and, with sequence parallelism, t divides s.
+        divides the batch size and, with sequence or context parallelism, the ranks divide s.
     read: read(step, rows) -> (x, y): token ids and targets of these rows of the step's global
         batch, each [len(rows), s]. Targets below 0 are ignored.
 

@@ -361,7 +361,7 @@ class Zero1:
     model: must have the same parameters, with the same values, on all ranks of `group` and
         `replicas`. Buffers are neither checked nor synchronized. Frozen parameters are not updated.
     group: the ranks over which the state is sharded. Default: all ranks. The state of a parameter
-        with a gradient_group() of its own (ddp.py) is sharded over that group.
+        with another gradient_group() (ddp.py) is sharded over that group.
     accumulations: the number of gradients that a parameter receives per step, which is the number
         of microbatches m. Pass a dict {parameter: count} if it differs between parameters. A
         parameter that receives fewer is reduced in finish(), without an error.
