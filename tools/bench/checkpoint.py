@@ -37,7 +37,7 @@ import checkpoint
 import gpt
 import options
 import train_3d
-from tools.bench.compare import bind, cores
+from tools.bench.stats import bind, cores
 from tools.verify.oracle import Case, launch, reader
 
 ROUNDS = 5
@@ -52,7 +52,7 @@ SIZES = {256: (8, 4, 256), 768: (4, 12, 768)}  # h: layers, heads, h
 
 def measure(name: str, h: int, folder: str) -> dict[str, float]:
     """Runs on each rank. Returns the medians in seconds and the bytes of all tensors."""
-    bind()
+    bind(dist.get_rank(), dist.get_world_size())
     case, (layers, heads, _) = CASES[name], SIZES[h]
     flags = [*case.arguments(), f"--n-layer={layers}", f"--n-head={heads}", f"--n-embd={h}",
              "--vocab-size=256", "--seq-len=64", "--dtype=float32"]  # fmt: skip

@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 BUSY = 0.05  # cores that other processes may use during a launch
-TRIES = 4  # of a launch, if other processes use more
+TRIES = 4  # launches, if other processes use more
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -62,12 +62,12 @@ def machine_cpu_seconds() -> float:
     return 0.0
 
 
-def undisturbed(run: Callable[[], list]) -> tuple[list, float]:
+def undisturbed(run: Callable[[], list], tries: int = TRIES) -> tuple[list, float]:
     """Calls run(), which starts processes and waits for them, until other processes use at most
-    BUSY of a core in the meantime, or TRIES times. Returns the least disturbed result, and the
+    BUSY of a core in the meantime, or `tries` times. Returns the least disturbed result, and the
     number of cores that other processes used."""
     results = []
-    for _ in range(TRIES):
+    for _ in range(tries):
         before, used, start = machine_cpu_seconds(), sum(os.times()[:4]), os.times().elapsed
         result = run()
         own, wall = sum(os.times()[:4]) - used, os.times().elapsed - start
