@@ -20,8 +20,8 @@ A ring all-reduce is a reduce-scatter followed by an all-gather. In each half, e
     2 all_reduce_flat       Psi                     1                no
     DDP                     Psi                     1 per bucket     all but the last bucket,
                                                                      from step 2 on
-    DDP with Hierarchical   2 Psi inside a host,    3 per bucket     all but the last 3 buckets,
-                            k Psi / d between hosts                  from step 2 on
+    DDP with Hierarchical   2 Psi inside a host,    3 per bucket     all but the last phases of
+                            k Psi / d between hosts                  3 buckets, from step 2 on
 
 The payload is the number of elements that a collective reduces or gathers. Psi is the number of
 trainable parameters, and k the number of hosts.
@@ -29,8 +29,8 @@ trainable parameters, and k the number of hosts.
 Data parallelism does not reduce the memory per rank for parameters, gradients or optimizer state.
 In fp32 with AdamW, each rank stores 16 Psi bytes: parameters (4), gradients (4), moments (8). With
 bf16 parameters, DDP stores 18 Psi bytes: parameters (2), gradients (4), fp32 copies of the
-parameters (4), moments (8). During a step, bf16 copies of the gradients that are being sent take up
-to 2 Psi more. zero.py shards this state.
+parameters (4), moments (8). With several ranks, the bf16 copies of the gradients that are sent take
+2 Psi bytes more, until finish() has received all sums. zero.py shards this state.
 
     torchrun --standalone --nproc-per-node 4 ddp.py
 
@@ -121,14 +121,14 @@ def all_reduce_flat(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup
 # Versions 1 and 2 communicate after backward, while no rank computes. DDP accumulates gradients in
 # flat buckets and starts the all-reduce of a bucket when all of its gradients are complete, so that
 # communication overlaps with the rest of backward. Gradients are assigned to buckets in the order
-# in which backward completes them. DDP records this order in the first step, which therefore has no
-# overlap.
+# in which backward completes them. DDP records this order in the first step. That step already
+# reduces in the recorded layout, see _learn(), so it has no overlap.
 
 
 def gradient_group(p: nn.Parameter, default: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The group over which the gradient of p is summed. A model may give a parameter a smaller
-    group than `default`, see Distribution in tensor_parallel.py: for example the ranks that hold
-    the same expert."""
+    group than `default`, for example the ranks that hold the same expert. See Distribution in
+    tensor_parallel.py."""
     distribution = getattr(p, "distribution", None)
     return (distribution and distribution.replicas) or default
 
@@ -163,7 +163,8 @@ class DDP:
 
     Above, tokens is the number of valid targets in the global batch, from global_count().
 
-    model: must have the same parameters, with the same values, on all ranks of `group`. Buffers are
+    model: must have the same parameters on all ranks of `group`. A parameter must have the same
+        values on all ranks of its gradient_group(), which is `group` by default. Buffers are
         neither checked nor synchronized. Frozen parameters are skipped.
     group: the ranks to sum over. Default: all ranks.
     accumulations: the number of gradients that a parameter receives per step, which is the number
@@ -182,14 +183,15 @@ class DDP:
         of a stage may use different parameters in one step. With overlap they would start
         all-reduces at different points relative to their sends and receives, which can deadlock.
 
-    A parameter may have another gradient_group(). It must be a subset of `group`, and all
-    ranks of `group` must have such parameters in the same order and with the same sizes.
+    A parameter may have a smaller gradient_group(). That group must be a subset of `group`, and all
+    ranks of `group` must have their parameters in the same order and with the same sizes.
 
     A parameter that no rank uses in a step has `.grad` None after finish(). If, on some rank, a
     parameter is unused or receives fewer gradients than `accumulations`, that rank launches the
     parameter's bucket and all later ones only in finish(), and the other ranks wait for it.
 
-    From the first backward of a step until finish() returns, issue no other collective on `group`.
+    From the first backward of a step until finish() returns, issue no other collective on `group`,
+    on a smaller gradient_group(), or on the groups of a `reduce` such as Hierarchical.
     Manual writes to a bf16 parameter are lost at the next step, since the optimizer updates an fp32
     copy. load_state_dict() updates both.
 
@@ -226,7 +228,7 @@ class DDP:
         narrow = [p for _, p in self.parameters if p.dtype.itemsize < 4]
         self.masters = {p: p.detach().float().requires_grad_() for p in narrow}
         # Maps each trainable parameter, and the tensor that the optimizer must hold for it, to its
-        # Piece. These tensors are the same except for bf16.
+        # Piece. For a bf16 parameter the second is its fp32 copy. Otherwise both are the same.
         self.piece_of = {piece.parameter: piece for piece in self.pieces()}
         self.piece_of |= {piece.tensor: piece for piece in self.pieces()}  # adds the fp32 copies
         # A weak reference, so that the hooks do not keep this object and its group alive.
@@ -341,7 +343,8 @@ class DDP:
         most `clip`, then runs optimizer.step() and after_step(). Returns the norm before clipping;
         None without clip.
 
-        Raises ValueError if clip is given and a gradient is distributed over several ranks.
+        Raises ValueError if clip is given and a parameter is split over tensor-parallel ranks,
+        has a partial gradient, or has a smaller gradient_group().
         In that case call before_step(), clip by the gradient norm of the full model, then call
         optimizer.step() and after_step(), as train_3d.py does. Do the same with pipeline stages:
         step() raises no error there, but its norm would cover only the stages of this rank."""
@@ -439,8 +442,8 @@ class DDP:
                 view.copy_(self.gradients[i].flatten())
             # p.grad_dtype is a tensor attribute of PyTorch: the dtype that p.grad must have. None
             # allows any. A tied matrix can get two gradients per backward, which autograd sums
-            # before it calls the hook. If grad_dtype is the dtype of the bucket, it sums them in
-            # that dtype instead of bf16. gpt.py sets tied_name on tied matrices.
+            # before it calls the hook. With the dtype of the bucket as p.grad_dtype, autograd sums
+            # them in that dtype instead of bf16. gpt.py sets tied_name on tied matrices.
             p.grad_dtype = dtype if hasattr(p, "tied_name") else None
             self.gradients[i] = view.view_as(p)
             self.bucket_of[i] = len(self.buckets)
@@ -477,8 +480,9 @@ def accumulate(gradient: Tensor, total: Tensor, first: bool) -> None:
 
 
 # --- the full version: several hosts --------------------------------------------------------------
-# Links between hosts are slower than links inside a host. In a ring all-reduce over d ranks, each
-# host sends 2 (d-1)/d Psi elements to the next host. If gradients are first summed inside each of k
+# Links between hosts are slower than links inside a host. In a ring over d ranks that visits the
+# hosts one after the other, one rank of each host sends to the next host. So each host sends
+# 2 (d-1)/d Psi elements. If gradients are first summed inside each of k
 # hosts, a host sends only 2 (k-1)/k Psi. This saves a third with 2 hosts of 2 ranks, and little
 # with many hosts. The rings between hosts have k ranks each, so they take 2 (k-1) rounds over the
 # slow links instead of 2 (d-1). With 1 Gbit/s between 2 hosts of 2 ranks, Hierarchical reduces 25
@@ -500,8 +504,10 @@ class Hierarchical:
     across: the ranks, one per host, that have the same index within their host as this rank.
 
     Each call starts the first phase of a bucket and the next phase of all earlier buckets, so links
-    inside and between hosts work at the same time. On a CPU, each call waits for the phases in
-    progress. On a GPU, only a side stream does, and the compute stream waits once, in wait()."""
+    inside and between hosts work at the same time. The last three buckets are completed only in
+    wait(), because no further call starts their next phases. On a CPU, each call waits for the
+    phases in progress. On a GPU, only a side stream does, and the compute stream waits once, in
+    wait()."""
 
     def __init__(self, inside: dist.ProcessGroup, across: dist.ProcessGroup):
         self.inside, self.across = inside, across
@@ -512,8 +518,9 @@ class Hierarchical:
         """`inside` and `across` together must reach all ranks of `group`."""
         if group.size() != self.inside.size() * self.across.size():
             raise ValueError(f"Hierarchical sums over {self.inside.size() * self.across.size()} "
-                             f"ranks, but a gradient must be summed over {group.size()}: use "
-                             "another `reduce` for it")  # fmt: skip
+                             f"ranks, but a gradient must be summed over {group.size()}: pass a "
+                             "`reduce` that calls Hierarchical for the group of DDP, and "
+                             "all_reduce_bucket for other groups")  # fmt: skip
         self.device = torch.get_device_module("cuda" if flat.is_cuda else "cpu")
         self.stream = self.stream or self.device.Stream()
         # The phases must not start before `flat` is filled. On a CPU, streams are no-ops.
@@ -566,8 +573,9 @@ def check_same_parameters(
     """Raise ValueError on every rank unless all ranks of `group` have the same parameters, in the
     same order and with equal values. The message names the first difference.
 
-    Values are compared by checksum. A permutation of the elements is not detected. The values of a
-    parameter with a smaller gradient_group() are only compared within that group."""
+    Values are compared by checksum. A permutation of the elements is not detected. A parameter with
+    a smaller gradient_group() is compared only within that group, including name and shape. Each
+    parameter is compared with that of the first rank of its group."""
     if group.size() == 1:
         return
     mine: list[tuple[int, str]] = []  # (the rank to compare with, a description)
@@ -630,7 +638,8 @@ def check_norm_is_local(parameters: list[tuple[str, nn.Parameter]]) -> None:
     for name, p in parameters:
         how = getattr(p, "distribution", None)  # see tensor_parallel.py
         sharded = how is not None and any(split.group.size() > 1 for split in how.splits)
-        if sharded or (how is not None and how.partial is not None):
+        # partial: each rank has one term of the gradient. replicas: other ranks have other experts.
+        if sharded or (how is not None and (how.partial or how.replicas) is not None):
             raise ValueError(f"clip: the gradient of {name} is distributed over several ranks, "
                              "so one rank cannot compute the norm: call before_step(), "
                              "clip by the gradient norm of the full model, then call "

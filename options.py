@@ -5,10 +5,12 @@
     schedule = make_schedule(args, m)            the schedule of --schedule and --virtual-stages
 
 The checks use only the options, the world size and files that every rank can read. All ranks reach
-the same result, so an error ends the run before the first communication. An error is a ValueError
-with one line: what is wrong, both numbers, and a remedy.
+the same result, so an error ends the run before the first communication. A failed check raises a
+ValueError with one line: what is wrong, with the numbers that do not fit, and a remedy. train_3d.py
+passes it to Parser.error().
 
-t, c, p, d: sizes of tensor, context, pipeline and data parallelism. m: microbatches per step.
+t, c, p, d: sizes of tensor, context, pipeline and data parallelism. m: microbatches per step of one
+data-parallel rank.
 Stage: consecutive layers on one pipeline-parallel rank. Chunk: one of the stages of a rank.
 """
 
@@ -37,8 +39,9 @@ import zero3
 
 HIDDEN = argparse.SUPPRESS
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
-FIELDS = {"tied", "attention", "dropout"}  # of a model, if it has them; options set them
-# Former options that are commands now.
+# Fields of a model's Config that have separate options. So --config refuses them.
+FIELDS = {"tied", "attention", "dropout"}
+# Former options, and the commands that replaced them or have them now.
 MOVED = {
     "--dry-run": "tools.plan.dry_run", "--world-size": "tools.plan.dry_run",
     "--rank": "tools.plan.dry_run", "--all-ranks": "tools.plan.dry_run",
@@ -70,7 +73,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error as one line from one rank, and exits with code 2 on every rank."""
+    """Reports an error as one line, normally from rank 0 only, and exits with code 2."""
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         argv = sys.argv[1:] if args is None else [*args]
@@ -100,8 +103,9 @@ class Parser(argparse.ArgumentParser):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{self.prog}: error: {message}", file=sys.stderr, flush=True)
         elif dist.is_torchelastic_launched():
-            # torchrun stops all ranks when rank 0 exits. A rank that still runs after 3 s has an
-            # error that rank 0 does not have. The first such rank of each node prints it.
+            # torchrun stops the ranks of a node when one of them exits. So on the node of rank 0,
+            # a rank that still runs after 3 s has an error that rank 0 does not have, for example a
+            # file that only it cannot read. On other nodes it may be the same error.
             local = int(os.environ.get("LOCAL_RANK", 0))
             time.sleep(3 + local / 4)
             print(f"{self.prog}: rank {os.environ['RANK']}: error: {message}", file=sys.stderr)
@@ -109,7 +113,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends each option's default to its help text, unless that is None or it is a switch."""
+    """Appends each option's default to its help text, unless the default is None or the option
+    is a switch."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default is None or action.nargs == 0:
@@ -161,17 +166,18 @@ def at_least(low: int, kind: type = int, below: float = math.inf) -> Callable[[s
 def parser(prog: str = "train_3d.py") -> Parser:
     """All options. Besides the arguments of argparse, add() takes
 
-    kind: "size" or "run": it affects the losses of a run. A checkpoint stores it, and a resumed
-        run takes it from there if it is not given. "layout": it affects which rank holds or
-        computes what. None: the others, and --model and --init-from, which set other options. By
-        default that of the group. `Case` and `make fuzz` vary the first three kinds.
+    kind: "size" (a size of the model) or "run": the option affects the losses. Checkpoints store
+        its value. A resumed run uses that, unless the option (or, for a size, --model) is given.
+        "layout": it affects how and where the run is computed, and checkpoints do not store it.
+        None: the others, and --model, --config and --init-from, which set sizes or weights.
+        If omitted, the kind of the group. Tests vary "size", "run" and "layout".
     needs: {name: values}. The option is refused unless args.name has one of these values.
     was: its former name, which is also accepted, and is the name in args.
     rare: True if only --help-all lists it."""
     p = Parser(
         prog,
         usage="%(prog)s [options]",
-        description="Train a GPT with tensor, pipeline and data parallelism.",
+        description="Train a GPT with tensor, context, pipeline and data parallelism.",
         allow_abbrev=False,
         formatter_class=Help,
     )
@@ -239,7 +245,7 @@ def parser(prog: str = "train_3d.py") -> Parser:
     add("--zero", type=int, choices=(0, *zero3.STAGES), default=0, help="0: DDP; 1: shard the "
         "optimizer state over dp; 2: gradients too; 3: parameters too")
     add("--zero-shard-size", type=count, metavar="K", needs={"zero": [1, 2, 3]},
-        help="ZeRO: number of ranks that hold one sharded copy of the state (default: d)")
+        help="ZeRO: number of ranks that hold one sharded copy of the state (default: d x c)")
     add("--no-reshard-after-forward", dest="zero_reshard_after_forward", action="store_const",
         const=0, default=1, needs={"zero": [3]}, help="ZeRO-3: keep gathered parameters until the "
         "step's last backward, instead of freeing them after each forward")
@@ -322,7 +328,7 @@ def parser(prog: str = "train_3d.py") -> Parser:
     return p
 
 
-OPTIONS = parser().options  # the entries, by the name of their value in args
+OPTIONS = parser().options  # {attribute of args: the argparse action of its option}
 SIZES = tuple(name for name, option in OPTIONS.items() if option.kind == "size")
 RUN = tuple(name for name, option in OPTIONS.items() if option.kind == "run")
 
@@ -337,7 +343,8 @@ def flag(name: str) -> str:
 
 
 def unmet(args: argparse.Namespace) -> dict[str, str]:
-    """What options need but args do not have, such as {"zero_shard_size": "--zero 1, 2 or 3"}."""
+    """What each option needs but args do not have, such as {"zero_shard_size": "--zero 1, 2 or 3"},
+    whether or not the option is given."""
     return {
         name: f"{flag(other)} {' or '.join(', '.join(map(str, values)).rsplit(', ', 1))}"
         for name, option in OPTIONS.items()
@@ -355,8 +362,8 @@ def require_multiple(
 
 
 def axes(args: argparse.Namespace, world_size: int) -> dict[str, int]:
-    """The axes of the grid of ranks, outermost first: {name: size}. Consecutive ranks differ in the
-    last axis. dp has the ranks that the other axes leave."""
+    """The axes of the grid of ranks, outermost first: {name: size}. The last axis varies
+    fastest. dp has the ranks that the other axes leave."""
     d = world_size // (args.pp * args.cp * args.tp)
     return {"pp": args.pp, "dp": d, "cp": args.cp, "tp": args.tp}
 
@@ -440,16 +447,16 @@ def check(
     require_multiple("--n-head", config.n_head, f"--tp {t}", t)
     if args.sequence_parallel and c == 1:
         require_multiple("--sequence-parallel with --seq-len", config.seq_len, f"--tp {t}", t)
-    if c > 1:  # a rank holds 2 of 2 c chunks; with sequence parallelism, t ranks share them
-        n = 2 * c * (t // math.gcd(2, t) if args.sequence_parallel else 1)
+    if c > 1:  # a row has 2 c parts, 2 per cp rank. With sequence parallelism, t ranks divide these
+        n = math.lcm(2 * c, t * c) if args.sequence_parallel else 2 * c
         require_multiple("--cp with --seq-len", config.seq_len, f"{n}", n)
         if args.cp_attention == "ulysses":
             require_multiple("--n-head", config.n_head, f"--tp {t} x --cp {c}", t * c)
     rows = args.global_batch_size
     require_multiple("--global-batch-size", rows, f"d {d} x --micro-batch-size {b}", d * b)
     replicas = "d" if c == 1 else "d x c"
-    for given, n in ((f"--zero-shard-size {k}", k or 1), (f"--dp-nodes {nodes}", nodes)):
-        require_multiple(replicas, d * c, given, n, f"give a divisor of {d * c}")
+    for asked, n in ((f"--zero-shard-size {k}", k or 1), (f"--dp-nodes {nodes}", nodes)):
+        require_multiple(replicas, d * c, asked, n, f"give a divisor of {d * c}")
     arch.plan(config, t)  # raises ValueError if the model cannot be sharded over t ranks
     for name, needed in unmet(args).items():
         value = getattr(args, name)
@@ -472,7 +479,8 @@ def check(
                 "the id of the token that ends a document"
             )
     schedule = make_schedule(args, rows // (d * b))
-    pipeline.split_layers(config.n_layer, sum(map(len, schedules.stages_of(schedule))))
+    stages = sum(map(len, schedules.stages_of(schedule)))
+    pipeline.split_layers(config.n_layer, stages)  # raises ValueError if there are too few layers
     if config.vocab_size < t:
         raise ValueError(f"--vocab-size {config.vocab_size} is smaller than --tp {t}: lower --tp")
     return config
@@ -509,9 +517,9 @@ def make_schedule(args: argparse.Namespace, m: int) -> schedules.Schedule:
 def parse_args(
     argv: list[str] | None = None,
 ) -> tuple[argparse.Namespace, list[checkpoint.Found], list[str]]:
-    """(options, checkpoints to resume from, newest first, messages about unreadable checkpoints).
-    With --resume, options of RUN and SIZES that are not given have the values of the newest
-    checkpoint. Raises ValueError."""
+    """Returns (options; checkpoints to resume from, with the newest first; messages about
+    unreadable checkpoints). With --resume, options of RUN that are not given have the values of the
+    newest checkpoint. Its sizes go into args.config, unless --model is given. Raises ValueError."""
     args = parser().parse_args(argv)
     folder = args.checkpoint_dir or ("checkpoints" if args.resume else None)
     found, wrong = [], []
@@ -530,11 +538,11 @@ def parse_args(
         )
     if found:
         saved, completed = found[0].about, parser()
+        # If --model is given, it sets all sizes, and the saved ones are not used.
         recorded, sizes = saved["arguments"], {} if args.model else saved["sizes"]
         recorded.setdefault("arch", "gpt")  # older checkpoints do not have it
         if recorded["warmup_steps"] is None:  # in older checkpoints: a tenth of the steps
             recorded["warmup_steps"] = max(1, recorded["steps"] // 10)
-        # --model sets all sizes, so the saved ones are not used.
         config = [f"{name}={value}" for name, value in sizes.items()]
         completed.set_defaults(**recorded, config=config)
         # An option is not taken over if this run does not have what it needs.
@@ -553,7 +561,8 @@ def parse_args(
 
 
 def run_of(args: argparse.Namespace, config: gpt.GPTConfig) -> dict:
-    """What a checkpoint stores about its run: the fields of the model, and the options of RUN."""
+    """What a checkpoint stores about its run: the fields of the model without those in FIELDS, and
+    the options of RUN."""
     fields = dataclasses.asdict(config)
     return {
         "sizes": {name: fields[name] for name in fields if name not in FIELDS},

@@ -15,7 +15,7 @@ Psi is the number of parameters, d the number of ranks that shard state, m the n
 microbatches per step. The payload of a collective is the number of elements of its full tensor: the
 input of a reduce-scatter, the output of an all-gather. An all-reduce sends as much as one of each.
 
-    per rank  bytes after the last backward           payload per step
+    per rank  bytes after finish()                    payload per step
               parameters  gradients  optimizer state  reduce-scatter  all-gather
     ddp.py    2 Psi       4 Psi      12 Psi           Psi, as an all-reduce
     ZeRO-1    2 Psi       4 Psi      12 Psi / d       Psi             Psi
@@ -23,7 +23,7 @@ input of a reduce-scatter, the output of an all-gather. An all-reduce sends as m
     ZeRO-3    2 Psi / d   4 Psi / d  12 Psi / d       m Psi           up to 2 m Psi
 
 The bytes are for bf16 parameters and fp32 gradients. The optimizer state is an fp32 master copy of
-the parameters, stored by ZeRO itself, and the two moments of AdamW. In fp32, the factors are 4, 4
+the parameters, stored by ZeRO or DDP, and the two moments of AdamW. In fp32, the factors are 4, 4
 and 8. During a step, ZeRO-2 also stores the gradients that are not reduced yet, and one flat buffer
 for the gradients that are being reduced. In bf16, ZeRO-1 also needs such a buffer.
 
@@ -185,9 +185,10 @@ class Unit:
                 self.gradient_of[p] = self.gradients[here].view_as(p)
                 # p.grad_dtype is a tensor attribute of PyTorch: the dtype that p.grad must have.
                 # None allows any. A tied matrix can get two gradients per backward, which autograd
-                # sums before it calls the hook. If p.grad_dtype is the dtype of the buffer, it sums
-                # them in that dtype. gpt.py sets tied_name on tied matrices. ZeRO-2 does not set
-                # p.grad_dtype, so that all gradients have the dtype of the parameter.
+                # sums before it calls the hook Zero1._accumulated(). With the dtype of the buffer
+                # as p.grad_dtype, it sums them in that dtype. gpt.py sets tied_name on tied
+                # matrices. ZeRO-2 does not set p.grad_dtype, so that all gradients have the dtype
+                # of the parameter.
                 p.grad_dtype = grad_dtype if hasattr(p, "tied_name") else None
         else:
             self.gradient_shard = like.new_zeros(n if self.trainable else 0, dtype=grad_dtype)
@@ -329,12 +330,13 @@ def unit_key(p: nn.Parameter, layer: list[nn.Parameter]) -> tuple:
     Some gradients are also summed over pipeline or tensor-parallel ranks. A shard of such a
     parameter must start and end at the same elements on all these ranks. So such parameters are
     kept out of the main unit of the layer if their offsets in it would differ between ranks. There
-    are two cases. (1) A matrix tied across two pipeline stages, which has a tied_name. (2)
-    Parameters that tensor_parallel.py marks as partial, because each rank computes only part of
-    their gradient, if other matrices of the layer are split unevenly. split.sizes: the full sizes
-    of the fused matrices along the split dimension.
+    are two cases. (1) A matrix tied across two pipeline stages, which has a tied_name. (2) If
+    matrices of the layer are split unevenly: the parameters that tensor_parallel.py marks as
+    partial, which means that each rank computes only part of their gradient. split.sizes: the full
+    sizes of the fused matrices along the split dimension.
 
-    A parameter whose gradient is summed over another group is not in the main unit either."""
+    A parameter with a smaller gradient_group(), see ddp.py, is sharded over other ranks, so it is
+    not in the main unit either."""
     known = [q.distribution for q in layer if hasattr(q, "distribution")]
     splits = [split for distribution in known for split in distribution.splits]
     is_uneven = any(n % split.group.size() for split in splits for n in split.sizes)
@@ -454,9 +456,9 @@ class Zero1:
         model.register_load_state_dict_pre_hook(lambda *_: gather())
         for module in self.modules:
             module.register_load_state_dict_post_hook(lambda module, _: loaded(module))
-        # If the optimizer holds a model parameter, check_optimizer() must raise on every rank, even
-        # on one that has no piece of it. It raises if the parameter differs from the tensor of its
-        # Piece. So each parameter is mapped to a Piece whose tensor is not the parameter.
+        # check_optimizer() looks up each tensor of the optimizer here, and raises if the Piece has
+        # another tensor. A model parameter in the optimizer must raise on every rank, even on one
+        # that has no piece of it. So every model parameter is mapped to a Piece, too.
         pieces = self.pieces()
         self.piece_of = {p: Piece(name, pieces[0].tensor, p, 0) for name, p in self.parameters}
         self.piece_of |= {piece.tensor: piece for piece in pieces}
@@ -468,9 +470,9 @@ class Zero1:
         """Call before the first backward of a step. Until finish(), every `.grad` is None or a
         gradient of this rank.
 
-        start() can also abandon a step: it waits for the pending collectives and discards the
-        gradients. All ranks must have launched the same collectives, for example because all
-        stopped after the same microbatch and had used the same parameters."""
+        Before before_step(), start() can also abandon a step: it waits for the pending collectives
+        and discards the gradients. All ranks must have launched the same collectives, for example
+        because all stopped after the same microbatch and had used the same parameters."""
         if self.phase == "update":
             raise ValueError("start() before after_step(): call after_step() after "
                              "optimizer.step(), to update the model")  # fmt: skip
@@ -531,7 +533,7 @@ class Zero1:
 
     def _launch(self) -> None:
         """Start the next reduce-scatter."""
-        self._wait_reduce()  # so that at most one flat buffer of ZeRO-2 is in use
+        self._wait_reduce()  # so that at most one flat buffer, or bf16 copy of it, is in use
         round_, i = divmod(self.launched, len(self.order))
         unit = self.order[i]
         unit.reduce(self._take_gradients(unit), first=round_ == 0)
@@ -578,7 +580,8 @@ class Zero1:
         """Call after finish(). Runs before_step(), clips the gradients to the global norm `clip`,
         runs optimizer.step() and after_step(). Returns the norm before clipping; None without clip.
 
-        Raises ValueError if clip is given and a gradient is distributed over several ranks.
+        Raises ValueError if clip is given and a parameter is split over tensor-parallel ranks,
+        has a partial gradient, or has a smaller gradient_group().
         In that case call before_step(), clip by the gradient norm of the full model, then call
         optimizer.step() and after_step(), as train_3d.py does. Do the same with pipeline stages:
         step() raises no error there, but its norm would cover only the stages of this rank."""
@@ -650,8 +653,9 @@ class Zero1:
         return self.replicas
 
     def held(self) -> dict[str, list[Tensor]]:
-        """The tensors that this object stores between steps, without the moments in the optimizer.
-        Some share memory. tools/verify/counting.py counts them."""
+        """Tensors whose storages are all that this object keeps between steps, without the moments
+        in the optimizer. Some share a storage, and the gradient shard of ZeRO-1 is a view of the
+        full buffer. tools/verify/counting.py counts storages."""
         held = {"parameters": [p for _, p in self.named], "gradients": [], "optimizer": []}
         for unit in self.units:
             held["parameters"].append(unit.parameter_shard)
@@ -726,7 +730,8 @@ class Zero2(Zero1):
 
 # --- parameters and gradients that must not be read -----------------------------------------------
 
-not_intercepted = torch._C.DisableTorchFunctionSubclass  # disables __torch_function__
+# Disables __torch_function__: inside, parameters behave as nn.Parameter, and calls cost less.
+not_intercepted = torch._C.DisableTorchFunctionSubclass
 
 
 class ShardedParameter(nn.Parameter):
@@ -767,6 +772,7 @@ class ReducedGradient(Tensor):
 
     @classmethod
     def like(cls, p: nn.Parameter) -> "ReducedGradient":
+        # One element in memory, with the shape of p.
         zero = p.detach().new_zeros((), dtype=p.grad_dtype or p.dtype)
         return Tensor._make_subclass(cls, zero.expand(p.shape))
 

@@ -3,27 +3,29 @@
     computation           F0      F1      F2      B2      B1      B0
     communication     G0  G1      G2              G1      R2  G0  R1      R0
 
-A step with three layers and one microbatch, in the order of execution. A layer's parameters are
-all-gathered (G) before its forward (F) and again before its backward (B), and freed after each. The
-last layer is kept in between, because its backward comes next. After the backward of a layer, its
-gradients are reduce-scattered (R), so that each rank gets the summed gradient of its shard. The
-optimizer updates the shard. PyTorch calls this fully sharded data parallelism (FSDP). zero.py
-shards the optimizer state and the gradients in the same way, but stores full parameters. Version 1
-below is the whole idea. Zero3 overlaps communication with computation and has fp32 master copies.
+A step of Zero3 with three layers and one microbatch, in the order of execution. A layer's
+parameters are all-gathered (G) before its forward (F) and again before its backward (B), and freed
+after each. The last layer is kept in between, because its backward comes next. After the backward
+of a layer, its gradients are reduce-scattered (R), so that each rank gets the summed gradient of
+its shard. The optimizer updates the shard. PyTorch calls this fully sharded data parallelism
+(FSDP). zero.py shards the optimizer state and the gradients in the same way, but stores full
+parameters. Version 1 below is the whole idea, without overlap. Zero3 overlaps communication with
+computation and has fp32 master copies.
 
 Psi is the number of parameters, d the number of ranks that shard them, m the number of microbatches
-per step. The payload of a collective is the number of elements of its full tensor.
+per step. The payload of a collective is the number of elements of its full tensor: the input of a
+reduce-scatter, the output of an all-gather.
 
-    per rank   bytes after the last backward           payload per step
+    per rank   bytes after finish()                    payload per step
                parameters  gradients  optimizer state  reduce-scatter  all-gather
     ZeRO-2     2 Psi       4 Psi / d  12 Psi / d       m Psi           Psi
-    version 1  2 Psi / d   2 Psi / d   4 Psi / d       m Psi           2 m Psi
+    version 1  2 Psi / d   2 Psi / d   4 Psi / d       m Psi           up to 2 m Psi
     ZeRO-3     2 Psi / d   4 Psi / d  12 Psi / d       m Psi           m (2 Psi - S)
       kept     2 Psi / d   4 Psi / d  12 Psi / d       m Psi           Psi
 
 The bytes are for bf16 parameters and AdamW. ZeRO-2 and ZeRO-3 accumulate gradients in fp32, and
 store an fp32 master copy of the shard. With fp32 parameters, all rows have the factors 4, 4 and 8.
-During a step, ZeRO-3 usually also stores two gathered layers, the current and the next one, the
+During a step, ZeRO-3 usually also stores two gathered layers (the current and the next one), the
 gradients of the current layer, and one flat buffer that is being reduce-scattered.
 
 S counts the elements that are gathered once per microbatch instead of twice: those of the last
@@ -96,7 +98,8 @@ class ShardedLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, group: dist.ProcessGroup):
         super().__init__()
-        self.layer, self.group = [layer], group  # in a list, so that it is not a submodule
+        # In a list, so that it is not a submodule: parameters() would return its empty parameters.
+        self.layer, self.group = [layer], group
         self.shapes = {n: p.shape for n, p in layer.named_parameters() if p.requires_grad}
         full = [layer.get_parameter(name) for name in self.shapes]
         self.shard = nn.Parameter(shard_of(full, group))
@@ -141,7 +144,8 @@ class ShardedLayer(nn.Module):
 #     self.unit_of        {parameter: its unit}
 #     self.accumulations  {parameter: the number of gradients that it receives per step}
 #     self.missing        {parameter: the number that it has not received in this step}
-#     self.phase          "backward" from start() to finish(), so also in the forwards of a step
+#     self.phase          the string "backward" from start() to finish(), although forwards also
+#                         run in this time
 #     unit.place          {parameter: its slice of the buffer}
 #     unit.gathered       whether the buffer is filled, or an all-gather that fills it has started
 #     unit.gathering      that all-gather, until unit.wait()
@@ -164,7 +168,8 @@ class ShardedUnit(Unit):
         """Free the full parameters. The storage object remains, because parameters and saved
         tensors are views of it. On a GPU, kernels that read the memory may still be queued. This is
         safe: the allocator reuses the memory only for tensors of the same stream, whose kernels run
-        after them. Collectives also wait for this stream first."""
+        after them. A collective that fills such a tensor runs on another stream, but it first waits
+        for the kernels that are already queued on this one."""
         super().reshard()
         if not self.gathered:  # with one rank, it stays gathered
             self.parameters.untyped_storage().resize_(0)
@@ -181,16 +186,17 @@ class Zero3(Zero2):
     starts: the first layer of each pipeline stage on this rank. Stages run independently, so the
         next layer is not gathered ahead if it is in another stage.
 
-    A layer must return every tensor that other layers or the loss use, directly or nested in
-    tuples, lists or dicts. When a gradient reaches one of them, the layer is gathered, unless the
-    backward of the next layer has prefetched it. If a layer stores a tensor in an attribute
-    instead, a backward through that tensor fails, usually with a ValueError.
+    Every tensor that other layers or the loss use must be in the layer's return value, either
+    directly or nested in tuples, lists or dicts. When a gradient reaches one of them, the layer is
+    gathered, unless the backward of the next layer has prefetched it. If a layer stores a tensor in
+    an attribute instead, a backward through that tensor may find the layer freed. It then fails,
+    usually with a ValueError.
 
     Two kinds of layers stay gathered until the last backward of the step: those that contain other
-    layers, and those that need a backward but return no tensor that requires a gradient. After a
-    backward with create_graph=True, layers stay gathered until finish(). A layer that takes only
-    integer tensors and has one parameter is treated as an embedding table: its backward must not
-    read the parameter."""
+    layers, and those that need a backward, but in whose return value Zero3 finds no tensor that
+    requires a gradient. After a backward with create_graph=True, layers stay gathered until
+    finish(). A layer that takes only integer tensors and has one parameter is treated as an
+    embedding table: its backward must not read the parameter."""
 
     stage = 3
     unit_class = ShardedUnit
@@ -210,9 +216,9 @@ class Zero3(Zero2):
         # is_table.
         self.is_outer = [len(self.layers.keys() & {*layer.modules()}) > 1 for layer in self.layers]
         self.is_table = [type(layer) is nn.Embedding for layer in self.layers]
-        # _accumulated() checks that the layer of these parameters is gathered when they receive a
-        # gradient. Exceptions, whose layer may already be resharded: weights whose gradient
-        # pipeline.py defers, and tables, see _after_forward().
+        # must_be_gathered: parameters for which _accumulated() checks that their layer is gathered
+        # when they receive a gradient. Not included, because their layer may already be resharded:
+        # weights whose gradient pipeline.py defers, and tables, see _after_forward().
         deferred = {module.weight for module in self.modules
                     if getattr(module, "weight_grad_queue", None) is not None}  # fmt: skip
         self.must_be_gathered = self.accumulations.keys() - deferred
@@ -224,7 +230,7 @@ class Zero3(Zero2):
         super().start()
         self.create_graph = False  # whether a backward of this step has create_graph=True
         self.never_resharded: set[int] = set()  # layers that _reshard_layer() skips
-        self.input_nodes: dict[int, list] = {}  # by layer: those of its inputs, before its forward
+        self.input_nodes: dict[int, list] = {}  # {layer: autograd nodes of its inputs}
         for unit in self.units:
             unit.reshard()
 
@@ -327,8 +333,8 @@ class Zero3(Zero2):
 
     def _before_backward(self, i: int, _) -> None:
         """Gather layer i, and start to gather layer i - 1."""
-        # In backward, grad mode is enabled only if create_graph=True. A later backward through the
-        # graph that is then built may read the parameters.
+        # In backward, grad mode is enabled only if create_graph=True. This backward then builds
+        # another graph. A later backward through that graph may read the parameters.
         self.create_graph |= torch.is_grad_enabled()
         no_prefetch = i in self.stage_starts or self.is_table[i - 1]
         self._gather_layer(i, ahead=None if no_prefetch else i - 1)
@@ -363,8 +369,8 @@ class Zero3(Zero2):
 
 
 def in_backward() -> bool:
-    """Whether a backward is running. A forward that runs now is a recomputation. It needs no hooks,
-    because the tensors of the first forward have them."""
+    """Whether a backward is running. A forward that runs now is a recomputation. With
+    use_reentrant=False, it needs no hooks, because the tensors of the first forward have them."""
     return torch._C._current_graph_task_id() != -1
 
 

@@ -136,7 +136,7 @@ def test_hybrid_sharding_refuses_such_a_parameter(kind):
 
 def test_hierarchical_refuses_such_a_parameter():
     for message in launch(D, refused, ddp.DDP):
-        assert "use another `reduce`" in message
+        assert "all_reduce_bucket for other groups" in message
 
 
 def clipped(kind: type):

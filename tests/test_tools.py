@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import gc
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -14,9 +13,7 @@ import random
 import re
 import signal
 import tempfile
-import time
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +34,7 @@ import zero
 from measure import TOLERANCE
 from tools import draw, sample
 from tools.bench import checkpoint as bench_checkpoint
-from tools.bench import compare, links, memory
+from tools.bench import links, memory
 from tools.plan import bubble
 from tools.verify import fuzz, kill_ranks, parity, races
 from tools.verify.oracle import Case, Errors, judge, launch
@@ -306,98 +303,6 @@ class Clock:
 
     def process_time(self) -> float:
         return 0.0
-
-
-@pytest.mark.slow
-def test_bench_runs_every_variant_and_all_train_alike(tmp_path, monkeypatch, capsys):
-    """A step of each variant takes a known time: on rank 1 the one given here, on rank 0 half."""
-    monkeypatch.setattr(compare, "SIZES", {256: gpt.GPTConfig(2, 2, 16, 64, 8)})
-    variants = [compare.BASELINE, *compare.DP_VARIANTS, *compare.DP_TORCH]
-    clock, plain = Clock(), compare.on_rank
-    seconds = {key: 1.0 + i for i, key in enumerate(variants)}
-
-    def on_rank(suite, built, *rest):
-        clock.tick = seconds[next(iter(built))] * (dist.get_rank() + 1) / dist.get_world_size()
-        return plain(suite, built, *rest)
-
-    monkeypatch.setattr(compare, "time", clock)
-    monkeypatch.setattr(compare, "on_rank", on_rank)
-    out = tmp_path / "bench.json"
-    arguments = f"bench dp --sizes 256 --minutes 0 --steps 2 --out {out}"
-    monkeypatch.setattr("sys.argv", arguments.split())
-    compare.main()
-    rows = json.loads(out.read_text())["rows"]
-    ours = {(r["strategy"], r["variant"]): r for r in rows}
-    assert set(ours) == {*compare.DP_VARIANTS, *(("torch", name) for name in compare.DP_TORCH)}
-    for key, row in ours.items():
-        took = seconds[key[1] if key[0] == "torch" else key]
-        assert row["torch_ms" if key[0] == "torch" else "ours_ms"] == 1e3 * took, key
-        assert row["efficiency"] == pytest.approx(1.0 / min(2, len(compare.cores())) / took)
-        assert row["h"] == 256
-        speaks = key[0] != "none"
-        assert (row["max_loss_difference"] < 1e-5) == speaks, (key, row["max_loss_difference"])
-        assert (row["wire_bytes"] > 0) == speaks, key
-    for key in compare.DP_VARIANTS:  # against the fastest of PyTorch's for the same strategy
-        theirs = [seconds[name] for name, (*_, keys) in compare.DP_TORCH.items() if key in keys]
-        ratio = seconds[key] / min(theirs) if theirs else None
-        assert ours[key]["ratio"] == pytest.approx(ratio), key
-    assert ours["ddp", "bucketed 25 MB"]["torch"] == "DDP 25 MB"
-    assert ours["ddp", "naive"]["ratio"] is None
-    psi = sum(p.numel() for p in gpt.GPT(compare.SIZES[256]).parameters())
-    assert ours["ddp", "flat"]["wire_bytes"] == 4 * psi  # 2 (d-1)/d of it
-    assert ours["torch", "DDP 25 MB"]["wire_bytes"] == 4 * psi
-    assert ours["hybrid", "2 replicas x 1"]["wire_bytes"] == 4 * psi  # a group of one sends nothing
-    assert "| ddp | naive | 256 |" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["tp", "cp", "pp", "ckpt", "3d"])
-@pytest.mark.slow
-def test_the_other_benches_train_alike_too(name, tmp_path, monkeypatch, capsys):
-    for sizes in ("SIZES", "LONG"):
-        monkeypatch.setattr(compare, sizes, {256: gpt.GPTConfig(2, 2, 16, 256, 8)})
-    monkeypatch.setattr(compare, "ROUNDS", 1)
-    monkeypatch.setattr(compare, "WARMUP", 1)
-    out, suite = tmp_path / "bench.json", compare.SUITES[name]
-    if name == "3d":  # 8 ranks a variant: some of them
-        variants = {("3d", name): suite.variants["3d", name] for name in ("ZeRO-1", "ZeRO-3 kept")}
-        last = list(suite.torch)[-1]
-        suite = suite._replace(variants=variants, torch={last: suite.torch[last]})
-        monkeypatch.setitem(compare.SUITES, name, suite)
-        readings = itertools.count()  # thread_time is a second more at each reading
-        clock = SimpleNamespace(**vars(time) | {"thread_time": lambda: next(readings)})
-        monkeypatch.setattr(compare, "time", clock)
-    arguments = f"bench {name} --sizes 256 --minutes 0 --steps 1 --out {out}"
-    monkeypatch.setattr("sys.argv", arguments.split())
-    compare.main()
-    written = json.loads(out.read_text())
-    rows = written["rows"]
-    assert len(rows) == len(suite.variants) + len(suite.torch)
-    for row in rows:
-        assert row["max_loss_difference"] < 1e-5, row
-        ours = row["strategy"] != "torch"
-        assert (row["ratio"] is not None) == (ours and row["variant"] != "offload"), row
-    if name == "pp":
-        assert all(len(r["bubble"]) == (2 if r["strategy"] != "torch" else 0) for r in rows)
-    if name == "tp":  # 10 (t-1)/t of [b, s, h] in a block with its sequence cut, 8 without
-        sent = {r["strategy"]: r["wire_bytes"] for r in rows if r["variant"] == "m 1"}
-        assert 1.1 < sent["tp+sp"] / sent["tp"] < 1.4
-    if name == "cp":
-        psi = sum(p.numel() for p in gpt.GPT(compare.LONG[256]).parameters())
-        for row in rows[: len(suite.variants)]:  # of the gradients 2 (c-1)/c, of 2 layers
-            costs = context_parallel.predicted_payload(row["variant"], 1, 8, 2, 2, 8, 2)
-            of_sends = 1 if row["variant"] == "ring" else 1 / 2  # (c-1)/c of a collective
-            sent = psi + 2 * of_sends * sum(elements for _, elements in costs.values())
-            assert row["wire_bytes"] == 4 * sent and row["s"] == 256, row
-        ms = {r["variant"]: r["ours_ms"] or r["torch_ms"] for r in rows}
-        ratios = {tuple(pair["of"]): pair["ratio"] for pair in written["pairs"]}
-        one = ms["ring"] / ratios["ring", "one process"]
-        assert ratios == pytest.approx(
-            {("ring", "gathered"): ms["ring"] / ms["gathered"]}
-            | {(variant, "one process"): ms[variant] / one for variant in ms}
-        )
-    # Each takes one of seven seconds.
-    share = r"h 256: data, norm and log take 42.86% of .*: data 14.29%, norm 14.29%, log 14.29%"
-    assert len(re.findall(share, capsys.readouterr().out)) == (name == "3d")
 
 
 def links_table():

@@ -94,10 +94,13 @@ class Work(measure.Collectives):
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if func.namespace == "aten":
             self.operators += 1
-            if name.endswith(self.COPIES):
+            # DistributedDataParallel copies with a product, because it also divides.
+            if name.endswith(self.COPIES) or func.name() == "aten::mul.out":
                 written = args[0] if name == "_foreach_copy_" else result
                 for t in written if isinstance(written, list | tuple) else [written]:
                     self.copied += t.nbytes if isinstance(t, Tensor) else 0
+                if name == "copy_" and args[0].data_ptr() == args[1].data_ptr():
+                    self.copied -= args[0].nbytes  # onto itself
         return result
 
     def summary(self) -> dict[str, float]:
@@ -171,8 +174,9 @@ def on_rank(suite: Suite, comparison: Comparison, size: int, pairs: int, count: 
 def run(
     suite: Suite, comparison: Comparison, size: int, pairs: int, count: bool, tries: int
 ) -> dict:
-    """One launch. Returns by variant: milliseconds of each step on its slowest rank, CPU
-    milliseconds of a step on all ranks, and the other results."""
+    """One launch. Returns {"variants": {name: milliseconds of each step on its slowest rank, CPU
+    milliseconds of a step on all ranks, and the other results}, "foreign": cores that other
+    processes used, "loss_difference": see check_losses()}."""
     args = suite, comparison, size, pairs, count
     before = functools.partial(stats.bind, ranks=suite.ranks)
     launched, foreign = stats.undisturbed(
@@ -189,18 +193,17 @@ def run(
             "losses": [sum(parts[:: suite.t]) for parts in losses],  # tp ranks return equal losses
             "bubble": bubbles(ranks[0]["schedule"], spans) if ranks[0]["spans"] else None,
             "work": ranks[0].get("work"),
-            "foreign": foreign,
         }
 
     found = {name: summary([r[name] for r in launched]) for name in launched[0]}
-    check_losses(comparison.variants(suite.ranks), found)
-    return found
-
-
-def check_losses(sides: dict[str, tuple], found: dict[str, dict]) -> float:
-    """The largest relative difference between the losses of two variants. Raises SystemExit if it
-    is larger than LOSSES."""
+    sides = comparison.variants(suite.ranks)
     losses = {name: r["losses"] for name, r in found.items() if sides[name][0] != SILENT}
+    return {"variants": found, "foreign": foreign, "loss_difference": check_losses(losses)}
+
+
+def check_losses(losses: dict[str, list[float]]) -> float:
+    """The largest relative difference from the losses of the first variant. Raises SystemExit if
+    it is larger than LOSSES."""
     first, expected = next(iter(losses.items()))
     worst = 0.0
     for name, mine in losses.items():
@@ -263,7 +266,8 @@ def loop_shares(config: gpt.GPTConfig, steps: int = 10) -> dict[str, float]:
 
 def rows_of(suite: Suite, size: int, name: str, launches: list[dict]) -> list[dict]:
     """One row per variant of the comparison `name`. launches: what run() returned."""
-    comparison = suite.comparisons[name]
+    comparison, difference = suite.comparisons[name], max(x["loss_difference"] for x in launches)
+    launches = [launch["variants"] for launch in launches]
 
     def ms(variant: str) -> float:
         return statistics.median(statistics.median(found[variant]["ms"]) for found in launches)
@@ -279,7 +283,8 @@ def rows_of(suite: Suite, size: int, name: str, launches: list[dict]) -> list[di
         row = {suite.axis: size, "comparison": name, "variant": variant, "side": side,
                "best": variant == best, "ms": ms(variant), "n": len(runs),
                "launch_ms": [statistics.median(r["ms"]) for r in runs],
-               "cpu_ms": statistics.median(r["cpu_ms"] for r in runs)}  # fmt: skip
+               "cpu_ms": statistics.median(r["cpu_ms"] for r in runs),
+               "loss_difference": difference}  # fmt: skip
         if best and variant != best:
             row |= {"over": best} | ratio(variant, best)
         if ONE in sides and variant != ONE:
@@ -364,9 +369,11 @@ def main() -> None:
         report(f"launch {i + 1} of {args.launches}: done after {took:.0f} s")
     rows = [row for (size, name), launches in runs.items()
             for row in rows_of(suite, size, name, launches)]  # fmt: skip
-    foreign = [next(iter(found.values()))["foreign"] for found in sum(runs.values(), [])]
+    foreign = [launch["foreign"] for launch in sum(runs.values(), [])]
     report(f"other processes used up to {max(foreign):.2f} cores during a launch, and more than "
            f"{stats.BUSY} in {sum(f > stats.BUSY for f in foreign)} of {len(foreign)}")  # fmt: skip
+    worst = max(row["loss_difference"] for row in rows)
+    report(f"the losses of the variants differ by at most {worst:.1e}, relatively")
     report("\n" + markdown(rows))
     if args.out:
         about = stats.provenance(f"make bench-{args.suite}")

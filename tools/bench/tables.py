@@ -1,0 +1,198 @@
+"""Writes the tables of README.md and docs/benchmarks.md from the JSON files in docs/bench.
+
+    make tables    python -m tools.bench.tables    [--check]
+
+A table stands between the lines `<!-- bench: NAME -->` and `<!-- end -->`. Nothing is measured:
+`make bench-dp OUT=docs/bench/dp.json`, and so on, measure. A ratio is the median over launches,
+with a 95 % interval in brackets.
+"""
+
+import argparse
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable
+
+from tools.bench.stats import ROOT
+
+PAGES = ("README.md", "docs/benchmarks.md")
+BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+@functools.cache
+def load(name: str) -> dict:
+    return json.loads((ROOT / "docs" / "bench" / f"{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def ratio(found: dict, bounds: bool = True) -> str:
+    low, high = found["interval"]
+    return f"{found['ratio']:.2f}" + f" ({low:.2f} to {high:.2f})" * bounds
+
+
+def source(name: str) -> str:
+    """Where and when a file was measured."""
+    j = load(name)
+    busy = sum(f > 0.05 for f in j.get("foreign_cores", []))
+    line = (f"`{j['command']}`: {j['ranks']} rank{'s' * (j['ranks'] > 1)} x 1 thread on "
+            f"{j['cores']} cores ({j['cpu']}), {j['backend']}, float32, torch {j['torch']}; "
+            f"{j['launches']} launches of {j['steps']} steps, on {j['date']} at commit "
+            f"{j['commit']} ([data](bench/{name}.json)).")  # fmt: skip
+    if busy:
+        line += (f" In {busy} of {len(j['foreign_cores'])} launches, other processes used more "
+                 "than 0.05 of a core.")  # fmt: skip
+    return line
+
+
+def rows(suite: str, **wanted) -> list[dict]:
+    return [r for r in load(suite)["rows"] if all(r.get(k) == v for k, v in wanted.items())]
+
+
+def axis(suite: str) -> tuple[str, list[int]]:
+    name = "s" if suite == "cp" else "h"
+    return name, [*dict.fromkeys(r[name] for r in load(suite)["rows"])]
+
+
+def one(found: list[dict]) -> dict:
+    (row,) = found
+    return row
+
+
+def compared(suite: str) -> list[str]:
+    """Step time over that of PyTorch's fastest variant, by size."""
+    name, sizes = axis(suite)
+    lines = []
+    for comparison in dict.fromkeys(r["comparison"] for r in rows(suite)):
+        first = rows(suite, comparison=comparison, **{name: sizes[0]})
+        if not any(r["best"] for r in first):
+            continue
+        for r in first:
+            if r["side"] not in ("ours", "silent"):
+                continue
+            at = [one(rows(suite, comparison=comparison, variant=r["variant"], **{name: n}))
+                  for n in sizes]  # fmt: skip
+            best = [*dict.fromkeys(x["over"] for x in at)]
+            label = f"`{r['variant']}`" if r["side"] == "ours" else "silent ranks"
+            lines.append([comparison, label, " / ".join(best), *map(ratio, at)])
+    head = ["", "variant", "PyTorch's fastest", *(f"{name} {n}" for n in sizes)]
+    return [source(suite), "", *table(head, lines)]
+
+
+def work(suite: str) -> list[str]:
+    """What does not depend on the day: of the first variant, and of PyTorch's fastest."""
+    name, sizes = axis(suite)
+    lines = []
+    for comparison in dict.fromkeys(r["comparison"] for r in rows(suite, best=True)):
+        for n in sizes:
+            ours, *_ = rows(suite, comparison=comparison, side="ours", **{name: n})
+            best = one(rows(suite, comparison=comparison, best=True, **{name: n}))
+            pair = ours, best
+            lines.append([
+                comparison, str(n), ", ".join(f"{r['cpu_ms']:.0f}" for r in pair),
+                ", ".join(f"{r['operators']:,}" for r in pair),
+                ", ".join(f"{r['copied_mb']:.1f}" for r in pair),
+                ", ".join(str(r["calls"]) for r in pair),
+                ", ".join(f"{r['sent_mb']:.1f}" for r in pair),
+            ])  # fmt: skip
+    head = ["here, PyTorch", name, "CPU ms", "operators", "MB copied", "calls", "MB sent"]
+    return table(head, lines)
+
+
+def over_one(suite: str) -> list[str]:
+    """Step time over that of one process."""
+    name, sizes = axis(suite)
+    found = [r for r in rows(suite) if "over_one_process" in r]
+    lines = []
+    for comparison, variant in dict.fromkeys((r["comparison"], r["variant"]) for r in found):
+        at = [one([r for r in found if r["comparison"] == comparison and r["variant"] == variant
+                   and r[name] == n]) for n in sizes]  # fmt: skip
+        lines.append([variant, *(ratio(x["over_one_process"]) for x in at)])
+    return table(["step time over that of one process", *(f"{name} {n}" for n in sizes)], lines)
+
+
+def pipelines() -> list[str]:
+    """The schedules of this repository, over GPipe."""
+    _, sizes = axis("pp")
+    found = rows("pp", comparison="schedules", side="ours")
+    lines = []
+    for variant in dict.fromkeys(r["variant"] for r in found):
+        at = [one([r for r in found if r["variant"] == variant and r["h"] == n]) for n in sizes]
+        cells = [[ratio(x["over_gpipe"]), "{:.2f}, {:.2f}".format(*x["bubble"])] for x in at]
+        lines.append([f"`{variant}`", *(cell[0] for cell in cells), *(cell[1] for cell in cells)])
+    return table(["", *(f"step / `gpipe`, h {n}" for n in sizes),
+                  *(f"bubble, h {n}: simulated, measured" for n in sizes)], lines)  # fmt: skip
+
+
+def loop() -> list[str]:
+    """Efficiency of the complete loop: one process over (cores x step)."""
+    _, sizes = axis("3d")
+    found = [r for r in rows("3d") if "over_one_process" in r and r["side"] != "silent"]
+    cores, lines = load("3d")["cores"], []
+    for variant in dict.fromkeys(r["variant"] for r in found):
+        at = [one([r for r in found if r["variant"] == variant and r["h"] == n]) for n in sizes]
+        each = [1 / (cores * x["over_one_process"]["ratio"]) for x in at]
+        lines.append([variant, *(f"{e:.2f}" for e in each)])
+    return table(["efficiency", *(f"h {n}" for n in sizes)], lines)
+
+
+def summary() -> list[str]:
+    """The table of README.md: at h 768, or the only size."""
+    lines = []
+    for suite, comparison, variant, label, shown in (
+        ("dp", "DDP", "DDP", "`DDP`", "`DistributedDataParallel`"),
+        ("dp", "ZeRO-1", "Zero1", "`Zero1`", "`ZeroRedundancyOptimizer`"),
+        ("dp", "ZeRO-2", "Zero2", "`Zero2`", "`fully_shard`, not resharded"),
+        ("dp", "ZeRO-3", "Zero3", "`Zero3`", "`fully_shard`"),
+        ("tp", "TP", "tensor parallel", "tensor parallel", "DTensor"),
+        ("pp", "1f1b", "1f1b", "1F1B, 8 microbatches", "`Schedule1F1B`"),
+        ("cp", "context parallelism", "ring", "ring attention", "its ring, the CPU's kernels"),
+        ("3d", "replicated parameters", "ZeRO-1", "2 x 2 x 2, ZeRO-1",
+         "DTensor, `pipelining`, `replicate` or `fully_shard`"),
+    ):  # fmt: skip
+        name, sizes = axis(suite)
+        at = [one(rows(suite, comparison=comparison, variant=variant, **{name: n})) for n in sizes]
+        each = [f"{name} {n}: {ratio(x)}" for n, x in zip(sizes, at, strict=True)]
+        lines.append([label, shown, str(load(suite)["ranks"]), *each])
+    return table(["this repository", "PyTorch", "ranks", "smaller size", "larger size"], lines)
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "summary": summary,
+    **{name: functools.partial(compared, name) for name in ("dp", "tp", "cp", "pp", "ckpt", "3d")},
+    **{f"{name}-work": functools.partial(work, name) for name in ("dp", "tp", "cp", "pp", "3d")},
+    "cp-one": functools.partial(over_one, "cp"),
+    "pp-schedules": pipelines,
+    "3d-efficiency": loop,
+}
+
+
+def renewed(text: str) -> str:
+    """`text` with all tables written anew."""
+
+    def block(match: re.Match) -> str:
+        start, name, _, end = match.groups()
+        return start + "\n".join(TABLES[name]()) + "\n" + end
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    args, stale = arguments.parse_args(), []
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        if (new := renewed(text)) != text:
+            stale.append(page)
+            if not args.check:
+                (ROOT / page).write_text(new)
+    print(f"{'stale' if args.check else 'written'}: {', '.join(stale) or 'nothing'}")
+    sys.exit(bool(args.check and stale))
+
+
+if __name__ == "__main__":
+    main()
