@@ -182,7 +182,7 @@ drill: kill-ranks
 #:  bench-ckpt        9 min   time a step next to PyTorch's activation checkpointing  [OUT ARGS]
 #:  bench-checkpoint  9 min   time saving and loading next to PyTorch's  [OUT ARGS]
 #:  links             15 s    time each collective on this machine, by size  [NPROC=2 OUT ARGS]
-#:  memory            3 min   measure memory: ZeRO, recomputation, long rows (Linux)  [NPROC=4]
+#:  memory            3 min   measure memory: ZeRO, recomputation, long rows (Linux)  [NPROC=4 OUT]
 #:  hierarchy         3 min   time traffic between simulated hosts, as root  [OUT ARGS]
 #:  gpu-check         5 min   compare one GPU with a bare loop  [OUT ARGS]
 #:  gpu-drill         10 min  check NCCL on one GPU; ARGS: names of checks  [OUT ARGS]
@@ -198,7 +198,7 @@ links: $(SETUP)
 
 memory: NPROC = 4
 memory: $(SETUP)
-	$(PY) -m tools.bench.memory --nproc $(NPROC)
+	$(PY) -m tools.bench.memory --nproc $(NPROC) $(GIVEN_OUT)
 
 hierarchy: $(SETUP)
 	$(PY) -m tools.bench.hierarchy $(GIVEN_OUT) $(ARGS)
@@ -215,12 +215,16 @@ node: $(SETUP)
 #:
 #: Develop
 #:  figures           1 s     draw the pictures of README and docs again: docs/img  [ARGS]
+#:  tables            1 s     write the tables of README and docs from docs/bench again
 #:  transcripts       20 min  rerun the commands of README and docs, update their output  [ARGS]
 #:  lint              1 s     run ruff, if it is installed
 #:  clean             1 s     remove .venv and caches; keep checkpoints and losses
 
 figures: $(SETUP)
 	$(PY) -m tools.figures $(ARGS)
+
+tables: $(SETUP)
+	$(PY) -m tools.bench.tables
 
 transcripts: $(SETUP)
 	$(PY) -m tools.transcripts $(ARGS)
@@ -236,4 +240,5 @@ clean:
 .PHONY: help setup draw tp cp pp ddp zero zero3 ckpt train sample plot
 .PHONY: plan dry-run published plan-check test test-all parity fuzz races mutants zoo kill-ranks drill
 .PHONY: bench-dp bench-tp bench-cp bench-pp bench-3d bench-ckpt bench-checkpoint links memory
-.PHONY: two-hosts hierarchy gpu-check gpu-drill node figures transcripts lint clean
+.PHONY: two-hosts hierarchy gpu-check gpu-drill node figures tables transcripts lint
+.PHONY: clean

@@ -22,7 +22,6 @@ of the network interface, which include headers. The exit code is 1 if the first
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -35,7 +34,7 @@ import torch.distributed as dist
 import ddp
 import gpt
 import options
-from tools.bench import hosts, links
+from tools.bench import hosts, links, stats
 from tools.plan import cost, dry_run
 from tools.plan.calibrate import PROGRAM, calibrate
 from tools.plan.cost import Hardware, Layout
@@ -253,8 +252,10 @@ def main() -> None:
         rows = {"all_reduce": compare_all_reduces(net, args.mbit, 4 * args.steps)}
         rows["steps"] = compare_places(net, fast, args.mbit, slow_us, args.steps, args.rounds)
     if args.out:
-        with open(args.out, "w") as file:
-            json.dump(vars(args) | rows, file, indent=1)
+        command = "make hierarchy" + (f' ARGS="--mbit {args.mbit}"' if args.mbit != 1000 else "")
+        given = {"hosts": args.hosts, "ranks": args.hosts * PER_HOST, "mbit": args.mbit,
+                 "steps_per_launch": args.steps, "launches": args.rounds}  # fmt: skip
+        stats.write(args.out, stats.provenance(command) | given | rows)
     sys.exit(any(row["bytes"][0] != row["bytes"][1] for row in rows["steps"]))
 
 

@@ -22,7 +22,6 @@ recomputation) agree with the formula. The exit code is 1 if a row is not.
 import argparse
 import ctypes
 import dataclasses
-import functools
 import gc
 import resource
 import sys
@@ -37,6 +36,7 @@ import ddp
 import gpt
 import measure
 import zero3
+from tools.bench import stats
 from tools.plan import cost
 from tools.verify.oracle import launch
 
@@ -247,18 +247,26 @@ def table(config: gpt.GPTConfig, nproc: int, dtype: torch.dtype, say: Callable) 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--nproc", type=int, default=4, metavar="N", help="ranks")
+    arguments.add_argument("--out", metavar="FILE", help="write the lines as JSON")
     args = arguments.parse_args()
     config = gpt.GPTConfig(n_layer=4, n_head=12, n_embd=768, vocab_size=256, seq_len=32)
     if sys.platform != "linux":
         raise SystemExit(
             f"memory.py: error: this is {sys.platform}: /proc/self/status exists on Linux only"
         )
-    say = functools.partial(print, flush=True)
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
     fine = [table(config, args.nproc, dtype, say) for dtype in (torch.float32, torch.bfloat16)]
     # A long sequence: the s x s scores of 8 heads are as large as all other tensors of a block.
     config = gpt.GPTConfig(4, 8, 256, 256, seq_len=512, attention="explicit")
     fine.append(activations_table(config, 4, say))
     fine.append(context_table(LONG, 4, ALLOWED, say))
+    if args.out:
+        stats.write(args.out, stats.provenance("make memory") | {"ranks": 4, "lines": lines})
     sys.exit(0 if all(fine) else 1)
 
 

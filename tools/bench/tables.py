@@ -139,6 +139,34 @@ def loop() -> list[str]:
     return table(["efficiency", *(f"h {n}" for n in sizes)], lines)
 
 
+def lines(name: str) -> list[str]:
+    """The printed lines of a tool."""
+    return ["```", *load(name)["lines"], "```"]
+
+
+def dated(name: str) -> list[str]:
+    j = load(name)
+    return [f"`{j['command']}`, on {j['date']} at commit {j['commit']}: {j['cores']} cores "
+            f"({j['cpu']}), torch {j['torch']} ([data](bench/{name}.json)).", ""]  # fmt: skip
+
+
+def hierarchy(name: str) -> list[str]:
+    """All-reduces, and step times by placement."""
+    j = load(name)
+    reduces = [[f"{r['bytes'] / 1e6:.2f} MB", f"{1e3 * r['flat_s']:.0f} ms",
+                f"{1e3 * r['by_host_s']:.0f} ms", f"{r['by_host_s'] / r['flat_s']:.2f}",
+                "{:.2f}, {:.2f}".format(*(x / 1e6 for x in r["flat_bytes"])),
+                "{:.2f}, {:.2f}".format(*(x / 1e6 for x in r["by_host_bytes"]))]
+               for r in j["all_reduce"]]  # fmt: skip
+    steps = [[r["what"], f"{1e3 * r['step_s']:.0f} ms",
+              f"{1e3 * r['predicted_s']:.0f} ms" if r["predicted_s"] else "",
+              ", ".join(f"{x / 1e6:.2f}" for x in r["bytes"])] for r in j["steps"]]  # fmt: skip
+    head = ["all-reduce", "flat", "by host", "ratio", "MB, flat: formula, interface",
+            "MB, by host: formula, interface"]  # fmt: skip
+    step = [f"at {j['mbit']} Mbit/s", "step", "predicted", "MB: counted, formula, interface"]
+    return [*dated(name), *table(head, reduces), "", *table(step, steps)]
+
+
 def summary() -> list[str]:
     """The table of README.md: at h 768, or the only size."""
     lines = []
@@ -167,6 +195,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "cp-one": functools.partial(over_one, "cp"),
     "pp-schedules": pipelines,
     "3d-efficiency": loop,
+    "memory": lambda: [*dated("memory"), *lines("memory")],
+    "hierarchy": functools.partial(hierarchy, "hierarchy"),
+    "hierarchy-200": functools.partial(hierarchy, "hierarchy-200"),
 }
 
 
