@@ -44,6 +44,7 @@ import torch
 import torch._dynamo  # imported before the fork: otherwise every rank would import it
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 import data
 import gpt
@@ -66,7 +67,7 @@ class Work(measure.Collectives):
     """Counts operators and the bytes that they copy, and records collectives. Also records
     functional collectives, which DTensor uses."""
 
-    COPIES = ("copy_", "_copy", "clone", "cat", "stack")
+    COPIES = ("copy_", "_copy", "_copy_in", "clone", "cat", "stack")
     # name -> payload of (input, size of the group)
     FUNCTIONAL = {
         "all_reduce": lambda x, n: x.numel(),
@@ -82,6 +83,8 @@ class Work(measure.Collectives):
         self.operators = self.copied = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if FakeTensor in types:  # DTensor computes shapes with them
+            return func(*args, **(kwargs or {}))
         if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):
             return NotImplemented  # a subclass such as DTensor runs operators on local tensors
         name = func.name().split("::")[1].split(".")[0]
@@ -92,11 +95,13 @@ class Work(measure.Collectives):
             call = measure.Call(operation, "", payload, args[0].dtype, "", group.size())
             self.calls.append(call)
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func.namespace == "aten":
+        if func.namespace in ("aten", "fsdp"):  # fully_shard has operators, too
             self.operators += 1
             # DistributedDataParallel copies with a product, because it also divides.
             if name.endswith(self.COPIES) or func.name() == "aten::mul.out":
-                written = args[0] if name == "_foreach_copy_" else result
+                written = (kwargs or {}).get("out", result)
+                if name in ("_foreach_copy_", "all_gather_copy_in"):
+                    written = args[0]
                 for t in written if isinstance(written, list | tuple) else [written]:
                     self.copied += t.nbytes if isinstance(t, Tensor) else 0
                 if name == "copy_" and args[0].data_ptr() == args[1].data_ptr():
@@ -330,7 +335,9 @@ def main() -> None:
         f"{[*variants.SIZES]}, or for cp sequence lengths {[*variants.LONG]}")  # fmt: skip
     add("--only", nargs="+", metavar="NAME", help="some of the suite's comparisons")
     add("--launches", type=int, default=LAUNCHES, metavar="N", help="launches per comparison")
-    add("--pairs", type=int, default=2, metavar="N", help="pairs of timed steps per launch")
+    add(
+        "--pairs", type=int, metavar="N", help="pairs of timed steps per launch (default: 2; 3d: 1)"
+    )
     add(
         "--tries",
         type=int,
@@ -341,6 +348,7 @@ def main() -> None:
     add("--out", metavar="FILE", help="write the rows as JSON")
     args = arguments.parse_args()
     suite = SUITES[args.suite]
+    pairs = args.pairs or suite.pairs
     sizes, names = args.sizes or [*suite.sizes], args.only or [*suite.comparisons]
     for option, given, known in (("--sizes", sizes, suite.sizes),
                                  ("--only", names, suite.comparisons)):  # fmt: skip
@@ -364,7 +372,7 @@ def main() -> None:
     for i in range(args.launches):
         for (size, name), launches in runs.items():
             comparison = suite.comparisons[name]
-            launches.append(run(suite, comparison, size, args.pairs, i == 0, args.tries))
+            launches.append(run(suite, comparison, size, pairs, i == 0, args.tries))
         took = time.perf_counter() - start
         report(f"launch {i + 1} of {args.launches}: done after {took:.0f} s")
     rows = [row for (size, name), launches in runs.items()
@@ -377,7 +385,7 @@ def main() -> None:
     report("\n" + markdown(rows))
     if args.out:
         about = stats.provenance(f"make bench-{args.suite}")
-        about |= {"ranks": suite.ranks, "launches": args.launches, "steps": 2 * args.pairs,
+        about |= {"ranks": suite.ranks, "launches": args.launches, "steps": 2 * pairs,
                   "foreign_cores": foreign, "shares": shares, "rows": rows}  # fmt: skip
         stats.write(args.out, about)
 

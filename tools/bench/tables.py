@@ -184,7 +184,7 @@ def summary() -> list[str]:
         name, sizes = axis(suite)
         at = [one(rows(suite, comparison=comparison, variant=variant, **{name: n})) for n in sizes]
         each = [f"{name} {n}: {ratio(x)}" for n, x in zip(sizes, at, strict=True)]
-        lines.append([label, shown, str(load(suite)["ranks"]), *each])
+        lines.append([label, shown, str(load(suite)["ranks"]), *each, *[""] * (2 - len(each))])
     return table(["this repository", "PyTorch", "ranks", "smaller size", "larger size"], lines)
 
 

@@ -506,6 +506,7 @@ class Suite(NamedTuple):
     d: int = 1
     c: int = 1
     attention: str = "sdpa"
+    pairs: int = 2  # of timed steps per launch
 
     @property
     def ranks(self) -> int:
@@ -518,6 +519,8 @@ class Suite(NamedTuple):
 
     @property
     def sizes(self) -> dict[int, gpt.GPTConfig]:
+        if self.ranks == 8:  # 4 ranks per core
+            return {256: SIZES[256]}
         return LONG if self.c > 1 else SIZES
 
     @property
@@ -689,5 +692,5 @@ SUITES = {
     "cp": Suite(CP, c=RANKS),
     "pp": Suite(PP, p=RANKS),
     "ckpt": Suite(CKPT, attention="explicit"),
-    "3d": Suite(LOOP, t=RANKS, p=RANKS, d=RANKS),
+    "3d": Suite(LOOP, t=RANKS, p=RANKS, d=RANKS, pairs=1),
 }
