@@ -403,7 +403,9 @@ def predicted_payload(
     """(phase, operation) -> (calls, payload in elements) per rank, for one attention layer and one
     microbatch. The payload of a send is the tensor that is sent. The payload of the others is the
     full tensor of an all-gather or a reduce-scatter, or the input of an all-to-all. A rank sends
-    (c-1)/c of it. For ulysses, c must divide kv_heads."""
+    (c-1)/c of it. Before an all-to-all, the key/value heads are repeated until c divides them."""
+    if method == "ulysses":
+        kv_heads = math.lcm(kv_heads, c)
     kv, q = 2 * b * kv_heads * n * s, b * a * n * s
     if c == 1:
         return {}

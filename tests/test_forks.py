@@ -18,6 +18,7 @@ from examples import compressed_gradients, llama, optimizer, own_schedule, share
 from measure import TOLERANCE
 from schedules import draw
 from tests.commands import ROOT, forked
+from tests.test_plan import differences
 from tools.verify.fuzz import draw_case, verdict
 from tools.verify.oracle import Case, judge, launch, trainer_of
 
@@ -185,6 +186,14 @@ def test_a_slice_of_fuzz_of_another_model():
 def test_ranks_share_a_kv_head(case):
     errors = judge(dataclasses.replace(case, arch="examples.shared_kv"))
     assert errors.worst <= TOLERANCE, errors
+
+
+def test_ranks_that_share_a_kv_head_send_it_each():
+    case = Case(t=4, c=2, seq_len=8, **SIZES | dict(arch="examples.shared_kv"))
+    errors = judge(case)
+    assert errors.worst <= TOLERANCE, errors
+    for found in launch(8, differences, case):  # others: the formulas are those of a fused qkv
+        assert not [key for key in found if key[0] == "cp"], found
 
 
 # --- an optimizer ---------------------------------------------------------------------------------

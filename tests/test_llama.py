@@ -1,6 +1,7 @@
 """--arch examples.llama: from the command line, and next to transformers' LlamaForCausalLM."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -17,7 +18,7 @@ from tests.test_plan import differences
 from tests.test_train_3d import text  # noqa: F401
 from tools import convert, sample
 from tools.plan import dry_run
-from tools.verify.oracle import Case, draw, launch
+from tools.verify.oracle import Case, draw, judge, launch
 
 LLAMA = ["--arch", "examples.llama", *TINY, "--config", "n_hidden=27", "--eval-interval", "2"]
 
@@ -174,6 +175,26 @@ SIZES = dict(n_head=4, n_embd=32, n_layer=4, vocab_size=41, seq_len=8, arch="exa
 def test_a_rank_holds_sends_and_computes_what_is_predicted(case):
     """85 hidden units: the tp ranks differ. With n_embd 40 and d = 4, two units of ZeRO have more
     padding than one."""
+    assert launch(case.world_size, differences, case) == [{}] * case.world_size
+
+
+CONTEXT = functools.partial(Case, **SIZES | dict(n_head=12, n_embd=48, n_layer=2, seq_len=12))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [  # 12 heads and 2 key/value heads
+        CONTEXT(c=2, t=2, sequence=True, recompute="full"), CONTEXT(c=3, dtype="bf16"),
+        CONTEXT(c=2, t=2, cp_attention="gathered"), CONTEXT(c=2, cp_attention="ulysses"),
+        CONTEXT(c=3, cp_attention="ulysses", recompute="selective"),
+        CONTEXT(c=2, t=2, cp_attention="ulysses", attention="explicit", recompute="full"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_context_parallelism_sends_the_key_value_heads_only(case):
+    """Also with Ulysses, where c may not divide the number of key/value heads."""
+    errors = judge(case)
+    assert errors.within(case.dtype), errors
     assert launch(case.world_size, differences, case) == [{}] * case.world_size
 
 
