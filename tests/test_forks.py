@@ -188,6 +188,13 @@ def test_ranks_share_a_kv_head(case):
     assert errors.worst <= TOLERANCE, errors
 
 
+def test_ranks_whose_heads_share_unevenly_are_refused():
+    config = shared_kv.Config(n_head=12, n_embd=48, n_kv_head=3)
+    assert shared_kv.plan(config, 3) and shared_kv.plan(config, 6)
+    with pytest.raises(ValueError, match="--tp 2: it is neither a divisor nor a multiple of n_kv"):
+        shared_kv.plan(config, 2)  # 6 heads per rank: 4 of one key/value head, and 2 of the next
+
+
 def test_ranks_that_share_a_kv_head_send_it_each():
     case = Case(t=4, c=2, seq_len=8, **SIZES | dict(arch="examples.shared_kv"))
     errors = judge(case)
