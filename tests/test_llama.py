@@ -158,6 +158,21 @@ def test_what_is_refused(flags, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--cp 2", "--arch examples.llama does not use gpt.Core: leave out --cp 2"),
+        ("--recompute selective", "has a block without attn.core: give --recompute full"),
+    ],
+)
+def test_options_that_need_a_core_are_refused_for_a_model_without_one(flags, message, monkeypatch):
+    monkeypatch.setattr(llama, "Model", lambda config: torch.nn.Linear(1, 1))
+    args = options.parser().parse_args(f"--arch examples.llama {flags}".split())
+    with pytest.raises(ValueError) as error:
+        options.check(args, 4)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 SIZES = dict(n_head=4, n_embd=32, n_layer=4, vocab_size=41, seq_len=8, arch="examples.llama",
              config=("n_hidden=85", "qk_norm=true"))  # fmt: skip
 
