@@ -430,17 +430,16 @@ def imbalance(s: int, c: int, is_zigzag: bool = True) -> float:
 # --- demo -----------------------------------------------------------------------------------------
 
 
-def train(group: dist.ProcessGroup, method: str, steps: int = 3):
+def train(group: dist.ProcessGroup, method: str, config, steps: int = 3):
     """Train a GPT with SGD in float64. All ranks of `group` use the same rows, and each its own
-    tokens. Returns (losses, parameters, the collectives of attention)."""
+    tokens. Returns (losses, gradients of the last step, the collectives of attention)."""
     import data
     import gpt
     import measure
 
-    c, rank = group.size(), group.rank()
-    config = gpt.GPTConfig(n_layer=2, n_head=12, n_embd=48, vocab_size=257, seq_len=48)
+    c = group.size()
     model = gpt.build(config, seed=0, dtype=torch.float64)
-    tokens = gpt.Subset(zigzag(c, rank), 2 * c) if c > 1 else gpt.ALL
+    tokens = gpt.Subset(zigzag(c, group.rank()), 2 * c) if c > 1 else gpt.ALL
     for module in model.modules():
         if hasattr(module, "tokens"):  # its result depends on positions
             module.tokens = tokens
@@ -458,32 +457,30 @@ def train(group: dist.ProcessGroup, method: str, steps: int = 3):
         losses[step] = loss.detach()
         optimizer.step()
     dist.all_reduce(losses, group=group)
-    return losses, dict(model.named_parameters()), seen
+    return losses, {name: p.grad for name, p in model.named_parameters()}, seen
 
 
 def main() -> None:
     """Compare each method with one process that has all tokens."""
+    import gpt
     import measure
 
     with measure.Report("context_parallel.py", ranks=4) as report:
-        group, c = report.group, report.group.size()
-        one_rank, _ = dist.new_subgroups(1)
-        expected_losses, expected, _ = train(one_rank, "ring")
+        c, (one_rank, _) = report.group.size(), dist.new_subgroups(1)
+        n_head, s = 3 * c, 12 * c  # multiples of c and 2 c, for any number of ranks
+        config = gpt.GPTConfig(2, n_head, n_embd=4 * n_head, vocab_size=257, seq_len=s)
+        expected_losses, expected, _ = train(one_rank, "ring", config)
         for method in ("gathered", "ring", "ulysses"):
-            losses, parameters, seen = train(group, method)
+            losses, gradients, seen = train(report.group, method, config)
             report.losses(method, [*losses], [*expected_losses])
-            report.close(f"{method} max |d parameter|", parameters, expected)
-            gradients = {name: p.grad for name, p in parameters.items()}
-            true = {name: p.grad for name, p in expected.items()}
-            report.close(f"{method} max |d gradient|", gradients, true)
-            layers = 2 * len(losses)  # attention layers, times steps
-            costs = predicted_payload(method, b=4, s=48, a=12, kv_heads=12, n=4, c=c)
-            for (phase, operation), (calls, payload) in costs.items():
-                measured = seen.total("cp", operation, phase)
-                report.equal(f"{method} {phase} {operation}", (layers * calls, layers * payload),
-                             tuple(measured))  # fmt: skip
-        report.equal("zigzag: most scores / mean", "1.00", f"{imbalance(48, c):.2f}")
-        report.rows.append(f"  with consecutive tokens: {imbalance(48, c, False):.2f}")
+            report.close(f"{method} max |d gradient|", gradients, expected)
+            costs = predicted_payload(method, b=4, s=s, a=n_head, kv_heads=n_head, n=4, c=c)
+            for (phase, operation), predicted in costs.items():
+                of_all = tuple(2 * len(losses) * x for x in predicted)  # 2 layers
+                measured = tuple(seen.total("cp", operation, phase))
+                report.equal(f"{method} {phase} {operation}", of_all, measured)
+        report.equal("zigzag: most scores / mean", "1.00", f"{imbalance(s, c):.2f}")
+        report.rows.append(f"  with consecutive tokens: {imbalance(s, c, False):.2f}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,16 @@ import gpt
 import measure
 import options
 from measure import TOLERANCE
+from tests.commands import forked
 from tools.verify import counting
 from tools.verify.oracle import Case, judge, launch, reader, trainer_of
 
 D = torch.float64
+
+
+def slow(*values) -> list:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
 
 # --- attention alone ------------------------------------------------------------------------------
 
@@ -313,14 +319,23 @@ def test_a_model_without_a_core_is_refused():
         launch(2, without_core)
 
 
+# --- the demo -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("c", [1, *slow(2, 4), 5])
+def test_the_demo_runs_on_any_number_of_ranks(c):
+    done = forked(c, cp.main)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "one process" in done.stdout and "MISMATCH" not in done.stdout
+    for method in cp.METHODS:
+        assert f"{method} max |d gradient|" in done.stdout
+        assert (f"{method} backward" in done.stdout) == (c > 1)
+
+
 # --- complete training runs -----------------------------------------------------------------------
 # tests/test_layouts.py has the combinations of strategies. Here are the others.
 
 SIZES = dict(seq_len=12, n_layer=3)
-
-
-def slow(*values) -> list:
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.mark.parametrize("method", ["ring", *slow("gathered", "ulysses")])
