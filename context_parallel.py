@@ -68,11 +68,11 @@ def zigzag(c: int, rank: int) -> tuple[int, int]:
     return rank, 2 * c - 1 - rank
 
 
-def positions(s: int, c: int, ranks: Iterable[int]) -> Tensor:
+def positions(s: int, c: int, ranks: Iterable[int], device=None) -> Tensor:
     """The positions of the tokens that these ranks hold, rank by rank."""
     if s % (2 * c):
         raise ValueError(f"{s} tokens are not divisible into 2 x {c} chunks: change one of them")
-    chunks = torch.arange(s).chunk(2 * c)
+    chunks = torch.arange(s, device=device).chunk(2 * c)
     return torch.cat([chunks[i] for rank in ranks for i in zigzag(c, rank)])
 
 
@@ -101,9 +101,9 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
     chunks. (ContextParallelCore does the same with the attention core of the model.)"""
     c, s = group.size(), group.size() * q.size(2)
     k, v = GatherSequence.apply(k, group), GatherSequence.apply(v, group)
-    with q.device:
-        mask = positions(s, c, range(c)) <= positions(s, c, [group.rank()]).unsqueeze(1)
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # mask: [s/c, s]
+    mine = positions(s, c, [group.rank()], q.device).unsqueeze(1)
+    mask = positions(s, c, range(c), q.device) <= mine  # [s/c, s]
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
 # --- the full version: ring attention -------------------------------------------------------------
@@ -225,8 +225,7 @@ def masks_of_block(keep, starts, source: int, queries: slice, keys: slice, c: in
         keep = keep[:, :, queries].chunk(c, 3)[source][..., keys]
     if starts is None:
         return keep, None
-    with starts.device:  # made there: a copy from the host would wait for the GPU
-        position = positions(c * starts.size(1), c, [source])[keys]
+    position = positions(c * starts.size(1), c, [source], starts.device)[keys]
     return keep, (position < starts[:, queries, None]).unsqueeze(1)
 
 
@@ -244,17 +243,14 @@ def attend(q, k, v, causal: bool, fused: bool, keep, earlier) -> tuple[Tensor, T
     return weights.to(v.dtype) @ v, lse
 
 
-def attend_backward(
-    grad, q, out, lse, k, v, causal: bool, fused: bool, keep, earlier
-) -> tuple[Tensor, Tensor, Tensor]:
+def attend_backward(grad, q, out, lse, k, v, causal, fused, keep, earlier) -> tuple[Tensor, ...]:
     """The gradients of q, k and v. out and lse are those over all keys, not only these keys."""
     heads, k, v = k.size(1), repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if fused:
         args = grad.contiguous(), q, k, v, out.contiguous(), lse.contiguous()
     if fused and q.device.type == "cpu":
-        d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *args, 0.0, causal
-        )
+        flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        d_q, d_k, d_v = flash(*args, 0.0, causal)
     elif fused:
         state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of dropout, unused
         d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_backward(
@@ -315,18 +311,16 @@ class AllToAll(torch.autograd.Function):
 
 
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) -> Tensor:
-    """core(q, k, v): causal attention of one process, [b, a/c, s, n] -> [b, a/c, s, n]. If c does
+    """core(q, k, v): causal attention of one process to all tokens, for 1/c of the heads. If c does
     not divide the number of key/value heads, they are repeated."""
     c, s = group.size(), group.size() * q.size(2)
-    if k.size(1) % c:
-        k, v = repeat_heads(k, math.lcm(k.size(1), c)), repeat_heads(v, math.lcm(v.size(1), c))
+    k, v = (repeat_heads(x, math.lcm(x.size(1), c)) for x in (k, v))
     if q.size(1) % c:
         raise ValueError(
             f"{q.size(1)} heads cannot be divided over {c} ranks: use the ring, or a number of "
             "ranks that divides the number of heads"
         )
-    with q.device:
-        order = positions(s, c, range(c))
+    order = positions(s, c, range(c), q.device)
     by_position = order.argsort()
 
     def to_heads(x: Tensor) -> Tensor:  # [b, a, s/c, n] -> [b, a/c, s, n], sorted by position
