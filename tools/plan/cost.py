@@ -514,7 +514,8 @@ def chunk_seconds(
     includes the exposed time of its collectives.
 
     With c > 1, a rank computes 1/c of a row, and its attention runs in the c steps of the ring. The
-    scores that the ring leaves out are counted, because they are also counted for c = 1.
+    scores that the ring leaves out are counted, because they are also counted for c = 1. For the
+    other --cp-attention, there is no model: gathered keys need twice the time of the ring's scores.
     """
     t, c, b, h = layout.tp, layout.cp, layout.micro_batch_size, config.n_embd
     s = config.seq_len // c
