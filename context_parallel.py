@@ -68,11 +68,11 @@ def zigzag(c: int, rank: int) -> tuple[int, int]:
     return rank, 2 * c - 1 - rank
 
 
-def positions(s: int, c: int, ranks: Iterable[int]) -> Tensor:
+def positions(s: int, c: int, ranks: Iterable[int], device=None) -> Tensor:
     """The positions of the tokens that these ranks hold, rank by rank."""
     if s % (2 * c):
         raise ValueError(f"{s} tokens are not divisible into 2 x {c} chunks: change one of them")
-    chunks = torch.arange(s).chunk(2 * c)
+    chunks = torch.arange(s, device=device).chunk(2 * c)
     return torch.cat([chunks[i] for rank in ranks for i in zigzag(c, rank)])
 
 
@@ -101,9 +101,9 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup
     chunks. (ContextParallelCore does the same with the attention core of the model.)"""
     c, s = group.size(), group.size() * q.size(2)
     k, v = GatherSequence.apply(k, group), GatherSequence.apply(v, group)
-    with q.device:
-        mask = positions(s, c, range(c)) <= positions(s, c, [group.rank()]).unsqueeze(1)
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # mask: [s/c, s]
+    mine = positions(s, c, [group.rank()], q.device).unsqueeze(1)
+    mask = positions(s, c, range(c), q.device) <= mine  # [s/c, s]
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
 # --- the full version: ring attention -------------------------------------------------------------
@@ -225,8 +225,7 @@ def masks_of_block(keep, starts, source: int, queries: slice, keys: slice, c: in
         keep = keep[:, :, queries].chunk(c, 3)[source][..., keys]
     if starts is None:
         return keep, None
-    with starts.device:  # made there: a copy from the host would wait for the GPU
-        position = positions(c * starts.size(1), c, [source])[keys]
+    position = positions(c * starts.size(1), c, [source], starts.device)[keys]
     return keep, (position < starts[:, queries, None]).unsqueeze(1)
 
 
@@ -244,17 +243,14 @@ def attend(q, k, v, causal: bool, fused: bool, keep, earlier) -> tuple[Tensor, T
     return weights.to(v.dtype) @ v, lse
 
 
-def attend_backward(
-    grad, q, out, lse, k, v, causal: bool, fused: bool, keep, earlier
-) -> tuple[Tensor, Tensor, Tensor]:
+def attend_backward(grad, q, out, lse, k, v, causal, fused, keep, earlier) -> tuple[Tensor, ...]:
     """The gradients of q, k and v. out and lse are those over all keys, not only these keys."""
     heads, k, v = k.size(1), repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if fused:
         args = grad.contiguous(), q, k, v, out.contiguous(), lse.contiguous()
     if fused and q.device.type == "cpu":
-        d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *args, 0.0, causal
-        )
+        flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        d_q, d_k, d_v = flash(*args, 0.0, causal)
     elif fused:
         state = torch.zeros(2, dtype=torch.int64, device=q.device)  # of dropout, unused
         d_q, d_k, d_v = aten._scaled_dot_product_flash_attention_backward(
@@ -315,18 +311,16 @@ class AllToAll(torch.autograd.Function):
 
 
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, group, core: Callable) -> Tensor:
-    """core(q, k, v): causal attention of one process, [b, a/c, s, n] -> [b, a/c, s, n]. If c does
+    """core(q, k, v): causal attention of one process to all tokens, for 1/c of the heads. If c does
     not divide the number of key/value heads, they are repeated."""
     c, s = group.size(), group.size() * q.size(2)
-    if k.size(1) % c:
-        k, v = repeat_heads(k, math.lcm(k.size(1), c)), repeat_heads(v, math.lcm(v.size(1), c))
+    k, v = (repeat_heads(x, math.lcm(x.size(1), c)) for x in (k, v))
     if q.size(1) % c:
         raise ValueError(
             f"{q.size(1)} heads cannot be divided over {c} ranks: use the ring, or a number of "
             "ranks that divides the number of heads"
         )
-    with q.device:
-        order = positions(s, c, range(c))
+    order = positions(s, c, range(c), q.device)
     by_position = order.argsort()
 
     def to_heads(x: Tensor) -> Tensor:  # [b, a, s/c, n] -> [b, a/c, s, n], sorted by position
@@ -403,7 +397,9 @@ def predicted_payload(
     """(phase, operation) -> (calls, payload in elements) per rank, for one attention layer and one
     microbatch. The payload of a send is the tensor that is sent. The payload of the others is the
     full tensor of an all-gather or a reduce-scatter, or the input of an all-to-all. A rank sends
-    (c-1)/c of it. For ulysses, c must divide kv_heads."""
+    (c-1)/c of it. Before an all-to-all, the key/value heads are repeated until c divides them."""
+    if method == "ulysses":
+        kv_heads = math.lcm(kv_heads, c)
     kv, q = 2 * b * kv_heads * n * s, b * a * n * s
     if c == 1:
         return {}
@@ -428,17 +424,16 @@ def imbalance(s: int, c: int, is_zigzag: bool = True) -> float:
 # --- demo -----------------------------------------------------------------------------------------
 
 
-def train(group: dist.ProcessGroup, method: str, steps: int = 3):
+def train(group: dist.ProcessGroup, method: str, config, steps: int = 3):
     """Train a GPT with SGD in float64. All ranks of `group` use the same rows, and each its own
-    tokens. Returns (losses, parameters, the collectives of attention)."""
+    tokens. Returns (losses, gradients of the last step, the collectives of attention)."""
     import data
     import gpt
     import measure
 
-    c, rank = group.size(), group.rank()
-    config = gpt.GPTConfig(n_layer=2, n_head=12, n_embd=48, vocab_size=257, seq_len=48)
+    c = group.size()
     model = gpt.build(config, seed=0, dtype=torch.float64)
-    tokens = gpt.Subset(zigzag(c, rank), 2 * c) if c > 1 else gpt.ALL
+    tokens = gpt.Subset(zigzag(c, group.rank()), 2 * c) if c > 1 else gpt.ALL
     for module in model.modules():
         if hasattr(module, "tokens"):  # its result depends on positions
             module.tokens = tokens
@@ -456,32 +451,30 @@ def train(group: dist.ProcessGroup, method: str, steps: int = 3):
         losses[step] = loss.detach()
         optimizer.step()
     dist.all_reduce(losses, group=group)
-    return losses, dict(model.named_parameters()), seen
+    return losses, {name: p.grad for name, p in model.named_parameters()}, seen
 
 
 def main() -> None:
     """Compare each method with one process that has all tokens."""
+    import gpt
     import measure
 
     with measure.Report("context_parallel.py", ranks=4) as report:
-        group, c = report.group, report.group.size()
-        one_rank, _ = dist.new_subgroups(1)
-        expected_losses, expected, _ = train(one_rank, "ring")
+        c, (one_rank, _) = report.group.size(), dist.new_subgroups(1)
+        n_head, s = 3 * c, 12 * c  # multiples of c and 2 c, for any number of ranks
+        config = gpt.GPTConfig(2, n_head, n_embd=4 * n_head, vocab_size=257, seq_len=s)
+        expected_losses, expected, _ = train(one_rank, "ring", config)
         for method in ("gathered", "ring", "ulysses"):
-            losses, parameters, seen = train(group, method)
+            losses, gradients, seen = train(report.group, method, config)
             report.losses(method, [*losses], [*expected_losses])
-            report.close(f"{method} max |d parameter|", parameters, expected)
-            gradients = {name: p.grad for name, p in parameters.items()}
-            true = {name: p.grad for name, p in expected.items()}
-            report.close(f"{method} max |d gradient|", gradients, true)
-            layers = 2 * len(losses)  # attention layers, times steps
-            costs = predicted_payload(method, b=4, s=48, a=12, kv_heads=12, n=4, c=c)
-            for (phase, operation), (calls, payload) in costs.items():
-                measured = seen.total("cp", operation, phase)
-                report.equal(f"{method} {phase} {operation}", (layers * calls, layers * payload),
-                             tuple(measured))  # fmt: skip
-        report.equal("zigzag: most scores / mean", "1.00", f"{imbalance(48, c):.2f}")
-        report.rows.append(f"  with consecutive tokens: {imbalance(48, c, False):.2f}")
+            report.close(f"{method} max |d gradient|", gradients, expected)
+            costs = predicted_payload(method, b=4, s=s, a=n_head, kv_heads=n_head, n=4, c=c)
+            for (phase, operation), predicted in costs.items():
+                of_all = tuple(2 * len(losses) * x for x in predicted)  # 2 layers
+                measured = tuple(seen.total("cp", operation, phase))
+                report.equal(f"{method} {phase} {operation}", of_all, measured)
+        report.equal("zigzag: most scores / mean", "1.00", f"{imbalance(s, c):.2f}")
+        report.rows.append(f"  with consecutive tokens: {imbalance(s, c, False):.2f}")
 
 
 if __name__ == "__main__":

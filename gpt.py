@@ -212,8 +212,9 @@ class Dropout(nn.Module):
 
 class Core(nn.Module):
     """The core of attention, without parameters: softmax(q k^T / sqrt(h/a)) v with a causal mask.
-    q, k, v and the output have the shape [b, a, s, h/a]. `heads` and `tokens`: which heads q, k and
-    v have, and which tokens q has. The keys may have other tokens."""
+    q and the output have the shape [b, a, s, h/a]. k and v have it, too, or fewer heads, each for
+    several consecutive heads of q. `heads` and `tokens`: those of q. The keys may have other
+    tokens."""
 
     tokens = heads = ALL
 
@@ -227,6 +228,8 @@ class Core(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, keys: Subset | None = None) -> Tensor:
         """keys: the tokens of k and v. Default: those of q."""
         keys = keys or self.tokens
+        if k.size(1) < q.size(1):
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         starts = self.draws.starts
         complete = self.tokens.count == keys.count == 1  # all tokens, in order
         if complete and starts is None and not self.explicit:

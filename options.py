@@ -468,16 +468,24 @@ def check(
             "--compile with --recompute offload: compiled kernels expect saved tensors in their "
             "original strides; leave out one of the two"
         )
-    if (end := args.document_mask) is not None:
+    end, selective = args.document_mask, args.recompute == "selective"
+    if end is not None or c > 1 or selective:
         with torch.device("meta"):
-            model = arch.Model(config)
-        if not any(isinstance(module, gpt.Core) for module in model.modules()):
-            raise ValueError(f"--arch {args.arch} does not use gpt.Core: leave out --document-mask")
-        if end >= config.vocab_size:
+            modules = dict(arch.Model(config).named_modules())
+        uses_core = any(isinstance(module, gpt.Core) for module in modules.values())
+        if (end is not None or c > 1) and not uses_core:
+            given = f"--cp {c}" if end is None else "--document-mask"
+            raise ValueError(f"--arch {args.arch} does not use gpt.Core: leave out {given}")
+        if selective and not all(f"h.{i}.attn.core" in modules for i in range(config.n_layer)):
             raise ValueError(
-                f"--document-mask {end} is outside the vocabulary 0..{config.vocab_size - 1}: give "
-                "the id of the token that ends a document"
+                f"--arch {args.arch} has a block without attn.core: give --recompute full instead "
+                "of --recompute selective"
             )
+    if end is not None and end >= config.vocab_size:
+        raise ValueError(
+            f"--document-mask {end} is outside the vocabulary 0..{config.vocab_size - 1}: give "
+            "the id of the token that ends a document"
+        )
     schedule = make_schedule(args, rows // (d * b))
     stages = sum(map(len, schedules.stages_of(schedule)))
     pipeline.split_layers(config.n_layer, stages)  # raises ValueError if there are too few layers

@@ -102,7 +102,6 @@ class Attention(nn.Module):
         positions = self.tokens.positions(q.size(2), q.device)
         angles = torch.outer(positions.to(self.rates.dtype), self.rates)
         q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
-        k, v = (kv.repeat_interleave(q.size(1) // kv.size(1), dim=1) for kv in (k, v))
         return self.out(self.core(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -77,6 +77,10 @@ tensor_parallel.STYLES["shared kv"] = SharedKV
 
 
 def plan(config: Config, t: int) -> dict:
+    if (n := config.n_kv_head) % t and t % n:  # the heads of a rank would share unevenly
+        raise ValueError(
+            f"--tp {t}: it is neither a divisor nor a multiple of n_kv_head {n}: change one of them"
+        )
     styles = {name: style for name, style in llama.plan(config, 1).items() if "qkv" not in name}
     return styles | {"h.*.attn.q": "column", "h.*.attn.kv": "shared kv"}
 

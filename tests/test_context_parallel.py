@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 
 import pytest
@@ -17,10 +16,16 @@ import gpt
 import measure
 import options
 from measure import TOLERANCE
+from tests.commands import forked
 from tools.verify import counting
 from tools.verify.oracle import Case, judge, launch, reader, trainer_of
 
 D = torch.float64
+
+
+def slow(*values) -> list:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
 
 # --- attention alone ------------------------------------------------------------------------------
 
@@ -195,8 +200,7 @@ def counted(method: str, a: int, kv_heads: int) -> tuple[dict, dict, int]:
 def test_the_payload_is_that_of_the_formula(name, c):
     method = {"version 1": "gathered"}.get(name, name.split(",")[0])
     for a, kv_heads in ((12, 12), (12, 4)):
-        sent_heads = math.lcm(kv_heads, c) if method == "ulysses" else kv_heads
-        predicted = cp.predicted_payload(method, b=2, s=24, a=a, kv_heads=sent_heads, n=6, c=c)
+        predicted = cp.predicted_payload(method, b=2, s=24, a=a, kv_heads=kv_heads, n=6, c=c)
         for calls, _, _ in launch(c, counted, name, a, kv_heads):
             received = {kind: calls.pop((kind[0], "recv")) for kind in list(calls)
                         if kind[1] == "send"}  # fmt: skip
@@ -315,14 +319,23 @@ def test_a_model_without_a_core_is_refused():
         launch(2, without_core)
 
 
+# --- the demo -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("c", [1, *slow(2, 4), 5])
+def test_the_demo_runs_on_any_number_of_ranks(c):
+    done = forked(c, cp.main)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "one process" in done.stdout and "MISMATCH" not in done.stdout
+    for method in cp.METHODS:
+        assert f"{method} max |d gradient|" in done.stdout
+        assert (f"{method} backward" in done.stdout) == (c > 1)
+
+
 # --- complete training runs -----------------------------------------------------------------------
 # tests/test_layouts.py has the combinations of strategies. Here are the others.
 
 SIZES = dict(seq_len=12, n_layer=3)
-
-
-def slow(*values) -> list:
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.mark.parametrize("method", ["ring", *slow("gathered", "ulysses")])

@@ -18,6 +18,7 @@ from examples import compressed_gradients, llama, optimizer, own_schedule, share
 from measure import TOLERANCE
 from schedules import draw
 from tests.commands import ROOT, forked
+from tests.test_plan import differences
 from tools.verify.fuzz import draw_case, verdict
 from tools.verify.oracle import Case, judge, launch, trainer_of
 
@@ -185,6 +186,21 @@ def test_a_slice_of_fuzz_of_another_model():
 def test_ranks_share_a_kv_head(case):
     errors = judge(dataclasses.replace(case, arch="examples.shared_kv"))
     assert errors.worst <= TOLERANCE, errors
+
+
+def test_ranks_whose_heads_share_unevenly_are_refused():
+    config = shared_kv.Config(n_head=12, n_embd=48, n_kv_head=3)
+    assert shared_kv.plan(config, 3) and shared_kv.plan(config, 6)
+    with pytest.raises(ValueError, match="--tp 2: it is neither a divisor nor a multiple of n_kv"):
+        shared_kv.plan(config, 2)  # 6 heads per rank: 4 of one key/value head, and 2 of the next
+
+
+def test_ranks_that_share_a_kv_head_send_it_each():
+    case = Case(t=4, c=2, seq_len=8, **SIZES | dict(arch="examples.shared_kv"))
+    errors = judge(case)
+    assert errors.worst <= TOLERANCE, errors
+    for found in launch(8, differences, case):  # others: the formulas are those of a fused qkv
+        assert not [key for key in found if key[0] == "cp"], found
 
 
 # --- an optimizer ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """--arch examples.llama: from the command line, and next to transformers' LlamaForCausalLM."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -17,7 +18,7 @@ from tests.test_plan import differences
 from tests.test_train_3d import text  # noqa: F401
 from tools import convert, sample
 from tools.plan import dry_run
-from tools.verify.oracle import Case, draw, launch
+from tools.verify.oracle import Case, draw, judge, launch
 
 LLAMA = ["--arch", "examples.llama", *TINY, "--config", "n_hidden=27", "--eval-interval", "2"]
 
@@ -157,6 +158,21 @@ def test_what_is_refused(flags, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--cp 2", "--arch examples.llama does not use gpt.Core: leave out --cp 2"),
+        ("--recompute selective", "has a block without attn.core: give --recompute full"),
+    ],
+)
+def test_options_that_need_a_core_are_refused_for_a_model_without_one(flags, message, monkeypatch):
+    monkeypatch.setattr(llama, "Model", lambda config: torch.nn.Linear(1, 1))
+    args = options.parser().parse_args(f"--arch examples.llama {flags}".split())
+    with pytest.raises(ValueError) as error:
+        options.check(args, 4)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 SIZES = dict(n_head=4, n_embd=32, n_layer=4, vocab_size=41, seq_len=8, arch="examples.llama",
              config=("n_hidden=85", "qk_norm=true"))  # fmt: skip
 
@@ -174,6 +190,26 @@ SIZES = dict(n_head=4, n_embd=32, n_layer=4, vocab_size=41, seq_len=8, arch="exa
 def test_a_rank_holds_sends_and_computes_what_is_predicted(case):
     """85 hidden units: the tp ranks differ. With n_embd 40 and d = 4, two units of ZeRO have more
     padding than one."""
+    assert launch(case.world_size, differences, case) == [{}] * case.world_size
+
+
+CONTEXT = functools.partial(Case, **SIZES | dict(n_head=12, n_embd=48, n_layer=2, seq_len=12))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [  # 12 heads and 2 key/value heads
+        CONTEXT(c=2, t=2, sequence=True, recompute="full"), CONTEXT(c=3, dtype="bf16"),
+        CONTEXT(c=2, t=2, cp_attention="gathered"), CONTEXT(c=2, cp_attention="ulysses"),
+        CONTEXT(c=3, cp_attention="ulysses", recompute="selective"),
+        CONTEXT(c=2, t=2, cp_attention="ulysses", attention="explicit", recompute="full"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_context_parallelism_sends_the_key_value_heads_only(case):
+    """Also with Ulysses, where c may not divide the number of key/value heads."""
+    errors = judge(case)
+    assert errors.within(case.dtype), errors
     assert launch(case.world_size, differences, case) == [{}] * case.world_size
 
 

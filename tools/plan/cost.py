@@ -371,21 +371,22 @@ def cp_traffic(
     forward repeats those of the forward. With "selective", it stops before the last all-to-all of
     Ulysses.
 
-    The ring's gradients of keys and values have elements of at least 4 bytes."""
+    The ring's gradients of keys and values have elements of at least 4 bytes. Several tp ranks may
+    share a key/value head, see examples/shared_kv.py."""
+    b, s, c = layout.micro_batch_size, config.seq_len, layout.cp
     heads, n = config.n_head // layout.tp, config.n_embd // config.n_head
-    costs = context_parallel.predicted_payload(
-        layout.cp_attention, layout.micro_batch_size, config.seq_len, heads, heads, n, layout.cp
-    )
-    traffic = {}
+    kv_heads = -(-getattr(config, "n_kv_head", config.n_head) // layout.tp)
+    method, traffic = layout.cp_attention, {}
+    costs = context_parallel.predicted_payload(method, b, s, heads, kv_heads, n, c)
     for (phase, operation), (calls, elements) in costs.items():
         nbytes = elements * program.itemsize
         if (phase, operation) == ("backward", "send"):  # 2 c - 1 sends, c of them of gradients
             more = max(4, program.itemsize) - program.itemsize
-            nbytes += elements // calls * layout.cp * more
+            nbytes += elements // calls * c * more
         traffic[phase, operation] = m * n_layer * calls, m * n_layer * nbytes
         if phase == "forward" and layout.recompute in ("full", "selective"):
             if (layout.recompute, operation) == ("selective", "all_to_all"):
-                calls, nbytes = calls - 1, nbytes - nbytes // calls
+                calls, nbytes = calls - 1, nbytes - b * heads * n * s // c * program.itemsize
             traffic["recompute", operation] = m * recomputed * calls, m * recomputed * nbytes
     return traffic
 
@@ -513,7 +514,8 @@ def chunk_seconds(
     includes the exposed time of its collectives.
 
     With c > 1, a rank computes 1/c of a row, and its attention runs in the c steps of the ring. The
-    scores that the ring leaves out are counted, because they are also counted for c = 1.
+    scores that the ring leaves out are counted, because they are also counted for c = 1. For the
+    other --cp-attention, there is no model: gathered keys need twice the time of the ring's scores.
     """
     t, c, b, h = layout.tp, layout.cp, layout.micro_batch_size, config.n_embd
     s = config.seq_len // c

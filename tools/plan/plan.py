@@ -192,8 +192,8 @@ def layouts(job: Job, asked: dict) -> Iterator[Layout]:
 
     Left out: schedules that are not worth_trying(); chunks that do not divide the blocks; t larger
     than a machine; microbatches of more than 64 rows; fewer than SHORTEST tokens of a row per rank;
-    --cp-attention other than ring. asked: fields of the layout that the user has
-    fixed.
+    --cp-attention other than ring, for which cost.py predicts no time. asked: fields of the layout
+    that the user has fixed.
     """
     config = job.config
     explicit = config.attention == "explicit" or config.dropout > 0
