@@ -1,0 +1,89 @@
+"""make growth: what it measures, and the picture that is drawn from it."""
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+import gpt
+from tests.test_figures import SVG, unreadable
+from tools import figures
+from tools.bench import growth
+
+COMMITTED = figures.FOLDER.parent / "bench" / "growth.json"
+
+
+def drawn(data: dict, folder, monkeypatch: pytest.MonkeyPatch) -> ElementTree.Element:
+    (folder / "bench").mkdir(exist_ok=True)
+    (folder / "bench" / "growth.json").write_text(json.dumps(data))
+    monkeypatch.setattr(figures, "FOLDER", folder / "img")
+    picture = str(figures.draw_growth())
+    assert unreadable(picture) == []
+    return ElementTree.fromstring(picture)
+
+
+def test_the_committed_file_has_every_point():
+    data = json.loads(COMMITTED.read_text())
+    assert {panel: tuple(axes) for panel, axes in data["axes"].items()} == growth.AXES
+    found = [(row["panel"], row["series"], row["x"]) for row in data["points"]]
+    assert found == [point[:3] for point in growth.points()]
+    assert {len(row["values"]) for row in data["points"]} == {data["rounds"]}
+    assert data["rounds"] == len(data["other_cpu"]) >= growth.ROUNDS
+
+
+def test_a_step_ends_with_its_slowest_rank_and_takes_the_cpu_of_all(monkeypatch):
+    seconds, cpu = ([0.3, 0.1, 0.2], [0.1, 0.5, 0.1]), ([0.1, 0.1, 0.1], [0.2, 0.3, 0.4])
+    monkeypatch.setattr(growth, "launch", lambda *_, **__: [*zip(seconds, cpu, strict=True)])
+    assert growth.step_ms(2, "") == pytest.approx(300)  # of 300, 500 and 200
+    assert growth.step_ms(2, "", cpu=True) == pytest.approx(400)  # of 300, 400 and 500
+    monkeypatch.setattr(growth, "launch", lambda *_, **__: [40.0, 60.0])
+    assert growth.run_us(2, 8) == 60.0
+
+
+def test_the_time_per_action_is_that_of_all_ranks(monkeypatch):
+    readings = iter((0.0, 1.0))
+    monkeypatch.setattr(growth.time, "perf_counter", lambda: next(readings))
+    assert growth.derive_us(4, 8) == pytest.approx(1e6 / (2 * 4 * 8))
+
+
+@pytest.mark.slow
+def test_growth_measures_and_the_figure_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "MODEL", gpt.GPTConfig(2, 2, 16, 64, 8))
+    for name, xs in (("LAYERS", (2, 3)), ("MICROBATCHES", (2, 3)), ("RANKS", (2,)),
+                     ("LENGTHS", (4,)), ("DEPTHS", (2, 3))):  # fmt: skip
+        monkeypatch.setattr(growth, name, xs)
+    out = tmp_path / "growth.json"
+    monkeypatch.setattr("sys.argv", ["growth", "--minutes", "0", "--out", str(out)])
+    growth.main()
+    data = json.loads(out.read_text())
+    assert data["rounds"] == len(data["other_cpu"]) == growth.ROUNDS
+    assert data["command"] == "make growth OUT=docs/bench/growth.json"
+    rows = data["points"]
+    assert len(rows) == len(growth.points()) == 2 * 3 + 2 * 2 + 2 + 2 + 2
+    assert all(len(row["values"]) == growth.ROUNDS and min(row["values"]) > 0 for row in rows)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == growth.ROUNDS + len(rows)
+    assert shown[-1].startswith("schedule     derive, p = 3      4 ")
+
+    root = drawn(data, tmp_path, monkeypatch)
+    assert len([*root.iter(f"{SVG}circle")]) == len(rows)
+    series = {(row["panel"], row["series"]) for row in rows}
+    assert len([*root.iter(f"{SVG}polyline")]) == len(series)
+
+
+def test_a_dot_is_the_median_and_a_bar_the_range(tmp_path, monkeypatch):
+    data = json.loads(COMMITTED.read_text())
+    points = [(1, [6.0, 2.0, 1.0]), (2, [3.0, 3.0, 3.0])]
+    data["points"] = [
+        {"panel": panel, "series": "a", "x": x, "values": values}
+        for panel in growth.AXES
+        for x, values in points
+    ]
+    root = drawn(data, tmp_path, monkeypatch)
+    dots = [float(dot.get("cy")) for dot in root.iter(f"{SVG}circle")]
+    bars = [(float(bar.get("y1")), float(bar.get("y2"))) for bar in root.iter(f"{SVG}line")
+            if bar.get("stroke") == figures.COLORS[0]]  # fmt: skip
+    unit = dots[0] - dots[1]  # the first is at 2, the second at 3
+    assert bars[0] == pytest.approx((dots[0] + unit, dots[0] - 4 * unit), abs=0.1)
+    assert bars[1] == pytest.approx((dots[1], dots[1]), abs=0.01)
+    assert len(dots) == len(bars) == 2 * len(growth.AXES)
