@@ -28,7 +28,7 @@ def test_the_committed_file_has_every_point():
     found = [(row["panel"], row["series"], row["x"]) for row in data["points"]]
     assert found == [point[:3] for point in growth.points()]
     assert {len(row["values"]) for row in data["points"]} == {data["rounds"]}
-    assert data["rounds"] == len(data["other_cpu"]) >= growth.ROUNDS
+    assert data["rounds"] == len(data["foreign_cores"]) >= growth.ROUNDS
 
 
 def test_a_step_ends_with_its_slowest_rank_and_takes_the_cpu_of_all(monkeypatch):
@@ -56,7 +56,7 @@ def test_growth_measures_and_the_figure_is_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["growth", "--minutes", "0", "--out", str(out)])
     growth.main()
     data = json.loads(out.read_text())
-    assert data["rounds"] == len(data["other_cpu"]) == growth.ROUNDS
+    assert data["rounds"] == len(data["foreign_cores"]) == growth.ROUNDS
     assert data["command"] == "make growth OUT=docs/bench/growth.json"
     rows = data["points"]
     assert len(rows) == len(growth.points()) == 2 * 3 + 2 * 2 + 2 + 2 + 2

@@ -11,13 +11,13 @@ so dispatch is a large part of a step. The step is that of train_3d.py, in float
                   microbatch per rank. There are more ranks than cores, so the time until the last
                   rank has finished says little.
     schedule      microseconds per action of 1F1B over its microbatches. "run": the executor of
-                  pipeline.py with stages of one weight, see compare.overhead(). "derive": making
-                  the schedule and derive_programs(), over the 2 p m actions of all p ranks.
+                  pipeline.py, including autograd, with stages that are 1 x 1 matrices. "derive":
+                  making the schedule and derive_programs(), over the 2 p m actions of all p ranks.
 
 A round measures every point once, and rounds are repeated for `--minutes`. Each value is the median
 of a few steps in new processes; "derive" is measured once per round, in this process. The table
 shows the median of the rounds and their range. `make figures` draws docs/img/growth.svg from
-docs/bench/growth.json. `other_cpu` in this file: the cores that other processes used, by round.
+docs/bench/growth.json. `foreign_cores` in this file: the cores that other processes used.
 """
 
 import argparse
@@ -31,13 +31,14 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import gpt
 import options
 import pipeline
 import schedules
 import train_3d
-from tools.bench import compare, stats
+from tools.bench import stats
 from tools.verify.oracle import launch
 
 MODEL = gpt.GPTConfig(n_layer=8, n_head=4, n_embd=64, vocab_size=256, seq_len=64)
@@ -84,8 +85,22 @@ def step_ms(
     return 1e3 * statistics.median(map(sum, cpu_seconds) if cpu else map(max, seconds))
 
 
+def run_on_rank(m: int, runs: int = 10) -> float:
+    """Microseconds per action of this rank's stage: the median of some runs of 1F1B."""
+    p, rank, group = dist.get_world_size(), dist.get_rank(), dist.group.WORLD
+    program = pipeline.derive_programs(schedules.SCHEDULES["1f1b"](p, m))[rank]
+    pipe = pipeline.Pipeline({rank: nn.Linear(1, 1)}, p, group, torch.float32, "cpu", program)
+    x, each = torch.ones(m, 1, 1, requires_grad=True), []
+    for _ in range(runs):
+        dist.barrier()
+        start = time.perf_counter()
+        pipe.run(program, x, lambda y, i: y.sum(), (1, 1))
+        each.append(1e6 * (time.perf_counter() - start) / (2 * m))
+    return statistics.median(each)
+
+
 def run_us(ranks: int, m: int) -> float:
-    return max(launch(ranks, compare.overhead, "1f1b", m, **bound(ranks)))
+    return max(launch(ranks, run_on_rank, m, **bound(ranks)))
 
 
 def derive_us(p: int, m: int) -> float:
@@ -163,7 +178,11 @@ def main() -> None:
               f"{AXES[row['panel']][1]} ({low:.1f} to {high:.1f})")  # fmt: skip
     if args.out:
         about = stats.provenance("make growth OUT=docs/bench/growth.json")
-        about |= {"rounds": len(others), "other_cpu": others, "model": dataclasses.asdict(MODEL)}
+        about |= {
+            "rounds": len(others),
+            "foreign_cores": others,
+            "model": dataclasses.asdict(MODEL),
+        }
         stats.write(args.out, about | {"axes": AXES, "points": rows})
 
 
