@@ -8,7 +8,7 @@ import pytest
 import gpt
 from tests.test_figures import SVG, unreadable
 from tools import figures
-from tools.bench import growth
+from tools.bench import growth, tables
 
 COMMITTED = figures.FOLDER.parent / "bench" / "growth.json"
 
@@ -87,3 +87,18 @@ def test_a_dot_is_the_median_and_a_bar_the_range(tmp_path, monkeypatch):
     assert bars[0] == pytest.approx((dots[0] + unit, dots[0] - 4 * unit), abs=0.1)
     assert bars[1] == pytest.approx((dots[1], dots[1]), abs=0.01)
     assert len(dots) == len(bars) == 2 * len(growth.AXES)
+
+
+def test_the_table_has_the_ends_of_each_line(monkeypatch):
+    data = json.loads(COMMITTED.read_text())
+    for row in data["points"]:
+        row["values"] = [row["x"] + 7, row["x"], 0.0]  # the median is x
+    monkeypatch.setattr(tables, "load", lambda name: {"growth": data}[name])
+    lines = tables.growth()
+    assert "| 1 rank | ms per step | layers | 2: 2.0 | 32: 32.0 |" in lines
+    unit = "microseconds per action"
+    assert f"| derive, p = 64 | {unit} | microbatches | 16: 16.0 | 512: 512.0 |" in lines
+    series = {(row["panel"], row["series"]) for row in data["points"]}
+    assert sum(line.startswith("| ") for line in lines) == len(series) + 2
+    assert f"takes {2 * 64 * 512 * 512 / 1e6:.2f} s" in lines[-1]  # 512 microseconds per action
+    assert f"runs {1e6 / 512:,.0f} actions per second" in lines[-1]
