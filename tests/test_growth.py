@@ -49,9 +49,10 @@ def test_the_time_per_action_is_that_of_all_ranks(monkeypatch):
 @pytest.mark.slow
 def test_growth_measures_and_the_figure_is_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(growth, "MODEL", gpt.GPTConfig(2, 2, 16, 64, 8))
-    for name, xs in (("LAYERS", (2, 3)), ("MICROBATCHES", (2, 3)), ("RANKS", (2,)),
-                     ("LENGTHS", (4,)), ("DEPTHS", (2, 3))):  # fmt: skip
-        monkeypatch.setattr(growth, name, xs)
+    for name in ("LAYERS", "MICROBATCHES", "DEPTHS"):
+        monkeypatch.setattr(growth, name, (2, 3))
+    monkeypatch.setattr(growth, "RANKS", (2,))
+    monkeypatch.setattr(growth, "LENGTHS", (4,))
     out = tmp_path / "growth.json"
     monkeypatch.setattr("sys.argv", ["growth", "--minutes", "0", "--out", str(out)])
     growth.main()
@@ -81,8 +82,8 @@ def test_a_dot_is_the_median_and_a_bar_the_range(tmp_path, monkeypatch):
     ]
     root = drawn(data, tmp_path, monkeypatch)
     dots = [float(dot.get("cy")) for dot in root.iter(f"{SVG}circle")]
-    bars = [(float(bar.get("y1")), float(bar.get("y2"))) for bar in root.iter(f"{SVG}line")
-            if bar.get("stroke") == figures.COLORS[0]]  # fmt: skip
+    lines = [line for line in root.iter(f"{SVG}line") if line.get("stroke") == figures.COLORS[0]]
+    bars = [(float(bar.get("y1")), float(bar.get("y2"))) for bar in lines]
     unit = dots[0] - dots[1]  # the first is at 2, the second at 3
     assert bars[0] == pytest.approx((dots[0] + unit, dots[0] - 4 * unit), abs=0.1)
     assert bars[1] == pytest.approx((dots[1], dots[1]), abs=0.01)

@@ -332,15 +332,17 @@ def draw_growth() -> Picture:
     picture = Picture(WIDTH, 668, "how cost grows")
     picture.text(20, 28, "How cost grows", 15, bold=True)
     model = data["model"]
-    picture.text(20, 48, f"{data['cpu']}, {data['cores']} cores, gloo, torch {data['torch']}; h "
-                 f"{model['n_embd']}, s {model['seq_len']}, float32. Dots: the median of "
-                 f"{data['rounds']} rounds. Bars: their range.", 12, color=GRAY)  # fmt: skip
-    for i, (name, title) in enumerate((
-        ("layers", "Layers: 8 rows in one microbatch"),
-        ("microbatches", f"Microbatches of one row, {model['n_layer']} layers"),
-        ("ranks", f"Ranks: 8 rows in all, {model['n_layer']} layers"),
-        ("schedule", "Length of a schedule of p ranks (1F1B)"),
-    )):  # fmt: skip
+    machine = f"{data['cpu']}, {data['cores']} cores, gloo, torch {data['torch']}"
+    sizes = f"h {model['n_embd']}, s {model['seq_len']}, float32"
+    marks = f"Dots: the median of {data['rounds']} rounds. Bars: their range."
+    picture.text(20, 48, f"{machine}; {sizes}. {marks}", 12, color=GRAY)
+    titles = {
+        "layers": "Layers: 8 rows in one microbatch",
+        "microbatches": f"Microbatches of one row, {model['n_layer']} layers",
+        "ranks": f"Ranks: 8 rows in all, {model['n_layer']} layers",
+        "schedule": "Length of a schedule of p ranks (1F1B)",
+    }
+    for i, (name, title) in enumerate(titles.items()):
         left, top = 74 + 434 * (i % 2), 134 + 304 * (i // 2)
         points = [point for point in data["points"] if point["panel"] == name]
         xs = sorted({point["x"] for point in points})

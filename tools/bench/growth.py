@@ -174,8 +174,8 @@ def main() -> None:
     for row in rows:
         del row["measure"]
         low, middle, high = (f(row["values"]) for f in (min, statistics.median, max))
-        print(f"{row['panel']:13}{row['series']:16}{row['x']:>4}{middle:10.1f} "
-              f"{AXES[row['panel']][1]} ({low:.1f} to {high:.1f})")  # fmt: skip
+        name = f"{row['panel']:13}{row['series']:16}{row['x']:>4}"
+        print(f"{name}{middle:10.1f} {AXES[row['panel']][1]} ({low:.1f} to {high:.1f})")
     if args.out:
         about = stats.provenance("make growth OUT=docs/bench/growth.json")
         about |= {

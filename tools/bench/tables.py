@@ -192,9 +192,10 @@ def summary() -> list[str]:
 def growth() -> list[str]:
     """The first and the last point of each line of docs/img/growth.svg."""
     j, lines = load("growth"), []
-    median = {(r["panel"], r["series"], r["x"]): statistics.median(r["values"])
-              for r in j["points"]}  # fmt: skip
-    for panel, series in dict.fromkeys((r["panel"], r["series"]) for r in j["points"]):
+    median = {
+        (r["panel"], r["series"], r["x"]): statistics.median(r["values"]) for r in j["points"]
+    }
+    for panel, series in dict.fromkeys(key[:2] for key in median):
         over, unit = j["axes"][panel]
         xs = [x for *line, x in median if line == [panel, series]]
         ends = [f"{x}: {median[panel, series, x]:,.1f}" for x in (xs[0], xs[-1])]
@@ -202,15 +203,12 @@ def growth() -> list[str]:
     p, m = 64, 512
     us, n = median["schedule", f"derive, p = {p}", m], 2 * p * m
     rate = 1e6 / median["schedule", "run, 1 rank", m]
-    source = (f"`{j['command']}`: {j['cores']} cores ({j['cpu']}), {j['backend']}, float32, torch "
-              f"{j['torch']}; median of {j['rounds']} rounds, on {j['date']} at commit "
-              f"{j['commit']} ([data](bench/growth.json)).")  # fmt: skip
-    return [
-        source, "", *table(["", "unit", "over", "from", "to"], lines), "",
+    rates = (
         f"1F1B of {p} ranks and {m} microbatches has {n:,} actions. Making it and deriving its "
         f"programs takes {us * n / 1e6:.2f} s. The executor runs {rate:,.0f} actions per second on "
-        "one rank.",
-    ]  # fmt: skip
+        "one rank."
+    )
+    return [*dated("growth"), *table(["", "unit", "over", "from", "to"], lines), "", rates]
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
