@@ -182,6 +182,7 @@ drill: kill-ranks
 #:  bench-ckpt        9 min   time a step next to PyTorch's activation checkpointing  [OUT ARGS]
 #:  bench-checkpoint  9 min   time saving and loading next to PyTorch's  [OUT ARGS]
 #:  links             15 s    time each collective on this machine, by size  [NPROC=2 OUT ARGS]
+#:  growth            4 min   time steps over layers, microbatches, ranks and schedules  [OUT ARGS]
 #:  memory            3 min   measure memory: ZeRO, recomputation, long rows (Linux)  [NPROC=4 OUT]
 #:  hierarchy         3 min   time traffic between simulated hosts, as root  [OUT ARGS]
 #:  gpu-check         5 min   compare one GPU with a bare loop  [OUT ARGS]
@@ -195,6 +196,9 @@ bench-dp bench-tp bench-cp bench-pp bench-3d bench-ckpt bench-checkpoint: $(SETU
 links: NPROC = 2
 links: $(SETUP)
 	$(LAUNCH) $(NPROC) -m tools.bench.links $(GIVEN_OUT) $(ARGS)
+
+growth: $(SETUP)
+	$(PY) -m tools.bench.growth $(GIVEN_OUT) $(ARGS)
 
 memory: NPROC = 4
 memory: $(SETUP)
@@ -241,4 +245,4 @@ clean:
 .PHONY: plan dry-run published plan-check test test-all parity fuzz races mutants zoo kill-ranks drill
 .PHONY: bench-dp bench-tp bench-cp bench-pp bench-3d bench-ckpt bench-checkpoint links memory
 .PHONY: two-hosts hierarchy gpu-check gpu-drill node figures tables transcripts lint
-.PHONY: clean
+.PHONY: growth clean

@@ -3,13 +3,14 @@
     make figures                               writes docs/img/*.svg
     python -m tools.figures mesh --out DIR     one of them, to another directory
 
-The numbers come from schedules.py and from docs/img/data/*.json, which `python -m
-tools.figure_data` measures. The same numbers give the same bytes.
+The numbers come from schedules.py, from docs/img/data/*.json, which `python -m tools.figure_data`
+measures, and from docs/bench/growth.json of `make growth`. The same numbers give the same bytes.
 """
 
 import argparse
 import itertools
 import json
+import statistics
 from pathlib import Path
 
 import schedules
@@ -322,12 +323,56 @@ def draw_loss() -> Picture:
     return picture
 
 
+# --- growth ---------------------------------------------------------------------------------------
+
+
+def draw_growth() -> Picture:
+    """How cost grows: a panel for layers, microbatches, ranks, and the length of a schedule."""
+    data = json.loads((FOLDER.parent / "bench" / "growth.json").read_text())
+    picture = Picture(WIDTH, 668, "how cost grows")
+    picture.text(20, 28, "How cost grows", 15, bold=True)
+    model = data["model"]
+    machine = f"{data['cpu']}, {data['cores']} cores, gloo, torch {data['torch']}"
+    sizes = f"h {model['n_embd']}, s {model['seq_len']}, float32"
+    marks = f"Dots: the median of {data['rounds']} rounds. Bars: their range."
+    picture.text(20, 48, f"{machine}; {sizes}. {marks}", 12, color=GRAY)
+    titles = {
+        "layers": "Layers: 8 rows in one microbatch",
+        "microbatches": f"Microbatches of one row, {model['n_layer']} layers",
+        "ranks": f"Ranks: 8 rows in all, {model['n_layer']} layers",
+        "schedule": "Length of a schedule of p ranks (1F1B)",
+    }
+    for i, (name, title) in enumerate(titles.items()):
+        left, top = 74 + 434 * (i % 2), 134 + 304 * (i // 2)
+        points = [point for point in data["points"] if point["panel"] == name]
+        xs = sorted({point["x"] for point in points})
+        most = max(max(point["values"]) for point in points)
+        axes = Axes(picture, left, top, 360, 180, (0, 1.04 * xs[-1]), (0, 1.08 * most))
+        axes.frame(*data["axes"][name], xs)
+        picture.text(left, top - 42, title, 12, bold=True)
+        x = left
+        for k, series in enumerate(dict.fromkeys(point["series"] for point in points)):
+            color, medians = COLORS[k], []
+            if k == 3:  # the legend's second row
+                x = left
+            x = picture.legend(x, top - 24 + 16 * (k // 3), [(color, series)])
+            for point in points:
+                if point["series"] == series:
+                    n, values = point["x"], point["values"]
+                    medians.append((n, statistics.median(values)))
+                    picture.line(axes.at(n, min(values)), axes.at(n, max(values)), color, 1.5)
+            axes.line(medians, color)
+            axes.dots(medians, color)
+    return picture
+
+
 FIGURES = {
     "schedules": draw_all_schedules,
     "zero_memory": draw_zero_memory,
     "mesh": draw_mesh,
     "ddp_overlap": draw_ddp_overlap,
     "loss": draw_loss,
+    "growth": draw_growth,
 }
 
 

@@ -160,8 +160,9 @@ class Axes:
         return (self.left + self.width * min(1.0, max(0.0, across)),
                 self.top + self.height * (1 - min(1.0, max(0.0, up))))  # fmt: skip
 
-    def frame(self, xlabel: str, ylabel: str, xticks: bool = True) -> None:
-        """Draw the grid, the numbers at the ticks and the names of the axes."""
+    def frame(self, xlabel: str, ylabel: str, xticks: bool | list[float] = True) -> None:
+        """Draw the grid, the numbers at the ticks and the names of the axes. xticks: the numbers on
+        the x axis, True to choose them, or False for an axis without numbers and name."""
         low, high = self.ys
         if self.log:
             every = 2 if math.log10(high / low) > 6 else 1
@@ -174,7 +175,8 @@ class Axes:
             _, py = self.at(self.xs[0], y)
             self.picture.line((self.left, py), (right, py), GRID)
             self.picture.text(self.left - 7, py + 4, name, 11, "end", GRAY)
-        for x in ticks(*self.xs, max(2, int(self.width / 90))):
+        chosen = ticks(*self.xs, max(2, int(self.width / 90)))
+        for x in xticks if isinstance(xticks, list) else chosen:
             px, _ = self.at(x, high)
             self.picture.line((px, bottom), (px, bottom + 4), GRAY)
             if xticks:

@@ -11,6 +11,7 @@ import argparse
 import functools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 
@@ -188,6 +189,28 @@ def summary() -> list[str]:
     return table(["this repository", "PyTorch", "ranks", "smaller size", "larger size"], lines)
 
 
+def growth() -> list[str]:
+    """The first and the last point of each line of docs/img/growth.svg."""
+    j, lines = load("growth"), []
+    median = {
+        (r["panel"], r["series"], r["x"]): statistics.median(r["values"]) for r in j["points"]
+    }
+    for panel, series in dict.fromkeys(key[:2] for key in median):
+        over, unit = j["axes"][panel]
+        xs = [x for *line, x in median if line == [panel, series]]
+        ends = [f"{x}: {median[panel, series, x]:,.1f}" for x in (xs[0], xs[-1])]
+        lines.append([series, unit, over, *ends])
+    p, m = 64, 512
+    us, n = median["schedule", f"derive, p = {p}", m], 2 * p * m
+    rate = 1e6 / median["schedule", "run, 1 rank", m]
+    rates = (
+        f"1F1B of {p} ranks and {m} microbatches has {n:,} actions. Making it and deriving its "
+        f"programs takes {us * n / 1e6:.2f} s. The executor runs {rate:,.0f} actions per second on "
+        "one rank."
+    )
+    return [*dated("growth"), *table(["", "unit", "over", "from", "to"], lines), "", rates]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "summary": summary,
     **{name: functools.partial(compared, name) for name in ("dp", "tp", "cp", "pp", "ckpt", "3d")},
@@ -198,6 +221,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "memory": lambda: [*dated("memory"), *lines("memory")],
     "hierarchy": functools.partial(hierarchy, "hierarchy"),
     "hierarchy-200": functools.partial(hierarchy, "hierarchy-200"),
+    "growth": growth,
 }
 
 
