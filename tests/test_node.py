@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import gpt
 from tools.bench import gpu_check, node
@@ -24,37 +24,26 @@ def able(n: int) -> set[str]:
     return {row for row, how in rows if how is not None and node.PRIORITY not in row}
 
 
-def loss_of(row: str, stats: torch.Tensor) -> float:
-    """The global batch's, from what this rank's step returned. In PyTorch's strategies a replica
-    returns the loss of its rows, and only the last stage of a pipeline has one."""
-    stats = stats.full_tensor() if isinstance(stats, DTensor) else torch.as_tensor(stats)
-    loss = stats.flatten()[0].float()
-    if row.startswith("torch") and "TP" not in row:
-        dist.all_reduce(loss)
-        loss /= 2 if row == "torch 2 x 2 x d" else 1  # t ranks have the same one
-    return loss.item()
-
-
 def trained(n: int, rows: list[str]) -> dict[str, tuple]:
-    """By row: (losses of three steps, the last two on one batch; tokens read in a step; what
-    on_rank returns). The time of a step is set to rank + 1 seconds, and rank + 2 free-running."""
+    """By row: (tokens read in a timed step, what on_rank returns). The time of a step is set to
+    rank + 1 seconds, and rank + 2 free-running."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         for row in rows:
-            read, losses = [], []
+            read = []
 
-            def seconds(loops, steps, device, row=row, read=read, losses=losses):
+            def seconds(loops, steps, device, read=read):
                 (loop,) = loops
                 plain = loop.read
                 loop.read = lambda *at: read.append(plain(*at)) or read[-1]
-                losses += [loss_of(row, loop.step(step)) for step in (0, 1, 1)]
+                loop.step(0)
                 return [dist.get_rank() + 1.0]
 
             patch.setattr(gpu_check, "seconds", seconds)
             free = dist.get_rank() + 2.0
             patch.setattr(gpu_check, "free_running_seconds", lambda *_, free=free: [free])
             told = node.on_rank(row, n, TINY, 1, torch.device("cpu"))
-            found[row] = losses, read[0][0].numel(), told
+            found[row] = read[0][0].numel(), told
     return found
 
 
@@ -73,44 +62,91 @@ def train_rows(n: int, rows: list[str]) -> list[dict[str, tuple]]:
     return [a | b for a, b in zip(ours, found, strict=True)]
 
 
-def check_rows(ranks: list[dict[str, tuple]], families: list[list[str]], replicas: dict) -> None:
-    """The rows of a family have the same losses (the error of bf16 is 5e-4), which fall on a batch
-    that is repeated; every row takes as many tokens per rank; the slowest rank's time is told."""
+def check_rows(ranks: list[dict[str, tuple]], replicas: dict) -> None:
+    """All rows have the same losses, on every rank, and they fall; every row takes as many tokens
+    per rank; the slowest rank's time is told."""
     n, found = len(ranks), ranks[0]
-    for family in families:
-        losses = torch.tensor([found[row][0] for row in family])
-        assert (losses.amax(0) - losses.amin(0)).max() < 2e-3, (family, losses)
-        assert (losses[:, 1] - losses[:, 2]).min() > 4e-3, (family, losses)
-    for row, (_, tokens, told) in found.items():
+    for row, (tokens, told) in found.items():
         assert told["tokens"] == 16 * 16 == tokens * replicas.get(row, n) / n, row
         assert (told["seconds"], told["free"]) == (n, n + 1), row
+        assert all(told["losses"] == rank[row][1]["losses"] for rank in ranks), row
+    losses = torch.tensor([told["losses"] for _, told in found.values()])
+    assert node.check_losses({row: [told] for row, (_, told) in found.items()}), losses
+    assert (losses[:, :-1] - losses[:, 1:]).min() > 0.02, losses
 
 
 @pytest.mark.slow
 def test_every_row_of_two_ranks_trains_alike():
-    """Ranks that share one batch read twice as many rows as replicas do. PyTorch's strategies have
-    another learning rate."""
-    shared = ["TP", "TP+SP", "PP, 1f1b"]
-    theirs = ["torch DTensor TP", "torch DTensor TP+SP", "torch pipelining, 1F1B"]
-    families = [[node.BARE, "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"], shared,
-                ["torch DDP", "torch fully_shard", "torch fully_shard, kept"], theirs]  # fmt: skip
-    rows = sum(families, [])
-    assert set(rows) == able(2) | {node.BARE} and len(rows) == 14
-    ranks = train_rows(2, rows)
-    check_rows(ranks, families, dict.fromkeys(shared + theirs, 1))
-    first = {row: ranks[0][row][0][0] for row in rows}
-    assert abs(first["TP"] - first["torch DTensor TP"]) < 2e-3
-    assert abs(first["DDP"] - first["torch DDP"]) < 2e-3
+    """Ranks that share one batch read twice as many rows as replicas do."""
+    shared = ["TP", "TP+SP", "PP, 1f1b", "torch DTensor TP", "torch DTensor TP+SP",
+              "torch pipelining, 1F1B"]  # fmt: skip
+    rows = sorted(able(2) | {node.BARE})
+    assert {*shared} < {*rows} and len(rows) == 16
+    check_rows(train_rows(2, rows), dict.fromkeys(shared, 1))
 
 
 @pytest.mark.slow
 def test_two_by_two_by_two():
     assert able(8) | {node.BARE} < set(node.names(8))
-    rows = ["2 x 2 x d", "torch 2 x 2 x d"]
-    ranks = train_rows(8, rows)
-    check_rows(ranks, [rows[:1], rows[1:]], dict.fromkeys(rows, 2))
-    ours, theirs = (ranks[0][row][0] for row in rows)
-    assert abs(ours[0] - theirs[0]) < 2e-3
+    rows = [node.BARE, "2 x 2 x d", "torch 2 x 2 x d"]
+    check_rows(train_rows(8, rows), dict.fromkeys(rows[1:], 2))
+
+
+def without_sums() -> dict[str, list]:
+    device = torch.device("cpu")
+    found = {row: [node.on_rank(row, 2, TINY, 1, device)] for row in (node.BARE, "DDP", "PP, 1f1b")}
+    never = property(lambda self: False, lambda self, value: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistributedDataParallel, "require_backward_grad_sync", never, raising=False)
+        found["torch DDP"] = [node.on_rank("torch DDP", 2, TINY, 1, device)]
+    return found
+
+
+def test_a_row_that_sums_no_gradients_has_other_losses():
+    for found in oracle.launch(2, without_sums):
+        assert not node.check_losses(found)
+        (line,) = found.pop("torch DDP")
+        assert line.startswith("WRONG: losses (median of all rows): 4.3"), line
+        assert all(x["difference"] < node.TOLERANCE / 4 for (x,) in found.values()), found
+
+
+def test_a_loss_that_is_nan_is_wrong():
+    found = {row: [{"losses": [4.0, 3.0]}] * 2 for row in ("DDP", "TP", "PP")}
+    found |= {"TP": [{"losses": [4.0, 3.0]}, {"losses": [4.0, math.nan]}], "ZeRO-1": ["lost"]}
+    assert not node.check_losses(found)
+    assert found["TP"] == ["WRONG: losses (median of all rows): 4.0000 (4.0000), nan (3.0000)"]
+    assert found["ZeRO-1"] == ["lost"] and found["PP"][1]["difference"] == 0
+    assert node.check_losses({"DDP": ["lost"]})
+
+
+def optimizers() -> dict[str, torch.optim.Optimizer]:
+    found = {}
+    for row in (node.BARE, "DDP", "ZeRO-3", "torch DDP", "torch fully_shard, MixedPrecisionPolicy"):
+        plain = torch.optim.AdamW.step
+        with pytest.MonkeyPatch.context() as patch:
+            def step(self, row=row, plain=plain):
+                found[row] = [({k: group[k] for k in node.SETTINGS | {"fused": 0}},
+                               {p.dtype for p in group["params"]}) for group in self.param_groups]
+                return plain(self)
+
+            patch.setattr(torch.optim.AdamW, "step", step)
+            loop, _ = node.loop_of(row, 2, TINY, torch.device("cpu"))
+            loop.step(0)
+    return found
+
+
+def test_every_row_has_the_same_fused_adamw_on_fp32():
+    settings = node.SETTINGS | {"fused": True}
+    for found in oracle.launch(2, optimizers):
+        assert len(found) == 5
+        for row, groups in found.items():
+            assert all(group == (settings, {torch.float32}) for group in groups), (row, groups)
+
+
+def test_a_row_of_the_batch_has_the_same_tokens_on_every_rank():
+    read = gpu_check.reader(gpt.GPTConfig(2, 2, 32, 64, 16))
+    for full, half in zip(read(3, range(32)), read(3, range(16, 32)), strict=True):
+        assert full[16:].equal(half) and not full[:16].equal(half)
 
 
 def bytes_reduced() -> list[int]:
@@ -173,17 +209,43 @@ def test_the_report(monkeypatch, tmp_path):
 
 
 def test_the_table_of_speeds():
-    """From known seconds of three rounds: their median, tokens, TFLOP/s, MFU, share and GB. Rates
-    are of free-running steps."""
+    """From known seconds of three rounds: their median, lowest, highest and number, tokens,
+    TFLOP/s, MFU, share, GB and losses. Rates are of free-running steps."""
     def step(free: float) -> dict:
-        return {"seconds": 2 * free, "free": free, "peak": 3e9, "tokens": 100, "tflop": 0.5}
+        return {"seconds": 2 * free, "free": free, "peak": 3e9, "tokens": 100, "tflop": 0.5,
+                "difference": free / 1e3}  # fmt: skip
 
     found = {node.BARE: [step(0.2), step(0.25), step(0.5)], "DDP": [step(0.5)], "TP": ["lost"]}
     assert node.speed_table(list(found), found, peak=4.0)[2:] == [
-        "| bare loop | 500.0 | 250.0 | 400 | 2 | 50.0 % | 1.000 | 3.00 |",
-        "| DDP | 1000.0 | 500.0 | 200 | 1 | 25.0 % | 0.500 | 3.00 |",
-        "| TP | lost | | | | | | |",
+        "| bare loop | 500.0 | 250.0 | 200.0 to 500.0 | 3 | 400 | 2 | 50.0 % | 1.000 | 3.00 | "
+        "5e-04 |",
+        "| DDP | 1000.0 | 500.0 | 500.0 to 500.0 | 1 | 200 | 1 | 25.0 % | 0.500 | 3.00 | 5e-04 |",
+        "| TP | lost | | | | | | | | | |",
     ]
+
+
+def test_every_second_round_is_reversed_and_other_losses_end_with_1(monkeypatch, tmp_path):
+    launched = []
+
+    def launch(row, args):
+        if row == node.PARITY:
+            return {"parity": {"t=2": 0.0}}
+        launched.append(row)
+        losses = [4.0, 3.9 if row == "TP" and len(launched) > 6 else 3.8]
+        seconds = {"seconds": 2.0, "free": float(len(launched)), "tokens": 1, "tflop": 1.0}
+        return seconds | {"losses": losses, "peak": 0.0}
+
+    monkeypatch.setattr(node, "launch", launch)
+    monkeypatch.setattr(node, "links_table", lambda n, device: [])
+    rows, rounds = ["DDP", "TP", "ZeRO-1"], ["--rounds", "3"]
+    said, code = report(monkeypatch, tmp_path, *rounds, "--rows", *rows)
+    assert launched == [*rows, *rows[::-1], *rows]
+    assert "| DDP | 2000.0 | 6000.0 | 1000.0 to 7000.0 | 3 |" in said and code == 1
+    wrong = "| TP | WRONG: losses (median of all rows): 4.0000 (4.0000), 3.9000 (3.8000) |"
+    assert wrong in said, said
+    launched.clear()
+    said, code = report(monkeypatch, tmp_path, *rounds, "--rows", "DDP", "ZeRO-1")
+    assert code == 0 and "WRONG" not in said
 
 
 def test_microbatches_have_4_rows_or_8_under_tp():
@@ -192,8 +254,9 @@ def test_microbatches_have_4_rows_or_8_under_tp():
         microbatch.setdefault(node.microbatch(row), []).append(row)
     assert microbatch == {
         4: ["bare loop", "DDP", "DDP, NCCL at high priority", "ZeRO-1", "ZeRO-2", "ZeRO-3",
-            "PP, 1f1b", "torch DDP", "torch fully_shard", "torch fully_shard, kept",
-            "torch pipelining, 1F1B"],
+            "PP, 1f1b", "torch DDP", "torch fully_shard",
+            "torch fully_shard, MixedPrecisionPolicy", "torch fully_shard, kept",
+            "torch fully_shard, kept, MixedPrecisionPolicy", "torch pipelining, 1F1B"],
         8: ["TP", "TP+SP", "TP+SP, NCCL at high priority", "2 x 2 x d", "torch DTensor TP",
             "torch DTensor TP+SP", "torch 2 x 2 x d"],
     }  # fmt: skip

@@ -78,7 +78,9 @@ class Bare:
             total = total + loss.detach()
         for p, master in zip(self.parameters, self.masters, strict=True):
             master.grad = p.grad
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, args.clip)
+        norm = torch.nn.utils.get_total_norm([master.grad for master in self.masters])
+        if args.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.masters, args.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = gpt.learning_rate(step, args.steps, args.warmup_steps, args.lr)
         self.optimizer.step()
@@ -89,11 +91,13 @@ class Bare:
 
 
 def reader(config: gpt.GPTConfig) -> Callable:
-    """A function (step, rows) -> (inputs, targets) of random tokens."""
+    """A function (step, rows) -> (inputs, targets) of random tokens. `rows` are numbers in the
+    global batch: a row has the same tokens on every rank."""
 
     def read(step: int, rows: range) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(step)
-        row = torch.randint(config.vocab_size, (len(rows), config.seq_len + 1), generator=generator)
+        shape = rows.stop, config.seq_len + 1
+        row = torch.randint(config.vocab_size, shape, generator=generator)[rows.start :]
         return row[:, :-1].contiguous(), row[:, 1:].contiguous()
 
     return read

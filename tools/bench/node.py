@@ -8,15 +8,19 @@ The report is Markdown and has four sections:
 - parity: the largest difference between each layout and one process, in float64;
 - the speed of every strategy in bf16, of this repository and of PyTorch.
 
-Each row of the last table is a separate launch with fresh memory; a failure is reported in its row.
-The rows are the loop without parallelism of tools/bench/gpu_check.py on one GPU ("bare loop"),
-strategies of this repository run by train_3d.Trainer, and the PyTorch variants of
-tools/bench/compare.py ("torch ..."). All process the same number of tokens per GPU, in microbatches
-of 4 rows. With tensor parallelism (TP) microbatches have 8 rows, because the TP ranks share them.
+Rows of the last table: the loop without parallelism of tools/bench/gpu_check.py on one GPU ("bare
+loop"), strategies of this repository run by train_3d.Trainer, and the PyTorch variants of
+tools/bench/variants.py ("torch ..."). All process the same number of tokens per GPU. Each launch of
+a row has fresh memory. A failure is reported in its row.
 
-All rows compute in bf16 and let AdamW update fp32 copies of the parameters. PyTorch's strategies
-leave these copies to the user, so the class `Masters` makes them. Two differences remain: PyTorch's
-variants accumulate gradients in bf16 and do not clip.
+In all rows fused AdamW updates fp32 master weights, with the same settings and without clipping.
+PyTorch's strategies leave master weights to the user: the class `Masters` makes them. `fully_shard`
+has rows with fp32 parameters and its own `MixedPrecisionPolicy` too. Two differences remain:
+PyTorch's variants compute no gradient norm, and with `Masters` they accumulate gradients in bf16.
+
+Each row first trains on one global batch for LOSSES steps, the same batch in all rows. If a row's
+losses differ from the others, it shows them instead of its times, and the exit status is 1. AdamW
+hides constant factors of the gradients from this check, but parity would show them.
 
 Steps are timed twice: with a synchronisation of host and GPU around each step, and free-running,
 with a single synchronisation after the last step. On CPUs a small model shows that the report
@@ -27,6 +31,7 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -41,6 +46,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.pipelining import Schedule1F1B
 from torch.distributed.tensor import DTensor
 
@@ -50,16 +56,25 @@ import measure
 import options
 import startup
 import train_3d
-from tools.bench import compare, gpu_check
+from tools.bench import gpu_check, variants
 from tools.verify import oracle, parity
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = 16  # sequences per GPU and step
+LOSSES = 4  # steps on one batch before the timed ones
+# Relative, of losses. On CPUs, rounding in bf16 causes up to 2e-4, measured with 2 to 48 layers.
+# Without the sum of gradients over 2 ranks, losses differ by 1e-2 or more after three updates.
+TOLERANCE = 2e-3
 # t divides neither the 25 heads nor the 50257 tokens of gpt2-xl, so both are changed. Untied
 # because torch.distributed.pipelining cannot tie weights.
 MODEL = "--model gpt2-xl --n-head 40 --vocab-size 50304 --untied"
 SMALL = "--n-layer 8 --n-head 8 --n-embd 64 --seq-len 64 --vocab-size 256 --untied"
 
+COLUMNS = f"""
+{ROWS} sequences per GPU and step, in microbatches of 4, or 8 with TP. Every second round runs the
+rows in reverse order. `lowest to highest`: free-running ms of `n` launches. TFLOP/s and MFU count
+the FLOPs of the model; nothing is recomputed. `peak GB`: peak of torch's allocator, on the rank
+with the largest. `d loss`: largest relative difference of a loss from the median of all rows."""
 PRIORITY = ", NCCL at high priority"  # rows with this suffix set TORCH_NCCL_HIGH_PRIORITY=1
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -80,19 +95,21 @@ def trainer_rows(n: int) -> dict[str, str | None]:
 
 
 def torch_rows(n: int) -> dict[str, Callable | None]:
-    """Row -> variant of tools/bench/compare.py; None if the layout does not exist for n ranks."""
+    """Row -> variant of tools/bench/variants.py; None if the layout does not exist for n ranks."""
     batch = n * ROWS
     pp = "torch pipelining, 1F1B"
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return {
-        "torch DDP": functools.partial(compare.torch_ddp, bucket_mb=25, sharded=False),
-        "torch fully_shard": functools.partial(compare.torch_fsdp, reshard=True),
-        "torch fully_shard, kept": functools.partial(compare.torch_fsdp, reshard=False),
-        "torch DTensor TP": functools.partial(compare.torch_tp, sequence=False),
-        "torch DTensor TP+SP": functools.partial(compare.torch_tp, sequence=True),
+        "torch DDP": functools.partial(variants.torch_ddp, zero=True),
+        **{f"torch fully_shard{kept}{how}": functools.partial(
+               variants.torch_fsdp, reshard=not kept, policy=policy if how else None)
+           for kept in ("", ", kept") for how in ("", ", MixedPrecisionPolicy")},
+        "torch DTensor TP": functools.partial(variants.torch_tp, sequence=False),
+        "torch DTensor TP+SP": functools.partial(variants.torch_tp, sequence=True),
         pp: functools.partial(
-            compare.torch_pp, kind=Schedule1F1B, chunks=1, fold=False, m=batch // microbatch(pp)),
+            variants.torch_pp, kind=Schedule1F1B, chunks=1, fold=False, m=batch // microbatch(pp)),
         "torch 2 x 2 x d": functools.partial(
-            compare.torch_3d, reshard=True, m=batch // 2 // microbatch("torch 2 x 2 x d"))
+            variants.torch_3d, reshard=True, m=batch // 2 // microbatch("torch 2 x 2 x d"))
         if n == 8 else None,
     }  # fmt: skip
 
@@ -109,16 +126,21 @@ def names(n: int) -> list[str]:
     return [BARE, *trainer_rows(n), *torch_rows(n)]
 
 
+# All rows use the same settings of AdamW, so that their losses can be compared.
+ADAMW_FLAGS = "--lr 1e-3 --warmup-steps 0 --weight-decay 0 --grad-clip 0"
+SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": oracle.EPS, "weight_decay": 0.0}
+ADAMW = functools.partial(torch.optim.AdamW, fused=True, **SETTINGS)
+
+
 class Masters:
     """AdamW on fp32 copies of bf16 parameters; for a DTensor, of this rank's shard."""
 
     def __init__(self, parameters):
-        given = list(parameters)
-        groups = [g["params"] for g in given] if isinstance(given[0], dict) else [given]
+        groups = [x["params"] if isinstance(x, dict) else [x] for x in parameters]
         self.parameters = [p for group in groups for p in group]
         self.local = [self._local(p.detach()) for p in self.parameters]
         self.masters = [p.float() for p in self.local]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-3, fused=True)
+        self.optimizer = ADAMW(self.masters)
 
     @staticmethod
     def _local(t: Tensor) -> Tensor:
@@ -144,19 +166,21 @@ class Masters:
 
 
 class TorchLoop:
-    """A variant of tools/bench/compare.py with the method step(step), like train_3d.Trainer."""
+    """A variant of tools/bench/variants.py with the method step(step), like train_3d.Trainer."""
 
     def __init__(self, build: Callable, args: argparse.Namespace, config: gpt.GPTConfig,
-                 device: torch.device, share: int, b: int):  # fmt: skip
-        compare.adamw = Masters
+                 device: torch.device, rows: range):  # fmt: skip
         with torch.device("meta"):
             model = gpt.GPT(config)
         gpt.init_weights(model, args.seed, torch.bfloat16, device, oracle.draw)
-        self.read, self.device, self.share, self.b = gpu_check.reader(config), device, share, b
-        self.valid, self.run = args.global_batch_size * config.seq_len, build(model)
+        casts = build.keywords.get("policy")  # fully_shard makes bf16 copies of fp32 parameters
+        variants.adamw = ADAMW if casts else Masters
+        self.read, self.device, self.rows = gpu_check.reader(config), device, rows
+        self.b, self.valid = args.micro_batch_size, args.global_batch_size * config.seq_len
+        self.run = build(model.float() if casts else model, dist.group.WORLD)
 
     def step(self, step: int) -> Tensor:
-        x, y = (data.to_device(t, self.device) for t in self.read(step, range(self.share)))
+        x, y = (data.to_device(t, self.device) for t in self.read(step, self.rows))
         return self.run(list(zip(x.split(self.b), y.split(self.b), strict=True)), self.valid)
 
 
@@ -165,27 +189,45 @@ class TorchLoop:
 
 def loop_of(row: str, n: int, model: str, device: torch.device):
     """(an object with the method step(step), the configuration of its model)."""
-    ranks, b = 1 if row == BARE else n, microbatch(row)
-    flags = f"{model} --dtype bf16 --micro-batch-size {b} --global-batch-size {ranks * ROWS} "
-    args = options.parser().parse_args((flags + (trainer_rows(n).get(row) or "")).split())
-    config = options.check(args, ranks)
+    flags = f"{model} {ADAMW_FLAGS} --dtype bf16 --micro-batch-size {microbatch(row)} "
+    flags += f"--global-batch-size {n * ROWS} {trainer_rows(n).get(row) or ''}"
+    args = options.parser().parse_args(flags.split())
+    config = options.check(args, 1 if row == BARE else n)
     if row == BARE:
         return gpu_check.Bare(args, config, device), config
     if row in trainer_rows(n):
         return gpu_check.trainer_of(args, config, device), config
-    one_replica = "TP" in row or "pipelining" in row  # every rank processes the full batch
-    replicas = 1 if one_replica else 2 if row == "torch 2 x 2 x d" else n
-    share = args.global_batch_size // replicas
-    return TorchLoop(torch_rows(n)[row], args, config, device, share, b), config
+    t, replicas = (2, 2) if row == "torch 2 x 2 x d" else (1, n)
+    if "TP" in row or "pipelining" in row:  # every rank processes the full batch
+        replicas = 1
+    share = n * ROWS // replicas
+    first = dist.get_rank() // t % replicas * share
+    rows = range(first, first + share)
+    return TorchLoop(torch_rows(n)[row], args, config, device, rows), config
+
+
+def loss_of(row: str, stats: Tensor, device: torch.device) -> float:
+    """The loss of the global batch. stats: what a step returned on this rank. Replicas of PyTorch's
+    strategies return the loss of their rows, and other stages than the last return 0.
+    """
+    stats = stats.full_tensor() if isinstance(stats, DTensor) else stats
+    loss = stats.flatten()[0].to(device)  # those zeros are on the CPU
+    if row.startswith("torch") and "TP" not in row:
+        dist.all_reduce(loss)
+        loss /= 2 if row == "torch 2 x 2 x d" else 1  # both tp ranks have the same loss
+    return loss.item()
 
 
 def on_rank(row: str, n: int, model: str, steps: int, device: torch.device) -> dict:
-    """Measures `row` on this rank. Returns the maximum over ranks of the seconds per step
-    (synchronised and free-running) and of the peak bytes of CUDA's allocator, and the tokens and
-    TFLOP per GPU and step.
+    """Measures `row` on this rank. Returns the losses of the first steps; the maximum over ranks of
+    the seconds per step (synchronised and free-running) and of the peak bytes of CUDA's allocator;
+    and the tokens and TFLOP per GPU and step.
     """
     gpu_check.free_memory()
     loop, config = loop_of(row, n, model, device)
+    losses = [loss_of(row, loop.step(0), device) for _ in range(LOSSES)]
+    if row == BARE:
+        loop.args.global_batch_size = ROWS  # time one GPU's rows
     (seconds,) = gpu_check.seconds([loop], steps, device)
     (free,) = gpu_check.free_running_seconds([loop], steps, device)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
@@ -193,7 +235,7 @@ def on_rank(row: str, n: int, model: str, steps: int, device: torch.device) -> d
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     seconds, free, peak = worst.tolist()
     tokens = ROWS * config.seq_len  # per GPU
-    return {"seconds": seconds, "free": free, "peak": peak, "tokens": tokens,
+    return {"losses": losses, "seconds": seconds, "free": free, "peak": peak, "tokens": tokens,
             "tflop": 3e-12 * gpt.forward_flops_per_token(config) * tokens}  # fmt: skip
 
 
@@ -319,58 +361,73 @@ def parity_table(found: dict | str) -> tuple[list[str], bool]:
     return ["| layout | largest relative difference |", "|---|---|", *rows], same
 
 
+def check_losses(found: dict[str, list]) -> bool:
+    """Compares the losses of each launch with the median of all. The results of a row with a launch
+    that differs by more than TOLERANCE become an error message. Returns whether all rows agree.
+    """
+    every = [x["losses"] for results in found.values() for x in results if isinstance(x, dict)]
+    steps, alike = zip(*every, strict=True), True
+    median = [statistics.median(math.inf if math.isnan(t) else t for t in step) for step in steps]
+    for row, results in found.items():
+        for x in (x for x in results if isinstance(x, dict)):
+            pairs = list(zip(x["losses"], median, strict=True))
+            x["difference"] = measure.largest(abs(loss - m) / m for loss, m in pairs)
+            if x["difference"] > TOLERANCE:
+                each = ", ".join(f"{loss:.4f} ({m:.4f})" for loss, m in pairs)
+                alike, found[row] = False, [f"WRONG: losses (median of all rows): {each}"]
+    return alike
+
+
 def speed_table(rows: list[str], found: dict[str, list], peak: float | None) -> list[str]:
-    """Lines of the table of speeds: medians over rounds; rates are those of free-running steps.
+    """Lines of the table of speeds: medians over launches; rates are those of free-running steps.
 
     `vs bare loop` is tokens/s per GPU divided by that of the bare loop. peak: TFLOP/s of the GPU.
     """
-    lines = ["| | step, ms | free-running, ms | tokens/s per GPU | TFLOP/s per GPU | MFU | "
-             "vs bare loop | peak GB |", "|---" * 8 + "|"]  # fmt: skip
+    lines = [
+        "| | step, ms | free-running, ms | lowest to highest | n | tokens/s per GPU | "
+        "TFLOP/s per GPU | MFU | vs bare loop | peak GB | d loss |",
+        "|---" * 11 + "|",
+    ]
     bare = [x["free"] for x in found.get(BARE, ()) if isinstance(x, dict)]
     for row in rows:
         good = [x for x in found[row] if isinstance(x, dict)]
         if not good:
-            lines.append(f"| {row} | {found[row][0]} | | | | | | |")
+            lines.append(f"| {row} | {found[row][0]}{' |' * 10}")
             continue
-        seconds, free = (statistics.median(x[how] for x in good) for how in ("seconds", "free"))
-        one, tflops = good[0], good[0]["tflop"] / free
+        seconds, times = ([1e3 * x[how] for x in good] for how in ("seconds", "free"))
+        one, free = good[0], statistics.median(times) / 1e3
+        tflops = one["tflop"] / free
         share = f"{statistics.median(bare) / free:.3f}" if bare else "-"
         mfu = f"{100 * tflops / peak:.1f} %" if peak else "-"
         held = f"{max(x['peak'] for x in good) / 1e9:.2f}" if one["peak"] else "-"
         lines.append(
-            f"| {row} | {1e3 * seconds:.1f} | {1e3 * free:.1f} | "
-            f"{one['tokens'] / free:,.0f} | {tflops:.3g} | {mfu} | {share} | {held} |"
+            f"| {row} | {statistics.median(seconds):.1f} | {1e3 * free:.1f} | "
+            f"{min(times):.1f} to {max(times):.1f} | {len(good)} | "
+            f"{one['tokens'] / free:,.0f} | {tflops:.3g} | {mfu} | {share} | {held} | "
+            f"{max(x['difference'] for x in good):.0e} |"
         )
     return lines
 
 
-def report(args: argparse.Namespace, device: torch.device, say: Callable[[str], None]) -> bool:
+def report(args: argparse.Namespace, device: torch.device, say: Callable[..., None]) -> bool:
     n, rows = args.nproc, args.rows or names(args.nproc)
     model = model_of(args, device)
-    say(f"# {n} ranks on one machine\n")
-    for line in machine(n, device):
-        say(line)
-    say("\n## Links (`make links`)\n")
-    for line in links_table(n, device):
-        say(line)
+    say(f"# {n} ranks on one machine\n", *machine(n, device))
+    say("\n## Links (`make links`)\n", *links_table(n, device))
     say("\n## Parity with one process, in float64\n")
     lines, same = parity_table(launch(PARITY, args))
-    for line in (*lines, f"\n{'All within' if same else 'MISMATCH: not all within'} "
-                 f"{measure.TOLERANCE:.0e}."):  # fmt: skip
-        say(line)
-    say(f"\n## Strategies: bf16, `{model}`\n")
-    say(f"{ROWS} sequences per GPU and step, microbatches of 4, or 8 with TP. Medians of "
-        f"{args.rounds} launches of {args.steps} steps; rows alternate.\n")  # fmt: skip
+    verdict = "All within" if same else "MISMATCH: not all within"
+    say(*lines, f"\n{verdict} {measure.TOLERANCE:.0e}.", f"\n## Strategies: bf16, `{model}`\n")
+    say(f"Medians of {args.rounds} launches of {args.steps} steps.\n")
     args.model, found = model, {row: [] for row in rows}
     able = trainer_rows(n) | torch_rows(n) | {BARE: ""}
-    for _ in range(args.rounds):
-        for row in rows:
+    for i in range(args.rounds):
+        for row in rows[::-1] if i % 2 else rows:
             found[row].append(f"not possible with {n} ranks" if able[row] is None
                               else launch(row, args))  # fmt: skip
-    for line in speed_table(rows, found, startup.peak_tflops(device, "bf16")):
-        say(line)
-    say("\n`peak GB`: peak of torch's allocator, on the rank with the largest. TFLOP/s and MFU "
-        "count the FLOPs of the model; nothing is recomputed.")  # fmt: skip
+    same &= check_losses(found)
+    say(*speed_table(rows, found, startup.peak_tflops(device, "bf16")))
+    say(COLUMNS)
     return same
 
 
@@ -405,9 +462,9 @@ def main() -> None:
     args.device = device.type
     since, lines = time.monotonic(), []
 
-    def say(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
+    def say(*text: str) -> None:
+        lines.extend(text)
+        print(*text, sep="\n", flush=True)
         if args.out:
             Path(args.out).write_text("\n".join(lines) + "\n")
 
