@@ -242,6 +242,9 @@ def parser(prog: str = "train_3d.py") -> Parser:
         help="how attention reaches the keys of other cp ranks")
     add("--sequence-parallel", action="store_true", help="shard the residual stream and the norms "
         "along the sequence, over the tp ranks")
+    add("--sp-keep-gathered", rare=True, action="store_true", needs={"sequence_parallel": [True]},
+        help="with --sequence-parallel: store the gathered inputs of column-parallel layers, "
+        "instead of gathering them again in backward")
     add("--zero", type=int, choices=(0, *zero3.STAGES), default=0, help="0: DDP; 1: shard the "
         "optimizer state over dp; 2: gradients too; 3: parameters too")
     add("--zero-shard-size", type=count, metavar="K", needs={"zero": [1, 2, 3]},
@@ -346,7 +349,8 @@ def unmet(args: argparse.Namespace) -> dict[str, str]:
     """What each option needs but args do not have, such as {"zero_shard_size": "--zero 1, 2 or 3"},
     whether or not the option is given."""
     return {
-        name: f"{flag(other)} {' or '.join(', '.join(map(str, values)).rsplit(', ', 1))}"
+        name: flag(other)
+        + f" {' or '.join(', '.join(map(str, values)).rsplit(', ', 1))}" * (values != [True])
         for name, option in OPTIONS.items()
         for other, values in option.needs.items()
         if getattr(args, other) not in values

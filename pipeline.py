@@ -292,10 +292,10 @@ class DeferredLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:
-        ctx.layer = layer
-        # Tensor parallelism: x may be this rank's shard of the sequence. Only the shard is saved.
-        ctx.save_for_backward(x)
-        return F.linear(call_if_defined(layer, "gather_input", x), layer.weight, bias)
+        ctx.layer, full_x = layer, call_if_defined(layer, "gather_input", x)
+        # Tensor parallelism: x may be this rank's shard of the sequence. If so, W gathers it again.
+        ctx.save_for_backward(full_x if keeps_gathered(layer) else x)
+        return F.linear(full_x, layer.weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -314,10 +314,15 @@ def call_if_defined(layer: nn.Module, method: str, x: Tensor) -> Tensor:
     return getattr(layer, method)(x) if hasattr(layer, method) else x
 
 
+def keeps_gathered(layer: nn.Module) -> bool:
+    return getattr(layer, "keep_gathered", False)
+
+
 def add_weight_gradient(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
     """The work of W. x: the saved input. grad: the gradient of the output. backward() is called on
     the weight, because assigning to .grad would not call the hooks of DDP and ZeRO."""
-    x = call_if_defined(layer, "gather_input", x)
+    if not keeps_gathered(layer):
+        x = call_if_defined(layer, "gather_input", x)
     layer.weight.backward(grad.flatten(0, -2).T @ x.flatten(0, -2))
 
 
@@ -339,7 +344,8 @@ def defer_weight_gradients(model: nn.Module, queue: list) -> None:
     This replaces the forward of each plain nn.Linear, even if it was already replaced on the
     instance. In layers that define multiply(x, bias), such as those of tensor_parallel.py, it
     replaces that method. multiply() returns gather_input(x) @ weight.T + bias, where gather_input()
-    returns x if the layer does not define it. A layer that defines it may also define
+    returns x if the layer does not define it. If layer.keep_gathered is true, its result is saved,
+    otherwise x is saved and W calls it again. A layer that defines it may also define
     reduce_input_gradient(d_x), which returns the gradient of x from that of gather_input(x)."""
     for layer in model.modules():
         is_linear = type(layer) is nn.Linear

@@ -17,28 +17,30 @@ Sequence parallelism also shards the activations outside attention and MLP, alon
     [b,s/t,h] --norm--> f: all-gather --> W1, gelu, W2 --> g: reduce-scatter --> [b,s/t,h]
 
 In backward, f is a reduce-scatter and g is an all-gather. Backward also gathers x a second time,
-because forward saves only the shard of x.
+because forward saves only the shard of x. With keep_gathered, forward saves the full x instead.
 
 Symbols: microbatch size b, sequence length s, hidden size h, vocabulary size v. The payload of a
 collective is the number of elements of its full tensor. With ring algorithms, each rank sends
 2 (t-1)/t times the payload for an all-reduce, and (t-1)/t times the payload for an all-gather or a
-reduce-scatter.
+reduce-scatter. Saved: activations of a GPT-2 block, in units of b s h elements, without the core of
+attention, dropout masks and statistics of norms.
 
-    per block and microbatch   forward            backward           elements sent per rank
-    tensor parallel            2 all-reduce       2 all-reduce        8 (t-1)/t b s h
-    with sequence parallel     2 all-gather       4 all-gather       10 (t-1)/t b s h
+    per block and microbatch   forward            backward           sent per rank     saved
+    tensor parallel            2 all-reduce       2 all-reduce        8 (t-1)/t b s h  4 + 12/t
+    with sequence parallel     2 all-gather       4 all-gather       10 (t-1)/t b s h  16/t
+                               2 reduce-scatter   2 reduce-scatter
+    and with keep_gathered     2 all-gather       2 all-gather        8 (t-1)/t b s h  2 + 14/t
                                2 reduce-scatter   2 reduce-scatter
 
 Each rank stores 1/t of the sharded matrices, of their gradients and of their optimizer state.
-Norms, the biases of row-parallel layers and the position table are replicated. Each rank also
-stores 1/t of the activations inside attention and MLP or, with sequence parallelism, 1/t of all
-activations. The collectives in forward, and g in backward, do not overlap with computation: 2 of
-the 4 collectives, or 6 of the 10 with sequence parallelism. So the t ranks should be on one node.
+Norms, the biases of row-parallel layers and the position table are replicated. The collectives in
+forward, and g in backward, do not overlap with computation: 2 of the 4 collectives, or with
+sequence parallelism 6 of the 10 (of 8 with keep_gathered). So the t ranks should be on one node.
 
     torchrun --standalone --nproc-per-node 2 tensor_parallel.py
 
 Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053), section 3. Sequence parallelism: Korthikanti et
-al. 2022 (arXiv 2205.05198), section 4.2.
+al. 2022 (arXiv 2205.05198), section 4.2, without keep_gathered.
 """
 
 import dataclasses
@@ -106,7 +108,7 @@ def mlp(x: Tensor, w1: Tensor, w2: Tensor, group: dist.ProcessGroup) -> Tensor:
 #      with the matmul for the weight gradient.
 #   2. Sequence parallelism. Outside attention and MLP, each rank computes the norms, dropouts and
 #      residual additions of 1/t of the tokens, and stores the activations of only those tokens. The
-#      cost: backward gathers x a second time.
+#      cost: backward gathers x a second time, or with keep_gathered, the full x is stored.
 #   3. parallelize() replaces the layers of a model by parallel layers, according to a plan.
 #   4. The embedding and the cross-entropy are split by vocabulary. Logits are never gathered.
 
@@ -158,11 +160,13 @@ class ColumnLinear(torch.autograd.Function):
     [b, s, out/t]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group, sequence: bool):
-        ctx.group, ctx.sequence = group, sequence
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, group, sequence, keep=False):
+        ctx.group, ctx.sequence, ctx.gather_again = group, sequence, sequence and not keep
+        full_x = start_all_gather(x, group)() if sequence else x
         # Only the weight gradient needs x. If the weight is frozen, x is not saved.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.linear(start_all_gather(x, group)() if sequence else x, weight, bias)
+        saved_x = full_x if keep else x
+        ctx.save_for_backward(saved_x if ctx.needs_input_grad[1] else None, weight)
+        return F.linear(full_x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -170,16 +174,16 @@ class ColumnLinear(torch.autograd.Function):
         x, weight = (a if a is None else a.to(grad.dtype) for a in ctx.saved_tensors)
         _, need_weight, need_bias, *_ = ctx.needs_input_grad
         d_weight = None
-        if ctx.sequence and need_weight:
+        if ctx.gather_again and need_weight:
             wait_x = start_all_gather(x, ctx.group, async_op=True)  # overlaps with the next matmul
         d_x = grad @ weight  # [b, s, in], a partial sum over this rank's columns
         start = start_reduce_scatter if ctx.sequence else start_all_reduce
         wait_d_x = start(d_x, ctx.group, async_op=need_weight)  # overlaps with the next matmul
         if need_weight:
-            full_x = wait_x() if ctx.sequence else x
+            full_x = wait_x() if ctx.gather_again else x
             d_weight = grad.flatten(0, -2).T @ full_x.flatten(0, -2)  # [out/t, in]
         d_bias = grad.flatten(0, -2).sum(0) if need_bias else None
-        return wait_d_x(), d_weight, d_bias, None, None
+        return wait_d_x(), d_weight, d_bias, None, None, None
 
 
 class ReduceScatterFromGroup(torch.autograd.Function):
@@ -312,7 +316,7 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, linear: nn.Linear, fused: tuple[int, ...], group, sequence: bool):
         super().__init__()
         check_type(linear, nn.Linear)
-        self.group, self.sequence = group, sequence
+        self.group, self.sequence, self.keep_gathered = group, sequence, False  # see parallelize()
         self.weight = shard_parameter(linear.weight, 0, fused, group)  # [out/t, in]
         bias = linear.bias
         self.bias = None if bias is None else shard_parameter(bias, 0, fused, group)  # [out/t]
@@ -321,7 +325,8 @@ class ColumnParallelLinear(nn.Module):
         return self.multiply(x, self.bias)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return ColumnLinear.apply(x, self.weight, bias, self.group, self.sequence)
+        more = self.group, self.sequence, self.keep_gathered
+        return ColumnLinear.apply(x, self.weight, bias, *more)
 
     def gather_input(self, x: Tensor) -> Tensor:
         return start_all_gather(x, self.group)() if self.sequence else x
@@ -422,7 +427,7 @@ STYLES = {
 
 
 def parallelize(
-    model: nn.Module, plan: dict, group: dist.ProcessGroup, sequence: bool = False
+    model: nn.Module, plan: dict, group, sequence: bool = False, keep_gathered: bool = False
 ) -> nn.Module:
     """Replaces modules of `model` in place, according to `plan`, and returns the model. The first
     pattern that matches a module's name applies. The plan must name every module that holds
@@ -435,7 +440,8 @@ def parallelize(
 
     The attention of the model must take the number of heads and the sequence length from the shape
     of its queries. Weights may be split unevenly. With `sequence`, t must divide the sequence
-    length.
+    length. `keep_gathered` has an effect only with `sequence`: column-parallel layers save the
+    gathered input.
 
     Every parameter gets the attribute `distribution`. If the model has set one, the new split or
     `partial` is added to it. Do not use clip_grad_norm_, which would scale the gradients
@@ -464,6 +470,8 @@ def parallelize(
             new = STYLES[style](module, fused, group, sequence)
         except ValueError as error:
             raise ValueError(f"{name}, style {style!r}: {error}") from None
+        if isinstance(new, ColumnParallelLinear):
+            new.keep_gathered = keep_gathered
         for key, p in old.items():
             own = getattr(new, key)
             shared = new_parameter.setdefault(p, own)
@@ -571,7 +579,7 @@ def vocab_parallel_cross_entropy(
 
 def predicted_collectives(
     n_layer: int, b: int, s: int, h: int, m: int = 1, sequence: bool = False,
-    first: bool = True, last: bool = True,
+    first: bool = True, last: bool = True, keep_gathered: bool = False,
 ) -> dict[tuple[str, str], tuple[int, int]]:  # fmt: skip
     """(phase, operation) -> (calls, payload in elements) per rank and step of m microbatches, for a
     pipeline stage with n_layer blocks. first: the stage has the embedding. last: it has lm_head and
@@ -580,8 +588,8 @@ def predicted_collectives(
     g = 2 * n_layer + first  # attention and MLP of each block, and the embedding
     if sequence:
         calls = {("forward", "all_gather"): f, ("forward", "reduce_scatter"): g,
-                 ("backward", "all_gather"): f + g, ("backward", "reduce_scatter"): f,
-                 ("forward", "all_reduce"): 0}  # fmt: skip
+                 ("backward", "all_gather"): g if keep_gathered else f + g,
+                 ("backward", "reduce_scatter"): f, ("forward", "all_reduce"): 0}  # fmt: skip
     else:
         calls = {("forward", "all_reduce"): g, ("backward", "all_reduce"): f}
     costs = {key: (m * n, m * n * b * s * h) for key, n in calls.items()}
@@ -613,7 +621,7 @@ def train_mlp(group: dist.ProcessGroup) -> tuple[list[Tensor], dict[str, nn.Para
 
 
 def train_gpt(
-    group: dist.ProcessGroup, sequence: bool
+    group: dist.ProcessGroup, sequence: bool, keep_gathered: bool
 ) -> tuple[list[Tensor], dict[str, nn.Parameter]]:
     """The full version, trained with SGD. All ranks use the same B rows in each step."""
     import data
@@ -621,7 +629,7 @@ def train_gpt(
 
     config = gpt.GPTConfig(N_LAYER, n_head=12, n_embd=H, vocab_size=257, seq_len=S)
     model = gpt.build(config, seed=0, dtype=torch.float64)
-    parallelize(model, gpt.PLAN, group, sequence)
+    parallelize(model, gpt.PLAN, group, sequence, keep_gathered)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses, tokens = [], data.example()
     for step in range(STEPS):
@@ -655,10 +663,11 @@ def main() -> None:
         seen, local = compare("version 1", train_mlp)
         f_and_g = (2, 2 * local["x"].numel())  # (calls, payload)
         report.equal("version 1 all_reduce", f_and_g, tuple(seen.total("tp", "all_reduce")))
-        for name, sequence in (("TP", False), ("TP+SP", True)):
-            seen, local = compare(name, train_gpt, sequence)
+        for name in ("TP", "TP+SP", "TP+SP keep"):
+            sequence, keep = "SP" in name, "keep" in name
+            seen, local = compare(name, train_gpt, sequence, keep)
             # `seen` covers all steps, each with one microbatch: as many as one step of m = STEPS.
-            costs = predicted_collectives(N_LAYER, B, S, H, m=STEPS, sequence=sequence)
+            costs = predicted_collectives(N_LAYER, B, S, H, STEPS, sequence, keep_gathered=keep)
             if sequence:  # add all_reduce_partial, which is called once per step, after backward.
                 # `seen` counts all calls outside of backward as "forward".
                 calls, payload = costs["forward", "all_reduce"]

@@ -148,7 +148,9 @@ class Trainer:
 
         # Keep this rank's shard of each weight matrix.
         plan = plan or arch.plan(config, args.tp)
-        tensor_parallel.parallelize(self.model, plan, self.tp_group, args.sequence_parallel)
+        tensor_parallel.parallelize(
+            self.model, plan, self.tp_group, args.sequence_parallel, args.sp_keep_gathered
+        )
 
         # Let attention reach the keys and values of the tokens that other cp ranks hold.
         context_parallel.parallelize_attention(self.model, self.cp_group, args.cp_attention)

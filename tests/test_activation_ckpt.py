@@ -164,11 +164,13 @@ def test_bytes_kept_and_flops_are_as_predicted(attention, dropout, policy, every
         assert flops.get_total_flops() == expected
 
 
-def bytes_kept_of_a_block(b: int, s: int, h: int, a: int, policy: str, sequence: bool) -> int:
+def bytes_kept_of_a_block(
+    b: int, s: int, h: int, a: int, policy: str, sequence: bool, keep: bool = False
+) -> int:
     """In bf16 with dropout, on this rank."""
     group = dist.group.WORLD
     net = gpt.build(gpt.GPTConfig(1, a, h, 17, s, "explicit", dropout=0.1), dtype=torch.bfloat16)
-    tensor_parallel.parallelize(net, gpt.PLAN, group, sequence)
+    tensor_parallel.parallelize(net, gpt.PLAN, group, sequence, keep)
     ckpt.checkpoint_blocks(net.h, policy, save_rng=net.draws.save)
     net.draws.at(0, range(b))
     shard = s // group.size() if sequence else s
@@ -185,11 +187,14 @@ def test_korthikantis_34_and_what_is_more():
     b, s, h, a = 2, 16, 32, 4
     counted = launch(1, bytes_kept_of_a_block, b, s, h, a, "none", False)
     assert counted == [34 * s * b * h + 7 * a * s * s * b + 8 * b * s + s * s]
-    for t in (2, 4):  # their table 2: s b h (10 + 24/t), and with sequence parallelism 34/t
-        tp, sp = (launch(t, bytes_kept_of_a_block, b, s, h, a, "selective", sequence)
-                  for sequence in (False, True))  # fmt: skip
+    # Their table 2: s b h (10 + 24/t), and with sequence parallelism 34/t. With keep_gathered, the
+    # two inputs of column-parallel layers are full.
+    for t in (2, 4):
+        tp, sp, keep = (launch(t, bytes_kept_of_a_block, b, s, h, a, "selective", *how)
+                        for how in ((False, False), (True, False), (True, True)))  # fmt: skip
         assert tp == [s * b * h * (10 + 24 // t) + 8 * b * s] * t
         assert sp == [s * b * h * 34 // t + 8 * b * s // t] * t
+        assert keep == [s * b * h * 4 + s * b * h * 30 // t + 8 * b * s // t] * t
 
 
 @pytest.mark.parametrize("policy", ckpt.POLICIES)

@@ -40,6 +40,7 @@ FACTORS = {
         (1, "d/2", 1), (2, "d/2", 1), (3, "d/2", 1),
     ],
     "sequence": [False, True],
+    "keep_gathered": [False, True],
     "recompute": [  # policy, every, layers
         ("none", 1, None), ("full", 1, None), ("full", 2, None), ("full", 1, 1),
         ("selective", 1, None), ("offload", 1, None),
@@ -62,6 +63,7 @@ LIVE = {
     "schedule": (("layout",), lambda row: row["layout"][2] > 1),
     "zero": (("layout",), lambda row: replicas(row) > (3 if row["zero"][1] else 1)),
     "sequence": (("layout",), lambda row: row["layout"][0] > 1),
+    "keep_gathered": (("layout", "sequence"), lambda row: row["sequence"] and row["layout"][0] > 1),
     "vocab_size": (("layout",), lambda row: row["layout"][0] > 1),
     "bucket_bytes": (("layout", "zero"), lambda row: replicas(row) > 1 and row["zero"][0] == 0),
     "recompute": (  # `every` and `layers` need a rank with more than one block
@@ -191,6 +193,7 @@ def case_of(row: dict) -> Case:
         t=t, c=c, p=p, d=d, m=p if row["m"] == "p" else row["m"], schedule=schedule, chunks=chunks,
         zero=zero, shard_size=shard_size, reshard=reshard, nodes=nodes, recompute=recompute,
         every=every, layers=layers, n_layer=blocks(row), seq_len=12,
+        keep_gathered=row["keep_gathered"] and row["sequence"],
         steps=2,  # the second step starts from the state after the first
         **{factor: row[factor] for factor in same},
     )  # fmt: skip

@@ -63,12 +63,14 @@ CONTEXTS = [
     CONTEXT(d=2, nodes=2, cp_attention="gathered"), CONTEXT(d=2, zero=3, recompute="selective"),
     CONTEXT(cp_attention="gathered", b=1, attention="explicit", recompute="selective", every=2),
     CONTEXT(t=2, p=2, cp_attention="gathered", sequence=True, dropout=0.1, zero=1),
+    CONTEXT(t=2, sequence=True, keep_gathered=True, recompute="full", schedule="zb-h1", every=2),
     CONTEXT(c=3, cp_attention="ulysses", attention="explicit", recompute="selective", every=2),
     CONTEXT(p=2, cp_attention="ulysses", dtype="bf16", recompute="full", schedule="zb-h1"),
     CONTEXT(t=2, cp_attention="ulysses", recompute="selective", every=2, zero=2, d=2, shard_size=2),
 ]  # fmt: skip
 IN_BF16 = [  # the other collectives
     SMALL_BF16(t=2), SMALL_BF16(t=2, sequence=True, seq_len=8), SMALL_BF16(p=2),
+    SMALL_BF16(t=2, p=2, sequence=True, seq_len=8, keep_gathered=True, schedule="zb-v", n_layer=4),
     SMALL_BF16(d=4, nodes=2), WIDE_SUMS(d=4, nodes=2), SMALL_BF16(d=4, zero=2, shard_size=2),
     WIDE_SUMS(d=4, zero=3, shard_size=2),
 ]  # fmt: skip
@@ -153,6 +155,8 @@ EIGHT = [
     Case(d=8, zero=2, shard_size=4, m=1, tied=False, attention="explicit"),
     Case(t=4, p=2, m=3, schedule="zb-h1", vocab_size=50, attention="explicit", dtype="float32"),
     Case(t=2, c=2, p=2, zero=3, attention="explicit", seq_len=8, n_layer=4),
+    Case(t=4, p=2, sequence=True, keep_gathered=True, schedule="zb-v", seq_len=8, n_layer=4,
+         attention="explicit"),
 ]  # fmt: skip
 
 

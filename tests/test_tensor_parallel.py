@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import functools
 import types
 
@@ -14,9 +15,10 @@ import measure
 import pipeline
 import tensor_parallel as tp
 from tools.verify import counting
-from tools.verify.oracle import draw, launch
+from tools.verify.oracle import Case, draw, launch, trainer_of
 
 D = torch.float64
+WAYS = [False, True, "keep"]  # without sequence parallelism; with it; with keep_gathered as well
 
 
 def version_1(frozen: str) -> tuple[float, float]:
@@ -73,7 +75,7 @@ def conjugates(sequence: bool):
     x = torch.arange(shard, dtype=D).view(1, -1, 1).requires_grad_()
     kept, seed = x.detach().clone(), torch.full((1, 3 * t, 1), rank + 1.0, dtype=D)
     given = seed.clone()
-    y = tp.ColumnLinear.apply(x, one, None, group, sequence)
+    y = tp.ColumnLinear.apply(x, one, None, group, bool(sequence), sequence == "keep")
     y.backward(given)
     whole = torch.cat([kept] * t, 1) if sequence else kept
     assert torch.equal(y, whole) and torch.equal(x, kept)
@@ -98,7 +100,7 @@ def conjugates(sequence: bool):
             z.sum().backward()
 
 
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", WAYS)
 @pytest.mark.parametrize("t", [1, 2, 3])
 def test_conjugates(t, sequence):
     """Inputs are not changed, except g's partial sum, and autograd is told of that change."""
@@ -171,7 +173,7 @@ def counts(n_layer: int, b: int, sequence: bool):
     group, s = dist.group.WORLD, 12
     config = gpt.GPTConfig(n_layer, 12, 24, 41, s)
     model = gpt.build(config, dtype=D)
-    tp.parallelize(model, gpt.PLAN, group, sequence)
+    tp.parallelize(model, gpt.PLAN, group, bool(sequence), sequence == "keep")
     assert model.wte.weight is model.lm_head.weight, "tied no more"
     x = torch.zeros(b, s, dtype=torch.int64)
     with counting.Collectives({"tp": group}) as seen:
@@ -186,16 +188,18 @@ tp_operations = ("all_reduce", "all_gather", "reduce_scatter")
 
 
 @pytest.mark.parametrize("t", [2, 3, 4])
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", WAYS)
 def test_collectives_of_a_block_and_what_hides_them(t, sequence):
     """A block has two f and two g. The all-reduce of each f is overlapped with the gradient of its
-    weight."""
+    weight. With keep_gathered, backward has the all-gathers of g only, and nothing hides them."""
     for n_layer, b in ((1, 2), (3, 1)):
-        predicted = tp.predicted_collectives(n_layer, b, s=12, h=24, sequence=sequence)
+        how = dict(sequence=bool(sequence), keep_gathered=sequence == "keep")
+        predicted = tp.predicted_collectives(n_layer, b, s=12, h=24, **how)
         for counted, hidden in launch(t, counts, n_layer, b, sequence):
             assert counted == predicted
             f = 2 * n_layer + 1
-            behind = {"all_gather": f, "reduce_scatter": f} if sequence else {"all_reduce": f}
+            behind = {"reduce_scatter": f} if sequence else {"all_reduce": f}
+            behind |= {"all_gather": f} if sequence is True else {}
             assert hidden == dict.fromkeys(tp_operations, 0) | behind
 
 
@@ -216,7 +220,7 @@ def calls_by_async_op(n_layer: int, sequence: bool, defer: bool) -> collections.
         setattr(tp, name, counted(name, getattr(tp, name)))
     group, x = dist.group.WORLD, torch.zeros(1, 12, dtype=torch.int64)
     model = gpt.build(gpt.GPTConfig(n_layer, 12, 24, 41, 12), dtype=D)
-    tp.parallelize(model, gpt.PLAN, group, sequence)
+    tp.parallelize(model, gpt.PLAN, group, bool(sequence), sequence == "keep")
     if defer:
         pipeline.defer_weight_gradients(model, queue)
     tp.vocab_parallel_cross_entropy(model(x), x, model.lm_head, group).backward()
@@ -226,20 +230,21 @@ def calls_by_async_op(n_layer: int, sequence: bool, defer: bool) -> collections.
 
 
 @pytest.mark.parametrize("defer", [False, True])
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", WAYS)
 def test_a_collective_is_asynchronous_only_where_a_matmul_overlaps_it(sequence, defer):
     """With 4 blocks 9 of 20 calls, or 18 of 47 with sequence parallelism. If weight gradients are
-    deferred, nothing overlaps, and the gathers for them are outside of backward."""
+    deferred, nothing overlaps, and the gathers for them are outside of backward. Keeping the
+    gathered inputs saves one gather per layer."""
     for n_layer in (1, 4):
         n = 2 * n_layer + 1  # f: two of a block, and the head; g: two, and the embedding
         if sequence:
             expected = {
-                ("forward", "all_gather", False): 2 * n if defer else n,
+                ("forward", "all_gather", False): 2 * n if defer and sequence is True else n,
                 ("forward", "reduce_scatter", False): n,
                 ("forward", "all_reduce", False): 2,  # of the loss
                 ("backward", "all_gather", False): n,
                 ("backward", "reduce_scatter", not defer): n,
-            } | ({} if defer else {("backward", "all_gather", True): n})
+            } | ({} if defer or sequence == "keep" else {("backward", "all_gather", True): n})
         else:
             expected = {
                 ("forward", "all_reduce", False): n + 2,
@@ -361,7 +366,8 @@ def train(model: nn.Module, group=None, defer: bool = False, steps: int = 3):
 def beside_one_process(plan: dict, sequence: bool, change=lambda net: None, defer: bool = False):
     """(largest relative error, the replicated tensors)."""
     expected = train(Net(change))
-    model = tp.parallelize(Net(change), plan, dist.group.WORLD, sequence)
+    how = bool(sequence), sequence == "keep"
+    model = tp.parallelize(Net(change), plan, dist.group.WORLD, *how)
     cuts = {n: p.distribution for n, p in model.named_parameters() if p.distribution.splits}
     actual = train(model, dist.group.WORLD, defer)
     for name, cut in cuts.items():
@@ -536,7 +542,10 @@ def freeze(net: nn.Module, *names: str) -> None:
 SOME = ("wte.weight", "attn.q.weight", "attn.k.bias", "attn.out.weight", "lm_head.weight")
 
 
-@pytest.mark.parametrize("sequence, defer", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    "sequence, defer",
+    [(False, False), (True, False), (True, True), ("keep", False), ("keep", True)],
+)
 @pytest.mark.parametrize(
     "plan, change",
     [(LORA_PLAN, give_lora), (QK_PLAN, lambda net: freeze(net, *SOME)),
@@ -548,9 +557,12 @@ def test_frozen_weights(plan, change, sequence, defer):
 
 
 def cost_of_a_backward(frozen: bool, sequence: bool, defer: bool):
-    """(FLOPs in units of one matmul, collectives, whether x is saved, what waits for a W)."""
+    """(FLOPs in units of one matmul, collectives, what is saved of the input: None, x or so many
+    tokens, what waits for a W)."""
     group, queue, b = dist.group.WORLD, [], 2
-    layer = tp.ColumnParallelLinear(nn.Linear(8, 6), (1,), group, sequence)
+    layer = nn.Sequential(nn.Linear(8, 6))
+    how = bool(sequence), sequence == "keep"
+    (layer,) = tp.parallelize(layer, {"0": "column"}, group, *how)
     layer.weight.requires_grad_(not frozen)
     if defer:
         pipeline.defer_weight_gradients(layer, queue)
@@ -562,19 +574,23 @@ def cost_of_a_backward(frozen: bool, sequence: bool, defer: bool):
         y.sum().backward()
     operations = [op for op in tp_operations if seen.total("tp", op).calls]
     assert layer.weight.grad is None or not frozen
-    kept = any(t.data_ptr() == x.data_ptr() for t in saved)
+    inputs = ("x" if t.data_ptr() == x.data_ptr() else t.size(1) for t in saved if t.dim() == 3)
+    kept = next(inputs, None)
     return flops.get_total_flops() / (2 * y.numel() * 8), operations, kept, len(queue)
 
 
 @pytest.mark.parametrize(
     "frozen, sequence, defer, expected",
     [
-        (False, False, False, (2, ["all_reduce"], True, 0)),
-        (True, False, False, (1, ["all_reduce"], False, 0)),
-        (True, True, False, (1, ["reduce_scatter"], False, 0)),
-        (False, True, False, (2, ["all_gather", "reduce_scatter"], True, 0)),
-        (True, True, True, (1, ["reduce_scatter"], False, 0)),
-        (False, True, True, (1, ["reduce_scatter"], True, 1)),
+        (False, False, False, (2, ["all_reduce"], "x", 0)),
+        (True, False, False, (1, ["all_reduce"], None, 0)),
+        (True, True, False, (1, ["reduce_scatter"], None, 0)),
+        (False, True, False, (2, ["all_gather", "reduce_scatter"], "x", 0)),
+        (True, True, True, (1, ["reduce_scatter"], None, 0)),
+        (False, True, True, (1, ["reduce_scatter"], "x", 1)),
+        (True, "keep", False, (1, ["reduce_scatter"], None, 0)),
+        (False, "keep", False, (2, ["reduce_scatter"], 8, 0)),
+        (False, "keep", True, (1, ["reduce_scatter"], 8, 1)),
     ],
 )
 def test_backward_does_nothing_for_a_frozen_weight(frozen, sequence, defer, expected):
@@ -591,7 +607,7 @@ def under_autocast(sequence: bool, defer: bool):
     for parallel in (False, True):
         net, queue = Net(without_qk_norm).float(), []
         if parallel:
-            tp.parallelize(net, PLAN, group, sequence)
+            tp.parallelize(net, PLAN, group, bool(sequence), sequence == "keep")
         if parallel and defer:
             pipeline.defer_weight_gradients(net, queue)
         x = torch.arange(2 * S).view(2, S)
@@ -616,9 +632,33 @@ def under_autocast(sequence: bool, defer: bool):
 
 
 @pytest.mark.parametrize("defer", [False, True])
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", WAYS)
 def test_autocast(sequence, defer):
     launch(2, under_autocast, sequence, defer)
+
+
+def keep_next_to_gather_again(case: Case) -> None:
+    ways = [trainer_of(dataclasses.replace(case, keep_gathered=keep)) for keep in (False, True)]
+    for step in range(2):
+        assert torch.equal(*(trainer.step(step) for trainer in ways)), step
+    for trainer in ways:
+        trainer.sync.gather()
+    for (name, a), (_, b) in zip(*(t.model.named_parameters() for t in ways), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(recompute="full", dropout=0.2, b=1), Case(p=2, schedule="zb-v", n_layer=4, b=1),
+        Case(dtype="bf16", d=2, zero=3), Case(p=2, schedule="zb-h1", dtype="bf16", b=1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_input_that_is_kept_is_the_one_that_is_gathered_again(case):
+    """Bitwise. With b = 1, a gathered tensor is a view of what the collective wrote."""
+    case = dataclasses.replace(case, t=2, sequence=True, seq_len=8)
+    launch(case.world_size, keep_next_to_gather_again, case)
 
 
 # --- sizes that t does not divide, modules that a style cannot replace ----------------------------

@@ -89,6 +89,7 @@ def text(tmp_path) -> str:
         ("--recompute full:", 1, "--recompute: full:: K must be at least 1, got None"),
         ("--recompute ful:2", 1, "--recompute: invalid choice: 'ful'.*did you mean full"),
         ("--recompute-layers 0", 1, "--recompute-layers: must be at least 1, got 0"),
+        ("--tp 2 --sp-keep-gathered", 2, "--sp-keep-gathered needs --sequence-parallel: give"),
         ("--tp 2 --sequence-parallel --seq-len 127", 2, "--seq-len 127 is not divisible by --tp 2"),
         # no guessing at abbreviations
         ("--step 3", 1, r"unrecognized arguments: --step 3; did you mean --steps\?\n$"),

@@ -157,24 +157,26 @@ def test_what_crosses_between_hosts(hosts, n):
         assert left == dict.fromkeys(range(hosts), expected)
 
 
-def step_of_blocks(n_layer: int, sequence: bool) -> int:
+def step_of_blocks(n_layer: int, sequence: bool, keep: bool) -> int:
     """Bytes that this rank sends."""
     use_rings()
     group, x = dist.group.WORLD, torch.zeros(1, 12, dtype=torch.int64)
     model = gpt.build(gpt.GPTConfig(n_layer, 12, 24, 41, 12), dtype=torch.float64)
-    tp.parallelize(model, gpt.PLAN, group, sequence)
+    tp.parallelize(model, gpt.PLAN, group, sequence, keep)
     tp.vocab_parallel_cross_entropy(model(x), x, model.lm_head, group).backward()
     return sum(SENT.values())
 
 
 @pytest.mark.parametrize("t", [2, 3])
-@pytest.mark.parametrize("sequence, factor", [(False, 8), (True, 10)])
-def test_wire_of_a_block(sequence, factor, t):
+@pytest.mark.parametrize(
+    "sequence, keep, factor", [(False, False, 8), (True, False, 10), (True, True, 8)]
+)
+def test_wire_of_a_block(sequence, keep, factor, t):
     """Korthikanti et al., section 4.2.2: the two halves send what an all-reduce sends; two gathers
     more are for the two inputs that a column-parallel layer keeps as shards."""
-    one, two = (launch(t, step_of_blocks, n, sequence) for n in (1, 2))
+    one, two = (launch(t, step_of_blocks, n, sequence, keep) for n in (1, 2))
     for n, ranks in ((1, one), (2, two)):
-        costs = tp.predicted_collectives(n, 1, 12, 24, sequence=sequence)
+        costs = tp.predicted_collectives(n, 1, 12, 24, sequence=sequence, keep_gathered=keep)
         elements = sum(WIRE[op](t) * payload for (_, op), (_, payload) in costs.items())
         assert ranks == [pytest.approx(8 * elements, abs=1e-6)] * t
     assert two[0] - one[0] == factor * (t - 1) / t * 12 * 24 * 8

@@ -109,6 +109,7 @@ class Layout(NamedTuple):
     every: int = 1  # K of --recompute POLICY:K
     layers: int | None = None  # --recompute-layers
     cp_attention: str = "ring"
+    keep_gathered: bool = False  # --sp-keep-gathered
 
     @property
     def gpus(self) -> int:
@@ -277,10 +278,12 @@ def chunk_bytes(
     """
     t, c, b, h = layout.tp, layout.cp, layout.micro_batch_size, config.n_embd
     s = config.seq_len // c
-    sizes = dict(b=b, s=s, h=h, itemsize=program.itemsize, t=t, sequence=layout.sequence_parallel)
+    sizes = dict(b=b, s=s, h=h, itemsize=program.itemsize, t=t, sequence=layout.sequence_parallel,
+                 keep_gathered=layout.keep_gathered)  # fmt: skip
     head = vocab_rows(config, t, tp_rank)
     waiting = predicted_queue_bytes(
-        config, n_layer, b, program.itemsize, head * last, t, layout.sequence_parallel, tp_rank
+        config, n_layer, b, program.itemsize, head * last, t,
+        layout.sequence_parallel and not layout.keep_gathered, tp_rank
     ) // c  # fmt: skip
     boundary = b * s * h // (t if layout.sequence_parallel else 1) * program.itemsize
     if gpt.module_of(config) is not gpt:
@@ -305,7 +308,8 @@ def cache_keys(layout: Layout) -> tuple[Layout, Layout]:
                           sequence_parallel=layout.sequence_parallel)  # fmt: skip
     chunk_layout = Layout(layout.tp, min(2, layout.pp), 1, 0, layout.micro_batch_size, 1,
                           layout.recompute, sequence_parallel=layout.sequence_parallel,
-                          cp=layout.cp, cp_attention=layout.cp_attention)  # fmt: skip
+                          cp=layout.cp, cp_attention=layout.cp_attention,
+                          keep_gathered=layout.keep_gathered)  # fmt: skip
     return state_layout, chunk_layout
 
 
@@ -338,7 +342,9 @@ def tp_traffic(
     """
     b, s, h = layout.micro_batch_size, config.seq_len // layout.cp, config.n_embd
     sequence, itemsize = layout.sequence_parallel, program.itemsize
-    costs = tensor_parallel.predicted_collectives(n_layer, b, s, h, m, sequence, first, last)
+    costs = tensor_parallel.predicted_collectives(
+        n_layer, b, s, h, m, sequence, first, last, layout.keep_gathered
+    )
     traffic = {key: (calls, elements * itemsize) for key, (calls, elements) in costs.items()}
     calls, nbytes = traffic["forward", "all_reduce"]
     nbytes += last * 3 * m * b * s * (max(4, itemsize) - itemsize)
@@ -524,7 +530,7 @@ def chunk_seconds(
     dropout, policy = config.dropout > 0, layout.recompute
     again = predicted_flops(config, 1, b, policy, deferred=deferred, t=t) / c - 3 * block
     sizes = (b, config.seq_len, h, config.n_head, config.attention, program.itemsize)
-    more = (dropout, t, layout.sequence_parallel)
+    more = (dropout, t, layout.sequence_parallel, layout.keep_gathered)
     kept, left = (predicted_block_bytes(*sizes, name, *more) / c
                   for name in ("none", "selective"))  # fmt: skip
     anew = {"full": kept, "selective": kept - left}.get(policy, 0)
@@ -591,7 +597,7 @@ def stage_seconds(
     # Only the fields on which chunk_seconds depends, so that layouts share its cache.
     key = Layout(layout.tp, 1, layout.dp if zero3 else 1, 3 * zero3, layout.micro_batch_size,
                  1, layout.recompute, sequence_parallel=layout.sequence_parallel,
-                 cp=layout.cp)  # fmt: skip
+                 cp=layout.cp, keep_gathered=layout.keep_gathered)  # fmt: skip
     common = (config, key, hardware, per_node, program, splits_backward(layout.schedule))
     end = len(split) - 1
     return [chunk_seconds(*common, len(own), k == 0, k == end) for k, own in enumerate(split)]
@@ -728,18 +734,19 @@ def predicted_step(
 
 def predicted_block_bytes(
     b: int, s: int, h: int, a: int, attention: str, itemsize: int, policy: str = "none",
-    dropout: bool = False, t: int = 1, sequence: bool = False, stat: int | None = None, c: int = 1,
-    method: str = "ring",
+    dropout: bool = False, t: int = 1, sequence: bool = False, keep_gathered: bool = False,
+    stat: int | None = None, c: int = 1, method: str = "ring",
 ) -> int:  # fmt: skip
     """Bytes that autograd saves for the backward of one GPT-2 block of gpt.py, per microbatch, on
     one of t tensor-parallel ranks. s: tokens on this rank. itemsize: bytes per element of the
-    activations. sequence: sequence parallelism. stat: bytes per mean and 1/std of a layer norm
-    (default: itemsize, which holds on a CPU; a GPU uses 4 also in bf16). c, method:
-    context-parallel ranks, and --cp-attention.
+    activations. sequence: sequence parallelism. keep_gathered: --sp-keep-gathered. stat: bytes per
+    mean and 1/std of a layer norm (default: itemsize, which holds on a CPU; a GPU uses 4 also in
+    bf16). c, method: context-parallel ranks, and --cp-attention.
 
     Saved on each rank, in elements unless stated otherwise:
 
-        4 b s h      inputs of ln_1, c_attn, ln_2, c_fc; 1/t of it under sequence parallelism
+        2 b s h      inputs of ln_1 and ln_2; 1/t of it under sequence parallelism
+        2 b s h      inputs of c_attn and c_fc; 1/t likewise, but not with keep_gathered
         12 b s h/t   q, k, v (3), input of attn.c_proj (1), input (4) and output (4) of GELU
         4 b s        mean and 1/std of two layer norms; 1/t of it under sequence parallelism
         2 b s h      bytes, with dropout: masks of the two residual branches; 1/t likewise
@@ -786,7 +793,7 @@ def predicted_block_bytes(
         core += 0 if explicit else s * c * s * itemsize
     if c > 1 and method == "ulysses":
         core += 16 * c * s + (0 if explicit else b * s * h // t * itemsize)
-    elements = 4 * hidden + 12 * b * s * h // t
+    elements = 2 * hidden + 2 * (b * s * h if keep_gathered else hidden) + 12 * b * s * h // t
     outside_core = elements * itemsize + norms + 2 * hidden * dropout
     return outside_core + (core if policy == "none" else 0)
 
@@ -804,8 +811,8 @@ def predicted_blocks_bytes(
 
 def predicted_activation_bytes(
     n_layer: int, b: int, s: int, h: int, v: int, itemsize: int, first: bool, last: bool,
-    in_flight: int = 1, t: int = 1, sequence: bool = False, dropout: bool = False,
-    stat: int | None = None, **rest,
+    in_flight: int = 1, t: int = 1, sequence: bool = False, keep_gathered: bool = False,
+    dropout: bool = False, stat: int | None = None, **rest,
 ) -> int:  # fmt: skip
     """Bytes saved by a pipeline stage of the trainer, for in_flight microbatches on one of t
     tensor-parallel ranks. v: rows of the vocabulary on this rank. rest: policy, every, layers, a,
@@ -818,14 +825,15 @@ def predicted_activation_bytes(
     whether this rank has the target and whether it counts (2). With t = 1 the loss is torch's,
     which saves one more scalar. The token count of the batch (8) is saved once."""
     sizes = dict(b=b, s=s, h=h, itemsize=itemsize, t=t, sequence=sequence, dropout=dropout,
-                 stat=stat)  # fmt: skip
+                 keep_gathered=keep_gathered, stat=stat)  # fmt: skip
     loss_itemsize, sequence_shards = max(4, itemsize), t if sequence else 1
     hidden = b * s * h // sequence_shards
     microbatch = predicted_blocks_bytes(n_layer, **sizes, **rest)
     if first:
         microbatch += 9 * b * s * (t > 1) + hidden * dropout
     if last:
-        microbatch += 2 * hidden * itemsize + 2 * b * s // sequence_shards * (stat or itemsize)
+        microbatch += (hidden + (b * s * h if keep_gathered else hidden)) * itemsize
+        microbatch += 2 * b * s // sequence_shards * (stat or itemsize)
         microbatch += b * s * v * loss_itemsize
         microbatch += 8 * b * s + loss_itemsize if t == 1 else 10 * b * s
     return in_flight * microbatch + 8 * last
@@ -887,8 +895,8 @@ def predicted_queue_bytes(
 ) -> int:  # fmt: skip
     """Bytes of a microbatch that are stored from B to W: the inputs and the output gradients of the
     linear layers of n_layer blocks, on one of t tensor-parallel ranks. head: the number of rows of
-    the output head on this rank, or 0. With sequence parallelism the inputs of column-parallel
-    layers are 1/t, because W gathers them."""
+    the output head on this rank, or 0. With `sequence`, that is sequence parallelism without
+    --sp-keep-gathered, the inputs of column-parallel layers are 1/t, because W gathers them."""
     shards, tokens = t if sequence else 1, b * config.seq_len
     block = sum(tokens * inputs // (shards if column else 1) + tokens * outputs
                 for inputs, outputs, column in sharded(config, t, tp_rank).linears)  # fmt: skip

@@ -343,7 +343,7 @@ def layout_of(trainer: train_3d.Trainer) -> cost.Layout:
         args.tp, args.pp, trainer.dp_group.size(), args.zero, args.micro_batch_size, trainer.m,
         args.recompute, args.schedule, len(trainer.stages), args.sequence_parallel,
         args.cp, args.zero_shard_size or 0, bool(args.zero_reshard_after_forward),
-        args.recompute_every, args.recompute_layers, args.cp_attention,
+        args.recompute_every, args.recompute_layers, args.cp_attention, args.sp_keep_gathered,
     )  # fmt: skip
 
 

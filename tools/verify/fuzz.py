@@ -193,7 +193,7 @@ def shrink(case: Case, seconds: float = 120, say=print) -> Case:
 # --- coverage: pairs of features ------------------------------------------------------------------
 
 STAGES = ("ddp", "zero1", "zero2", "zero3")
-ALL = ["tp", "sp", *(name[:6] for name in context_parallel.METHODS),
+ALL = ["tp", "sp", "spkeep", *(name[:6] for name in context_parallel.METHODS),
        *(name[:6] for name in schedules.SCHEDULES), *STAGES, "hybrid", "kept", "nodes",
        "m>1", "b>1", "select", "full", "offloa", "drop", "explic", "untied", "mask", "odd v",
        "clip", "sgd", "fp32", "bf16", "reduce", "resume", "docs"]  # fmt: skip
@@ -215,6 +215,7 @@ def features(case: Case) -> list[str]:
     replicas = case.d * case.c
     live = {
         "tp": case.t > 1, "sp": case.sequence and case.t > 1,
+        "spkeep": case.keep_gathered and case.t > 1,
         **{name[:6]: case.cp_attention == name and case.c > 1 for name in context_parallel.METHODS},
         **{name[:6]: case.schedule == name and case.p > 1 for name in schedules.SCHEDULES},
         **{name: case.zero == n and replicas > 1 for n, name in enumerate(STAGES)},

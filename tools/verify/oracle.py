@@ -82,7 +82,7 @@ TOLERANCES = {
 # a shorter one. The options in OTHERS are derived from other fields, see Case.arguments().
 SHORT = {"sequence_parallel": "sequence", "zero_shard_size": "shard_size",
          "zero_reshard_after_forward": "reshard", "dp_nodes": "nodes", "recompute_every": "every",
-         "recompute_layers": "layers"}  # fmt: skip
+         "recompute_layers": "layers", "sp_keep_gathered": "keep_gathered"}  # fmt: skip
 OTHERS = ("tp", "cp", "pp", "micro_batch_size", "global_batch_size", "untied", "steps", "lr")
 FIELDS = {SHORT.get(n, n): o for n, o in options.OPTIONS.items() if o.kind and n not in OTHERS}
 Options = dataclasses.make_dataclass("Options", [(f, object, o.default) for f, o in FIELDS.items()])
