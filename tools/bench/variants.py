@@ -602,7 +602,10 @@ for m in (1, 8):
         one=m == 1,
     )
     TP[f"TP+SP{also}"] = Comparison(
-        {"sequence parallel": part(repo_tp, sequence=True)},
+        {
+            "sequence parallel": part(repo_tp, sequence=True),
+            "the same, gathered inputs kept": part(repo_tp, sequence=True, keep_gathered=True),
+        },
         {"DTensor": part(torch_tp, sequence=True)},
         m,
     )
