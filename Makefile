@@ -180,7 +180,7 @@ drill: kill-ranks
 #:  bench-pp          9 min   time a step next to PyTorch's pipelines  [OUT ARGS]
 #:  bench-3d          9 min   time a step next to PyTorch's 3-D parallelism  [OUT ARGS]
 #:  bench-ckpt        9 min   time a step next to PyTorch's activation checkpointing  [OUT ARGS]
-#:  bench-checkpoint  9 min   time saving and loading next to PyTorch's  [OUT ARGS]
+#:  bench-checkpoint  8 min   time saving next to PyTorch's DCP and torch.save  [OUT ARGS]
 #:  links             15 s    time each collective on this machine, by size  [NPROC=2 OUT ARGS]
 #:  growth            4 min   time steps over layers, microbatches, ranks and schedules  [OUT ARGS]
 #:  memory            3 min   measure memory: ZeRO, recomputation, long rows (Linux)  [NPROC=4 OUT]

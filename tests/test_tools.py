@@ -12,8 +12,8 @@ import os
 import random
 import re
 import signal
-import tempfile
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -448,44 +448,76 @@ def test_sampling_from_a_checkpoint(tmp_path):
     assert hot == again != "abcdefghabcd\n"
 
 
-def bench_of_checkpoints(name: str, folder: str) -> dict[str, float]:
-    """torch.save and the removal of its file take 3 seconds, a step 5, to start a save 7, to wait
-    for it 11; training stands still for 2."""
-    clock, completed = Clock(), checkpoint.Checkpoints.completed
+def bench_of_checkpoints(name: str, folder: str, broken: bool = False) -> dict:
+    """torch.save takes 3 seconds, dcp.save 4, a step 5, async_save 6, to start a save 7, to wait
+    for it 11. If `broken`, dcp.save writes zeros."""
+    clock, dcp = Clock(), SimpleNamespace(**vars(bench_checkpoint.dcp))  # checkpoint.py has another
     clock.tick = 0.0
 
     def takes(seconds: float, function):
-        def call(*args):
+        def call(*args, **kwargs):
             clock.now += seconds
-            return function(*args)
+            return function(*args, **kwargs)
 
         return call
 
+    def of_zeros(state: dict, plain=dcp.save, **how):
+        return plain({key: torch.zeros_like(t) for key, t in state.items()}, **how)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_checkpoint, "time", clock)
+        patch.setattr(bench_checkpoint, "dcp", dcp)
+        patch.setattr(bench_checkpoint, "open", takes(3, open), raising=False)  # for torch.save
+        if broken:
+            patch.setattr(dcp, "save", of_zeros)
         for owner, function, seconds in (
-            (os, "remove", 3), (train_3d.Trainer, "step", 5), (checkpoint.Checkpoints, "save", 7),
-            (checkpoint.Checkpoints, "wait", 11),
+            (dcp, "save", 4), (train_3d.Trainer, "step", 5), (dcp, "async_save", 6),
+            (checkpoint.Checkpoints, "save", 7), (checkpoint.Checkpoints, "wait", 11),
         ):  # fmt: skip
             patch.setattr(owner, function, takes(seconds, getattr(owner, function)))
-        patch.setattr(
-            checkpoint.Checkpoints, "completed",
-            lambda disk: [saved._replace(pause=2) for saved in completed(disk)],
-        )  # fmt: skip
-        return bench_checkpoint.measure(name, 24, folder)
+        return bench_checkpoint.measure(name, 24, folder, 1, True)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_bench_measures_what_it_says(monkeypatch):
-    monkeypatch.setattr(bench_checkpoint, "ROUNDS", 1)
-    monkeypatch.setitem(bench_checkpoint.SIZES, 24, (2, 12, 24))
+def test_a_checkpoint_bench_measures_what_it_says(monkeypatch, tmp_path):
+    monkeypatch.setitem(bench_checkpoint.SIZES, 24, (2, 12))
     with torch.device("meta"):
         size = sum(p.numel() for p in gpt.GPT(gpt.GPTConfig(2, 12, 24, 256, 64)).parameters())
     save = 7 + 2 * 11  # it waits twice: for an earlier save, and for its end
-    took = {"bytes": 12 * size, "torch": 3, "save": save, "pause": 2, "step": 5,
-            "step during a save": 5}  # fmt: skip
+    took = {"torch.save": 3, "save": save, "dcp.save": 4, "dcp.save, 2 threads": 4, "no save": 0,
+            "pause": 7 + 11, "async_save": 6, "pause, step": 5, "async_save, step": 5,
+            "no save, step": 5}  # fmt: skip
     for name, case in bench_checkpoint.CASES.items():
-        with tempfile.TemporaryDirectory() as folder:
-            ranks = launch(case.world_size, bench_of_checkpoints, name, folder)
-            assert os.listdir(folder) == ["step-5"]
-        assert ranks == [took] + [took | {"torch": 0}] * (case.world_size - 1), name
+        ranks = launch(case.world_size, bench_of_checkpoints, name, str(tmp_path))
+        assert not os.listdir(tmp_path), name
+        for rank, found in enumerate(ranks):
+            expected = took | ({"torch.save": 0} if rank > 0 else {})
+            assert found["seconds"] == {what: [t, t] for what, t in expected.items()}, name
+            assert found["bytes"] == 12 * size, name
+        on_disk = ranks[0]["on_disk"]
+        assert set(on_disk) == set(bench_checkpoint.KINDS) - {"no save"}, name
+        assert min(on_disk.values()) > 12 * size, name
+    with pytest.raises(RuntimeError, match="dcp.save, 2 threads: it loads other values"):
+        launch(1, bench_of_checkpoints, "one rank", str(tmp_path), True)
+
+
+def test_a_checkpoint_bench_compares_pairs_with_the_faster_dcp(monkeypatch):
+    """Two launches of two pairs; the second launch saves in twice the time."""
+    seconds = {what: [1.0] * 4 for pair in bench_checkpoint.RATIOS.values() for what in pair}
+    seconds |= {"dcp.save, 2 threads": [0.5, 0.25, 0.5, 0.25], "save": [1.0, 2.0, 2.0, 4.0]}
+    slower = seconds | {"save": [2.0 * t for t in seconds["save"]]}
+    found = [{"bytes": 8, "seconds": each} for each in (seconds, slower)]
+    rows = {r["column"]: r for r in bench_checkpoint.rows_of("t 2", 256, found)}
+    assert list(rows) == list(bench_checkpoint.RATIOS)
+    row = rows["save / dcp.save"]
+    assert (row["over"], row["over_ms"], row["n"]) == ("dcp.save, 2 threads", 375.0, 4)
+    assert row["ratios"] == [4.0, 8.0, 8.0, 16.0] and row["ratio"] == 8.0
+    assert rows["save / torch.save"]["ratios"] == [1.5, 3.0, 3.0, 6.0]
+    assert row["interval"][0] < 8.0 < row["interval"][1]
+
+    # A launch counts the slowest rank.
+    ranks = [{"bytes": 8, "seconds": {"save": times}} for times in ([1.0, 4.0], [3.0, 2.0])]
+    monkeypatch.setattr(bench_checkpoint, "launch", lambda *args, **kwargs: ranks)
+    monkeypatch.setattr(bench_checkpoint.stats, "undisturbed", lambda once, tries: (once(), 0.0))
+    run = bench_checkpoint.run("t 2", 256, 1, False, None, 1)
+    assert run["seconds"] == {"save": [3.0, 4.0]}
