@@ -418,14 +418,15 @@ class Checkpoints:
 
 
 def host_buffers(tensors: list[Tensor]) -> list[Tensor]:
-    """Buffers in host memory with the shapes and dtypes of `tensors`: views of one allocation, so
-    torch's rounding of pinned memory to a power of two applies once."""
+    """Buffers in host memory with the shapes and dtypes of `tensors`, in one allocation, so torch's
+    rounding of pinned memory to a power of two applies once. Each has a separate storage: DCP
+    copies a tensor that is a view of a larger storage before it writes it."""
     sizes = [-(-t.nbytes // 16) * 16 for t in tensors]  # aligned for every dtype
     pinned = any(t.is_cuda for t in tensors)
-    flat = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
+    memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pinned).numpy()
     return [
-        part[: t.nbytes].view(t.dtype).view(t.shape)
-        for part, t in zip(flat.split(sizes), tensors, strict=True)
+        torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=offset).view(t.shape)
+        for t, offset in zip(tensors, itertools.accumulate(sizes, initial=0), strict=False)
     ]
 
 

@@ -96,6 +96,18 @@ def test_the_slices_of_all_pieces_fill_the_full_tensor(parts, t, dim, others):
     assert torch.equal(rebuilt, whole.float()) and times.min() == times.max() == 1
 
 
+def test_buffers_are_one_allocation_and_no_views_for_dcp():
+    tensors = [torch.rand(3, 2), torch.rand(5, dtype=torch.float64), torch.rand(1).bfloat16()]
+    tensors.append(torch.rand(4, 6)[:, 1:3])  # a slice of a tensor
+    buffers = checkpoint.host_buffers(tensors)
+    for buffer, t in zip(buffers, tensors, strict=True):
+        assert torch.equal(buffer.copy_(t), t) and buffer.dtype == t.dtype
+        assert buffer.untyped_storage().nbytes() == t.nbytes  # otherwise DCP copies it
+    starts = [buffer.data_ptr() - buffers[0].data_ptr() for buffer in buffers]
+    assert starts == [0, 32, 80, 96]
+    assert all(map(torch.equal, buffers, tensors))  # they do not overlap
+
+
 def test_replicas_share_the_writing():
     held = [checkpoint.TensorSlice(str(i), (n,), (0,), torch.zeros(n))
             for i, n in enumerate((100, 30, 40, 30, 7, 1))]  # fmt: skip
