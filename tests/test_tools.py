@@ -480,7 +480,7 @@ def bench_of_checkpoints(name: str, folder: str, broken: bool = False) -> dict:
 
 @pytest.mark.slow
 def test_a_checkpoint_bench_measures_what_it_says(monkeypatch, tmp_path):
-    monkeypatch.setitem(bench_checkpoint.SIZES, 24, (2, 12))
+    monkeypatch.setitem(bench_checkpoint.SIZES, 24, {"n_layer": 2, "n_head": 12})
     with torch.device("meta"):
         size = sum(p.numel() for p in gpt.GPT(gpt.GPTConfig(2, 12, 24, 256, 64)).parameters())
     save = 7 + 2 * 11  # it waits twice: for an earlier save, and for its end
@@ -506,11 +506,13 @@ def test_a_checkpoint_bench_compares_pairs_with_the_faster_dcp(monkeypatch):
     seconds = {what: [1.0] * 4 for pair in bench_checkpoint.RATIOS.values() for what in pair}
     seconds |= {"dcp.save, 2 threads": [0.5, 0.25, 0.5, 0.25], "save": [1.0, 2.0, 2.0, 4.0]}
     slower = seconds | {"save": [2.0 * t for t in seconds["save"]]}
-    found = [{"bytes": 8, "seconds": each} for each in (seconds, slower)]
+    disk = {"save": 9, "dcp.save, 2 threads": 10}
+    found = [{"bytes": 8, "on_disk": disk, "seconds": each} for each in (seconds, slower)]
     rows = {r["column"]: r for r in bench_checkpoint.rows_of("t 2", 256, found)}
     assert list(rows) == list(bench_checkpoint.RATIOS)
     row = rows["save / dcp.save"]
     assert (row["over"], row["over_ms"], row["n"]) == ("dcp.save, 2 threads", 375.0, 4)
+    assert row["on_disk"] == [9, 10]
     assert row["ratios"] == [4.0, 8.0, 8.0, 16.0] and row["ratio"] == 8.0
     assert rows["save / torch.save"]["ratios"] == [1.5, 3.0, 3.0, 6.0]
     assert row["interval"][0] < 8.0 < row["interval"][1]

@@ -12,11 +12,12 @@ to save take turns in the same processes and in the same folder, forwards and th
     async_save   DCP, until training continues; then a step, while a thread writes
     no save      only the step
 
-All write the same number of bytes, with fsync. Deleting a checkpoint is not timed. DCP gets the
-layout of PyTorch's strategies: plain tensors for DDP, of which it saves one replica, and DTensors
-for `t 2` and for ZeRO-1 (sharded along dimension 0, as in FSDP2). It reuses its plan and its copies
-in memory. A complete save by checkpoint.py also copies the state, computes a crc32 of each file and
-renames the folder. In the first launch, each checkpoint is loaded and compared.
+All write the same tensors, with fsync. Deleting a checkpoint is not timed. DCP gets the layout of
+PyTorch's strategies: plain tensors for DDP, of which it saves one replica, and DTensors for `t 2`
+and for ZeRO-1 (sharded along dimension 0, as in FSDP2). It reuses its plan and, in async_save, its
+copies in memory; it copies before async_save returns. A save by checkpoint.py also copies the
+state, computes a crc32 of each file and renames the folder. In the first launch, each checkpoint is
+loaded and compared.
 
 A ratio is the median over n pairs of turns (the time forwards + the time backwards). In brackets:
 its 95 % bootstrap interval, see tools/bench/stats.py. The columns of the table:
@@ -30,6 +31,7 @@ its 95 % bootstrap interval, see tools/bench/stats.py. The columns of the table:
 """
 
 import argparse
+import dataclasses
 import gc
 import os
 import shutil
@@ -49,16 +51,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import checkpoint
-import options
 import train_3d
 from tools.bench import stats
-from tools.verify.oracle import Case, launch, reader
+from tools.verify.oracle import Case, launch, trainer_of
 
 DDP, ZERO1, TP = Case(d=2), Case(d=2, zero=1), Case(t=2)
 CASES = {"one rank": Case(), "d 2, DDP": DDP, "d 2, ZeRO-1": ZERO1, "t 2": TP}
-SIZES = {256: (4, 4), 768: (2, 12)}  # h: layers, heads
+SIZES = {256: {"n_layer": 4, "n_head": 4}, 768: {"n_layer": 2, "n_head": 12}}  # by h
 THREADS = {"dcp.save": 1, "dcp.save, 2 threads": 2, "async_save": 1}
-STEPS = ("pause", "async_save", "no save")  # followed by a step
 KINDS = ("torch.save", "save", "pause", *THREADS, "no save")
 RATIOS = {  # column of the table: (numerator, denominator)
     "save / torch.save": ("save", "torch.save"),
@@ -92,12 +92,8 @@ def dcp_state(trainer: train_3d.Trainer) -> dict[str, Tensor]:
 
 def measure(name: str, h: int, folder: str, pairs: int, check: bool) -> dict:
     """Runs on each rank. Returns seconds by kind and turn, and, with `check`, bytes on disk."""
-    case, (layers, heads) = CASES[name], SIZES[h]
-    flags = [*case.arguments(), f"--n-layer={layers}", f"--n-head={heads}", f"--n-embd={h}",
-             "--vocab-size=256", "--seq-len=64", "--dtype=float32"]  # fmt: skip
-    args = options.parser().parse_args(flags)
-    config, read = options.check(args, case.world_size), reader(Case(seq_len=64))
-    trainer = train_3d.Trainer(args, config, read, torch.device("cpu"))
+    model = {"n_embd": h, "vocab_size": 256, "seq_len": 64, "dtype": "float32"} | SIZES[h]
+    trainer = trainer_of(dataclasses.replace(CASES[name], **model), sync=None)
     trainer.step(0)
     gc.freeze()  # as in train_3d.py
     is_first, group = dist.get_rank() == 0, dist.new_group(backend="gloo")
@@ -156,7 +152,7 @@ def measure(name: str, h: int, folder: str, pairs: int, check: bool) -> dict:
             before = [t.clone() for t in local(states[kind])] if checked else []
             dist.barrier()
             timed(kind, start, kind, path)
-            if kind in STEPS:
+            if kind in ("pause", "async_save", "no save"):
                 timed(f"{kind}, step", trainer.step, i + 1)
             while saving:
                 saving.pop().result()
@@ -177,7 +173,6 @@ def measure(name: str, h: int, folder: str, pairs: int, check: bool) -> dict:
 
 def run(name: str, h: int, pairs: int, check: bool, folder: str | None, tries: int) -> dict:
     """One launch: seconds by kind and turn on the slowest rank, and the other results."""
-
     n = CASES[name].world_size
 
     def once() -> list[dict]:
@@ -186,8 +181,8 @@ def run(name: str, h: int, pairs: int, check: bool, folder: str | None, tries: i
             return launch(n, measure, *args, timeout=300, before=before)
 
     ranks, foreign = stats.undisturbed(once, tries)
-    whats = ranks[0]["seconds"]
-    slowest = {what: np.max([r["seconds"][what] for r in ranks], 0).tolist() for what in whats}
+    slowest = {what: np.max([r["seconds"][what] for r in ranks], axis=0).tolist()
+               for what in ranks[0]["seconds"]}  # fmt: skip
     return ranks[0] | {"seconds": slowest, "foreign": foreign}
 
 
@@ -195,16 +190,15 @@ def rows_of(name: str, h: int, launches: list[dict]) -> list[dict]:
     """One row per ratio. launches: what run() returned."""
     seconds = [found["seconds"] for found in launches]
 
-    def ms(kind: str) -> float:
-        return 1e3 * float(np.median([s[kind] for s in seconds]))
-
+    ms = {kind: 1e3 * float(np.median([s[kind] for s in seconds])) for kind in seconds[0]}
     rows = []
     for column, (over, under) in RATIOS.items():
-        under = min(("dcp.save", "dcp.save, 2 threads"), key=ms) if under == "dcp.save" else under
+        under = min("dcp.save", "dcp.save, 2 threads", key=ms.get) if under == "dcp.save" else under
         each = [stats.launch_ratio(s[over][i : i + 2], s[under][i : i + 2])
                 for s in seconds for i in range(0, len(s[over]), 2)]  # fmt: skip
         rows.append({"layout": name, "h": h, "bytes": launches[0]["bytes"], "column": column,
-                     "of": over, "ms": ms(over), "over": under, "over_ms": ms(under),
+                     "on_disk": [launches[0]["on_disk"].get(kind) for kind in (over, under)],
+                     "of": over, "ms": ms[over], "over": under, "over_ms": ms[under],
                      "n": len(each), "ratio": float(np.median(each)),
                      "interval": stats.interval(each), "ratios": each})  # fmt: skip
     return rows
@@ -222,13 +216,11 @@ def main() -> None:
     args = arguments.parse_args()
     print(f"{len(stats.cores())} cores, gloo, torch {torch.__version__}, float32, AdamW, fsync")
     runs, start = {(name, h): [] for h in args.sizes for name in CASES}, time.perf_counter()
-    disk: list[dict] = []
     for i in range(args.launches):
         for (name, h), launches in runs.items():
             launches.append(run(name, h, args.pairs, i == 0, args.folder, args.tries))
             if i == 0:
-                disk.append({"layout": name, "h": h} | launches[0]["on_disk"])
-                print(f"loaded values are equal; bytes on disk: {disk[-1]}", flush=True)
+                print(f"{name}, h {h}: loaded equal; bytes on disk {launches[0]['on_disk']}")
         print(f"launch {i + 1} of {args.launches}: {time.perf_counter() - start:.0f} s", flush=True)
     foreign = [found["foreign"] for launches in runs.values() for found in launches]
     print(f"other processes used up to {max(foreign):.2f} cores during a launch")
@@ -242,8 +234,8 @@ def main() -> None:
         print("| " + " | ".join([name, f"{h}", state, *times, n, *ratios]) + " |")
     if args.out:
         stats.write(args.out, stats.provenance("make bench-checkpoint") | {
-            "launches": args.launches, "pairs": args.pairs, "foreign_cores": foreign,
-            "bytes_on_disk": disk, "rows": rows})  # fmt: skip
+            "launches": args.launches, "pairs": args.pairs, "foreign_cores": foreign, "rows": rows
+        })  # fmt: skip
 
 
 if __name__ == "__main__":
