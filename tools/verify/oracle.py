@@ -409,8 +409,11 @@ def layout(
     measure.check_alike(named, true_parameters, trainer.dtype)
     if case.dtype == "bf16":
         initial, final = ranges(shard("initial")), ranges(true_parameters)
-        rms = torch.cat([g.flatten() for g in expected["gradient"].values()]).square().mean().sqrt()
-        errors |= errors_of_bf16(pieces, true_gradients, initial, final, rms)
+        full = expected["gradient"]
+        rms = torch.cat([g.flatten() for g in full.values()]).square().mean().sqrt()
+        scales = {n: torch.maximum(0.01 * rms, 0.1 * g.square().mean().sqrt())
+                  for n, g in full.items()}  # fmt: skip
+        errors |= errors_of_bf16(pieces, true_gradients, initial, final, scales)
         _check_equal_on_all(named, trainer.shard_group)
     else:
         floor = FLOORS[case.dtype]
@@ -427,27 +430,30 @@ def layout(
 
 def errors_of_bf16(
     pieces: list, gradients: dict[str, Tensor], initial: dict[str, Tensor],
-    final: dict[str, Tensor], rms: Tensor,
+    final: dict[str, Tensor], scales: dict[str, Tensor],
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Errors for bf16, which has 8 significant bits: norms are compared instead of elements.
 
-    gradients, initial, final: values of the reference. rms: root mean square of all its gradients.
+    gradients, initial, final: values of the reference. scales: by parameter, 0.01 of the root mean
+    square of all its gradients, or 0.1 of that of the parameter's gradient if it is larger.
 
-    Gradients: |a - b| / |b| of each piece, where |b| is at least that of a piece whose elements are
-    all 0.01 rms. Parameters: |a - b| / |b| of the update (fp32 master minus initial value) over all
-    pieces and ranks together, because rounding decides the sign of AdamW's update where the true
-    gradient is 0. Raises AssertionError if a bf16 parameter does not equal its fp32 master rounded
-    to bf16.
+    Gradients: |a - b| / |b| of each piece, where |b| is at least that of a piece whose elements all
+    have the value in `scales`. A piece may be a few elements of a matrix, and their rounding errors
+    are those of the sums that the whole matrix has. Parameters: |a - b| / |b| of the update (fp32
+    master minus initial value) over all pieces and ranks together, because rounding decides the
+    sign of AdamW's update where the true gradient is 0. Raises AssertionError if a bf16 parameter
+    does not equal its fp32 master rounded to bf16.
     """
 
     def finite(error: Tensor) -> float:
         return error.item() if error.isfinite() else math.inf
 
-    errors, sums = {}, torch.zeros(2, dtype=torch.float64, device=rms.device)
+    device = next(iter(scales.values())).device
+    errors, sums = {}, torch.zeros(2, dtype=torch.float64, device=device)
     for n, piece, p, at in pieces:
         name, master = f"{n}[{at}:]", piece.detach().flatten()
         a, b = piece.grad.flatten().double(), gradients[name]
-        least = (0.01 * rms * b.numel() ** 0.5).clamp(min=1e-300)
+        least = (scales[n] * b.numel() ** 0.5).clamp(min=1e-300)
         errors[name] = finite((a - b).norm() / torch.maximum(b.norm(), least))
         rounded = p.detach().flatten()[at : at + piece.numel()]
         assert torch.equal(rounded, master.to(p.dtype)), f"{name} does not equal its rounded master"
