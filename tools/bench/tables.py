@@ -140,6 +140,16 @@ def loop() -> list[str]:
     return table(["efficiency", *(f"h {n}" for n in sizes)], lines)
 
 
+def checkpoints() -> list[str]:
+    """Saves and pauses over those of torch.save and torch.distributed.checkpoint."""
+    found = rows("checkpoint")
+    columns, lines = [*dict.fromkeys(r["column"] for r in found)], []
+    for layout, h in dict.fromkeys((r["layout"], r["h"]) for r in found):
+        at = [one(rows("checkpoint", layout=layout, h=h, column=column)) for column in columns]
+        lines.append([layout, f"{at[0]['bytes'] / 1e6:.0f} MB", *map(ratio, at)])
+    return [*dated("checkpoint"), *table(["layout", "state", *columns], lines)]
+
+
 def lines(name: str) -> list[str]:
     """The printed lines of a tool."""
     return ["```", *load(name)["lines"], "```"]
@@ -218,6 +228,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "cp-one": functools.partial(over_one, "cp"),
     "pp-schedules": pipelines,
     "3d-efficiency": loop,
+    "checkpoint": checkpoints,
     "memory": lambda: [*dated("memory"), *lines("memory")],
     "hierarchy": functools.partial(hierarchy, "hierarchy"),
     "hierarchy-200": functools.partial(hierarchy, "hierarchy-200"),
