@@ -348,7 +348,6 @@ def main() -> None:
     add("--out", metavar="FILE", help="write the rows as JSON")
     args = arguments.parse_args()
     suite = SUITES[args.suite]
-    pairs = args.pairs or suite.pairs
     sizes, names = args.sizes or [*suite.sizes], args.only or [*suite.comparisons]
     for option, given, known in (("--sizes", sizes, suite.sizes),
                                  ("--only", names, suite.comparisons)):  # fmt: skip
@@ -372,7 +371,7 @@ def main() -> None:
     for i in range(args.launches):
         for (size, name), launches in runs.items():
             comparison = suite.comparisons[name]
-            launches.append(run(suite, comparison, size, pairs, i == 0, args.tries))
+            launches.append(run(suite, comparison, size, args.pairs, i == 0, args.tries))
         took = time.perf_counter() - start
         report(f"launch {i + 1} of {args.launches}: done after {took:.0f} s")
     rows = [row for (size, name), launches in runs.items()
@@ -385,7 +384,7 @@ def main() -> None:
     report("\n" + markdown(rows))
     if args.out:
         about = stats.provenance(f"make bench-{args.suite}")
-        about |= {"ranks": suite.ranks, "launches": args.launches, "steps": 2 * pairs,
+        about |= {"ranks": suite.ranks, "launches": args.launches, "steps": 2 * args.pairs,
                   "foreign_cores": foreign, "shares": shares, "rows": rows}  # fmt: skip
         stats.write(args.out, about)
 

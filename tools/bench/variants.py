@@ -64,7 +64,7 @@ import train_3d
 import zero3
 
 RANKS, ROWS = 2, 8  # ranks along each parallel axis of a suite; rows of the global batch
-SIZES = {256: gpt.GPTConfig(8, 4, 256, 256, 256), 768: gpt.GPTConfig(2, 12, 768, 256, 128)}
+SIZES = {256: gpt.GPTConfig(4, 4, 256, 256, 256), 768: gpt.GPTConfig(2, 12, 768, 256, 64)}
 LONG = {s: gpt.GPTConfig(1, 4, 256, 256, s) for s in (2048, 8192)}  # of `cp`, one row
 Group = dist.ProcessGroup
 adamw = functools.partial(torch.optim.AdamW, lr=1e-3, fused=True)
@@ -506,7 +506,6 @@ class Suite(NamedTuple):
     d: int = 1
     c: int = 1
     attention: str = "sdpa"
-    pairs: int = 2  # of timed steps per launch
 
     @property
     def ranks(self) -> int:
@@ -541,56 +540,40 @@ def _zero(stage: int, m: int = 1, **how) -> Callable:
     return part(repo_dp, attach=part(zero3.STAGES[stage], **how), m=m)
 
 
-def _ddp(megabytes: int) -> Callable:
-    return part(repo_dp, attach=part(ddp.DDP, bucket_bytes=megabytes * 2**20))
-
-
-def _fsdp(reshard: bool, m: int) -> dict[str, Callable]:
+def _fsdp(reshard: bool) -> dict[str, Callable]:
     name = "fully_shard" if reshard else "fully_shard, not resharded"
-    found = {name: part(torch_fsdp, reshard=reshard),
-             f"{name}, prefetch": part(torch_fsdp, reshard=reshard, ahead=True)}  # fmt: skip
-    if m > 1:
-        found[f"{name}, resharded after each backward"] = part(
-            torch_fsdp, reshard=reshard, keep=False
-        )
-    return found
+    return {name: part(torch_fsdp, reshard=reshard),
+            f"{name}, prefetch": part(torch_fsdp, reshard=reshard, ahead=True)}  # fmt: skip
 
 
-KEPT = {"reshard_after_forward": False}
 TORCH_DDP = {
     "DistributedDataParallel": part(torch_ddp, view=False),
     "the same, views of buckets": torch_ddp,
     "the same, views, zeroed": part(torch_ddp, zero=True),
-    "the same, views, zeroed, 4 MB": part(torch_ddp, zero=True, mb=4),
 }
 DP = {
     "DDP": Comparison(
         {
-            "DDP": _ddp(25),
-            "DDP, buckets of 4 MB": _ddp(4),
+            "DDP": part(repo_dp, attach=ddp.DDP),
             "all_reduce_flat": part(plain_step, reduce=ddp.all_reduce_flat),
             "all_reduce_gradients": part(plain_step, reduce=ddp.all_reduce_gradients),
         },
         TORCH_DDP,
-        one=True,
     ),
     "ZeRO-1": Comparison(
         {"Zero1": _zero(1)},
         {
-            f"ZeroRedundancyOptimizer{', views of buckets' * view}{also}": part(
-                torch_ddp, sharded=view, view=False, mb=mb
+            f"ZeroRedundancyOptimizer{', views of buckets' * view}": part(
+                torch_ddp, sharded=view, view=False
             )
             for view in (False, True)
-            for mb, also in ((None, ""), (4, ", 4 MB"))
         },
     ),
 }
 for m in (1, 4):
     also = f", {m} microbatches" if m > 1 else ""
-    DP[f"ZeRO-2{also}"] = Comparison(
-        {"Zero2": _zero(2, m), "Zero3, not resharded": _zero(3, m, **KEPT)}, _fsdp(False, m), m
-    )
-    DP[f"ZeRO-3{also}"] = Comparison({"Zero3": _zero(3, m)}, _fsdp(True, m), m)
+    DP[f"ZeRO-2{also}"] = Comparison({"Zero2": _zero(2, m)}, _fsdp(False), m)
+    DP[f"ZeRO-3{also}"] = Comparison({"Zero3": _zero(3, m)}, _fsdp(True), m)
 
 TP = {}
 for m in (1, 8):
@@ -695,5 +678,5 @@ SUITES = {
     "cp": Suite(CP, c=RANKS),
     "pp": Suite(PP, p=RANKS),
     "ckpt": Suite(CKPT, attention="explicit"),
-    "3d": Suite(LOOP, t=RANKS, p=RANKS, d=RANKS, pairs=1),
+    "3d": Suite(LOOP, t=RANKS, p=RANKS, d=RANKS),
 }
