@@ -335,9 +335,7 @@ def main() -> None:
         f"{[*variants.SIZES]}, or for cp sequence lengths {[*variants.LONG]}")  # fmt: skip
     add("--only", nargs="+", metavar="NAME", help="some of the suite's comparisons")
     add("--launches", type=int, default=LAUNCHES, metavar="N", help="launches per comparison")
-    add(
-        "--pairs", type=int, metavar="N", help="pairs of timed steps per launch (default: 2; 3d: 1)"
-    )
+    add("--pairs", type=int, default=1, metavar="N", help="pairs of timed steps per launch")
     add(
         "--tries",
         type=int,
