@@ -174,10 +174,10 @@ drill: kill-ranks
 
 #:
 #: Measure
-#:  bench-dp          9 min   time a step next to PyTorch's DDP, FSDP and ZeRO  [OUT ARGS]
-#:  bench-tp          9 min   time a step next to PyTorch's tensor parallelism  [OUT ARGS]
+#:  bench-dp          20 min  time a step next to PyTorch's DDP, FSDP and ZeRO  [OUT ARGS]
+#:  bench-tp          13 min  time a step next to PyTorch's tensor parallelism  [OUT ARGS]
 #:  bench-cp          9 min   time a step with long rows next to PyTorch's ring attention  [OUT ARGS]
-#:  bench-pp          9 min   time a step next to PyTorch's pipelines  [OUT ARGS]
+#:  bench-pp          21 min  time a step next to PyTorch's pipelines  [OUT ARGS]
 #:  bench-3d          9 min   time a step next to PyTorch's 3-D parallelism  [OUT ARGS]
 #:  bench-ckpt        9 min   time a step next to PyTorch's activation checkpointing  [OUT ARGS]
 #:  bench-checkpoint  8 min   time saving next to PyTorch's DCP and torch.save  [OUT ARGS]
