@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable
 
-from tools.bench.stats import ROOT
+from tools.bench.stats import ROOT, interval
 
 PAGES = ("README.md", "docs/benchmarks.md")
 BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -103,8 +103,9 @@ def work(suite: str) -> list[str]:
     return table(head, lines)
 
 
-def over_one(suite: str) -> list[str]:
-    """Step time over that of one process."""
+def context_parallel() -> list[str]:
+    """Step time over that of one process, and of the ring over that of gathered attention."""
+    suite = "cp"
     name, sizes = axis(suite)
     found = [r for r in rows(suite) if "over_one_process" in r]
     lines = []
@@ -112,6 +113,12 @@ def over_one(suite: str) -> list[str]:
         at = [one([r for r in found if r["comparison"] == comparison and r["variant"] == variant
                    and r[name] == n]) for n in sizes]  # fmt: skip
         lines.append([variant, *(ratio(x["over_one_process"]) for x in at)])
+    over = []
+    for n in sizes:
+        pair = [one(rows(suite, variant=v, **{name: n}))["ratios"] for v in ("ring", "gathered")]
+        each = [a / b for a, b in zip(*pair, strict=True)]
+        over.append(ratio({"ratio": statistics.median(each), "interval": interval(each)}))
+    lines.append(["ring / gathered", *over])
     return table(["step time over that of one process", *(f"{name} {n}" for n in sizes)], lines)
 
 
@@ -225,7 +232,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "summary": summary,
     **{name: functools.partial(compared, name) for name in ("dp", "tp", "cp", "pp", "ckpt", "3d")},
     **{f"{name}-work": functools.partial(work, name) for name in ("dp", "tp", "cp", "pp", "3d")},
-    "cp-one": functools.partial(over_one, "cp"),
+    "cp-one": context_parallel,
     "pp-schedules": pipelines,
     "3d-efficiency": loop,
     "checkpoint": checkpoints,
