@@ -548,8 +548,8 @@ def _fsdp(reshard: bool) -> dict[str, Callable]:
 
 TORCH_DDP = {
     "DistributedDataParallel": part(torch_ddp, view=False),
-    "the same, views of buckets": torch_ddp,
-    "the same, views, zeroed": part(torch_ddp, zero=True),
+    "DistributedDataParallel, views of buckets": torch_ddp,
+    "DistributedDataParallel, views, zeroed": part(torch_ddp, zero=True),
 }
 DP = {
     "DDP": Comparison(
@@ -587,7 +587,9 @@ for m in (1, 8):
     TP[f"TP+SP{also}"] = Comparison(
         {
             "sequence parallel": part(repo_tp, sequence=True),
-            "the same, gathered inputs kept": part(repo_tp, sequence=True, keep_gathered=True),
+            "sequence parallel, gathered inputs kept": part(
+                repo_tp, sequence=True, keep_gathered=True
+            ),
         },
         {"DTensor": part(torch_tp, sequence=True)},
         m,
