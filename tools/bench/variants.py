@@ -624,32 +624,23 @@ PP["schedules"] = Comparison(
 )  # fmt: skip
 
 CKPT = {
-    "full": Comparison(
-        {"full": part(repo_ckpt, policy="full")},
+    policy: Comparison(
+        {policy: part(repo_ckpt, policy=policy)},
         {
-            f"checkpoint of blocks{', reentrant' * reentrant}": part(
-                torch_ckpt, core=False, reentrant=reentrant
+            f"checkpoint of {what}{', reentrant' * reentrant}": part(
+                torch_ckpt, core=policy == "selective", reentrant=reentrant
             )
             for reentrant in (False, True)
         },
         one=True,
-    ),
-    "selective": Comparison(
-        {"selective": part(repo_ckpt, policy="selective")},
-        {
-            f"checkpoint of attention{', reentrant' * reentrant}": part(
-                torch_ckpt, core=True, reentrant=reentrant
-            )
-            for reentrant in (False, True)
-        },
-        one=True,
-    ),
-    "offload": Comparison(
-        {"offload": part(repo_ckpt, policy="offload")},
-        {"copies of saved tensors": torch_offload},
-        one=True,
-    ),
+    )
+    for policy, what in (("full", "blocks"), ("selective", "attention"))
 }
+CKPT["offload"] = Comparison(
+    {"offload": part(repo_ckpt, policy="offload")},
+    {"copies of saved tensors": torch_offload},
+    one=True,
+)
 
 LOOP_TORCH = {
     f"pipelining, DTensor, {name}": part(torch_3d, reshard=reshard)
