@@ -103,6 +103,8 @@ def test_ratios_are_those_of_the_slowest_rank_over_the_fastest_of_pytorch(monkey
     monkeypatch.setattr(compare, "time", clock)
 
     def taking(seconds, model, group):
+        seconds *= 10 if dist.get_backend(group) == "fake" else 1
+
         def step(batch, valid):
             clock.now += seconds * (1 + dist.get_rank()) / 2  # rank 1 takes longer
             return torch.zeros(()) + 1.0
@@ -118,15 +120,34 @@ def test_ratios_are_those_of_the_slowest_rank_over_the_fastest_of_pytorch(monkey
     launches = [compare.run(suite, both, 256, 2, i == 0, 1) for i in range(2)]
     rows = {row["variant"]: row for row in compare.rows_of(suite, 256, "both", launches)}
     assert {name: row["ms"] for name, row in rows.items()} == {
-        "a": 3e3, "b": 5e3, "x": 4e3, "y": 2e3, SILENT: 3e3
+        "a": 3e3, "b": 5e3, "x": 4e3, "y": 2e3, SILENT: 30e3
     }  # fmt: skip
     assert {name: row.get("ratio") for name, row in rows.items()} == {
-        "a": 1.5, "b": 2.5, "x": 2.0, "y": None, SILENT: 1.5
+        "a": 1.5, "b": 2.5, "x": 2.0, "y": None, SILENT: 15.0
     }  # fmt: skip
     assert rows["y"]["best"] and rows["a"]["over"] == "y" and rows["a"]["ratios"] == [1.5, 1.5]
     assert "| both | b | 256 | 5000.0 ms | 2.500 (2.500 to 2.500) | 2 |" in compare.markdown(
         [*rows.values()]
     )
+
+
+def test_variants_take_turns_forwards_and_backwards(monkeypatch):
+    """Each step takes longer than the one before it."""
+    clock, steps = Clock(), itertools.count(1)
+    monkeypatch.setattr(compare, "time", clock)
+
+    def build(model, group):
+        def step(batch, valid):
+            clock.now += next(steps)
+            return torch.zeros(()) + 1.0
+
+        return step
+
+    both = Comparison({"a": build, "b": build}, {"x": build})
+    monkeypatch.setattr(variants, "SIZES", {256: TINY})
+    suite = variants.Suite({"both": both})
+    rows = compare.rows_of(suite, 256, "both", [compare.run(suite, both, 256, 2, True, 1)])
+    assert [row.get("ratio", 1.0) for row in rows] == [1.0] * 3
 
 
 def test_variants_that_train_different_models_end_the_benchmark(monkeypatch):
