@@ -84,7 +84,7 @@ def compared(suite: str) -> list[str]:
 
 
 def work(suite: str) -> list[str]:
-    """What does not depend on the day: of the first variant, and of PyTorch's fastest."""
+    """CPU time, operators, copies and calls of the first variant and of PyTorch's fastest."""
     name, sizes = axis(suite)
     lines = []
     for comparison in dict.fromkeys(r["comparison"] for r in rows(suite, best=True)):
@@ -164,7 +164,8 @@ def lines(name: str) -> list[str]:
 
 def dated(name: str) -> list[str]:
     j = load(name)
-    return [f"`{j['command']}`, on {j['date']} at commit {j['commit']}: {j['cores']} cores "
+    n = f", {j['launches']} launch{'es' * (j['launches'] > 1)} each" if "launches" in j else ""
+    return [f"`{j['command']}`{n}, on {j['date']} at commit {j['commit']}: {j['cores']} cores "
             f"({j['cpu']}), torch {j['torch']} ([data](bench/{name}.json)).", ""]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Comparison holds the variants of one strategy, which take turns in the same proc
 
     ours          this repository
     torch         PyTorch's implementation, once for each of its settings that may be the fastest
-    silent        the first of ours over torch's fake backend, whose collectives return at once and
+    silent        the first of these over torch's fake backend, whose collectives return at once and
                   leave wrong values: a lower bound of the time with any communication
     one process   rank 0 processes the global batch alone
 
@@ -114,14 +114,14 @@ def world_mesh(model: nn.Module) -> DeviceMesh:
 
 
 def torch_ddp(
-    model: nn.Module, group: Group, mb: int | None = None, view: bool = True, zero: bool = False,
+    model: nn.Module, group: Group, view: bool = True, zero: bool = False,
     sharded: bool | None = None,
 ) -> Callable:  # fmt: skip
-    """mb: of a bucket (None: torch's default sizes). view: gradients are views of the buckets.
-    zero: zero_grad() writes zeros, instead of dropping the gradients. sharded: with
-    ZeroRedundancyOptimizer, and the value of parameters_as_bucket_view."""
+    """view: gradients are views of the buckets. zero: zero_grad() writes zeros, instead of dropping
+    the gradients. sharded: with ZeroRedundancyOptimizer, and the value of
+    parameters_as_bucket_view."""
     n = group.size()
-    wrapped = DistributedDataParallel(model, bucket_cap_mb=mb, gradient_as_bucket_view=view)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
     if sharded is None:
         optimizer = adamw(model.parameters())
     else:
@@ -142,12 +142,10 @@ def torch_ddp(
 
 
 def torch_fsdp(
-    model: nn.Module, group: Group, reshard: bool, keep: bool = True, ahead: bool = False,
-    sync: bool = True, policy=None,
-) -> Callable:  # fmt: skip
-    """reshard: free the parameters of a block after its forward. keep: keep them after backward,
-    except in the last microbatch. ahead: all-gather the next block early, in its own thread. sync:
-    reduce-scatter the gradients in each microbatch, not only in the last one. policy: a
+    model: nn.Module, group: Group, reshard: bool, ahead: bool = False, policy=None
+) -> Callable:
+    """reshard: free the parameters of a block after its forward. After backward, they are freed in
+    the last microbatch only. ahead: all-gather the next block before this one needs it. policy: a
     MixedPrecisionPolicy."""
     n, how = group.size(), {"mesh": world_mesh(model)} | ({"mp_policy": policy} if policy else {})
     blocks = [*model.h.values()]
@@ -167,8 +165,7 @@ def torch_fsdp(
         for i, (x, y) in enumerate(batch):
             last = i == len(batch) - 1
             model.set_is_last_backward(last)
-            model.set_reshard_after_backward(last or not keep)
-            model.set_requires_gradient_sync(last or sync)
+            model.set_reshard_after_backward(last)
             total = total + backward(model, x, y, valid / n) / n
         optimizer.step()
         return total
